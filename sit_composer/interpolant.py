@@ -1,0 +1,125 @@
+"""The paths between noise and data: x_t = α_t x₁ + σ_t x₀, eq. (1) of SiT (arXiv 2401.08740).
+
+Time runs from noise, x_0 = x₀ ~ N(0, I), to data, x_1 = x₁: the paper's t is our 1 - t. A path is its α_t, σ_t and
+their derivatives; velocity, score and noise are three readings of one field, and convert into each other here.
+
+With the Wronskian W_t = α̇_t σ_t - α_t σ̇_t, solving x = α x₁ + σ ε, v = α̇ x₁ + σ̇ ε for the noise gives
+
+    ε = (α̇ x - α v) / W,        s = -ε / σ,        v = (α̇/α) x + (σ W / α) s,
+
+of which the second is eq. (8) without its removable 0/0, and the third is that equation solved for v.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def expand(t: Tensor, x: Tensor) -> Tensor:
+    """t (N,) as (N, 1, …, 1), to be broadcast over x (N, …)."""
+    return t.reshape(-1, *[1] * (x.ndim - 1))
+
+
+class Interpolant:
+    """A path. All methods are elementwise in t, and keep its shape and dtype."""
+
+    singular_at_noise = True  # α_0 = 0, so that what divides by α has a pole at t = 0
+
+    def alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """α_t and its derivative."""
+        raise NotImplementedError
+
+    def sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """σ_t and its derivative."""
+        raise NotImplementedError
+
+    def wronskian(self, t: Tensor) -> Tensor:
+        """W_t = α̇_t σ_t - α_t σ̇_t, positive on [0, 1)."""
+        (alpha, d_alpha), (sigma, d_sigma) = self.alpha(t), self.sigma(t)
+        return d_alpha * sigma - alpha * d_sigma
+
+    def interpolate(self, t: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t = α x₁ + σ x₀ and its velocity u_t = α̇ x₁ + σ̇ x₀, eqs. (1) and (3); t is (N,), the rest (N, …)."""
+        t = expand(t, x1)
+        (alpha, d_alpha), (sigma, d_sigma) = self.alpha(t), self.sigma(t)
+        return alpha * x1 + sigma * x0, d_alpha * x1 + d_sigma * x0
+
+    def score_variance(self, t: Tensor) -> Tensor:
+        """(α̇/α) σ² - σ σ̇ = σ W / α: what multiplies the score in the velocity, and half of SBDM's g²."""
+        return self.sigma(t)[0] * self.wronskian(t) / self.alpha(t)[0]
+
+    def noise_from_velocity(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """ε = (α̇ x - α v) / W."""
+        t = expand(t, x)
+        alpha, d_alpha = self.alpha(t)
+        return (d_alpha * x - alpha * v) / self.wronskian(t)
+
+    def score_from_velocity(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """s = -ε / σ, eqs. (5) and (8); a pole at t = 1, where σ = 0."""
+        return -self.noise_from_velocity(v, x, t) / self.sigma(expand(t, x))[0]
+
+    def score_from_noise(self, noise: Tensor, t: Tensor) -> Tensor:
+        """s = -ε / σ; a pole at t = 1."""
+        return -noise / self.sigma(expand(t, noise))[0]
+
+    def velocity_from_score(self, score: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """v = (α̇/α) x + (σ W / α) s; a pole at t = 0 where α = 0."""
+        t = expand(t, x)
+        alpha, d_alpha = self.alpha(t)
+        return d_alpha / alpha * x + self.score_variance(t) * score
+
+    def velocity_from_noise(self, noise: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """v = (α̇ x - W ε) / α; a pole at t = 0 where α = 0, none at t = 1."""
+        t = expand(t, x)
+        alpha, d_alpha = self.alpha(t)
+        return (d_alpha * x - self.wronskian(t) * noise) / alpha
+
+
+class Linear(Interpolant):
+    """α = t, σ = 1 - t: straight lines."""
+
+    def alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return t, torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 - t, -torch.ones_like(t)
+
+
+class GVP(Interpolant):
+    """α = sin(πt/2), σ = cos(πt/2): variance-preserving on a great circle."""
+
+    def alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        angle = t * (math.pi / 2)
+        return angle.sin(), math.pi / 2 * angle.cos()
+
+    def sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        angle = t * (math.pi / 2)
+        return angle.cos(), -math.pi / 2 * angle.sin()
+
+
+@dataclass(frozen=True)
+class VP(Interpolant):
+    """The variance-preserving diffusion of score-based models: α = exp(-½∫β), σ² = 1 - α², with β linear in 1 - t."""
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    singular_at_noise = False  # α_0 = exp(-5.03)
+
+    def _log_alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        s, span = 1 - t, self.beta_max - self.beta_min
+        return -0.25 * s**2 * span - 0.5 * s * self.beta_min, 0.5 * s * span + 0.5 * self.beta_min
+
+    def alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        log_alpha, d_log_alpha = self._log_alpha(t)
+        alpha = log_alpha.exp()
+        return alpha, alpha * d_log_alpha
+
+    def sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        log_alpha, d_log_alpha = self._log_alpha(t)
+        sigma = (-torch.expm1(2 * log_alpha)).sqrt()  # expm1: 1 - exp loses every digit as t -> 1
+        return sigma, -(2 * log_alpha).exp() * d_log_alpha / sigma
+
+
+PATHS: dict[str, type[Interpolant]] = {"Linear": Linear, "GVP": GVP, "VP": VP}

@@ -1,0 +1,144 @@
+"""From noise to data: the probability-flow ODE, eq. (2) of SiT (arXiv 2401.08740), and the SDE, eq. (4).
+
+A model is any callable ``model(x, t, **kwargs)``; wrap it in `Counted` to learn how often it was evaluated.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torchdiffeq import odeint
+
+from sit_composer.names import ADAPTIVE_METHODS, LAST_STEPS, ODE_METHODS, SDE_METHODS, choose
+from sit_composer.transport import SINGULAR_EPS, Transport
+
+
+class Counted:
+    """A model that counts its evaluations."""
+
+    def __init__(self, model):
+        self.model = model
+        self.evaluations = 0
+
+    def __call__(self, x: Tensor, t: Tensor, **model_kwargs) -> Tensor:
+        self.evaluations += 1
+        return self.model(x, t, **model_kwargs)
+
+
+def _check_steps(num_steps: int) -> None:
+    if num_steps < 2:
+        raise ValueError(f"num_steps: got {num_steps}; it takes 2 or more, as it counts the time points, both ends too")
+
+
+@torch.no_grad()
+def sample_ode(
+    tr: Transport,
+    model,
+    z: Tensor,
+    *,
+    sampling_method: str = "dopri5",
+    num_steps: int = 50,
+    atol: float = 1e-6,
+    rtol: float = 1e-3,
+    reverse: bool = False,
+    **model_kwargs,
+) -> Tensor:
+    """Integrates dx = v(x, t) dt from noise z (N, …) at t = 0 to data at t = 1; returns the final batch (N, …).
+
+    Args:
+        sampling_method: a solver of torchdiffeq (euler, heun2, heun3, midpoint, rk4, dopri5, dopri8, …), or heun.
+        num_steps: time points, both ends included: a fixed-step solver takes num_steps - 1 steps. An adaptive one
+            chooses its own, by atol and rtol.
+        reverse: from data to noise instead; z is then data.
+
+    Raises:
+        ValueError: for an unknown solver, or fewer than 2 time points.
+    """
+    choose("sampling_method", sampling_method, ODE_METHODS)
+    _check_steps(num_steps)
+    t0, t1 = tr.interval(eval=True)
+    if reverse:
+        t0, t1 = t1, t0
+    times = torch.linspace(t0, t1, num_steps, device=z.device, dtype=z.dtype)
+
+    def drift(t: Tensor, x: Tensor) -> Tensor:
+        return tr.velocity(model, x, t.expand(len(x)), **model_kwargs)
+
+    method = "heun2" if sampling_method == "heun" else sampling_method
+    # An adaptive solver's last step goes past the end, and back by interpolation. VP has no σ beyond t = 1 (the square
+    # root of less than 0): there, the last step must end at the end.
+    options = {"step_t": times[-1:]} if tr.path_type == "VP" and method in ADAPTIVE_METHODS else None
+    return odeint(drift, z, times, method=method, atol=atol, rtol=rtol, options=options)[-1]
+
+
+@torch.no_grad()
+def sample_sde(
+    tr: Transport,
+    model,
+    z: Tensor,
+    *,
+    sampling_method: str = "Euler",
+    diffusion_form: str = "sigma",
+    diffusion_norm: float = 1.0,
+    last_step: str | None = "Mean",
+    last_step_size: float = 0.04,
+    num_steps: int = 250,
+    draw: Callable[[], Tensor] | None = None,
+    **model_kwargs,
+) -> Tensor:
+    """Integrates dx = (v + w s) dt + √(2w) dW from noise z (N, …); returns the final batch (N, …).
+
+    Args:
+        sampling_method: ``Euler`` (Euler-Maruyama) or ``Heun`` (two evaluations a step).
+        diffusion_form, diffusion_norm: the w of `Transport.diffusion`.
+        last_step: how the last last_step_size of time is crossed, without noise: ``Mean`` (the SDE's drift),
+            ``Euler`` (the ODE's), ``Tweedie`` (straight to the expected data), or None (there is no last step).
+        num_steps: time points before the last step.
+        draw: gives each step's noise, of z's shape; None is torch.randn.
+
+    Raises:
+        ValueError: for an unknown method, form or last step, a last step outside (0, 1), or too few time points.
+    """
+    choose("sampling_method", sampling_method, SDE_METHODS)
+    choose("last_step", last_step, LAST_STEPS)
+    _check_steps(num_steps)
+    if last_step is None:
+        last_step_size = 0.0
+    elif not 0 < last_step_size < 1:
+        raise ValueError(f"last_step_size: got {last_step_size}; it takes a number in (0, 1)")
+    t0, t1 = tr.interval(sde=True, eval=True, diffusion_form=diffusion_form, last_step_size=last_step_size)
+    if sampling_method == "Heun" and t1 == 1:
+        t1 = 1 - SINGULAR_EPS  # Heun evaluates the score at its end, where it has a pole
+    times = torch.linspace(t0, t1, num_steps, device=z.device, dtype=z.dtype)
+
+    def drift_and_diffusion(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        velocity, score = tr.velocity_and_score(model, x, t, **model_kwargs)
+        diffusion = tr.diffusion(x, t, diffusion_form, diffusion_norm)
+        return velocity + diffusion * score, diffusion
+
+    if draw is None:
+        draw = partial(torch.randn, z.shape, device=z.device, dtype=z.dtype)
+    x = z
+    dt = times[1] - times[0]
+    for time in times[:-1]:
+        t = time.expand(len(x))
+        dw = draw() * dt.sqrt()
+        if sampling_method == "Euler":
+            drift, diffusion = drift_and_diffusion(x, t)
+            x = x + drift * dt + (2 * diffusion).sqrt() * dw
+        else:  # the noise first, then Heun's step for the drift
+            x = x + (2 * tr.diffusion(x, t, diffusion_form, diffusion_norm)).sqrt() * dw
+            first, _ = drift_and_diffusion(x, t)
+            second, _ = drift_and_diffusion(x + dt * first, t + dt)
+            x = x + 0.5 * dt * (first + second)
+
+    t = times[-1].expand(len(x))
+    if last_step == "Mean":
+        x = x + drift_and_diffusion(x, t)[0] * last_step_size
+    elif last_step == "Euler":
+        x = x + tr.velocity(model, x, t, **model_kwargs) * last_step_size
+    elif last_step == "Tweedie":  # E[x₁ | x] = (x + σ² s) / α
+        alpha, sigma = tr.path.alpha(times[-1])[0], tr.path.sigma(times[-1])[0]
+        x = x / alpha + sigma**2 / alpha * tr.score(model, x, t, **model_kwargs)
+    return x

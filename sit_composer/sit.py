@@ -1,0 +1,249 @@
+"""SiT, the network of "Scalable Interpolant Transformers" (arXiv 2401.08740): a DiT whose time runs over [0, 1].
+
+The modules carry the names of the authors' release, so that its checkpoints load strictly and ours load there.
+`python -m sit_composer.sit` prints the table of sizes.
+
+In the shape comments N is the batch, C the channels, H = W the input's side, p the patch's side, T = (H/p)² the
+tokens, and D the hidden size.
+"""
+
+import math
+
+import torch
+from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
+from torch import Tensor, nn
+
+from sit_composer.names import VARIANTS, variant
+
+
+def build_sit(name: str, **overrides) -> "SiT":
+    """Builds a variant by name; any argument of `SiT` may be given over it.
+
+    >>> build_sit("SiT-XL/2", input_size=64)
+    """
+    return SiT(**{**variant(name), **overrides})
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Shifts and scales every token of x (N, T, D) by its sample's shift and scale (N, D)."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class TimestepEmbedder(nn.Module):
+    """Embeds times (N,) as vectors (N, D): sinusoids, then a two-layer MLP."""
+
+    frequency_size = 256
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(self.frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    @staticmethod
+    def sinusoids(t: Tensor, size: int, max_period: float = 10000.0) -> Tensor:
+        """cos, then sin, of t (N,) at ``size / 2`` frequencies from 1 down to 1 / max_period; float32 (N, size)."""
+        half = size // 2
+        exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
+        angles = t.float()[:, None] * torch.exp(-math.log(max_period) * exponent)  # (N, size/2)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(self.sinusoids(t, self.frequency_size).to(self.mlp[0].weight.dtype))  # (N, D)
+
+
+class LabelEmbedder(nn.Module):
+    """Embeds labels (N,) as vectors (N, D); in training, drops some to the null class, whose label is num_classes."""
+
+    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
+        self.num_classes = num_classes
+        self.dropout_prob = dropout_prob
+
+    def forward(self, labels: Tensor, train: bool) -> Tensor:
+        if train and self.dropout_prob > 0:
+            dropped = torch.rand(labels.shape[0], device=labels.device) < self.dropout_prob  # (N,)
+            labels = torch.where(dropped, self.num_classes, labels)
+        return self.embedding_table(labels)  # (N, D)
+
+
+class SiTBlock(nn.Module):
+    """A transformer block whose layer norms and residual gates are set by the condition (adaLN-Zero)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)  # each (N, D)
+        x = x + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_a, scale_a))  # (N, T, D)
+        x = x + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))  # (N, T, D)
+        return x
+
+
+class FinalLayer(nn.Module):
+    """Maps each token to its patch's pixels."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)  # each (N, D)
+        return self.linear(modulate(self.norm_final(x), shift, scale))  # (N, T, p²·out_channels)
+
+
+class SiT(nn.Module):
+    """The transformer. ``forward(x, t, y)`` gives the predicted field of x's shape.
+
+    Args:
+        input_size: the side of the latents (or pictures), in latent pixels.
+        patch_size: the side of a token's patch; divides input_size.
+        in_channels: channels of the latents.
+        hidden_size: width D; a multiple of num_heads and of 4.
+        depth: number of blocks.
+        num_heads: attention heads.
+        mlp_ratio: width of a block's MLP over D.
+        class_dropout_prob: how often a training label is dropped to the null class. 0 leaves that class out of the
+            table, and guidance with it.
+        num_classes: number of labels; the null class, if any, is label num_classes.
+        learn_sigma: keep the release's unused second half of the output channels. It is computed and dropped: the
+            released weights have it, the loss never sees it, and a new network may leave it out.
+    """
+
+    def __init__(
+        self,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+    ):
+        super().__init__()
+        for size, name, part, part_name in (
+            (hidden_size, "hidden_size", num_heads, "num_heads"),
+            (hidden_size, "hidden_size", 4, "4, for the sin-cos positions"),
+            (input_size, "input_size", patch_size, "patch_size"),
+        ):
+            if size % part:
+                raise ValueError(f"{name} {size} is not a multiple of {part_name}{'' if part == 4 else f' {part}'}")
+        self.input_size = input_size
+        self.patch_size = patch_size
+        self.in_channels = in_channels
+        self.hidden_size = hidden_size
+        self.num_classes = num_classes
+        self.class_dropout_prob = class_dropout_prob
+        self.learn_sigma = learn_sigma
+        self.out_channels = in_channels * 2 if learn_sigma else in_channels
+
+        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        # A frozen parameter, not a buffer: the release has it in its state dict and in named_parameters().
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.x_embedder.num_patches, hidden_size), requires_grad=False)
+        self.blocks = nn.ModuleList(SiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """The release's initialization: every block starts as the identity, and the output as zero."""
+
+        def xavier(module: nn.Module) -> None:
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+        self.apply(xavier)
+        self.pos_embed.data.copy_(sincos_positions(self.hidden_size, self.input_size // self.patch_size))
+        projection = self.x_embedder.proj  # a convolution, initialized as the linear map that it is
+        nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
+        nn.init.zeros_(projection.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        zeroed = [block.adaLN_modulation[-1] for block in self.blocks]
+        for layer in [*zeroed, self.final_layer.adaLN_modulation[-1], self.final_layer.linear]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that means "no class", or None if the network was trained without one."""
+        return self.num_classes if self.class_dropout_prob > 0 else None
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """Tokens (N, T, p²·C) to pictures (N, C, H, W)."""
+        grid, p, c = self.input_size // self.patch_size, self.patch_size, self.out_channels
+        x = x.reshape(-1, grid, grid, p, p, c)  # (N, H/p, W/p, p, p, C)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, c, grid * p, grid * p)  # (N, C, H, W)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The field at x (N, C, H, W) and times t (N,), for labels y (N,): (N, C, H, W)."""
+        x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
+        c = self.t_embedder(t) + self.y_embedder(y, self.training)  # (N, D)
+        for block in self.blocks:
+            x = block(x, c)  # (N, T, D)
+        x = self.unpatchify(self.final_layer(x, c))  # (N, out_channels, H, W)
+        return x[:, : self.in_channels]  # learn_sigma's second half goes
+
+    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
+        """Guidance as released, for parity: x (2N, …) is a batch twice, y (2N,) its labels and then null labels.
+
+        Only the first three channels are guided, as in the release; `guidance.Guidance` guides all.
+        """
+        half = x[: len(x) // 2]
+        out = self.forward(torch.cat([half, half]), t, y)  # (2N, C, H, W)
+        conditional, unconditional = out[:, :3].chunk(2)  # each (N, 3, H, W)
+        guided = unconditional + cfg_scale * (conditional - unconditional)
+        return torch.cat([torch.cat([guided, guided]), out[:, 3:]], dim=1)
+
+    def forward_macs(self) -> int:
+        """Multiply-accumulates of one forward pass over one sample (a FLOP count is twice that).
+
+        Matrix products only, as is the custom: T·D² for every D×D map over the tokens, 2·T²·D for attention.
+        """
+        d, p, tokens = self.hidden_size, self.patch_size, self.x_embedder.num_patches
+        hidden = self.blocks[0].mlp.fc1.out_features if len(self.blocks) else 0
+        block = tokens * (4 * d * d + 2 * d * hidden) + 2 * tokens * tokens * d + 6 * d * d
+        embed = tokens * p * p * self.in_channels * d + TimestepEmbedder.frequency_size * d + d * d
+        final = tokens * d * p * p * self.out_channels + 2 * d * d
+        return len(self.blocks) * block + embed + final
+
+
+def sincos_positions(dim: int, grid: int) -> Tensor:
+    """Fixed positions of a grid × grid picture: (1, grid², dim); half of dim for the column, then half for the row."""
+
+    def one_axis(position: Tensor) -> Tensor:  # (grid²,) -> (grid², dim/2)
+        omega = torch.arange(dim // 4, dtype=torch.float64) / (dim / 4)
+        angles = position[:, None] / 10000**omega
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    row, column = torch.meshgrid(*[torch.arange(grid, dtype=torch.float64)] * 2, indexing="ij")
+    return torch.cat([one_axis(column.flatten()), one_axis(row.flatten())], dim=1).float().unsqueeze(0)
+
+
+def size_table() -> str:
+    """All variants at 256² over an 8× autoencoder, as a Markdown table: parameters (trained) and forward GMACs."""
+    lines = ["| model | parameters | GMACs, forward |", "| --- | ---: | ---: |"]
+    for name in VARIANTS:
+        with torch.device("meta"):
+            network = build_sit(name)
+        parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        lines.append(f"| {name} | {parameters / 1e6:.1f} M | {network.forward_macs() / 1e9:.1f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(size_table())

@@ -1,0 +1,36 @@
+"""Fixtures that several tests share."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads a process, in several processes, stall each other
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sit_composer.sit import SiT
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parent.parent
+REFERENCE = Path(__file__).parent / "reference"
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """Loads the reference vectors of a name."""
+    return lambda name: load_file(REFERENCE / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="session")
+def meta() -> dict:
+    return json.loads((REFERENCE / "meta.json").read_text())
+
+
+@pytest.fixture
+def tiny(reference, meta) -> SiT:
+    """The reference's small network, in evaluation mode."""
+    network = SiT(**meta["tiny_a"]["config"])
+    network.load_state_dict(reference("tiny_a.weights"), strict=True)
+    return network.eval()

@@ -1,0 +1,151 @@
+import re
+
+import pytest
+import torch
+
+from sit_composer.guidance import Guidance
+from sit_composer.names import DIFFUSION_FORMS, LAST_STEPS, ODE_METHODS, PATHS, PREDICTIONS, SDE_METHODS
+from sit_composer.samplers import Counted, sample_ode, sample_sde
+from sit_composer.transport import Transport
+
+MEAN, STD = 0.7, 0.4
+
+
+def gaussian(tr: Transport):
+    """The exact network for data ~ N(MEAN, STD²), whatever tr says that a network predicts."""
+
+    def model(x, t):
+        t = t.reshape(-1, *[1] * (x.ndim - 1))
+        (alpha, d_alpha), (sigma, d_sigma) = tr.path.alpha(t), tr.path.sigma(t)
+        variance = alpha**2 * STD**2 + sigma**2
+        centred = (x - alpha * MEAN) / variance  # minus the score
+        if tr.prediction == "score":
+            return -centred
+        if tr.prediction == "noise":
+            return sigma * centred
+        return d_alpha * (MEAN + alpha * STD**2 * centred) + d_sigma * sigma * centred
+
+    return model
+
+
+@pytest.mark.parametrize("spec", ["ode_euler_linear", "ode_dopri5_linear_cfg4", "sde_euler_linear_sigma"])
+def test_reference_batches(spec, tiny, reference, meta):
+    spec = next(s for s in meta["samples"]["specs"] if s["name"] == spec)
+    ref = reference("samples_tiny_a")
+    z, y = ref["z"], ref["y"]
+    tr = Transport(spec["path"], spec["prediction"])
+    if spec["kind"] == "sde":
+        torch.manual_seed(0)
+        got = sample_sde(
+            tr, tiny, z, sampling_method=spec["method"], diffusion_form=spec["form"], last_step=spec["last_step"],
+            last_step_size=spec["last_step_size"], num_steps=spec["num_steps"], y=y,
+        )  # fmt: skip
+    elif "cfg_scale" in spec:  # as released: the batch twice, null labels behind
+        doubled = {"y": torch.cat([y, torch.full_like(y, tiny.null_label)]), "cfg_scale": spec["cfg_scale"]}
+        z = torch.cat([z, z])
+        options = {"sampling_method": spec["method"], "num_steps": spec["num_steps"]}
+        got = sample_ode(tr, tiny.forward_with_cfg, z, **options, **doubled)[: len(y)]
+    else:
+        got = sample_ode(tr, tiny, z, sampling_method=spec["method"], num_steps=spec["num_steps"], y=y)
+    torch.testing.assert_close(got, ref[spec["name"]], rtol=1e-4, atol=1e-4)
+
+
+def test_three_channel_guidance_draws_the_released_batch(tiny, reference):
+    ref = reference("samples_tiny_a")
+    got = sample_ode(Transport(), Guidance(tiny, 4.0, channels=3), ref["z"], num_steps=3, y=ref["y"])
+    torch.testing.assert_close(got, ref["ode_dopri5_linear_cfg4"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ODE_METHODS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_every_ode_solver_maps_noise_to_the_gaussian(method, prediction):
+    tr = Transport("Linear", prediction)
+    z = torch.randn(64, 1, 2, 2, dtype=torch.float64)
+    x = sample_ode(tr, gaussian(tr), z, sampling_method=method, num_steps=400)
+    torch.testing.assert_close(x, MEAN + STD * z, rtol=0, atol=0.02)  # the flow between Gaussians is affine
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_ode_forward_then_reverse_returns_the_start(path, prediction):
+    tr = Transport(path, prediction)
+    z = torch.randn(8, 1, 2, 2, dtype=torch.float64)
+    tight = {"atol": 1e-9, "rtol": 1e-9}
+    x = sample_ode(tr, gaussian(tr), z, **tight)
+    torch.testing.assert_close(sample_ode(tr, gaussian(tr), x, reverse=True, **tight), z, rtol=1e-5, atol=1e-5)
+    if path == "VP":  # whose last step must not go past t = 1
+        assert sample_ode(tr, gaussian(tr), z, num_steps=2).isfinite().all()
+
+
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
+def test_measured_order_of_the_ode_solvers(method, order):
+    tr = Transport("GVP")
+    z = torch.randn(16, 1, 2, 2, dtype=torch.float64)
+    exact = MEAN + STD * z
+    errors = [
+        (sample_ode(tr, gaussian(tr), z, sampling_method=method, num_steps=n + 1) - exact).abs().max()
+        for n in (64, 128)
+    ]
+    assert torch.log2(errors[0] / errors[1]).item() == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize("method", SDE_METHODS)
+@pytest.mark.parametrize("last_step", LAST_STEPS)
+@pytest.mark.parametrize("form", DIFFUSION_FORMS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("path", PATHS)
+def test_every_sde_is_finite(path, prediction, form, last_step, method):
+    tr = Transport(path, prediction)
+    z = torch.randn(4, 1, 2, 2)
+    options = {"sampling_method": method, "diffusion_form": form, "last_step": last_step, "num_steps": 20}
+    assert sample_sde(tr, gaussian(tr), z, **options).isfinite().all()
+
+
+@pytest.mark.parametrize("method", SDE_METHODS)
+@pytest.mark.parametrize("form", ["sigma", "linear", "increasing-decreasing"])
+def test_sde_samples_have_the_gaussians_mean_and_deviation(method, form):
+    torch.manual_seed(0)
+    tr = Transport()
+    x = sample_sde(tr, gaussian(tr), torch.randn(20000, 1), sampling_method=method, diffusion_form=form)
+    assert x.mean().item() == pytest.approx(MEAN, abs=0.015)
+    assert x.std().item() == pytest.approx(STD, abs=0.025)
+
+
+def test_evaluations_are_counted():
+    tr = Transport()
+    counts = {}
+    for method in ("euler", "heun"):
+        model = Counted(gaussian(tr))
+        sample_ode(tr, model, torch.zeros(1, 1), sampling_method=method, num_steps=11)
+        counts[method] = model.evaluations
+    assert counts == {"euler": 10, "heun": 20}
+
+
+def test_guidance_at_one_is_the_network_and_is_one_pass(tiny):
+    x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([1, 2])
+    assert torch.equal(Guidance(tiny, 1.0)(x, t, y), tiny(x, t, y))
+    conditional, null = tiny(x, t, y), tiny(x, t, torch.full_like(y, 10))
+    torch.testing.assert_close(Guidance(tiny, 3.0)(x, t, y), null + 3 * (conditional - null), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda tr: sample_ode(tr, None, torch.zeros(1), sampling_method="Euler"), "sampling_method: got 'Euler'"),
+        (lambda tr: sample_ode(tr, None, torch.zeros(1), num_steps=1), "num_steps: got 1"),
+        (lambda tr: sample_sde(tr, None, torch.zeros(1), sampling_method="euler"), "sampling_method: got 'euler'"),
+        (lambda tr: sample_sde(tr, None, torch.zeros(1), last_step_size=1.5), "last_step_size: got 1.5"),
+        (lambda tr: sample_sde(tr, None, torch.zeros(1), diffusion_form="none"), "diffusion_form: got 'none'"),
+    ],
+)
+def test_a_wrong_option_is_named(call, named):
+    with pytest.raises(ValueError, match=re.escape(named)):
+        call(Transport())
+
+
+def test_guiding_a_network_without_a_null_class_is_refused():
+    from sit_composer.sit import SiT
+
+    network = SiT(hidden_size=64, depth=0, num_heads=4, input_size=8, num_classes=5, class_dropout_prob=0)
+    with pytest.raises(ValueError, match="class_dropout_prob 0"):
+        Guidance(network, 1.5)

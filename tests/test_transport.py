@@ -1,0 +1,130 @@
+import re
+
+import pytest
+import torch
+
+from sit_composer.names import DIFFUSION_FORMS, LOSS_WEIGHTS, PATHS, PREDICTIONS
+from sit_composer.transport import Transport
+
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def test_every_reference_value(reference):
+    ref = reference("transport")
+    t, x0, x1, output = ref["t"], ref["x0"], ref["x1"], ref["model_output"]
+    checked = 0
+    for name, expected in ref.items():
+        path, *rest = name.split("/")
+        match rest:
+            case ["diffusion", form]:
+                got = Transport(path).diffusion(x0, t, form, 0.7)
+            case [prediction, "ode_drift"]:
+                got = Transport(path, prediction).velocity(lambda x, t: output, ref[f"{path}/xt"], t)
+            case [prediction, "score"]:
+                got = Transport(path, prediction).score(lambda x, t: output, ref[f"{path}/xt"], t)
+            case [prediction, weight, "loss"]:
+                got = Transport(path, prediction, None if weight == "none" else weight).loss(output, t, x0, x1)
+            case [prediction, "interval", setting]:
+                sde, evaluation, last = re.fullmatch(r"sde=(.),eval=(.),last_step=(.*)", setting).groups()
+                interval = Transport(path, prediction).interval(sde == "1", evaluation == "1", "sigma", float(last))
+                got = torch.tensor(interval, dtype=torch.float64)
+            case _:  # an input, or x_t and u_t, which are the path's
+                continue
+        torch.testing.assert_close(got, expected, **CLOSE, msg=lambda m, name=name: f"{name}: {m}")
+        checked += 1
+    assert checked == 62
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("weight", [weight for weight in LOSS_WEIGHTS if weight is not None])
+def test_weighted_losses_of_the_three_predictions_of_one_field_agree(path, weight, reference):
+    """A velocity weight makes of every error the velocity's, and a likelihood weight the same part of a bound."""
+    ref = reference("transport")
+    t, x0, x1, velocity = ref["t"], ref["x0"], ref["x1"], ref["model_output"]
+    interpolant = Transport(path).path
+    xt = interpolant.interpolate(t, x0, x1)[0]
+    outputs = {
+        "velocity": velocity,
+        "noise": interpolant.noise_from_velocity(velocity, xt, t),
+        "score": interpolant.score_from_velocity(velocity, xt, t),
+    }
+    losses = [Transport(path, p, weight).loss(output, t, x0, x1) for p, output in outputs.items()]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(losses[2], losses[0], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("path", PATHS)
+def test_a_perfect_prediction_has_no_loss(path, prediction, reference):
+    ref = reference("transport")
+    t, x0, x1 = ref["t"], ref["x0"], ref["x1"]
+    tr = Transport(path, prediction)
+    outputs = {
+        "velocity": tr.path.interpolate(t, x0, x1)[1],
+        "noise": x0,
+        "score": tr.path.score_from_noise(x0, t),
+    }
+    assert tr.loss(outputs[prediction], t, x0, x1).max() < 1e-20
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("path", PATHS)
+def test_an_eps_that_is_given_counts(path, prediction):
+    tr = Transport(path, prediction, train_eps=0.1, sample_eps=0.2)
+    start = 0.0 if path == "VP" else 0.1  # nothing is singular at VP's start
+    assert tr.interval() == (start, 0.9)
+    assert tr.interval(eval=True) == (2 * start, 0.8)
+    assert tr.interval(sde=True, eval=True, last_step_size=0.04) == (2 * start, 0.96)
+    only_sampling = Transport(path, prediction, sample_eps=0.2)
+    assert only_sampling.interval() == Transport(path, prediction).interval()
+    assert only_sampling.interval(eval=True)[1] == 0.8
+
+
+def test_training_times_stay_in_the_interval():
+    torch.manual_seed(0)
+    times = []
+
+    def model(x, t):
+        times.append(t)
+        return torch.zeros_like(x)
+
+    Transport(train_eps=0.3).training_loss(model, torch.zeros(4096, 1, 1, 1))
+    assert times[0].min() >= 0.3
+    assert times[0].max() <= 0.7
+    assert times[0].mean().item() == pytest.approx(0.5, abs=0.01)
+    assert times[0].std().item() == pytest.approx(0.4 / 12**0.5, rel=0.05)
+
+
+def test_training_loss_is_one_number_a_sample_and_matches_its_expectation():
+    """For data 0 and output 0 the velocity's target is -x0: the mean square is that of normal noise."""
+    torch.manual_seed(0)
+    loss = Transport().training_loss(lambda x, t: torch.zeros_like(x), torch.zeros(512, 4, 8, 8))
+    assert loss.shape == (512,)
+    assert loss.mean().item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("form", DIFFUSION_FORMS)
+def test_diffusion_is_one_number_a_sample(form):
+    w = Transport().diffusion(torch.zeros(3, 4, 2, 2), torch.tensor([0.2, 0.5, 0.9]), form, 0.7)
+    assert w.shape == (3, 1, 1, 1)
+    assert (w >= 0).all()
+
+
+def test_sbdm_keeps_off_the_noise_end_where_it_is_singular():
+    assert Transport().interval(sde=True, eval=True, diffusion_form="SBDM")[0] > 0
+    assert Transport("VP").interval(sde=True, eval=True, diffusion_form="SBDM")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"path_type": "linear"}, "path_type: got 'linear'; it takes Linear, GVP, VP"),
+        ({"prediction": "data"}, "prediction: got 'data'"),
+        ({"loss_weight": "snr"}, "loss_weight: got 'snr'"),
+        ({"train_eps": 0.5}, "train_eps: got 0.5"),
+        ({"sample_eps": -0.1}, "sample_eps: got -0.1"),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments, named):
+    with pytest.raises(ValueError, match=re.escape(named)):
+        Transport(**arguments)
