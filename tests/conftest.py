@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads a process, in several processes, stall each other
@@ -34,3 +36,12 @@ def tiny(reference, meta) -> SiT:
     network = SiT(**meta["tiny_a"]["config"])
     network.load_state_dict(reference("tiny_a.weights"), strict=True)
     return network.eval()
+
+
+@pytest.fixture(scope="session")
+def digits_shards(tmp_path_factory) -> Path:
+    """A folder of MDS shards of scikit-learn's digits, made by the converter as a user would."""
+    out = tmp_path_factory.mktemp("digits") / "shards"
+    command = [sys.executable, "convert/to_mds.py", "digits", "--out", str(out)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    return out

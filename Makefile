@@ -1,0 +1,34 @@
+# Everything runs in .venv, which `install` makes with uv: the machine's own, or one fetched into .uv for that.
+UV := $(or $(shell command -v uv),.uv/bin/uv)
+PYTHON := .venv/bin/python
+RUN := runs/quickstart
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: install quickstart test test-slow lint bench
+.DELETE_ON_ERROR:
+
+install: .venv/installed
+.uv/bin/uv:
+	python3 -m venv .uv || { echo 'make: python3 -m venv does not work here; on Debian: apt install python3-venv'; exit 2; }
+	.uv/bin/pip install --quiet uv
+.venv/installed: pyproject.toml | $(filter .uv/bin/uv,$(UV))
+	test -x $(PYTHON) || $(UV) venv --quiet --python 3.11 .venv
+	$(UV) pip install --quiet --python .venv --editable '.[dev]'
+	touch $@
+
+quickstart: install
+	$(PYTHON) convert/to_mds.py digits --out $(RUN)/shards --resume
+	.venv/bin/composer -n 1 sit_composer/train.py yamls/quickstart.yaml
+	$(PYTHON) -m sit_composer.sample $(RUN)/checkpoints --out $(RUN)/samples --npz $(RUN)/samples.npz \
+	    --classes 0,1,2,3,4,5,6,7,8,9 --per-class 50 --cfg-scale 1.5 --batch-size 100
+	$(PYTHON) tests/judge_digits.py $(RUN)/samples.npz --at-least 95
+	@echo $(RUN)/samples/grid.png
+
+test: install
+	$(PYTHON) -m pytest -m 'not slow'
+test-slow: install
+	$(PYTHON) -m pytest -m slow
+lint: install
+	.venv/bin/ruff format --check . && .venv/bin/ruff check .
+bench: install
+	for script in tests/benchmarks/*.py; do $(PYTHON) $$script; done

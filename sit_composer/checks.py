@@ -1,0 +1,206 @@
+"""What a run's config must fulfil beyond keys and types, checked before torch is imported.
+
+Every check raises ValueError or its ConfigError, with one line: the key, what it got, and what it takes.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sit_composer import composer_api
+from sit_composer.config import Config, ConfigError, DataConfig, ModelConfig, network_arguments
+from sit_composer.names import LOSS_WEIGHTS, PATHS, PREDICTIONS, choose
+from sit_composer.spec import SPEC_NAME, DataSpec
+
+# Trainer arguments that have a key of their own, or that a YAML can't hold.
+TRAINER_KEYS_ELSEWHERE = {
+    "model": "model", "train_dataloader": "data", "eval_dataloader": "eval_data", "optimizers": "optimizer",
+    "schedulers": "scheduler", "algorithms": "algorithms", "callbacks": "callbacks", "loggers": "loggers",
+    "run_name": "run_name", "seed": "seed", "precision": "precision", "parallelism_config": "fsdp",
+}  # fmt: skip
+TIME = re.compile(r"\d+(\.\d+)?(ep|ba|sp|tok|sec|dur|iter)?")
+
+
+def check(config: Config) -> None:
+    """Checks all that can be known before the data and the libraries are loaded."""
+    check_model(config.model)
+    choose("transport.path_type", config.transport.path_type, PATHS)
+    choose("transport.prediction", config.transport.prediction, PREDICTIONS)
+    choose("transport.loss_weight", config.transport.loss_weight, LOSS_WEIGHTS)
+    for name in ("train_eps", "sample_eps"):
+        eps = getattr(config.transport, name)
+        if eps is not None and not 0 <= eps < 0.5:
+            raise ConfigError(f"transport.{name}: got {eps}; it takes a number in [0, 0.5)")
+    ranks = int(os.environ.get("WORLD_SIZE", 1))  # the launcher's
+    for section, data in (("data", config.data), ("eval_data", config.eval_data)):
+        if data is not None:
+            _at_least(f"{section}.global_batch_size", data.global_batch_size, 1)
+            _at_least(f"{section}.num_workers", data.num_workers, 0)
+            if data.global_batch_size % ranks:
+                got = f"{section}.global_batch_size: got {data.global_batch_size}"
+                raise ConfigError(f"{got}; with {ranks} ranks it takes a multiple of {ranks}")
+    if not config.optimizer.lr > 0:
+        raise ConfigError(f"optimizer.lr: got {config.optimizer.lr}; it takes a number above 0")
+    if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        raise ConfigError(f"optimizer.betas: got {config.optimizer.betas}; it takes two numbers in [0, 1)")
+    if config.ema is not None and not 0 < config.ema.decay < 1:
+        raise ConfigError(f"ema.decay: got {config.ema.decay}; it takes a number between 0 and 1")
+    choose("precision", config.precision, ("fp32", "amp_bf16", "amp_fp16"))
+    if config.fsdp is not None:
+        raise ConfigError("fsdp: got a value; sharded training is not in this version, leave it null for DDP")
+    if len(config.scheduler) > 1:
+        raise ConfigError(f"scheduler: got {len(config.scheduler)} of them; it takes one, such as {{constant: {{}}}}")
+    check_trainer(config)
+    for section in composer_api.GROUPS:
+        for name, arguments in getattr(config, section).items():
+            if section == "algorithms" and name.lower() == "ema":
+                raise ConfigError("algorithms.ema: set it as ema.decay; Composer's own is not used")
+            if not isinstance(arguments, dict | None):
+                raise ConfigError(f"{section}.{name}: got {arguments!r}; it takes its arguments, as {{name: value}}")
+            composer_api.check_group(section, name, arguments or {})
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{name}: got {value}; it takes a whole number, {least} or more")
+
+
+def check_model(model: ModelConfig) -> None:
+    """Checks that a network of these sizes exists."""
+    arguments = network_arguments(model)
+    for name, value in arguments.items():
+        if value is None:
+            raise ConfigError(f"model.{name}: no value; give it, or a variant as model.name=SiT-XL/2")
+        if name not in ("class_dropout_prob", "learn_sigma", "mlp_ratio"):
+            _at_least(f"model.{name}", value, 1)
+    if not model.mlp_ratio > 0:
+        raise ConfigError(f"model.mlp_ratio: got {model.mlp_ratio}; it takes a number above 0")
+    if not 0 <= model.class_dropout_prob < 1:
+        raise ConfigError(f"model.class_dropout_prob: got {model.class_dropout_prob}; it takes a number in [0, 1)")
+    hidden_size, num_heads = arguments["hidden_size"], arguments["num_heads"]
+    if hidden_size % num_heads or hidden_size % 4:
+        raise ConfigError(
+            f"model.hidden_size: got {hidden_size}; it takes a multiple of num_heads ({num_heads}), and of 4 for the "
+            "sin-cos positions"
+        )
+    if model.input_size % arguments["patch_size"]:
+        raise ConfigError(
+            f"model.input_size: got {model.input_size}; it takes a multiple of patch_size ({arguments['patch_size']})"
+        )
+
+
+def check_trainer(config: Config) -> None:
+    """Checks the Trainer's arguments by its own signature, and those that would undo what the others promise."""
+    trainer = config.trainer
+    for name in trainer.keys() & TRAINER_KEYS_ELSEWHERE.keys():
+        raise ConfigError(f"trainer.{name}: set it as {TRAINER_KEYS_ELSEWHERE[name]}, at the top")
+    composer_api.check_trainer(trainer)
+    if "max_duration" not in trainer:
+        raise ConfigError("trainer.max_duration: no value; it takes a time, such as 400000ba or 80ep")
+    for name in ("max_duration", "save_interval", "eval_interval"):
+        if name in trainer and not TIME.fullmatch(str(trainer[name])):
+            raise ConfigError(f"trainer.{name}: got {trainer[name]!r}; it takes a time, such as 1000ba or 1ep")
+    if trainer.get("autoresume") and not trainer.get("save_folder"):
+        raise ConfigError("trainer.save_folder: no value; autoresume needs one to resume from")
+    if trainer.get("save_weights_only") and config.ema is not None:
+        raise ConfigError("trainer.save_weights_only: got True; it would leave the EMA out, it takes false")
+    micro = trainer.get("device_train_microbatch_size")
+    if isinstance(micro, int) and not micro >= 1:
+        raise ConfigError(f"trainer.device_train_microbatch_size: got {micro}; it takes 1 or more, or auto on a GPU")
+
+
+def local_spec(data: DataConfig, section: str = "data") -> DataSpec | None:
+    """The spec of shards that are all in a local folder; None if they have a remote, which only `data.py` can read.
+
+    Raises:
+        ConfigError: if there is none, or it is malformed.
+    """
+    if data.remote is not None:
+        return None
+    path = Path(data.local, SPEC_NAME)
+    try:
+        return DataSpec.from_json(path.read_text(), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"{section}.local: no shards in {data.local!r} ({path.name}: {reason}); convert/to_mds.py makes them, and "
+            f"{section}.remote names where they are if not here"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{section}.local: {error}") from None
+
+
+def check_data(config: Config, spec: DataSpec, section: str = "data") -> None:
+    """Checks that the network can be trained on such shards.
+
+    Raises:
+        ConfigError: naming the key, what it got and what the shards hold.
+    """
+    data: DataConfig = getattr(config, section)
+    model, where = config.model, data.remote or data.local
+    if spec.num_classes > model.num_classes:
+        raise ConfigError(f"model.num_classes: got {model.num_classes}; {where} has {spec.num_classes} classes")
+    if spec.num_classes < model.num_classes:
+        raise ConfigError(
+            f"model.num_classes: got {model.num_classes}; {where} has only {spec.num_classes} classes, so that the "
+            "others would never be trained"
+        )
+    if spec.samples < data.global_batch_size:
+        raise ConfigError(
+            f"{section}.global_batch_size: got {data.global_batch_size}; {where} has {spec.samples} samples"
+        )
+    if spec.kind == "latents":
+        theirs = spec.autoencoder or {}
+        if config.autoencoder.name != theirs.get("name"):
+            raise ConfigError(
+                f"autoencoder.name: got {config.autoencoder.name}; {where} was made with {theirs.get('name')}"
+            )
+        if data.image_size not in (None, spec.image_size):
+            raise ConfigError(
+                f"{section}.image_size: got {data.image_size}; {where} holds latents of {spec.image_size}"
+            )
+        check_latents(config, spec.channels, theirs["downsample"], spec.image_size, section)
+    elif config.autoencoder.name is None:
+        check_latents(config, spec.channels, 1, data.image_size or model.input_size, section)
+
+
+def check_latents(config: Config, channels: int, downsample: int, image_size: int, section: str = "data") -> None:
+    """Checks that pictures of image_size become latents that the network takes."""
+    model = config.model
+    if model.in_channels != channels:
+        raise ConfigError(f"model.in_channels: got {model.in_channels}; the data has {channels}")
+    if image_size % downsample:
+        raise ConfigError(
+            f"{section}.image_size: got {image_size}; the autoencoder makes one of {downsample} pixels along a side, "
+            f"so it takes a multiple of {downsample}"
+        )
+    if model.input_size != image_size // downsample:
+        raise ConfigError(
+            f"model.input_size: got {model.input_size}; pictures of {image_size} become latents of "
+            f"{image_size // downsample}"
+        )
+
+
+def check_same_run(config: Config) -> None:
+    """Checks that a local run of the same name, which this one would resume, is of the same network and objective."""
+    folder = str(config.trainer.get("save_folder") or "").replace("{run_name}", config.run_name)
+    saved = Path(folder, "config.yaml")
+    if not folder or "://" in folder or not saved.is_file():
+        return
+    try:
+        before = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(saved)))
+    except (OmegaConfBaseException, yaml.YAMLError, OSError) as error:
+        raise ConfigError(f"{saved}: not a run's config ({type(error).__name__}); choose another run_name") from None
+    pairs = [("model", network_arguments(before.model), network_arguments(config.model))]
+    pairs += [(s, vars(getattr(before, s)), vars(getattr(config, s))) for s in ("transport", "autoencoder")]
+    for section, old, new in pairs:
+        for name, value in new.items():
+            if old[name] != value:
+                raise ConfigError(
+                    f"{section}.{name}: got {value}; the run in {folder}, which this one would resume, has "
+                    f"{old[name]}. Choose another run_name or save_folder"
+                )

@@ -1,0 +1,178 @@
+"""A run's YAML: every key, its type, its default and what it means. `train.py --help` prints this.
+
+The YAML and the command line's ``key=value`` go into OmegaConf structured configs, so that an unknown key or a wrong
+type stops a run at once. Only light modules are imported here: a mistake must not wait for torch.
+"""
+
+import copy
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from sit_composer.names import variant
+
+
+class ConfigError(ValueError):
+    """A mistake in a run's config or surroundings, told in one line."""
+
+
+def key(doc: str, default: Any = MISSING) -> Any:
+    """A config key with its one-line documentation."""
+    return field(default_factory=lambda: copy.deepcopy(default), metadata={"doc": doc})
+
+
+@dataclass
+class ModelConfig:
+    name: str | None = key("SiT-{S,B,L,XL}/{2,4,8}: hidden_size, depth, num_heads and patch_size in one", None)
+    input_size: int = key("side of a latent (or of a picture, without an autoencoder)", 32)
+    in_channels: int = key("channels of a latent (or of a picture)", 4)
+    num_classes: int = key("labels run from 0 to num_classes - 1", 1000)
+    class_dropout_prob: float = key("how often a label is dropped, for guidance; 0: no guidance", 0.1)
+    learn_sigma: bool = key("keep the release's unused second half of the output channels", True)
+    hidden_size: int | None = key("width of the transformer, over name's", None)
+    depth: int | None = key("number of blocks, over name's", None)
+    num_heads: int | None = key("attention heads, over name's", None)
+    patch_size: int | None = key("side of a token's patch, over name's", None)
+    mlp_ratio: float = key("width of a block's MLP over hidden_size", 4.0)
+
+
+@dataclass
+class TransportConfig:
+    path_type: str = key("Linear, GVP or VP", "Linear")
+    prediction: str = key("what the network predicts: velocity, noise or score", "velocity")
+    loss_weight: str | None = key("null, velocity or likelihood", None)
+    train_eps: float | None = key("distance of training times from 0 and 1; null: as the path needs", None)
+    sample_eps: float | None = key("the same for sampling", None)
+
+
+@dataclass
+class AutoencoderConfig:
+    name: str | None = key("AutoencoderKL by hub name or path; null: the network works on pixels", None)
+
+
+@dataclass
+class DataConfig:
+    local: str = key("folder of the shards, or of their local copies if there is a remote")
+    remote: str | None = key("s3://, gs://, … URI of the shards; null: they are in local", None)
+    global_batch_size: int = key("samples a step, over all ranks")
+    num_workers: int = key("loader processes a rank", 8)
+    image_size: int | None = key("side to which pictures are cropped; null: what the network needs", None)
+    flip: bool = key("mirror every other picture", True)
+    shuffle: bool = key("another order each epoch", True)
+    predownload: int | None = key("samples a worker fetches ahead; null: streaming's own choice", None)
+    cache_limit: str | None = key("bound of the local copies, such as 100gb; null: none", None)
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = key("AdamW's learning rate", 1e-4)
+    betas: list[float] = key("AdamW's decay rates", [0.9, 0.999])
+    eps: float = key("AdamW's epsilon", 1e-8)
+    weight_decay: float = key("AdamW's weight decay", 0.0)
+
+
+@dataclass
+class EMAConfig:
+    decay: float = key("of the averaged weights, a batch", 0.9999)
+
+
+@dataclass
+class Config:
+    run_name: str = key("names the run; the same name resumes it")
+    seed: int = key("of weights, noise and data order", 0)
+    model: ModelConfig = key("the network", ModelConfig())
+    transport: TransportConfig = key("the path between noise and data", TransportConfig())
+    autoencoder: AutoencoderConfig = key("what lies between pictures and latents", AutoencoderConfig())
+    data: DataConfig = key("what is trained on", DataConfig())
+    eval_data: DataConfig | None = key("what is evaluated on, with data's keys; null: nothing", None)
+    optimizer: OptimizerConfig = key("AdamW", OptimizerConfig())
+    scheduler: dict[str, Any] = key("one of Composer's schedulers: {name: arguments}; none: a constant rate", {})
+    ema: EMAConfig | None = key("averaged weights; null: none", EMAConfig())
+    precision: str = key("fp32, amp_bf16 or amp_fp16", "fp32")
+    fsdp: dict[str, Any] | None = key("FSDP2's keys; null: DDP", None)
+    trainer: dict[str, Any] = key("arguments of Composer's Trainer, by their names", {})
+    algorithms: dict[str, Any] = key("Composer's algorithms: {name: arguments}", {})
+    callbacks: dict[str, Any] = key("Composer's callbacks: {name: arguments}", {})
+    loggers: dict[str, Any] = key("Composer's loggers: {name: arguments}", {})
+
+
+TYPE_NAMES = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}  # in OmegaConf's messages
+
+
+def documentation(cls: type = Config, prefix: str = "") -> str:
+    """A line for each key: its name, its default and its meaning."""
+    lines = []
+    for f in dataclasses.fields(cls):
+        section = next((s for s in SECTIONS if s.__name__ in str(f.type)), None)
+        if section is not None and f.name != "eval_data":
+            lines.append(documentation(section, f"{prefix}{f.name}."))
+            continue
+        default = f.default_factory()
+        shown = "???" if default == MISSING else "null" if default is None else str(default)
+        lines.append(f"  {prefix + f.name:<28} {f.metadata['doc']} [{shown}]")
+    return "\n".join(lines)
+
+
+SECTIONS = [ModelConfig, TransportConfig, AutoencoderConfig, DataConfig, OptimizerConfig, EMAConfig]
+
+
+def load_config(path: str, overrides: list[str]) -> Config:
+    """Reads a YAML, puts the command line's ``key=value`` over it: keys and types are right then, values not checked.
+
+    Raises:
+        ConfigError: naming the key, what it got and what it takes.
+    """
+    try:
+        file = OmegaConf.load(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not OmegaConf.is_dict(file):
+        raise ConfigError(f"{path}: not a YAML of keys and values")
+    for item in overrides:
+        if not re.fullmatch(r"[\w.]+=.*", item, re.DOTALL):
+            raise ConfigError(f"{item!r}: an override is written key=value, such as trainer.max_duration=10ba")
+    config = OmegaConf.structured(Config)
+    try:
+        config = OmegaConf.merge(config, file)
+        if any(item.startswith("scheduler=") for item in overrides):
+            config.scheduler = {}  # there is only one: another takes the YAML's place
+        config = OmegaConf.merge(config, OmegaConf.from_dotlist(overrides))
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise ConfigError(f"{missing[0]}: no value; give one in {path} or as {missing[0]}=… behind it")
+        config = OmegaConf.to_object(config)
+    except ConfigKeyError as error:
+        raise ConfigError(_unknown_key(error)) from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {_wrong_type(str(error.msg))}") from None
+    return config
+
+
+def _wrong_type(message: str) -> str:
+    first = message.strip().splitlines()[0]
+    match = re.fullmatch(r"Value '(.*)' (?:of type '.*' could not be converted to|is not a valid) (\w+).*", first)
+    return f"got {match[1]!r}; it takes {TYPE_NAMES.get(match[2], match[2])}" if match else first
+
+
+def _unknown_key(error: ConfigKeyError) -> str:
+    known = (
+        [f.name for f in dataclasses.fields(error.object_type)] if dataclasses.is_dataclass(error.object_type) else []
+    )
+    close = difflib.get_close_matches(str(error.key), known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(known)}"
+    return f"{error.full_key}: no such key; {hint}"
+
+
+def network_arguments(model: ModelConfig) -> dict[str, Any]:
+    """The constructor arguments of `SiT` that a model section means."""
+    arguments = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name != "name"}
+    sizes = variant(model.name) if model.name is not None else {}
+    return {k: sizes.get(k) if v is None else v for k, v in arguments.items()}

@@ -1,0 +1,203 @@
+"""Trains a SiT:   composer [-n RANKS] sit_composer/train.py YAML [key=value ...]
+
+Run the same command again to resume, or to be told that the run is finished.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+# A script run by its path finds its own folder first, where config.py, data.py and others would shadow modules of
+# those names in other packages.
+if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
+    del sys.path[0]
+
+from omegaconf import OmegaConf
+
+from sit_composer.checks import check, check_data, check_latents, check_same_run, local_spec
+from sit_composer.config import Config, ConfigError, documentation, load_config, network_arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0 when trained, 2 for a mistake in the config or the data that it names."""
+    parser = argparse.ArgumentParser(
+        prog="composer sit_composer/train.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="keys of the YAML, with defaults (???: must be given):\n" + documentation(),
+    )
+    parser.add_argument("yaml", help="the run's config, such as yamls/quickstart.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="go over the YAML's, such as data.local=/data"
+    )
+    args = parser.parse_intermixed_args(argv)
+    try:
+        config = load_config(args.yaml, args.overrides)
+        check(config)
+        check_same_run(config)
+        for section in ("data", "eval_data"):
+            data = getattr(config, section)
+            if data is not None and (spec := local_spec(data, section)) is not None:
+                check_data(config, spec, section)
+        train(config)  # from here on, torch is imported
+    except ValueError as error:
+        if not isinstance(error, ConfigError) and "torch" in sys.modules and not getattr(error, "one_line", False):
+            raise  # a fault of ours or a library's: with its traceback
+        return fail(str(error), 2)
+    return 0
+
+
+def fail(message: str, code: int) -> int:
+    """Prints a one-line error, once for all ranks, and returns the exit code."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def train(config: Config) -> None:
+    """Builds what the config says, and trains it to the end.
+
+    Raises:
+        ConfigError: for what the libraries, the data's spec or an earlier checkpoint refuse.
+        data.DataError: if a shard is missing or broken.
+    """
+    import composer
+    import torch
+    from composer.utils import dist, reproducibility
+
+    from sit_composer.autoencoder import AutoencoderSpec, load_autoencoder
+    from sit_composer.callbacks import ResumeRandomness, RunRecord
+    from sit_composer.data import build_loader, load_spec
+    from sit_composer.ema import EMA
+    from sit_composer.model import ComposerSiT
+    from sit_composer.sit import SiT
+    from sit_composer.transport import Transport
+
+    if config.precision != "fp32" and not torch.cuda.is_available():
+        raise ConfigError(f"precision: got {config.precision}; there is no GPU here, and a CPU takes fp32")
+    dist.initialize_dist(composer.trainer.device.DeviceGPU() if torch.cuda.is_available() else "cpu")
+
+    # --- Data, and what lies between it and the network ---
+    specs = {s: load_spec(d.remote, d.local) for s in ("data", "eval_data") if (d := getattr(config, s)) is not None}
+    encoder = None
+    spec = specs["data"]
+    if spec.kind == "latents":
+        autoencoder = AutoencoderSpec(**spec.autoencoder)
+    elif config.autoencoder.name is None:
+        autoencoder = AutoencoderSpec(name=None, channels=spec.channels)
+    else:
+        encoder = load_autoencoder(config.autoencoder.name, 3, "cuda" if torch.cuda.is_available() else "cpu")
+        autoencoder = encoder.spec
+    loaders = {}
+    for section, spec in specs.items():
+        data = getattr(config, section)
+        check_data(config, spec, section)
+        image_size = data.image_size or config.model.input_size * autoencoder.downsample
+        check_latents(config, autoencoder.channels, autoencoder.downsample, image_size, section)
+        loaders[section] = build_loader(
+            data.remote,
+            data.local,
+            spec=spec,
+            batch_size=data.global_batch_size // dist.get_world_size(),
+            image_size=image_size if spec.kind == "pixels" else None,
+            flip=data.flip and section == "data",
+            shuffle=data.shuffle and section == "data",
+            seed=config.seed,
+            num_workers=data.num_workers,
+            drop_last=section == "data",
+            predownload=data.predownload,
+            cache_limit=data.cache_limit,
+        )
+
+    # --- Network, objective and optimizer ---
+    reproducibility.seed_all(config.seed)  # the same on every rank: Composer doesn't spread rank 0's weights under FSDP
+    network = SiT(**network_arguments(config.model))
+    transport = Transport(**vars(config.transport))
+    model = ComposerSiT(network, transport, autoencoder, encoder)
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], **vars(config.optimizer))
+
+    # --- Composer ---
+    ema = [EMA(config.ema.decay)] if config.ema is not None else []
+    randomness = ResumeRandomness()
+    record = {
+        "model": network_arguments(config.model),
+        "transport": vars(config.transport),
+        "autoencoder": autoencoder.as_dict(),
+        "classes": list(specs["data"].classes),
+        "ema_decay": config.ema.decay if config.ema is not None else None,
+    }
+    try:
+        trainer = composer.Trainer(
+            model=model,
+            optimizers=optimizer,
+            schedulers=build("scheduler", config.scheduler or {"constant": {}})[0],
+            train_dataloader=loaders["data"],
+            eval_dataloader=loaders.get("eval_data"),
+            algorithms=[*ema, *build("algorithms", config.algorithms)],
+            callbacks=[*(e.weights for e in ema), randomness, RunRecord(record), *build("callbacks", config.callbacks)],
+            loggers=build("loggers", config.loggers),
+            run_name=config.run_name,
+            seed=config.seed,
+            precision=config.precision,
+            **config.trainer,
+        )
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+    randomness.trainer = trainer
+    if (folder := config.trainer.get("save_folder")) is not None:
+        save_config(config, folder)
+    try:
+        if trainer.state.timestamp >= trainer.state.max_duration:
+            say(f"{config.run_name} is trained: {trainer.state.timestamp.batch} batches, as max_duration says")
+        else:
+            trainer.fit()
+    finally:
+        trainer.close()
+
+
+def build(section: str, entries: dict) -> list:
+    """The objects of Composer's that a section of the YAML names."""
+    import importlib
+
+    from sit_composer.composer_api import find_class
+
+    built = []
+    for name, arguments in entries.items():
+        class_name, module = find_class(section, name)
+        try:
+            built.append(getattr(importlib.import_module(module), class_name)(**(arguments or {})))
+        except Exception as error:  # whatever the class thinks of its arguments, or of a package that it misses
+            raise ConfigError(f"{section}.{name}: {' '.join(str(error).split())}") from error
+    return built
+
+
+def save_config(config: Config, folder: str) -> None:
+    """Writes the resolved config beside the run's checkpoints, as config.yaml."""
+    import tempfile
+
+    from composer.utils import dist, format_name_with_dist, maybe_create_object_store_from_uri, parse_uri
+
+    if dist.get_global_rank() != 0:
+        return
+    folder = format_name_with_dist(folder, config.run_name)
+    text = OmegaConf.to_yaml(OmegaConf.structured(config))
+    store = maybe_create_object_store_from_uri(folder)
+    if store is None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, "config.yaml").write_text(text)
+        return
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(text)
+        file.flush()
+        store.upload_object(f"{parse_uri(folder)[2].rstrip('/')}/config.yaml", file.name)
+
+
+def say(message: str) -> None:
+    """Prints a line, once for all ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from sit_composer import names
+from sit_composer.checks import check, check_data, local_spec
+from sit_composer.config import ConfigError, load_config, network_arguments
+from sit_composer.interpolant import PATHS
+from sit_composer.sit import build_sit
+from sit_composer.spec import DataSpec
+from tests.conftest import ROOT
+
+QUICKSTART = str(ROOT / "yamls" / "quickstart.yaml")
+PAPER = sorted(path.name for path in (ROOT / "yamls").glob("sit_*.yaml"))
+
+
+def configure(*overrides, path=QUICKSTART):
+    config = load_config(path, list(overrides))
+    check(config)
+    return config
+
+
+def test_the_command_line_goes_over_the_yaml():
+    config = configure("data.num_workers=3", "optimizer.lr=1e-5", "trainer.max_duration=7ba", "ema=null")
+    assert config.data.num_workers == 3
+    assert config.optimizer.lr == 1e-5
+    assert config.trainer["max_duration"] == "7ba"
+    assert config.trainer["autoresume"] is True
+    assert config.ema is None
+    assert config.data.global_batch_size == load_config(QUICKSTART, []).data.global_batch_size
+
+
+def test_a_scheduler_on_the_command_line_takes_the_place_of_the_yamls():
+    assert configure("scheduler={constant: {}}").scheduler == {"constant": {}}
+
+
+def test_a_variant_is_shorthand_and_sizes_go_over_it():
+    model = configure("model.name=SiT-B/4", "model.hidden_size=null", "model.patch_size=null", "model.depth=3").model
+    arguments = network_arguments(model)
+    assert (arguments["hidden_size"], arguments["patch_size"], arguments["depth"]) == (768, 4, 3)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_papers_yaml_is_whole_but_for_its_places(name):
+    path = str(ROOT / "yamls" / name)
+    with pytest.raises(ConfigError, match=r"data\.local: no value"):
+        configure(path=path)
+    config = configure("data.remote=s3://b/d", "data.local=/tmp/d", "trainer.save_folder=s3://b/r", path=path)
+    assert config.optimizer.lr == 1e-4
+    assert config.ema.decay == 0.9999
+    assert config.data.global_batch_size == 256
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_yamls_header_has_the_numbers_that_follow_from_its_network(name):
+    path = ROOT / "yamls" / name
+    model = yaml.safe_load(path.read_text())["model"]
+    network = build_sit(model["name"], input_size=model["input_size"])
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    images_a_second = 356e12 / (6 * network.forward_macs())
+    header = " ".join(line.strip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+    assert f"{20 * trained / 1e9:.1f} GB of weights" in header
+    assert f"({images_a_second:.0f} images/s)" in header
+    assert f"{400_000 * 256 / (8 * images_a_second) / 3600:.1f} h for 400k steps" in header
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("modl.depth=3", "modl: no such key; did you mean model?"),
+        ("model.hiden_size=3", "model.hiden_size: no such key; did you mean hidden_size?"),
+        ("data.num_workers=four", "data.num_workers: got 'four'; it takes a whole number"),
+        ("optimizer.lr=fast", "optimizer.lr: got 'fast'; it takes a number"),
+        ("data.flip=maybe", "data.flip: got 'maybe'; it takes true or false"),
+        ("depth", "'depth': an override is written key=value"),
+        ("model.hidden_size=130", "model.hidden_size: got 130; it takes a multiple of num_heads (4)"),
+        ("model.input_size=9", "model.input_size: got 9; it takes a multiple of patch_size (2)"),
+        ("model.depth=0", "model.depth: got 0; it takes a whole number, 1 or more"),
+        ("model.depth=null", "model.depth: no value; give it, or a variant"),
+        ("model.name=SiT-XXL/2", "model.name: got 'SiT-XXL/2'; it takes SiT-S/2"),
+        ("model.class_dropout_prob=1", "model.class_dropout_prob: got 1.0; it takes a number in [0, 1)"),
+        ("transport.path_type=linear", "transport.path_type: got 'linear'; it takes Linear, GVP, VP"),
+        ("transport.prediction=eps", "transport.prediction: got 'eps'"),
+        ("transport.loss_weight=snr", "transport.loss_weight: got 'snr'; it takes None, velocity, likelihood"),
+        ("transport.train_eps=0.6", "transport.train_eps: got 0.6; it takes a number in [0, 0.5)"),
+        ("data.global_batch_size=0", "data.global_batch_size: got 0"),
+        ("optimizer.lr=0", "optimizer.lr: got 0.0; it takes a number above 0"),
+        ("optimizer.betas=[0.9]", "optimizer.betas: got [0.9]; it takes two numbers"),
+        ("ema.decay=1", "ema.decay: got 1.0; it takes a number between 0 and 1"),
+        ("precision=bf16", "precision: got 'bf16'; it takes fp32"),
+        ("fsdp={}", "fsdp: got a value; sharded training is not in this version"),
+        ("scheduler={constant: {}, cosine_annealing: {}}", "scheduler: got 2 of them; it takes one"),
+        ("scheduler={cosine: {}}", "scheduler.cosine: Composer has no such thing"),
+        ("trainer.max_duration=long", "trainer.max_duration: got 'long'; it takes a time"),
+        ("trainer.autoresum=true", "trainer.autoresum: Trainer has no such argument; did you mean autoresume?"),
+        ("trainer.progress_bar=7", "trainer.progress_bar: got 7; it takes bool"),
+        ("trainer.precision=fp32", "trainer.precision: set it as precision, at the top"),
+        ("trainer.save_folder=null", "trainer.save_folder: no value; autoresume needs one"),
+        ("trainer.save_weights_only=true", "trainer.save_weights_only: got True; it would leave the EMA out"),
+        ("trainer.device_train_microbatch_size=0", "trainer.device_train_microbatch_size: got 0"),
+        ("algorithms.ema={}", "algorithms.ema: set it as ema.decay"),
+        ("callbacks.sped_monitor={}", "callbacks.sped_monitor: Composer has no such thing; did you mean SpeedMonitor?"),
+        ("callbacks.speed_monitor.windw_size=3", "windw_size: SpeedMonitor has no such argument; did you mean window_"),
+        ("callbacks.lr_monitor=3", "callbacks.lr_monitor: got 3; it takes its arguments"),
+        ("loggers.file={filname: x}", "loggers.file.filname: FileLogger has no such argument; did you mean filename?"),
+        ("algorithms.gradient_clipping={}", "algorithms.gradient_clipping.clipping_type: no value"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_told_by_key_value_and_what_is_taken(override, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - its message is checked below
+        configure(override)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match="with 3 ranks it takes a multiple of 3"):
+        configure()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("model: [", "not YAML"), ("- 1", "not a YAML of keys and values"), ("run_name: a\nrun_name: b", "duplicate key")],
+)
+def test_a_file_that_is_no_config_is_named(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(str(path), [])
+    assert str(path) in str(error.value)
+
+
+def spec(**changes) -> DataSpec:
+    values = {"kind": "pixels", "channels": 1, "image_size": 8, "num_classes": 10, "samples": 1797}
+    values |= {"classes": [str(i) for i in range(10)], "class_counts": [180] * 10}
+    return DataSpec(**values | changes)
+
+
+LATENTS = {"name": "some/vae", "scale": 0.2, "shift": 0.0, "channels": 4, "downsample": 8}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes", "message"),
+    [
+        ([], {"num_classes": 11, "classes": ["a"] * 11, "class_counts": [1] * 11}, "has 11 classes"),
+        (["model.num_classes=12"], {}, "model.num_classes: got 12; runs/quickstart/shards has only 10 classes"),
+        ([], {"channels": 3}, "model.in_channels: got 1; the data has 3"),
+        (["data.image_size=16"], {}, "model.input_size: got 8; pictures of 16 become latents of 16"),
+        ([], {"samples": 60}, "data.global_batch_size: got 64; runs/quickstart/shards has 60 samples"),
+        (
+            [],
+            {"kind": "latents", "autoencoder": LATENTS},
+            "autoencoder.name: got None; runs/quickstart/shards was made",
+        ),
+        (
+            ["autoencoder.name=some/vae", "model.in_channels=4"],
+            {"kind": "latents", "autoencoder": LATENTS, "channels": 4, "image_size": 250},
+            "data.image_size: got 250; the autoencoder makes one of 8 pixels",
+        ),
+    ],
+)
+def test_data_that_does_not_fit_the_network_is_refused(overrides, changes, message):
+    with pytest.raises(ConfigError) as error:
+        check_data(configure(*overrides), spec(**changes))
+    assert message in str(error.value)
+
+
+def test_data_that_fits_passes():
+    check_data(configure(), spec())
+
+
+def test_a_folder_without_shards_says_what_makes_them(tmp_path):
+    config = configure(f"data.local={tmp_path}")
+    with pytest.raises(ConfigError, match=r"data\.local: no shards in .*convert/to_mds\.py makes them"):
+        local_spec(config.data)
+
+
+def test_a_malformed_spec_is_named(tmp_path):
+    (tmp_path / "spec.json").write_text('{"version": 1, "kind": "pixels"}')
+    with pytest.raises(ConfigError, match=r"spec\.json is not a shard spec"):
+        local_spec(configure(f"data.local={tmp_path}").data)
+    (tmp_path / "spec.json").write_text('{"version": 9}')
+    with pytest.raises(ConfigError, match=r"spec\.json is of version 9; this program reads version 1"):
+        local_spec(configure(f"data.local={tmp_path}").data)
+
+
+def test_paths_have_one_list_of_names():
+    assert tuple(PATHS) == names.PATHS
+
+
+@pytest.mark.parametrize("arguments", [["--help"], [QUICKSTART, "modl.depth=3"]])
+def test_help_and_mistakes_import_nothing_heavy(arguments):
+    code = (
+        "import sys, runpy; sys.argv = ['sit_composer/train.py', *sys.argv[1:]]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally: assert not {'torch', 'composer', 'streaming', 'numpy'} & sys.modules.keys()"
+    )
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert "AssertionError" not in done.stderr
+    if arguments == ["--help"]:
+        assert done.returncode == 0
+        assert "data.global_batch_size" in done.stdout
+    else:
+        assert done.returncode == 2
+        assert done.stderr == "error: modl: no such key; did you mean model?\n"
+    assert time.monotonic() - start < 30  # two seconds on a free machine; here others may be at work
