@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sit_composer.errors import UserError
+
 
 @dataclass(frozen=True)
 class AutoencoderSpec:
@@ -51,7 +53,7 @@ class KLAutoencoder:
         device, dtype: where and how it computes; what goes in and out is converted.
 
     Raises:
-        ValueError: if no AutoencoderKL can be loaded from there.
+        UserError: if no AutoencoderKL can be loaded from there.
     """
 
     def __init__(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
@@ -61,7 +63,7 @@ class KLAutoencoder:
             vae = AutoencoderKL.from_pretrained(name)
         except Exception as error:  # diffusers raises a dozen kinds
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(f"autoencoder.name: can't load an AutoencoderKL from {name!r}: {reason}") from error
+            raise UserError(f"autoencoder.name: can't load an AutoencoderKL from {name!r}: {reason}") from error
         self.vae = vae.to(device, dtype).eval().requires_grad_(False)
         self.spec = AutoencoderSpec(
             name=name,

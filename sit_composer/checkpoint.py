@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sit_composer.errors import UserError
 from sit_composer.names import choose
 
 WEIGHTS = ("ema", "training")
@@ -29,10 +30,8 @@ CONTAINERS = [
 ]
 
 
-class CheckpointError(ValueError):
-    """Why a checkpoint can't be used, in one line."""
-
-    one_line = True
+class CheckpointError(UserError):
+    """Why a checkpoint can't be used."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,7 @@ def load_checkpoint(path: str, weights: str = "ema") -> Checkpoint:
     file = Path(path, "latest-rank0.pt") if Path(path).is_dir() else Path(path)
     if not file.exists():
         raise CheckpointError(f"{path}: no checkpoint here{'' if file == Path(path) else f' ({file.name} is missing)'}")
+    file = file.resolve() if file.is_symlink() else file  # what is recorded should not be "latest"
     state = _read(file).get("state")
     try:
         callbacks = state["callbacks"]

@@ -1,6 +1,6 @@
 """What a run's config must fulfil beyond keys and types, checked before torch is imported.
 
-Every check raises ValueError or its ConfigError, with one line: the key, what it got, and what it takes.
+Every check raises a UserError, mostly ConfigError, with one line: the key, what it got, and what it takes.
 """
 
 import os

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from sit_composer.errors import UserError
 from sit_composer.names import choose
 
 GROUPS = {  # section of the YAML: (package whose __init__ exports the classes, what their names end with)
@@ -22,7 +23,7 @@ PLAIN = {"bool": bool, "int": int, "float": float, "str": str, "None": type(None
 def _tree(*path: str) -> ast.Module:
     composer = importlib.util.find_spec("composer")
     if composer is None or not composer.submodule_search_locations:
-        raise ValueError("mosaicml (the package composer) is not installed: run `make install`")
+        raise UserError("mosaicml (the package composer) is not installed: run `make install`")
     return ast.parse(Path(composer.submodule_search_locations[0], *path).read_text())
 
 
@@ -34,7 +35,7 @@ def find_class(section: str, name: str) -> tuple[str, str]:
     """The class behind a YAML's name for it: (its name, its module), for speed_monitor SpeedMonitor.
 
     Raises:
-        ValueError: if Composer has none of that name.
+        UserError: if Composer has none of that name.
     """
     package, ending = GROUPS[section]
     classes = {}
@@ -47,7 +48,7 @@ def find_class(section: str, name: str) -> tuple[str, str]:
     if wanted not in classes:
         close = difflib.get_close_matches(wanted, classes, n=1)
         hint = f"; did you mean {classes[close[0]][0]}?" if close else f"; it has {', '.join(sorted(classes))}"
-        raise ValueError(f"{section}.{name}: Composer has no such thing{hint}")
+        raise UserError(f"{section}.{name}: Composer has no such thing{hint}")
     return classes[wanted]
 
 
@@ -84,7 +85,7 @@ def check(key: str, arguments: dict[str, Any], class_name: str, path: tuple[str,
         path: the class's source file, below the package.
 
     Raises:
-        ValueError: naming the key, what it got, and what it takes.
+        UserError: naming the key, what it got, and what it takes.
     """
     known = _arguments(class_name, path)
     if known is None:
@@ -93,15 +94,15 @@ def check(key: str, arguments: dict[str, Any], class_name: str, path: tuple[str,
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else f"; it takes {', '.join(known) or 'nothing'}"
-            raise ValueError(f"{key}.{name}: {class_name} has no such argument{hint}")
+            raise UserError(f"{key}.{name}: {class_name} has no such argument{hint}")
         types = _accepts(known[name][0])
         if types is not None:
             admitted = tuple(PLAIN[t] for t in types) + ((int,) if "float" in types else ())
             if not isinstance(value, admitted) or (isinstance(value, bool) and "bool" not in types):
-                raise ValueError(f"{key}.{name}: got {value!r}; it takes {' or '.join(sorted(types))}")
+                raise UserError(f"{key}.{name}: got {value!r}; it takes {' or '.join(sorted(types))}")
     for name, (_, required) in known.items():
         if required and name not in arguments:
-            raise ValueError(f"{key}.{name}: no value; {class_name} needs one")
+            raise UserError(f"{key}.{name}: no value; {class_name} needs one")
 
 
 def check_group(section: str, name: str, arguments: dict[str, Any]) -> None:

@@ -15,10 +15,11 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from sit_composer.errors import UserError
 from sit_composer.names import variant
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A mistake in a run's config or surroundings, told in one line."""
 
 

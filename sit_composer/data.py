@@ -27,6 +27,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
+from sit_composer.errors import UserError
 from sit_composer.spec import SPEC_NAME, DataSpec
 
 INDEX_NAME = "index.json"
@@ -37,7 +38,7 @@ COLUMNS = {  # of each kind of data: their names, and how their encodings may be
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # PIL's other decoders are not for unknown files
 
 
-class DataError(RuntimeError, ValueError):
+class DataError(UserError):
     """What is wrong with the data, and where, in one line; in one line too when a DataLoader's worker raised it."""
 
     def __init__(self, message: str) -> None:
@@ -126,6 +127,8 @@ class CheckedStream(Stream):
         samples = sum(shard.samples for shard in shards)
         if samples != self.spec.samples:
             raise DataError(f"{uri} lists {samples} samples, but {SPEC_NAME} says {self.spec.samples}: one is stale")
+        if self.remote is not None:
+            _claim_cache(self.local, self.remote)
         return shards
 
     def get_index_size(self) -> int:
@@ -187,6 +190,18 @@ def _files(shard: Reader) -> list[Any]:
     return [file for file in shard.file_pairs[0] if file]
 
 
+def _claim_cache(local: str, remote: str) -> None:
+    """Notes whose copies the folder holds: shards of two data sets have the same names."""
+    note = Path(local, "remote.txt")
+    note.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{note}.lock"):
+        owner = note.read_text() if note.exists() else ""
+        if not owner:
+            note.write_text(remote)
+    if owner not in ("", remote):
+        raise DataError(f"{local} holds copies of {owner}, not of {remote}: choose another local folder, or empty it")
+
+
 class SitDataset(StreamingDataset):
     """Labelled pictures or latents. A sample has ``index`` (its number in the data set), ``label`` and:
 
@@ -222,11 +237,10 @@ class SitDataset(StreamingDataset):
         self.epoch = 0
         self.prefetch_failed: set[int] = set()
         remote = _source(remote, local)
-        options = {"remote": remote, "download_retry": download_retry, "download_timeout": download_timeout}
         try:
-            self.stream = CheckedStream(spec, local=local, **options)
-            if remote:
-                _claim_cache(local, remote)
+            self.stream = CheckedStream(
+                spec, remote=remote, local=local, download_retry=download_retry, download_timeout=download_timeout
+            )
             super().__init__(
                 streams=[self.stream],
                 batch_size=batch_size,
@@ -290,6 +304,8 @@ class SitDataset(StreamingDataset):
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Fetches a shard; if ``blocking``, until it is here or this process's own attempt has failed."""
+        if not blocking and not self.cache_limit and self._shard_states[shard_id] == _ShardState.LOCAL:
+            return  # the stock method would take a file lock, for every sample that is prefetched
         while not (shard_id in self.prefetch_failed and not blocking):
             try:
                 super().prepare_shard(shard_id, blocking)
@@ -330,18 +346,6 @@ class SitDataset(StreamingDataset):
             # the start of the epoch just done, whose order and flips a resumed run would then see again.
             state["epoch"] = max(state["epoch"], self.next_epoch)
         return state
-
-
-def _claim_cache(local: str, remote: str) -> None:
-    """Notes whose copies the folder holds: shards of two data sets have the same names."""
-    note = Path(local, "remote.txt")
-    note.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{note}.lock"):
-        owner = note.read_text() if note.exists() else ""
-        if not owner:
-            note.write_text(remote)
-    if owner not in ("", remote):
-        raise DataError(f"{local} holds copies of {owner}, not of {remote}: choose another local folder, or empty it")
 
 
 def coin(seed: int, epoch: int, index: int) -> bool:
@@ -395,6 +399,20 @@ def center_crop(image: torch.Tensor, size: int) -> torch.Tensor:
     return image[:, top : top + size, left : left + size]
 
 
+class SitLoader(StreamingDataLoader):
+    """A StreamingDataLoader that stops its workers when one of them fails."""
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        try:
+            yield from super().__iter__()
+        except Exception:
+            # Left to the garbage collector, they are waited for five seconds each before the program ends.
+            if self._iterator is not None:
+                self._iterator._shutdown_workers()
+                self._iterator = None
+            raise
+
+
 def build_loader(
     remote: str | None,
     local: str,
@@ -408,7 +426,7 @@ def build_loader(
     num_workers: int = 0,
     drop_last: bool = True,
     **options: Any,
-) -> StreamingDataLoader:
+) -> SitLoader:
     """A loader of dicts: ``image`` or ``moments`` of `SitDataset`, stacked, and int64 ``label`` and ``index`` (N,).
 
     Args:
@@ -440,7 +458,7 @@ def build_loader(
         seed=seed,
         **options,
     )
-    return StreamingDataLoader(
+    return SitLoader(
         dataset,
         batch_size=batch_size,
         num_workers=num_workers,
@@ -448,4 +466,7 @@ def build_loader(
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
         prefetch_factor=2 if num_workers else None,
+        # Each pass over a DataLoader draws a seed for its workers; from torch's own generator, an evaluation would
+        # change the noise of the training after it.
+        generator=torch.Generator(),
     )

@@ -6,6 +6,7 @@ Guiding the prediction guides the velocity and the score alike, as each is affin
 import torch
 from torch import Tensor
 
+from sit_composer.errors import UserError
 from sit_composer.sit import SiT
 
 
@@ -20,12 +21,12 @@ class Guidance:
         channels: guide only the first so many, and leave the rest conditional; the release guides 3 of 4.
 
     Raises:
-        ValueError: for a scale other than 1 on a network that has no null class.
+        UserError: for a scale other than 1 on a network that has no null class.
     """
 
     def __init__(self, network: SiT, scale: float, channels: int | None = None):
         if scale != 1 and network.null_label is None:
-            raise ValueError(
+            raise UserError(
                 f"cfg_scale: got {scale:g}, but the network has no null class to guide away from "
                 "(it was trained with class_dropout_prob 0); it takes 1"
             )

@@ -1,4 +1,6 @@
-"""The names that configs, command lines and code share. Nothing is imported here: a config is checked at once."""
+"""The names that configs, command lines and code share. Nothing heavy is imported here: a config is checked at once."""
+
+from sit_composer.errors import UserError
 
 SIZES = {  # name: (hidden_size, depth, num_heads), table 1 of DiT (arXiv 2212.09748)
     "S": (384, 12, 6),
@@ -21,9 +23,9 @@ ODE_METHODS = FIXED_STEP_METHODS + ADAPTIVE_METHODS
 
 
 def choose(name: str, value: object, choices: tuple) -> None:
-    """Raises ValueError, naming the option, its value and what it takes, unless value is one of the choices."""
+    """Raises UserError, naming the option, its value and what it takes, unless value is one of the choices."""
     if value not in choices:
-        raise ValueError(f"{name}: got {value!r}; it takes {', '.join(str(choice) for choice in choices)}")
+        raise UserError(f"{name}: got {value!r}; it takes {', '.join(str(choice) for choice in choices)}")
 
 
 def variant(name: str) -> dict[str, int]:

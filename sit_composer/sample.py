@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sit_composer.errors import UserError
 from sit_composer.names import DIFFUSION_FORMS, LAST_STEPS, ODE_METHODS, SDE_METHODS
 
 SETTINGS = "sampling.json"
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command continues", file=sys.stderr)
         return 130
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
     """Draws what is asked for and not there yet.
 
     Raises:
-        ValueError: for a checkpoint, class or setting that can't be used.
+        UserError: for a checkpoint, class or setting that can't be used.
     """
     import torch
     from tqdm import tqdm
@@ -130,7 +131,7 @@ def run(args: argparse.Namespace) -> None:
         transport = Transport(**record["transport"])
         autoencoder = load_autoencoder(record["autoencoder"]["name"], record["autoencoder"]["channels"], device)
         if autoencoder.spec.as_dict() != record["autoencoder"]:
-            raise ValueError(
+            raise UserError(
                 f"{args.checkpoint}: trained on latents of {record['autoencoder']}, and the autoencoder of that name "
                 f"is now {autoencoder.spec.as_dict()}"
             )
@@ -153,7 +154,7 @@ def choose_labels(args: argparse.Namespace, classes: list[str]) -> list[int]:
     """The label of each picture to draw, in order of the classes.
 
     Raises:
-        ValueError: for a class that there isn't.
+        UserError: for a class that there isn't.
     """
     if args.classes is None:
         count = args.num_images or 16
@@ -163,7 +164,7 @@ def choose_labels(args: argparse.Namespace, classes: list[str]) -> list[int]:
         name = name.strip()
         label = classes.index(name) if name in classes else int(name) if name.isdecimal() else -1
         if not 0 <= label < len(classes):
-            raise ValueError(f"--classes: got {name!r}; it takes labels 0 to {len(classes) - 1}, or the classes' names")
+            raise UserError(f"--classes: got {name!r}; it takes labels 0 to {len(classes) - 1}, or the classes' names")
         labels += [label] * args.per_class
     return labels
 
@@ -177,6 +178,7 @@ def generate(
     is the same picture whatever it is batched with. (An adaptive solver's steps do depend on the batch, within its
     tolerances.)
     """
+    import numpy as np
     import torch
 
     from sit_composer.guidance import Guidance
@@ -184,10 +186,12 @@ def generate(
 
     device = next(network.parameters()).device
     shape = (network.in_channels, network.input_size, network.input_size)
-    generators = [torch.Generator().manual_seed((sampling.seed << 32) + i) for i in indices]
+    # numpy's generators, as torch's on the CPU heeds only 32 bits of a seed.
+    generators = [np.random.default_rng((sampling.seed, i)) for i in indices]
 
     def draw() -> torch.Tensor:
-        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+        noise = np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators])
+        return torch.from_numpy(noise).to(device)
 
     model = Counted(Guidance(network, sampling.cfg_scale))
     common = {"sampling_method": sampling.sampling_method, "num_steps": sampling.num_steps}
@@ -206,18 +210,18 @@ def claim(out: Path, settings: dict, count: int) -> list[int]:
     """Makes the folder ours, and gives the indices of the pictures that it lacks.
 
     Raises:
-        ValueError: if it holds something else, which is left as it is.
+        UserError: if it holds something else, which is left as it is.
     """
     if out.exists() and not out.is_dir():
-        raise ValueError(f"--out: {out} is a file; it takes a folder")
+        raise UserError(f"--out: {out} is a file; it takes a folder")
     if out.is_dir() and any(out.iterdir()):
         try:
             before = json.loads((out / SETTINGS).read_text())
         except (OSError, ValueError):
-            raise ValueError(f"--out: {out} holds files that are not samples; choose another folder") from None
+            raise UserError(f"--out: {out} holds files that are not samples; choose another folder") from None
         for name, value in settings.items():
             if before.get(name) != json.loads(json.dumps(value)):
-                raise ValueError(f"--out: {out} holds samples with another {name}; choose another folder")
+                raise UserError(f"--out: {out} holds samples with another {name}; choose another folder")
         return [i for i in range(count) if not (out / f"{i:06d}.png").exists()]
     out.mkdir(parents=True, exist_ok=True)
     write_json(settings, out / SETTINGS)
@@ -243,7 +247,8 @@ def write_png(picture: Any, path: Path) -> None:
 
 
 def write_json(content: dict, path: Path) -> None:
-    _write(path, (json.dumps(content, indent=1) + "\n").encode())
+    lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in content.items())
+    _write(path, f"{{\n{lines}\n}}\n".encode())
 
 
 def write_npz(pictures: list[Any], labels: list[int], path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
+from sit_composer.errors import UserError
 from sit_composer.names import ADAPTIVE_METHODS, LAST_STEPS, ODE_METHODS, SDE_METHODS, choose
 from sit_composer.transport import SINGULAR_EPS, Transport
 
@@ -28,7 +29,7 @@ class Counted:
 
 def _check_steps(num_steps: int) -> None:
     if num_steps < 2:
-        raise ValueError(f"num_steps: got {num_steps}; it takes 2 or more, as it counts the time points, both ends too")
+        raise UserError(f"num_steps: got {num_steps}; it takes 2 or more, as it counts the time points, both ends too")
 
 
 @torch.no_grad()
@@ -53,7 +54,7 @@ def sample_ode(
         reverse: from data to noise instead; z is then data.
 
     Raises:
-        ValueError: for an unknown solver, or fewer than 2 time points.
+        UserError: for an unknown solver, or fewer than 2 time points.
     """
     choose("sampling_method", sampling_method, ODE_METHODS)
     _check_steps(num_steps)
@@ -98,7 +99,7 @@ def sample_sde(
         draw: gives each step's noise, of z's shape; None is torch.randn.
 
     Raises:
-        ValueError: for an unknown method, form or last step, a last step outside (0, 1), or too few time points.
+        UserError: for an unknown method, form or last step, a last step outside (0, 1), or too few time points.
     """
     choose("sampling_method", sampling_method, SDE_METHODS)
     choose("last_step", last_step, LAST_STEPS)
@@ -106,7 +107,7 @@ def sample_sde(
     if last_step is None:
         last_step_size = 0.0
     elif not 0 < last_step_size < 1:
-        raise ValueError(f"last_step_size: got {last_step_size}; it takes a number in (0, 1)")
+        raise UserError(f"last_step_size: got {last_step_size}; it takes a number in (0, 1)")
     t0, t1 = tr.interval(sde=True, eval=True, diffusion_form=diffusion_form, last_step_size=last_step_size)
     if sampling_method == "Heun" and t1 == 1:
         t1 = 1 - SINGULAR_EPS  # Heun evaluates the score at its end, where it has a pole

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from sit_composer.checks import check, check_data, check_latents, check_same_run, local_spec
 from sit_composer.config import Config, ConfigError, documentation, load_config, network_arguments
+from sit_composer.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,18 +42,11 @@ def main(argv: list[str] | None = None) -> int:
             if data is not None and (spec := local_spec(data, section)) is not None:
                 check_data(config, spec, section)
         train(config)  # from here on, torch is imported
-    except ValueError as error:
-        if not isinstance(error, ConfigError) and "torch" in sys.modules and not getattr(error, "one_line", False):
-            raise  # a fault of ours or a library's: with its traceback
-        return fail(str(error), 2)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0" or "torch" in sys.modules:  # before that, all ranks have the same to say
+            print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
-
-
-def fail(message: str, code: int) -> int:
-    """Prints a one-line error, once for all ranks, and returns the exit code."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
-    return code
 
 
 def train(config: Config) -> None:
@@ -149,7 +143,7 @@ def train(config: Config) -> None:
         save_config(config, folder)
     try:
         if trainer.state.timestamp >= trainer.state.max_duration:
-            say(f"{config.run_name} is trained: {trainer.state.timestamp.batch} batches, as max_duration says")
+            say(f"{config.run_name} is trained: {int(trainer.state.timestamp.batch)} batches, as max_duration says")
         else:
             trainer.fit()
     finally:

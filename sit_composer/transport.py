@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from sit_composer.errors import UserError
 from sit_composer.interpolant import PATHS, expand
 from sit_composer.names import DIFFUSION_FORMS, LOSS_WEIGHTS, PREDICTIONS, choose
 
@@ -28,7 +29,7 @@ class Transport:
         sample_eps: the same for sampling; None is 0 for velocity, 1e-3 otherwise. Either eps, when given, counts.
 
     Raises:
-        ValueError: for a name that is none of the above, or an eps outside [0, ½).
+        UserError: for a name that is none of the above, or an eps outside [0, ½).
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Transport:
         choose("loss_weight", loss_weight, LOSS_WEIGHTS)
         for name, eps in (("train_eps", train_eps), ("sample_eps", sample_eps)):
             if eps is not None and not 0 <= eps < 0.5:
-                raise ValueError(f"{name}: got {eps}; it takes a number in [0, 0.5)")
+                raise UserError(f"{name}: got {eps}; it takes a number in [0, 0.5)")
         self.path_type = path_type
         self.path = PATHS[path_type]()
         self.prediction = prediction

@@ -1,0 +1,195 @@
+"""Sampling and the checkpoints it reads, on a tiny network that two batches trained."""
+
+import contextlib
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sit_composer import sample, train
+from sit_composer.checkpoint import CheckpointError, load_checkpoint
+from sit_composer.sample import SETTINGS, Sampling, generate
+from sit_composer.sit import SiT
+from sit_composer.transport import Transport
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def checkpoints(digits_shards, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    overrides = [
+        "model.hidden_size=32",
+        "model.depth=1",
+        "model.num_heads=2",
+        "trainer.max_duration=2ba",
+        "scheduler={constant: {}}",
+    ]
+    places = [f"data.local={digits_shards}", f"trainer.save_folder={folder}", "trainer.progress_bar=false"]
+    assert train.main([str(ROOT / "yamls" / "quickstart.yaml"), *overrides, *places]) == 0
+    return folder
+
+
+@pytest.fixture
+def draw(checkpoints, tmp_path):
+    def draw(*options: str, out: str = "out", checkpoint=checkpoints) -> int:
+        return sample.main([str(checkpoint), "--out", str(tmp_path / out), "--num-steps", "5", *options])
+
+    return draw
+
+
+def pictures(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("0*.png"))}
+
+
+def test_it_writes_pictures_a_grid_an_array_and_every_setting(draw, tmp_path, capsys, checkpoints):
+    npz = tmp_path / "all.npz"
+    assert draw("--classes", "3,7", "--per-class", "2", "--cfg-scale", "2", "--seed", "5", "--npz", str(npz)) == 0
+    out = tmp_path / "out"
+    assert list(pictures(out)) == [f"{i:06d}.png" for i in range(4)]
+    with np.load(npz) as content:
+        assert content["arr_0"].shape == (4, 8, 8, 3)
+        assert content["arr_0"].dtype == np.uint8
+        assert content["labels"].tolist() == [3, 3, 7, 7]
+        with Image.open(out / "000002.png") as picture:
+            assert picture.mode == "L"
+            assert np.array_equal(np.asarray(picture), content["arr_0"][2, :, :, 0])
+    settings = json.loads((out / SETTINGS).read_text())
+    assert settings["labels"] == [3, 3, 7, 7]
+    assert (settings["cfg_scale"], settings["seed"], settings["sampling_method"]) == (2.0, 5, "dopri5")
+    assert settings["evaluations"] > 0
+    assert settings["checkpoint"]["weights"] == "ema"
+    assert settings["checkpoint"]["step"] == 2
+    assert settings["checkpoint"]["path"] == str(checkpoints / "ep0-ba2-rank0.pt")
+    assert capsys.readouterr().out.strip().splitlines()[-1] == str(out / "grid.png")
+
+
+def test_classes_are_drawn_equally_often(draw, tmp_path):
+    assert draw("--num-images", "20", "--sampling-method", "euler") == 0
+    assert json.loads((tmp_path / "out" / SETTINGS).read_text())["labels"] == [i // 2 for i in range(20)]
+
+
+@pytest.mark.parametrize("mode", [("--mode", "ODE", "--sampling-method", "heun"), ("--mode", "SDE")])
+def test_a_picture_is_the_same_whatever_the_batch(draw, tmp_path, mode):
+    assert draw("--num-images", "6", "--batch-size", "6", *mode, out="whole") == 0
+    assert draw("--num-images", "6", "--batch-size", "4", *mode, out="parts") == 0
+    for name in pictures(tmp_path / "whole"):
+        with Image.open(tmp_path / "whole" / name) as a, Image.open(tmp_path / "parts" / name) as b:
+            assert np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() <= 1  # a matrix product's last bits
+
+
+def test_seeds_differ_and_repeat(draw, tmp_path):
+    for out, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert draw("--num-images", "3", "--seed", seed, out=out) == 0
+    a, b, c = (pictures(tmp_path / out) for out in "abc")
+    assert a == b
+    assert all(a[name] != c[name] for name in a)
+
+
+def test_what_is_drawn_already_is_kept(draw, tmp_path):
+    options = ["--num-images", "4", "--sampling-method", "euler", "--batch-size", "1"]
+    assert draw(*options) == 0
+    whole = pictures(tmp_path / "out")
+    kept = tmp_path / "out" / "000001.png"
+    (tmp_path / "out" / "000002.png").unlink()
+    before = kept.stat().st_mtime_ns
+    assert draw(*options) == 0
+    assert pictures(tmp_path / "out") == whole
+    assert kept.stat().st_mtime_ns == before
+
+
+def test_training_weights_are_drawn_from_when_asked_for(checkpoints, tmp_path):
+    training, ema = (load_checkpoint(str(checkpoints), which) for which in ("training", "ema"))
+    assert not torch.equal(training.weights["final_layer.linear.weight"], ema.weights["final_layer.linear.weight"])
+    network = SiT(**training.record["model"])
+    network.load_state_dict(training.weights, strict=True)
+    network.load_state_dict(ema.weights, strict=True)
+    latents, evaluations = generate(network.eval(), Transport(), [1], [0], Sampling("ODE", "euler", 5))
+    assert latents.shape == (1, 1, 8, 8)
+    assert evaluations == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--classes", "10"], "--classes: got '10'; it takes labels 0 to 9"),
+        (["--classes", "-1"], "--classes: got '-1'"),
+        (["--sampling-method", "Euler"], "argument --sampling-method: got Euler; ODE takes euler"),
+        (["--mode", "SDE", "--sampling-method", "dopri5"], "argument --sampling-method: got dopri5; SDE takes Euler"),
+        (["--num-steps", "1"], "argument --num-steps: got 1; it takes 2 or more"),
+        (["--num-images", "0"], "argument --num-images: got 0; it takes 1 or more"),
+        (["--mode", "SDE", "--last-step-size", "2"], "last_step_size: got 2.0"),
+    ],
+)
+def test_a_wrong_option_is_named(draw, tmp_path, capsys, options, message):
+    with contextlib.suppress(SystemExit):  # argparse's way out
+        assert draw(*options) == 2
+    assert message in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_a_folder_of_something_else_is_left_alone(draw, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("x")
+    assert draw("--num-images", "1") == 2
+    assert "holds files that are not samples" in capsys.readouterr().err
+    assert os.listdir(tmp_path / "out") == ["thesis.tex"]
+
+
+def test_samples_with_other_settings_are_left_alone(draw, tmp_path, capsys):
+    assert draw("--num-images", "2", "--seed", "1") == 0
+    before = pictures(tmp_path / "out")
+    assert draw("--num-images", "2", "--seed", "2") == 2
+    assert "holds samples with another seed" in capsys.readouterr().err
+    assert pictures(tmp_path / "out") == before
+
+
+class Planted:
+    def __reduce__(self):
+        return (open, (os.environ["PLANTED"], "w"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a checkpoint"),
+        (b"<html>not found</html>", "not a checkpoint"),
+        ({"weights": torch.zeros(1)}, "not a checkpoint of sit_composer's"),
+        ({"state": {"model": {}}}, "not a checkpoint of sit_composer's (it has no 'callbacks')"),
+        (torch.zeros(3), "it holds a Tensor"),
+        (Planted(), "without running code in it"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused_and_nothing_in_it_runs(draw, tmp_path, capsys, monkeypatch, content, message):
+    monkeypatch.setenv("PLANTED", str(tmp_path / "planted"))
+    file = tmp_path / "some.pt"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file, pickle_module=pickle)
+    assert draw(checkpoint=file) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"error: {file}: ")
+    assert message in error
+    assert "\n" not in error
+    assert not (tmp_path / "planted").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_checkpoint_is_named(draw, tmp_path, capsys):
+    assert draw(checkpoint=tmp_path / "nothing.pt") == 2
+    assert "nothing.pt: no checkpoint here" in capsys.readouterr().err
+    assert draw(checkpoint=tmp_path) == 2
+    assert "no checkpoint here (latest-rank0.pt is missing)" in capsys.readouterr().err
+
+
+def test_ema_weights_that_were_never_kept_are_not_made_up(digits_shards, tmp_path):
+    overrides = ["model.hidden_size=32", "model.depth=1", "model.num_heads=2", "trainer.max_duration=1ba", "ema=null"]
+    places = [f"data.local={digits_shards}", f"trainer.save_folder={tmp_path}", "trainer.progress_bar=false"]
+    assert train.main([str(ROOT / "yamls" / "quickstart.yaml"), *overrides, *places]) == 0
+    with pytest.raises(CheckpointError, match="no EMA weights"):
+        load_checkpoint(str(tmp_path), "ema")
+    assert load_checkpoint(str(tmp_path), "training").step == 1

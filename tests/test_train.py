@@ -1,0 +1,186 @@
+"""The training command, on the digits' shards: run in this process, so that Composer is imported once."""
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from sit_composer import callbacks, sample, train
+from sit_composer.checkpoint import load_checkpoint
+from sit_composer.sit import SiT
+from tests.conftest import ROOT
+from tests.judge_digits import judge
+
+QUICKSTART = str(ROOT / "yamls" / "quickstart.yaml")
+COMPOSER = os.path.join(os.path.dirname(sys.executable), "composer")
+
+
+@pytest.fixture
+def run(digits_shards, tmp_path):
+    """Runs the training command on a tiny network; gives its exit code."""
+
+    def run(*overrides: str, folder: str = "run") -> int:
+        tiny = [f"data.local={digits_shards}", "model.hidden_size=32", "model.depth=1", "model.num_heads=2"]
+        places = [
+            f"trainer.save_folder={tmp_path / folder}",
+            "trainer.progress_bar=false",
+            "trainer.save_interval=10ba",
+        ]
+        return train.main([QUICKSTART, *tiny, *places, "scheduler={constant: {}}", *overrides])
+
+    return run
+
+
+def state_of(folder) -> dict:
+    return torch.load(folder / "latest-rank0.pt", weights_only=False)["state"]
+
+
+def differences(a, b, path="") -> list[str]:
+    """Where two nested states differ in a bit; times on the clock aside."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        return [d for k in a if "wct" not in str(k) for d in differences(a[k], b[k], f"{path}/{k}")]
+    if isinstance(a, list | tuple):
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{path}/{i}")]
+    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(np.all(a == b))
+    return [] if same else [path]
+
+
+def bits(folder) -> dict:
+    state = state_of(folder)
+    average = state["callbacks"]["EMAWeights"]
+    names = ("model", "optimizers", "schedulers", "timestamp", "dataset_state")
+    return {**{name: state[name] for name in names}, "ema": average}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_stopped_in_mid_epoch_resumes_to_the_bit(run, tmp_path, workers):
+    overrides = [f"data.num_workers={workers}", "data.flip=true"]  # flips must resume, too
+    assert run("trainer.max_duration=40ba", *overrides, folder="whole") == 0  # 28 batches an epoch
+    assert run("trainer.max_duration=10ba", *overrides) == 0
+    assert run("trainer.max_duration=40ba", *overrides) == 0
+    assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
+
+
+def test_without_the_restored_randomness_a_resumed_run_differs(run, tmp_path, monkeypatch):
+    """If this fails, Composer has mended its fault, and ResumeRandomness can go."""
+    monkeypatch.setattr(callbacks.ResumeRandomness, "after_dataloader", lambda *_: None)
+    assert run("trainer.max_duration=20ba", folder="whole") == 0
+    assert run("trainer.max_duration=10ba") == 0
+    assert run("trainer.max_duration=20ba") == 0
+    assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) != []
+
+
+def test_flops_a_second_are_those_of_whole_batches_with_microbatches_too(run, tmp_path):
+    log = tmp_path / "log.txt"
+    monitor = ["callbacks.speed_monitor={window_size: 2}", f"loggers={{file: {{filename: '{log}'}}}}"]
+    sizes = "trainer.device_train_microbatch_size=24"  # of 64: 24, 24, 16
+    assert run("trainer.max_duration=6ba", *monitor, sizes) == 0
+    text = log.read_text()
+    assert "loss/train/total" in text
+    flops, batches = (
+        [float(value) for value in re.findall(rf"throughput/{name}_per_sec: ([\d.e+]+)", text)]
+        for name in ("flops", "batches")
+    )
+    macs = SiT(**load_checkpoint(str(tmp_path / "run")).record["model"]).forward_macs()
+    assert flops
+    for a, b in zip(flops, batches, strict=True):
+        assert a / b == pytest.approx(6 * macs * 64, rel=1e-3)
+
+
+def test_evaluation_is_logged_and_leaves_the_training_bits_alone(run, tmp_path, digits_shards):
+    log = tmp_path / "log.txt"
+    shards = f"eval_data={{local: {digits_shards}, global_batch_size: 599, num_workers: 0}}"
+    assert run("trainer.max_duration=10ba", folder="whole") == 0
+    logger = f"loggers={{file: {{filename: '{log}'}}}}"
+    assert run("trainer.max_duration=10ba", "trainer.eval_interval=5ba", shards, logger) == 0
+    assert "metrics/eval/loss" in log.read_text()
+    assert differences(bits(tmp_path / "whole")["model"], bits(tmp_path / "run")["model"]) == []
+
+
+def test_a_finished_run_says_so_and_changes_nothing(run, tmp_path, capsys):
+    assert run("trainer.max_duration=10ba") == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.pt")}
+    assert run("trainer.max_duration=10ba") == 0
+    assert "quickstart is trained: 10 batches" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.pt")} == before
+
+
+def test_the_resolved_config_lies_beside_the_checkpoints(run, tmp_path):
+    assert run("trainer.max_duration=1ba", "optimizer.lr=0.5") == 0
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved["optimizer"]["lr"] == 0.5
+    assert saved["data"]["global_batch_size"] == 64
+    assert saved["transport"]["train_eps"] is None
+
+
+def test_a_run_of_another_network_under_the_same_name_is_refused(run, tmp_path, capsys):
+    assert run("trainer.max_duration=1ba") == 0
+    before = sorted((tmp_path / "run").iterdir())
+    assert run("trainer.max_duration=2ba", "model.depth=2") == 2
+    assert "model.depth: got 2; the run in" in capsys.readouterr().err
+    assert sorted((tmp_path / "run").iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["precision=amp_bf16"], "precision: got amp_bf16; there is no GPU here"),
+        (["callbacks.early_stopper={monitor: x, dataloader_label: y, patience: soon}"], "callbacks.early_stopper"),
+        (["data.local=nowhere"], "data.local: no shards in 'nowhere'"),
+        (["model.num_classes=11"], "has only 10 classes"),
+        (["data.remote=/nowhere/at/all", "data.local=cache"], "cannot read /nowhere/at/all/spec.json"),
+    ],
+)
+def test_what_only_the_libraries_know_is_told_in_a_line_too(run, overrides, message, capsys, tmp_path, monkeypatch):
+    if torch.cuda.is_available() and "precision" in message:
+        pytest.skip("there is a GPU here, which takes amp_bf16")
+    monkeypatch.chdir(tmp_path)
+    assert run("trainer.max_duration=1ba", *overrides) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_a_broken_shard_stops_the_command_with_its_name(run, digits_shards, tmp_path, capsys):
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(digits_shards, broken)
+    shard = next(broken.glob("shard.*.mds"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    shard.write_bytes(content)
+    assert run("trainer.max_duration=5ba", f"data.local={broken}") == 2
+    assert shard.name in capsys.readouterr().err
+
+
+def test_the_quickstart_draws_digits_that_are_read_as_asked_for(digits_shards, tmp_path):
+    """The whole road, by the real launcher: 95 % of 500 guided EMA samples are read as the class asked for."""
+    command = [COMPOSER, "-n", "1", "sit_composer/train.py", "yamls/quickstart.yaml"]
+    places = [f"data.local={digits_shards}", f"trainer.save_folder={tmp_path / 'run'}"]
+    done = subprocess.run([*command, *places], cwd=ROOT, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    npz = tmp_path / "samples.npz"
+    classes = ["--classes", "0,1,2,3,4,5,6,7,8,9", "--per-class", "50", "--cfg-scale", "1.5", "--batch-size", "100"]
+    assert sample.main([str(tmp_path / "run"), "--out", str(tmp_path / "samples"), "--npz", str(npz), *classes]) == 0
+    with np.load(npz) as samples:
+        assert samples["arr_0"].shape == (500, 8, 8, 3)
+        real, drawn = judge(samples["arr_0"], samples["labels"])
+    assert real >= 95
+    assert drawn >= 95
+    checkpoint = load_checkpoint(str(tmp_path / "run"))
+    assert (checkpoint.which, checkpoint.step) == ("ema", 800)
+
+
+def test_under_the_launcher_a_mistake_is_a_line_and_exit_code_2(tmp_path):
+    command = [COMPOSER, "-n", "2", "sit_composer/train.py", "yamls/quickstart.yaml", "modl.depth=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "error: modl: no such key; did you mean model?" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
