@@ -237,21 +237,26 @@ class SitDataset(StreamingDataset):
         self.epoch = 0
         self.prefetch_failed: set[int] = set()
         remote = _source(remote, local)
-        try:
-            self.stream = CheckedStream(
-                spec, remote=remote, local=local, download_retry=download_retry, download_timeout=download_timeout
-            )
-            super().__init__(
-                streams=[self.stream],
-                batch_size=batch_size,
-                shuffle_seed=seed,
-                cache_limit=cache_limit if remote else None,  # it would delete the source
-                **streaming,
-            )
-        except DataError:
-            raise
-        except (ValueError, RuntimeError, OSError) as error:
-            raise DataError(f"cannot stream {remote or local}: {error}") from error
+        download = {"download_retry": download_retry, "download_timeout": download_timeout}
+        for attempts_left in reversed(range(10)):
+            try:
+                self.stream = CheckedStream(spec, remote=remote, local=local, **download)
+                super().__init__(
+                    streams=[self.stream],
+                    batch_size=batch_size,
+                    shuffle_seed=seed,
+                    cache_limit=cache_limit if remote else None,  # it would delete the source
+                    **streaming,
+                )
+                break
+            except DataError:
+                raise
+            except (ValueError, RuntimeError, OSError) as error:
+                # Two jobs that start on a machine at the same moment choose the same name for their shared memory. Of
+                # several ranks the others wait for this one in the middle of it, and cannot choose again.
+                collision = isinstance(error, FileExistsError) and self._unique_rank_world.ranks_per_node == 1
+                if not (collision and attempts_left):
+                    raise DataError(f"cannot stream {remote or local}: {error}") from error
         # What was here before this run is checked by each process when it first touches it.
         self.unchecked = set(np.flatnonzero(self._shard_states.numpy() == _ShardState.LOCAL).tolist())
         # A job killed before its first batch leaves shared memory for which the next is refused ("Reused local
