@@ -121,22 +121,25 @@ def train(config: Config) -> None:
         "classes": list(specs["data"].classes),
         "ema_decay": config.ema.decay if config.ema is not None else None,
     }
+    callbacks = [*(e.weights for e in ema), randomness, RunRecord(record), *build("callbacks", config.callbacks)]
+    algorithms, loggers = [*ema, *build("algorithms", config.algorithms)], build("loggers", config.loggers)
+    (scheduler,) = build("scheduler", config.scheduler or {"constant": {}})
     try:
         trainer = composer.Trainer(
             model=model,
             optimizers=optimizer,
-            schedulers=build("scheduler", config.scheduler or {"constant": {}})[0],
+            schedulers=scheduler,
             train_dataloader=loaders["data"],
             eval_dataloader=loaders.get("eval_data"),
-            algorithms=[*ema, *build("algorithms", config.algorithms)],
-            callbacks=[*(e.weights for e in ema), randomness, RunRecord(record), *build("callbacks", config.callbacks)],
-            loggers=build("loggers", config.loggers),
+            algorithms=algorithms,
+            callbacks=callbacks,
+            loggers=loggers,
             run_name=config.run_name,
             seed=config.seed,
             precision=config.precision,
             **config.trainer,
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
     randomness.trainer = trainer
     if (folder := config.trainer.get("save_folder")) is not None:
@@ -146,6 +149,10 @@ def train(config: Config) -> None:
             say(f"{config.run_name} is trained: {int(trainer.state.timestamp.batch)} batches, as max_duration says")
         else:
             trainer.fit()
+    except FileExistsError as error:  # Composer looks at the folder only now
+        raise ConfigError(
+            f"trainer.save_folder: {' '.join(str(error).split())} trainer.autoresume=true goes on from there"
+        ) from error
     finally:
         trainer.close()
 

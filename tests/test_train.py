@@ -119,6 +119,21 @@ def test_the_resolved_config_lies_beside_the_checkpoints(run, tmp_path):
     assert saved["transport"]["train_eps"] is None
 
 
+def test_checkpoints_of_an_earlier_run_are_neither_resumed_nor_overwritten_unasked(run, tmp_path, capsys):
+    assert run("trainer.max_duration=1ba") == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.pt")}
+    assert run("trainer.max_duration=1ba", "trainer.autoresume=false") == 2
+    assert "trainer.save_folder: " in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.pt")} == before
+
+
+def test_composers_own_parts_are_reached_by_their_names(run, tmp_path):
+    clipping = "algorithms={gradient_clipping: {clipping_type: norm, clipping_threshold: 1.0e-9}}"
+    assert run("trainer.max_duration=2ba", "callbacks.lr_monitor={}", folder="free") == 0
+    assert run("trainer.max_duration=2ba", clipping, "callbacks.nan_monitor={}") == 0
+    assert differences(bits(tmp_path / "free")["model"], bits(tmp_path / "run")["model"]) != []
+
+
 def test_a_run_of_another_network_under_the_same_name_is_refused(run, tmp_path, capsys):
     assert run("trainer.max_duration=1ba") == 0
     before = sorted((tmp_path / "run").iterdir())
@@ -134,6 +149,11 @@ def test_a_run_of_another_network_under_the_same_name_is_refused(run, tmp_path, 
         (["callbacks.early_stopper={monitor: x, dataloader_label: y, patience: soon}"], "callbacks.early_stopper"),
         (["data.local=nowhere"], "data.local: no shards in 'nowhere'"),
         (["model.num_classes=11"], "has only 10 classes"),
+        (
+            ["trainer.autoresume=false", "trainer.load_path=/nowhere.pt"],
+            "trainer: Local path /nowhere.pt does not exist",
+        ),
+        (["trainer.save_folder=/proc/none"], "trainer: [Errno 2] No such file or directory: '/proc/none'"),
         (["data.remote=/nowhere/at/all", "data.local=cache"], "cannot read /nowhere/at/all/spec.json"),
     ],
 )

@@ -1,0 +1,983 @@
+"""convert/to_mds.py: every source in, every failure out. Most tests call it in this process: streaming loads slowly."""
+
+import io
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from sit_composer.spec import DataSpec
+
+SCRIPT = Path(__file__).parents[1] / "convert" / "to_mds.py"
+sys.path.insert(0, str(SCRIPT.parent))
+
+import arrow_source  # noqa: E402
+import output  # noqa: E402
+import to_mds  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def jpegs():
+    """Six small photographs, as JPEG files' bytes."""
+    from sklearn.datasets import load_sample_images
+
+    crops = [photo[y : y + 48, 100:148] for photo in load_sample_images().images for y in (50, 150, 250)]
+    return [encode(Image.fromarray(crop), "JPEG") for crop in crops]
+
+
+def encode(picture, format):
+    file = io.BytesIO()
+    picture.save(file, format)
+    return file.getvalue()
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs the command in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        code = to_mds.main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def read(folder):
+    """The spec, and (image, label) of every sample that the index names."""
+    from streaming.base.format import reader_from_json
+
+    shards = json.loads((folder / "index.json").read_text())["shards"]
+    readers = [reader_from_json(str(folder), None, shard) for shard in shards]
+    samples = [(sample["image"], sample["label"]) for reader in readers for sample in reader]
+    return DataSpec.from_json((folder / "spec.json").read_text(), "spec.json"), samples
+
+
+def write_parquet(path, images, labels, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"image": pa.array(images, pa.binary()), "label": labels}), path, **options)
+    return path
+
+
+def write_folder(root, **classes):
+    """ROOT/CLASS/0.jpg and so on."""
+    for name, pictures in classes.items():
+        (root / name).mkdir(parents=True)
+        for number, data in enumerate(pictures):
+            (root / name / f"{number}.jpg").write_bytes(data)
+    return root
+
+
+# --- sources -------------------------------------------------------------------------------------------------------
+
+
+def test_digits_from_the_command_line_stream_back_as_scikit_learn_ships_them(tmp_path):
+    from sklearn.datasets import load_digits
+
+    out = tmp_path / "new" / "digits"
+    command = [sys.executable, SCRIPT, "digits", "--out", out]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    summary, uri = done.stdout.splitlines()[-2:]
+    assert summary.startswith("1797 pictures, 10 classes, 0 skipped; 1 shard, 0.2 MB")
+    assert uri == str(out)
+    assert sorted(os.listdir(out)) == ["index.json", "shard.00000.mds", "spec.json"]
+
+    digits = load_digits()
+    spec, samples = read(out)
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(image))) for image, _ in samples])
+    assert np.array_equal(pixels, np.round(digits.images * 255 / 16))
+    assert [label for _, label in samples] == digits.target.tolist()
+    assert (spec.kind, spec.channels, spec.image_size, spec.samples) == ("pixels", 1, 8, 1797)
+    assert spec.class_counts == np.bincount(digits.target).tolist()
+    assert spec.source == {"format": "digits", "path": "digits"}
+
+    from streaming import StreamingDataset
+
+    data = StreamingDataset(local=str(out), batch_size=1, shuffle=False, validate_hash="xxh64")
+    assert len(data) == 1797
+    assert data[1796] == {"image": samples[-1][0], "label": 8}
+
+
+def test_parquet_folder_keeps_bytes_and_order(tmp_path, run, jpegs):
+    # The second file has several row groups, and lies below the first in name only.
+    write_parquet(tmp_path / "data" / "b.parquet", jpegs[:2], [0, 3])
+    write_parquet(tmp_path / "data" / "a" / "z.parquet", jpegs[2:], [1, 1, 0, 3], row_group_size=1)
+    code, _, stderr = run(tmp_path / "data", "--out", tmp_path / "out")
+    assert code == 0, stderr
+    spec, samples = read(tmp_path / "out")
+    assert samples == list(zip(jpegs[2:] + jpegs[:2], [1, 1, 0, 3, 0, 3], strict=True))
+    assert (spec.channels, spec.image_size, spec.num_classes) == (3, 48, 4)
+    assert (spec.classes, spec.class_counts) == (["0", "1", "2", "3"], [2, 2, 0, 2])
+    assert "1 of 4 classes have no picture: 2" in stderr
+    expected = {"format": "parquet", "path": str(tmp_path / "data"), "image_column": "image", "label_column": "label"}
+    assert spec.source == expected
+
+
+@pytest.mark.parametrize("layout", ["file", "stream", "feather", "compressed"])
+def test_arrow_in_each_layout(tmp_path, run, jpegs, layout):
+    images = jpegs * 30  # more rows than are read at a time
+    table = pa.table(
+        {"x": list(range(180)), "image": images, "label": pa.array([k % 7 for k in range(180)], pa.int8())}
+    )
+    path = tmp_path / "data" / "t.arrow"
+    path.parent.mkdir()
+    if layout == "feather":
+        pyarrow.feather.write_feather(table, path := path.with_suffix(".feather"), compression="lz4")
+    else:
+        make = pa.ipc.new_stream if layout == "stream" else pa.ipc.new_file
+        options = pa.ipc.IpcWriteOptions(compression="zstd" if layout == "compressed" else None)
+        with make(str(path), table.schema, options=options) as writer:
+            writer.write_table(table)
+    (path.parent / "state.txt").write_text("not a table")
+    assert run(path.parent, "--out", tmp_path / "out")[0] == 0
+    assert read(tmp_path / "out")[1] == [(image, k % 7) for k, image in enumerate(images)]
+
+
+def test_glob_takes_only_what_it_matches(tmp_path, run, jpegs):
+    write_parquet(tmp_path / "train-0.parquet", jpegs[:2], [0, 1])
+    write_parquet(tmp_path / "test-0.parquet", jpegs[2:4], [0, 1])
+    code, _, stderr = run(tmp_path, "--out", tmp_path / "out")
+    assert code == 2
+    assert "several splits (test, train): give a glob" in stderr
+    assert run(f"{tmp_path}/train*", "--out", tmp_path / "out")[0] == 0
+    assert [image for image, _ in read(tmp_path / "out")[1]] == jpegs[:2]
+
+
+def test_nested_column_and_limit(tmp_path, run, jpegs):
+    table = pa.table({"picture": [{"data": {"jpg": j}, "class": k} for k, j in enumerate(jpegs)]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    columns = ("--image-column", "picture.data.jpg", "--label-column", "picture.class")
+    assert run(tmp_path / "t.parquet", "--out", tmp_path / "out", *columns, "--limit", 2)[0] == 0
+    spec, samples = read(tmp_path / "out")
+    assert samples == [(jpegs[0], 0), (jpegs[1], 1)]
+    assert spec.num_classes == 6  # of the whole source, so that a sample of it trains the same network
+    assert spec.source["limit"] == 2
+
+
+def test_struct_without_bytes_names_a_file_beside_the_table(tmp_path, run, jpegs):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "1.jpg").write_bytes(jpegs[1])
+    images = [{"bytes": jpegs[0], "path": "nowhere.jpg"}, {"bytes": None, "path": "pictures/1.jpg"}]
+    pq.write_table(pa.table({"image": images, "label": [0, 1]}), tmp_path / "t.parquet")
+    assert run(tmp_path / "t.parquet", "--out", tmp_path / "out")[0] == 0
+    assert read(tmp_path / "out")[1] == [(jpegs[0], 0), (jpegs[1], 1)]
+
+
+@pytest.mark.parametrize("type_", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_string_labels_are_numbered_in_the_order_of_their_names(tmp_path, run, jpegs, type_):
+    for file, rows in (("a", ["wolf", "ant"]), ("b", ["cat", "wolf"])):
+        write_parquet(tmp_path / "d" / f"{file}.parquet", jpegs[:2], pa.array(rows).cast(type_))
+    assert run(tmp_path / "d", "--out", tmp_path / "out")[0] == 0
+    spec, samples = read(tmp_path / "out")
+    assert (spec.classes, spec.class_counts) == (["ant", "cat", "wolf"], [1, 1, 2])
+    assert [label for _, label in samples] == [2, 0, 1, 2]
+
+
+@pytest.mark.parametrize("type_", [pa.int8(), pa.uint8(), pa.int32(), pa.uint64(), pa.int64()])
+def test_any_integer_type_is_a_label(tmp_path, run, jpegs, type_):
+    write_parquet(tmp_path / "t.parquet", jpegs[:3], pa.array([2, 0, 1], type_))
+    assert run(tmp_path / "t.parquet", "--out", tmp_path / "out")[0] == 0
+    assert [label for _, label in read(tmp_path / "out")[1]] == [2, 0, 1]
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(labels=st.lists(st.one_of(st.none(), st.integers(-(2**63), 2**63 - 1), st.integers(0, 9)), min_size=1))
+def test_labels_are_either_all_classes_or_refused_by_row(tmp_path, labels):
+    path = write_parquet(tmp_path / "t.parquet", [b""] * len(labels), pa.array(labels, pa.int64()))
+    bad = [row for row, label in enumerate(labels) if label is None or not 0 <= label < 1_000_000]
+    description = {"format": "parquet", "path": str(path), "image_column": "image", "label_column": "label"}
+    if bad:
+        with pytest.raises(to_mds.InputError, match=rf"t.parquet row ({'|'.join(map(str, bad))}): "):
+            arrow_source.open_tables(description)
+    else:
+        source = arrow_source.open_tables(description)
+        assert [sample.label for sample in source.samples] == labels
+        assert len(source.classes) == max(labels) + 1
+
+
+def test_without_labels(tmp_path, run, jpegs):
+    pq.write_table(pa.table({"image": jpegs}), tmp_path / "t.parquet")
+    code, _, stderr = run(tmp_path / "t.parquet", "--out", tmp_path / "out")
+    assert code == 2
+    assert "has no column 'label'; its columns are: image" in stderr
+    assert run(tmp_path / "t.parquet", "--out", tmp_path / "out", "--label-column", "none")[0] == 0
+    write_folder(tmp_path / "loose", a=jpegs[:3])
+    (tmp_path / "loose" / "x.jpg").write_bytes(jpegs[5])
+    assert run(tmp_path / "loose", "--out", tmp_path / "out2", "--label-column", "none")[0] == 0
+    for out, images in (("out", jpegs), ("out2", [*jpegs[:3], jpegs[5]])):
+        spec, samples = read(tmp_path / out)
+        assert samples == [(image, 0) for image in images]
+        assert (spec.num_classes, spec.class_counts) == (1, [len(images)])
+
+
+@pytest.fixture
+def hf_rows(jpegs, tmp_path, monkeypatch):
+    """A real `datasets` data set with an Image and a ClassLabel; its cache kept out of the home folder."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["zebra", "ant", "cow"]))
+    rows = {"image": [{"bytes": j, "path": None} for j in jpegs], "label": [0, 1, 0, 1, 0, 0]}
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+def check_hf(out, jpegs, format):
+    spec, samples = read(out)
+    assert samples == list(zip(jpegs, [0, 1, 0, 1, 0, 0], strict=True))
+    assert (spec.classes, spec.class_counts) == (["zebra", "ant", "cow"], [4, 2, 0])
+    assert spec.source["format"] == format
+
+
+def test_hugging_face_data_set_saved_to_disk(tmp_path, run, jpegs, hf_rows):
+    hf_rows.save_to_disk(tmp_path / "saved")
+    assert run(tmp_path / "saved", "--out", tmp_path / "out")[0] == 0
+    check_hf(tmp_path / "out", jpegs, "hf")
+    # Its files, read without the library; a cache of a transformed copy does not count.
+    (tmp_path / "saved" / "cache-0123456789abcdef.arrow").write_bytes(b"")
+    assert run(tmp_path / "saved", "--out", tmp_path / "out2", "--format", "arrow")[0] == 0
+    check_hf(tmp_path / "out2", jpegs, "arrow")
+    code, _, stderr = run(tmp_path / "saved", "--out", tmp_path / "out3", "--split", "test")
+    assert code == 2
+    assert "without splits: leave out --split" in stderr
+
+
+def test_hugging_face_splits(tmp_path, run, jpegs, hf_rows):
+    import datasets
+
+    datasets.DatasetDict(train=hf_rows.select([5, 4]), test=hf_rows).save_to_disk(tmp_path / "saved")
+    code, _, stderr = run(tmp_path / "saved", "--out", tmp_path / "out", "--split", "dev")
+    assert code == 2
+    assert "has no split 'dev'; its splits are: train, test" in stderr
+    assert run(tmp_path / "saved", "--out", tmp_path / "test", "--split", "test")[0] == 0
+    check_hf(tmp_path / "test", jpegs, "hf")
+    assert run(tmp_path / "saved", "--out", tmp_path / "train")[0] == 0
+    assert [image for image, _ in read(tmp_path / "train")[1]] == [jpegs[5], jpegs[4]]
+
+
+def test_hugging_face_data_set_as_parquet_keeps_its_class_names(tmp_path, run, jpegs, hf_rows):
+    hf_rows.to_parquet(tmp_path / "t.parquet")
+    assert run(tmp_path / "t.parquet", "--out", tmp_path / "out")[0] == 0
+    check_hf(tmp_path / "out", jpegs, "parquet")
+
+
+def test_hugging_face_library_loads_what_it_knows(tmp_path, run, jpegs, hf_rows):
+    """load_dataset, which also takes names on the Hub, on a folder with two configurations."""
+    folder = tmp_path / "repo"
+    for name, rows in (("big", hf_rows), ("small", hf_rows.select([3]))):
+        (folder / name).mkdir(parents=True)
+        rows.to_parquet(folder / name / "train-0.parquet")
+    configs = "".join(f"- config_name: {n}\n  data_files: {n}/*.parquet\n" for n in ("big", "small"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    code, _, stderr = run(folder, "--out", tmp_path / "out", "--format", "hf")
+    assert code == 2
+    assert "big" in stderr
+    assert run(folder, "--out", tmp_path / "out", "--format", "hf", "--config", "big")[0] == 0
+    check_hf(tmp_path / "out", jpegs, "hf")
+    pictures = write_folder(tmp_path / "pictures", ant=jpegs[:2], bee=jpegs[2:3])
+    assert run(pictures, "--out", tmp_path / "out2", "--format", "hf")[0] == 0
+    spec, samples = read(tmp_path / "out2")
+    assert sorted(samples) == sorted(zip(jpegs[:3], [0, 0, 1], strict=True))
+    assert spec.classes == ["ant", "bee"]
+
+
+def test_image_folder_in_many_formats(tmp_path, run, jpegs):
+    root = write_folder(tmp_path / "pictures", wolf=[jpegs[0]], ant=[])
+    photo = Image.open(io.BytesIO(jpegs[1]))
+    files = {f"{f}.{f}": encode(photo, f.upper()) for f in ("png", "webp", "bmp", "gif", "tiff", "ppm")}
+    files["CMYK.JPEG"] = encode(photo.convert("CMYK"), "JPEG")
+    for name, data in files.items():
+        (root / "ant" / name).write_bytes(data)
+    (root / "ant" / "notes.txt").write_text("not a picture")
+    (root / "ant" / ".hidden.png").write_text("not a picture")
+    (root / ".git").mkdir()
+    assert run(root, "--out", tmp_path / "out")[0] == 0
+    spec, samples = read(tmp_path / "out")
+    assert samples == [(files[name], 0) for name in sorted(files)] + [(jpegs[0], 1)]
+    assert (spec.classes, spec.class_counts, spec.channels) == (["ant", "wolf"], [7, 1], 3)
+
+
+@pytest.mark.parametrize(
+    ("modes", "sizes", "channels", "image_size"),
+    [
+        (["L", "1", "I;16"], [(9, 9)], 1, 9),
+        (["L", "RGB"], [(9, 9)], 3, 9),
+        (["L", "LA"], [(9, 9)], 3, 9),
+        (["P"], [(9, 9)], 3, 9),
+        (["RGB"], [(9, 9), (8, 8)], 3, None),
+        (["RGB"], [(9, 8)], 3, None),
+    ],
+)
+def test_spec_says_whether_all_are_grey_and_of_one_square_size(tmp_path, run, modes, sizes, channels, image_size):
+    images = [encode(Image.new(mode, size), "PNG") for mode in modes for size in sizes]
+    write_parquet(tmp_path / "t.parquet", images, [0] * len(images))
+    assert run(tmp_path / "t.parquet", "--out", tmp_path / "out")[0] == 0
+    spec, _ = read(tmp_path / "out")
+    assert (spec.channels, spec.image_size) == (channels, image_size)
+
+
+def test_a_large_row_group_is_not_held_in_memory(tmp_path):
+    rng = np.random.default_rng(0)
+    images = [rng.bytes(100_000) for _ in range(400)]
+    path = write_parquet(tmp_path / "t.parquet", images, [0] * 400, write_batch_size=10, use_dictionary=False)
+    assert pq.ParquetFile(path).num_row_groups == 1
+    description = {"format": "parquet", "path": str(path), "image_column": "image", "label_column": "label"}
+    del images
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in arrow_source.open_tables(description).samples]
+    assert max(held) < 0.6 * path.stat().st_size  # 64 rows of 400, at most some copies of them
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+
+def no_such_file(tmp_path, jpegs):
+    return tmp_path / "nowhere" / "t.parquet", (), ["nowhere/t.parquet: no such file or folder"]
+
+
+def no_such_folder(tmp_path, jpegs):
+    return tmp_path / "nowhere", ("--format", "imagefolder"), ["nowhere", "no such folder"]
+
+
+def glob_without_match(tmp_path, jpegs):
+    return f"{tmp_path}/*.parquet", (), ["*.parquet", "found no"]
+
+
+def empty_folder(tmp_path, jpegs):
+    (tmp_path / "empty").mkdir()
+    return tmp_path / "empty", (), ["empty", "found no Parquet file, Arrow file or picture"]
+
+
+def folder_of_another_format(tmp_path, jpegs):
+    write_folder(tmp_path / "d", a=jpegs)
+    return tmp_path / "d", ("--format", "arrow"), ["holds no arrow file"]
+
+
+def zero_rows(tmp_path, jpegs):
+    return write_parquet(tmp_path / "t.parquet", [], pa.array([], pa.int64())), (), ["t.parquet is empty"]
+
+
+def two_formats(tmp_path, jpegs):
+    write_folder(tmp_path / "d", a=jpegs)
+    write_parquet(tmp_path / "d" / "t.parquet", jpegs[:1], [0])
+    return tmp_path / "d", (), ["imagefolder (6 files) and parquet (1 files)", "--format"]
+
+
+def single_picture(tmp_path, jpegs):
+    return write_folder(tmp_path / "d", a=jpegs) / "a" / "0.jpg", (), ["single picture: give the folder"]
+
+
+def pictures_without_classes(tmp_path, jpegs):
+    return write_folder(tmp_path / "d", a=jpegs) / "a", (), ["no ROOT/CLASS/PICTURE", "--label-column none"]
+
+
+def folder_of_splits(tmp_path, jpegs):
+    write_folder(tmp_path / "d" / "train", a=jpegs)
+    return tmp_path / "d", (), ["train/a is a folder inside a class"]
+
+
+def corrupt_parquet(tmp_path, jpegs):
+    path = write_parquet(tmp_path / "d" / "t.parquet", jpegs, [0] * 6)
+    path.write_bytes(path.read_bytes()[:-40])
+    return path, (), ["cannot read", "t.parquet"]
+
+
+def corrupt_page(tmp_path, jpegs):
+    path = write_parquet(tmp_path / "t.parquet", jpegs, [0] * 6, write_page_checksum=True)
+    data = bytearray(path.read_bytes())
+    data[data.index(jpegs[2][:100]) + 50] ^= 1  # such a picture still decodes
+    path.write_bytes(data)
+    return path, (), ["cannot read", "t.parquet"]
+
+
+def truncated_arrow(tmp_path, jpegs):
+    table = pa.table({"image": jpegs, "label": [0] * 6})
+    with pa.ipc.new_stream(str(tmp_path / "t.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    (tmp_path / "t.arrow").write_bytes((tmp_path / "t.arrow").read_bytes()[:3000])
+    return tmp_path / "t.arrow", (), ["cannot read", "t.arrow"]
+
+
+def zero_byte_table(tmp_path, jpegs):
+    (tmp_path / "t.arrow").touch()
+    return tmp_path / "t.arrow", (), ["cannot read", "t.arrow"]
+
+
+def no_such_column(tmp_path, jpegs):
+    write_parquet(tmp_path / "d" / "a.parquet", jpegs, [0] * 6)
+    pq.write_table(pa.table({"image": [{"bytes": jpegs[0]}], "class": [0]}), tmp_path / "d" / "b.parquet")
+    return tmp_path / "d", (), ["b.parquet has no column 'label'", "image, image.bytes, class"]
+
+
+def image_column_of_text(tmp_path, jpegs):
+    pq.write_table(pa.table({"image": ["0.jpg"], "label": [0]}), tmp_path / "t.parquet")
+    return tmp_path / "t.parquet", (), ["column 'image'", "is string: no bytes"]
+
+
+def bad_labels(labels, *messages):
+    def case(tmp_path, jpegs):
+        return write_parquet(tmp_path / "t.parquet", jpegs[: len(labels)], labels), ("--skip-bad",), messages
+
+    return case
+
+
+def classes_differ(tmp_path, jpegs):
+    write_parquet(tmp_path / "d" / "a.parquet", jpegs[:1], [0])
+    write_parquet(tmp_path / "d" / "b.parquet", jpegs[:1], ["ant"])
+    return tmp_path / "d", (), ["other classes in", "b.parquet"]
+
+
+def bad_picture(data, *messages):
+    def case(tmp_path, jpegs):
+        images = [jpegs[0], data(jpegs[1]), jpegs[2]]
+        return (
+            write_parquet(tmp_path / "t.parquet", images, [0, 0, 0]),
+            (),
+            ["t.parquet row 1", "--skip-bad", *messages],
+        )
+
+    return case
+
+
+def as_pcx(jpeg):
+    return encode(Image.open(io.BytesIO(jpeg)), "PCX")
+
+
+def bad_picture_file(tmp_path, jpegs):
+    return write_folder(tmp_path / "d", a=[jpegs[0], jpegs[1][:-300]]), (), ["a/1.jpg", "truncated"]
+
+
+def missing_picture_file(tmp_path, jpegs):
+    images = pa.array([{"path": "no.jpg"}], pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    pq.write_table(pa.table({"image": images, "label": [0]}), tmp_path / "t.parquet")
+    return tmp_path / "t.parquet", (), ["row 0", "no.jpg"]
+
+
+def all_bad(tmp_path, jpegs):
+    return write_folder(tmp_path / "d", a=[b"x", b"y"]), ("--skip-bad",), ["none of 2 pictures decodes"]
+
+
+def huge_picture(tmp_path, jpegs):
+    return write_folder(tmp_path / "d", a=[encode(Image.new("1", (10_000, 9_000)), "PNG")]), (), ["decompression bomb"]
+
+
+def column_of_a_folder(tmp_path, jpegs):
+    return write_folder(tmp_path / "d", a=jpegs), ("--image-column", "x"), ["columns are for tables"]
+
+
+def split_of_a_file(tmp_path, jpegs):
+    return write_parquet(tmp_path / "t.parquet", jpegs, [0] * 6), ("--split", "test"), ["--split"]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        no_such_file,
+        no_such_folder,
+        glob_without_match,
+        empty_folder,
+        folder_of_another_format,
+        zero_rows,
+        two_formats,
+        single_picture,
+        pictures_without_classes,
+        folder_of_splits,
+        corrupt_parquet,
+        corrupt_page,
+        truncated_arrow,
+        zero_byte_table,
+        no_such_column,
+        image_column_of_text,
+        pytest.param(bad_labels([0, 1, -1], "t.parquet row 2", "label -1"), id="negative_label"),
+        pytest.param(bad_labels([0, None, 1], "t.parquet row 1", "null"), id="null_label"),
+        pytest.param(bad_labels(["a", None], "t.parquet row 1", "null"), id="null_name"),
+        pytest.param(bad_labels([0.0, 1.0], "integers or strings", "double"), id="float_label"),
+        pytest.param(bad_labels([True, False], "integers or strings", "bool"), id="bool_label"),
+        pytest.param(bad_labels([0, 2**62], "t.parquet row 1", str(2**62)), id="huge_label"),
+        pytest.param(bad_labels(pa.array([2**64 - 1], pa.uint64()), "row 0", str(2**64 - 1)), id="label_beyond_int64"),
+        classes_differ,
+        pytest.param(bad_picture(lambda good: good[:-300], "truncated"), id="truncated_picture"),
+        pytest.param(bad_picture(lambda good: b"", "zero bytes"), id="empty_picture"),
+        pytest.param(bad_picture(lambda good: None, "null"), id="null_picture"),
+        pytest.param(bad_picture(lambda good: b"<html>404</html>", "starts with b'<html>"), id="html_picture"),
+        pytest.param(bad_picture(as_pcx, "not a picture (JPEG, PNG"), id="picture_of_a_rare_format"),
+        bad_picture_file,
+        missing_picture_file,
+        all_bad,
+        huge_picture,
+        column_of_a_folder,
+        split_of_a_file,
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, run, jpegs, case):
+    source, options, messages = case(tmp_path, jpegs)
+    before = set(os.listdir(tmp_path))
+    code, stdout, stderr = run(source, "--out", tmp_path / "out", *options)
+    assert code == 2
+    assert stdout == ""
+    error = stderr.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert len(stderr.splitlines()) == (4 if case is all_bad else 1)
+    for message in messages:
+        assert message in error
+    assert set(os.listdir(tmp_path)) == before
+
+
+def test_class_label_outside_its_names_is_refused(tmp_path, run, hf_rows):
+    table = pq.read_table(io.BytesIO(to_parquet(hf_rows)))
+    for label, row in ((3, 4), (-1, 0)):
+        labels = [label if k == row else 0 for k in range(6)]
+        pq.write_table(table.set_column(1, table.schema.field(1), [labels]), tmp_path / "t.parquet")
+        code, _, stderr = run(tmp_path / "t.parquet", "--out", tmp_path / "out")
+        assert code == 2
+        assert f"row {row}: label {label} is not a class: they are 0 to 2" in stderr
+
+
+def to_parquet(rows):
+    file = io.BytesIO()
+    rows.to_parquet(file)
+    return file.getvalue()
+
+
+def test_a_name_that_is_neither_here_nor_on_the_hub(tmp_path, run, monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # asked for real, it tries for half a minute
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    code, _, stderr = run("nobody/nothing", "--out", tmp_path / "out")
+    assert code == 2
+    assert "'nobody/nothing', neither a path here nor readable as a data set on the Hub" in stderr.splitlines()[-1]
+    assert os.listdir(tmp_path) == []
+
+
+def test_skip_bad_leaves_out_and_counts(tmp_path, run, jpegs):
+    images = [b"<html>", jpegs[0], None, jpegs[1], *[jpegs[2][:400]] * 6]
+    write_parquet(tmp_path / "t.parquet", images, [0, 1, 0, 2] + [0] * 6)
+    code, stdout, stderr = run(tmp_path / "t.parquet", "--out", tmp_path / "out", "--skip-bad")
+    assert code == 0
+    assert "2 pictures, 3 classes, 8 skipped" in stdout
+    assert "skipped 8 pictures" in stderr
+    assert stderr.count("t.parquet row ") == 5
+    spec, samples = read(tmp_path / "out")
+    assert samples == [(jpegs[0], 1), (jpegs[1], 2)]
+    assert (spec.samples, spec.skipped, spec.class_counts) == (2, 8, [0, 1, 1])
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["nowhere/t.parquet", "--out", "x"], ["digits", "--out", "done"]])
+def test_a_command_that_needs_no_library_waits_for_none(tmp_path, arguments):
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "something").touch()
+    command = [sys.executable, "-X", "importtime", SCRIPT, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == (0 if arguments == ["--help"] else 2)
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    assert "argparse" in loaded
+    assert not loaded & {"streaming", "torch", "datasets", "pyarrow", "sklearn", "numpy", "boto3", "PIL", "tqdm"}
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "1.5", "many"])
+def test_a_limit_is_a_positive_number(run, limit):
+    with pytest.raises(SystemExit, match="2"):
+        run("digits", "--out", "unused", f"--limit={limit}")
+
+
+# --- output --------------------------------------------------------------------------------------------------------
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def pictures(tmp_path, jpegs):
+    return write_folder(tmp_path / "pictures", ant=jpegs[:3], bee=jpegs[3:])
+
+
+@pytest.fixture
+def small_shards(run, monkeypatch):
+    """Shards of about three small photographs."""
+    import shards
+
+    monkeypatch.setattr(shards, "SHARD_BYTES", 5000)
+
+
+def test_a_second_run_writes_the_same_bytes(tmp_path, run, pictures, small_shards):
+    assert run(pictures, "--out", tmp_path / "a")[0] == 0
+    assert run(pictures, "--out", tmp_path / "b")[0] == 0
+    assert len(contents(tmp_path / "a")) > 3
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_an_output_that_exists_is_refused_resumed_or_overwritten(tmp_path, run, jpegs, pictures):
+    out = tmp_path / "out"
+    out.mkdir()  # an empty folder is as good as none
+    assert run(pictures, "--out", out)[0] == 0
+    first = contents(out)
+    code, _, stderr = run(pictures, "--out", out)
+    assert code == 2
+    assert "exists and holds a conversion" in stderr
+    code, stdout, _ = run(pictures, "--out", out, "--resume")
+    assert code == 0
+    assert "already converted" in stdout
+    code, _, stderr = run(pictures, "--out", out, "--resume", "--limit", 2)
+    assert code == 2
+    assert "limit None there, 2 now" in stderr
+    assert contents(out) == first
+
+    assert run(pictures, "--out", out, "--overwrite", "--limit", 2)[0] == 0
+    assert read(out)[1] == [(jpegs[0], 0), (jpegs[1], 0)]
+    (out / "shard.00000.mds").write_bytes(b"damaged")
+    assert run(pictures, "--out", out, "--resume", "--limit", 2)[0] == 0
+    assert read(out)[1] == [(jpegs[0], 0), (jpegs[1], 0)]
+    assert sorted(os.listdir(tmp_path)) == ["out", "pictures"]
+
+
+def test_a_failed_overwrite_keeps_what_was_there(tmp_path, run, pictures):
+    assert run(pictures, "--out", tmp_path / "out")[0] == 0
+    first = contents(tmp_path / "out")
+    (pictures / "bee" / "3.jpg").write_bytes(b"broken")
+    code, _, stderr = run(pictures, "--out", tmp_path / "out", "--overwrite")
+    assert code == 2
+    assert "bee/3.jpg" in stderr
+    assert contents(tmp_path / "out") == first
+    assert sorted(os.listdir(tmp_path)) == ["out", "pictures"]
+
+
+@pytest.mark.parametrize("option", [[], ["--resume"], ["--overwrite"]])
+@pytest.mark.parametrize("name", ["thesis.tex", "index.json", "shard.00000.mds"])
+def test_a_folder_of_other_files_is_never_replaced(tmp_path, run, pictures, option, name):
+    # An index or shards without spec.json are MDS data of another program.
+    for folder in ("out", "other.partial"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text("{}")
+    assert run(pictures, "--out", tmp_path / "out", *option)[0] == 2
+    assert contents(tmp_path / "out") == {name: b"{}"}
+    if name == "thesis.tex":
+        code, _, stderr = run(pictures, "--out", tmp_path / "other", *option)
+        assert code == 2
+        assert "other.partial" in stderr
+        assert contents(tmp_path / "other.partial") == {name: b"{}"}
+
+
+def test_output_that_cannot_be(tmp_path, run, pictures):
+    (tmp_path / "file").write_text("kept")
+    cases = [
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "file" / "out", "cannot make"),
+        (pictures / "shards", "is inside the source"),
+        ("/proc", "mount point"),
+        ("gs://bucket/x", "choose a folder or s3://"),
+    ]
+    for out, message in cases:
+        code, _, stderr = run(pictures, "--out", out)
+        assert code == 2
+        assert message in stderr
+    assert (tmp_path / "file").read_text() == "kept"
+    assert sorted(os.listdir(pictures)) == ["ant", "bee"]
+
+
+def test_a_picture_larger_than_a_shard_leaves_no_empty_shard(tmp_path, run, pictures, monkeypatch):
+    import shards
+
+    monkeypatch.setattr(shards, "SHARD_BYTES", 500)
+    assert run(pictures, "--out", tmp_path / "out")[0] == 0
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert [shard["samples"] for shard in index["shards"]] == [1] * 6
+    assert len(read(tmp_path / "out")[1]) == 6
+
+
+class Pipe:
+    """A picture that is a named pipe: the conversion waits in the middle until it is fed."""
+
+    def __init__(self, path):
+        self.path = path
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+
+    def feed(self, data):
+        """Waits for the reader, then gives it the picture."""
+        self.path.write_bytes(data)
+
+    def wait(self):
+        """Returns when the reader has opened the pipe; keep what it returns until the reader may go on."""
+        return os.open(self.path, os.O_WRONLY)
+
+
+def test_ctrl_c_leaves_nothing(tmp_path, run, pictures, small_shards):
+    pipe = Pipe(pictures / "bee" / "2.jpg")
+    seen = []
+
+    def interrupt():
+        held = pipe.wait()
+        seen.extend(os.listdir(tmp_path / "out.partial"))
+        os.kill(os.getpid(), signal.SIGINT)
+        os.close(held)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    code, _, stderr = run(pictures, "--out", tmp_path / "out")
+    thread.join()
+    assert code == 130
+    assert stderr == "error: interrupted; nothing was kept\n"
+    assert seen  # it was in the middle
+    assert "index.json" not in seen
+    assert sorted(os.listdir(tmp_path)) == ["pictures"]
+
+
+def test_a_killed_run_is_started_again_but_not_beside_a_living_one(tmp_path, run, jpegs, pictures):
+    pipe = Pipe(pictures / "ant" / "0.jpg")
+    command = [sys.executable, SCRIPT, pictures, "--out", tmp_path / "out"]
+    child = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        held = pipe.wait()
+        (tmp_path / "out.partial" / "shard.00000.mds").write_bytes(b"half a sha")
+        code, _, stderr = run(pictures, "--out", tmp_path / "out")
+        assert code == 2
+        assert "another conversion is writing to" in stderr
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    os.close(held)
+    assert os.listdir(tmp_path / "out.partial") == ["shard.00000.mds"]
+    pipe.path.unlink()
+    pipe.path.write_bytes(jpegs[0])
+    assert run(pictures, "--out", tmp_path / "out")[0] == 0
+    assert [image for image, _ in read(tmp_path / "out")[1]] == jpegs
+    assert sorted(os.listdir(tmp_path)) == ["out", "pictures"]
+
+
+def test_a_signal_while_streaming_loads_leaves_nothing(tmp_path, pictures):
+    command = [sys.executable, "-X", "importtime", SCRIPT, pictures, "--out", tmp_path / "out"]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    for line in child.stderr:  # a line for each module, once it is loaded
+        if line.endswith(" numpy._core._string_helpers\n"):
+            child.terminate()  # torch swallows what interrupts its import of numpy
+            break
+    stderr = child.communicate()[1]
+    assert child.returncode == 143, stderr[-2000:]
+    assert "Traceback" not in stderr
+    assert os.listdir(tmp_path) == ["pictures"]
+
+
+# --- a real S3 -----------------------------------------------------------------------------------------------------
+
+
+class SeaweedFS:
+    """SeaweedFS on loopback, with one bucket. Its data outlive `stop`."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.process = None
+        self.ports = free_ports(5)
+        self.url = f"http://127.0.0.1:{self.ports[0]}"
+
+    def start(self):
+        import boto3
+        from botocore.config import Config
+
+        names = ("s3", "master", "volume", "filer", "admin")
+        ports = [f"-{name}.port={port}" for name, port in zip(names, self.ports, strict=True)]
+        weed = [Path(sys.executable).parent / "weed", "-logtostderr=true", "mini", f"-dir={self.folder}"]
+        rest = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-webdav=false", "-admin.ui=false", "-bucket=sit"]
+        rest += ["-s3.port.iceberg=0", "-s3.port.lance=0", *ports]
+        with open(self.folder / "log", "ab") as log:
+            self.process = subprocess.Popen([*weed, *rest], stdout=log, stderr=log, start_new_session=True)
+        once = boto3.client("s3", endpoint_url=self.url, config=Config(retries={"total_max_attempts": 1}))
+        # Just after a start, SeaweedFS at times answers "InternalError, please try again".
+        self.client = boto3.client("s3", endpoint_url=self.url, config=Config(retries={"total_max_attempts": 9}))
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                once.put_object(Bucket="sit", Key="ready", Body=b"")
+                return
+            except Exception as error:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"SeaweedFS did not start: {(self.folder / 'log').read_text()}") from error
+                time.sleep(0.1)
+
+    def stop(self):
+        if self.process and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def keys(self, prefix):
+        found = self.client.list_objects_v2(Bucket="sit", Prefix=f"{prefix}/").get("Contents", [])
+        return [entry["Key"] for entry in found]
+
+    def contents(self, prefix):
+        read = {key: self.client.get_object(Bucket="sit", Key=key)["Body"].read() for key in self.keys(prefix)}
+        return {key.rpartition("/")[2]: data for key, data in read.items()}
+
+    def read(self, prefix, folder):
+        folder.mkdir()
+        for name, data in self.contents(prefix).items():
+            (folder / name).write_bytes(data)
+        return read(folder)
+
+
+def free_ports(count):
+    """Ports that are free, as is each plus 10,000, where SeaweedFS listens for gRPC."""
+    found = []
+    while len(found) < count:
+        port = random.randint(15_000, 45_000)
+        try:
+            for number in (port, port + 10_000):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", number))
+            found.append(port)
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """An empty folder for temporary files."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    return tmp_path / "temporary"
+
+
+@pytest.fixture
+def s3(tmp_path_factory, monkeypatch):
+    for name, value in (("AWS_ACCESS_KEY_ID", "testkey"), ("AWS_SECRET_ACCESS_KEY", "testsecret")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    server = SeaweedFS(tmp_path_factory.mktemp("s3"))
+    monkeypatch.setenv("S3_ENDPOINT_URL", server.url)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+def test_s3(tmp_path, run, jpegs, pictures, s3, small_shards, temporary, monkeypatch):
+    expected = list(zip(jpegs, [0, 0, 0, 1, 1, 1], strict=True))
+
+    # The same files as in a folder.
+    assert run(pictures, "--out", tmp_path / "out")[0] == 0
+    code, stdout, stderr = run(pictures, "--out", "s3://sit/a/b/")
+    assert code == 0, stderr
+    assert stdout.splitlines()[-1] == "s3://sit/a/b/"
+    assert s3.contents("a/b") == contents(tmp_path / "out")
+
+    # What is there is refused, resumed, or replaced; a failure loses none of it.
+    assert run(pictures, "--out", "s3://sit/a/b")[0] == 2
+    code, stdout, _ = run(pictures, "--out", "s3://sit/a/b", "--resume")
+    assert code == 0
+    assert "already converted" in stdout
+    code, _, stderr = run(pictures, "--out", "s3://sit/a", "--overwrite")
+    assert code == 2
+    assert "b/index.json" in stderr
+    (pictures / "bee" / "3.jpg").write_bytes(b"broken")
+    assert run(pictures, "--out", "s3://sit/a/b", "--overwrite")[0] == 2
+    assert s3.contents("a/b") == contents(tmp_path / "out")
+    assert run(pictures, "--out", "s3://sit/new")[0] == 2
+    assert s3.contents("new") == {}
+    (pictures / "bee" / "3.jpg").unlink()
+    for times, prefix in enumerate(("again-shard", "shard")):
+        assert run(pictures, "--out", "s3://sit/a/b", "--overwrite", "--limit", 5)[0] == 0
+        assert s3.read("a/b", tmp_path / f"copy{times}")[1] == expected[:5]
+        names = [name for name in s3.contents("a/b") if name.endswith(".mds")]
+        assert names
+        assert all(name.startswith(prefix + ".") for name in names)
+
+    # Interrupted between the old index and the new one, there is none, and --resume begins again.
+    retire = output.Bucket.retire
+
+    def interrupted(place):
+        retire(place)
+        assert not {"index.json", "spec.json"} & set(s3.contents("a/b"))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output.Bucket, "retire", interrupted)
+        assert run(pictures, "--out", "s3://sit/a/b", "--overwrite")[0] == 130
+    assert not {"index.json", "spec.json"} & set(s3.contents("a/b"))
+    assert run(pictures, "--out", "s3://sit/a/b", "--resume")[0] == 0
+    assert s3.read("a/b", tmp_path / "copy2")[1] == expected
+
+    # The store dies in the middle: no index. It comes back, and --resume begins again.
+    pipe = Pipe(pictures / "bee" / "2.jpg")
+
+    def kill():
+        held = pipe.wait()
+        while not s3.keys("c"):
+            time.sleep(0.05)
+        s3.stop()
+        os.write(held, jpegs[5])
+        os.close(held)
+
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")  # fail quickly
+    thread = threading.Thread(target=kill)
+    thread.start()
+    code, _, stderr = run(pictures, "--out", "s3://sit/c")
+    thread.join()
+    assert code == 1, stderr
+    assert "an upload to s3://sit/c failed" in stderr.splitlines()[-1]
+    assert os.listdir(temporary) == []
+    code, _, stderr = run(pictures, "--out", "s3://sit/c")
+    assert code == 2
+    assert "Could not connect" in stderr
+    monkeypatch.delenv("AWS_MAX_ATTEMPTS")
+    s3.start()
+    left = s3.contents("c")
+    assert left
+    assert "index.json" not in left
+    pipe.path.unlink()
+    pipe.path.write_bytes(jpegs[5])
+    code, _, stderr = run(pictures, "--out", "s3://sit/c")
+    assert code == 2
+    assert "unfinished conversion" in stderr
+    assert run(pictures, "--out", "s3://sit/c", "--resume")[0] == 0
+    assert s3.read("c", tmp_path / "copy")[1] == expected
+    code, _, stderr = run(pictures, "--out", "s3://no-such-bucket/c")
+    assert code == 2
+    assert "NoSuchBucket" in stderr or "does not exist" in stderr
+
+
+def test_shards_wait_for_a_slow_s3(tmp_path, run, jpegs, s3, temporary, monkeypatch, caplog):
+    import shards
+
+    monkeypatch.setattr(shards, "SHARD_BYTES", 500)  # a shard for each picture
+    root = write_folder(tmp_path / "pictures", a=[*jpegs[:1] * 40, b"broken"])
+    (root / "a" / "40.jpg").rename(root / "a" / "z.jpg")
+    pipe = Pipe(root / "a" / "0.jpg")
+    waiting = []
+
+    def freeze():
+        held = pipe.wait()
+        os.killpg(s3.process.pid, signal.SIGSTOP)
+        os.write(held, jpegs[0])
+        os.close(held)
+        for _ in range(30):
+            time.sleep(0.05)
+            waiting.append(sum(len(files) for _, _, files in os.walk(temporary)))
+        os.killpg(s3.process.pid, signal.SIGCONT)
+
+    thread = threading.Thread(target=freeze)
+    thread.start()
+    code, _, stderr = run(root, "--out", "s3://sit/slow")
+    thread.join()
+    assert code == 2
+    assert "z.jpg" in stderr
+    assert shards.UPLOADS < max(waiting) <= 2 * shards.UPLOADS + 1
+    assert not [record for record in caplog.records if record.name.startswith(("concurrent", "streaming"))]
+    assert s3.contents("slow") == {}
