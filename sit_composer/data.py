@@ -107,24 +107,26 @@ class CheckedStream(Stream):
             for info in json.loads(text)["shards"]:
                 if info["format"] != "mds":
                     raise ValueError(f"the format is {info['format']!r}, not 'mds'")
-                shards.append(reader_from_json(self.local, self.split, info))
-                shards[-1].validate(allow_unsafe_types)
-                for file in _files(shards[-1]):
+                shard = reader_from_json(self.local, self.split, info)
+                shard.validate(allow_unsafe_types)
+                for file in _files(shard):
                     # A name such as ../x would be written outside the cache.
                     if os.path.isabs(file.basename) or ".." in Path(file.basename).parts:
                         raise ValueError(f"the file name {file.basename!r} leads out of the folder")
+                columns = dict(zip(shard.column_names, shard.column_encodings, strict=True))
+                for name, encodings in COLUMNS[self.spec.kind].items():
+                    if not columns.get(name, "").startswith(encodings):
+                        wanted = f"a column {name!r} encoded as {' or '.join(encodings)}"
+                        raise DataError(f"{uri}: {self.spec.kind} need {wanted}; the columns there are {columns}")
+                if self.remote is None and (fault := self.fault(shard, hashes=False)):
+                    raise DataError(f"{fault}; restore it, or write the shards again")
+                shards.append(shard)
+            samples = sum(shard.samples for shard in shards)
+        except DataError:
+            raise
         except Exception as error:
             cause = f"{type(error).__name__}: {error}"
             raise DataError(f"{uri} is not a whole and safe MDS index ({cause}); write the shards again") from error
-        for shard in shards:
-            columns = dict(zip(shard.column_names, shard.column_encodings, strict=True))
-            for name, encodings in COLUMNS[self.spec.kind].items():
-                if not columns.get(name, "").startswith(encodings):
-                    wanted = f"a column {name!r} encoded as {' or '.join(encodings)}"
-                    raise DataError(f"{uri}: {self.spec.kind} need {wanted}; the columns there are {columns}")
-            if self.remote is None and (fault := self.fault(shard, hashes=False)):
-                raise DataError(f"{fault}; restore it, or write the shards again")
-        samples = sum(shard.samples for shard in shards)
         if samples != self.spec.samples:
             raise DataError(f"{uri} lists {samples} samples, but {SPEC_NAME} says {self.spec.samples}: one is stale")
         if self.remote is not None:

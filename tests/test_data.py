@@ -478,6 +478,11 @@ INDEX_FAULTS = {
     "a list": (lambda f: f.write_text("[]"), "not a whole and safe MDS index"),
     "no shards": (lambda f: edit(f, lambda i: i.pop("shards")), "not a whole and safe MDS index"),
     "no bytes": (lambda f: edit(f, lambda i: i["shards"][1].pop("raw_data")), "not a whole and safe MDS index"),
+    "odd samples": (lambda f: edit(f, lambda i: i["shards"][1].update(samples="x")), "not a whole and safe MDS index"),
+    "odd columns": (
+        lambda f: edit(f, lambda i: i["shards"][1]["column_names"].pop()),
+        "not a whole and safe MDS index",
+    ),
     "another format": (lambda f: edit(f, lambda i: i["shards"][0].update(format="json")), "the format is 'json'"),
     "pickle": (lambda f: edit(f, lambda i: i["shards"][0]["column_encodings"].__setitem__(1, "pkl")), "unsafe type"),
     "upwards": (lambda f: edit(f, basename("../evil.mds")), "'../evil.mds' leads out of the folder"),

@@ -1,0 +1,95 @@
+"""log p(x) by the probability-flow ODE, run from data back to noise (arXiv 1810.01367, eqs. 3 and 7).
+
+Along dx = v dt the density changes by d log p / dt = -∇·v, so that log p(x₁) = log N(x₀) - ∫₀¹ ∇·v dt.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torchdiffeq import odeint
+
+from sit_composer.errors import UserError
+from sit_composer.names import ADAPTIVE_METHODS, ODE_METHODS, choose
+from sit_composer.transport import Transport
+
+
+@torch.no_grad()
+def log_likelihood(
+    tr: Transport,
+    model,
+    x: Tensor,
+    *,
+    sampling_method: str = "dopri5",
+    num_steps: int = 50,
+    atol: float = 1e-6,
+    rtol: float = 1e-3,
+    probes: int = 1,
+    exact: bool = False,
+    generator: torch.Generator | None = None,
+    **model_kwargs,
+) -> Tensor:
+    """The log density of data x (N, …), in nats: (N,).
+
+    Args:
+        sampling_method, num_steps, atol, rtol: the solver, as for `sample_ode`.
+        probes: Hutchinson's estimate ∇·v ≈ εᵀ(∂v/∂x)ε is averaged over so many ε of ±1. They are drawn once a solve, as
+            FFJORD does: with a new one at each call, an adaptive solver would take the noise for stiffness.
+        exact: the whole trace instead, at one backward pass a dimension.
+        generator: where the probes come from, on the CPU; None is torch's own.
+
+    Raises:
+        UserError: for an unknown solver, fewer than 2 time points or no probe.
+    """
+    choose("sampling_method", sampling_method, ODE_METHODS)
+    if num_steps < 2:
+        raise UserError(f"num_steps: got {num_steps}; it takes 2 or more")
+    if probes < 1:
+        raise UserError(f"probes: got {probes}; it takes 1 or more")
+    t0, t1 = tr.interval(eval=True)
+    times = torch.linspace(t1, t0, num_steps, device=x.device, dtype=x.dtype)
+    shape = (probes, *x.shape)
+    signs = torch.randint(0, 2, shape, generator=generator, device=generator.device if generator else "cpu")
+    noise = (signs * 2 - 1).to(x.device, x.dtype)  # (probes, N, …)
+
+    def drift(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = state[0].detach().requires_grad_()
+            v = tr.velocity(model, x, t.expand(len(x)), **model_kwargs)
+            divergence = _trace(v, x) if exact else _hutchinson(v, x, noise)
+        return v.detach(), divergence
+
+    method = "heun2" if sampling_method == "heun" else sampling_method
+    options = {"step_t": times[-1:]} if method in ADAPTIVE_METHODS else None
+    start = (x, x.new_zeros(len(x)))
+    z, change = odeint(drift, start, times, method=method, atol=atol, rtol=rtol, options=options)
+    z, change = z[-1], change[-1]  # change is ∫ ∇·v from t1 down to t0
+    prior = -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1)
+    return prior + change
+
+
+def _hutchinson(v: Tensor, x: Tensor, noise: Tensor) -> Tensor:
+    estimates = [
+        (torch.autograd.grad(v, x, e, retain_graph=i + 1 < len(noise))[0] * e).flatten(1).sum(1)
+        for i, e in enumerate(noise)
+    ]
+    return torch.stack(estimates).mean(0)  # (N,)
+
+
+def _trace(v: Tensor, x: Tensor) -> Tensor:
+    flat = v.flatten(1)  # (N, D)
+    diagonal = [
+        torch.autograd.grad(flat[:, d].sum(), x, retain_graph=True)[0].flatten(1)[:, d] for d in range(flat.shape[1])
+    ]
+    return torch.stack(diagonal).sum(0)  # (N,)
+
+
+def bits_per_dim(log_p: Tensor, dims: int, levels: float = 127.5) -> Tensor:
+    """Bits a dimension of 8-bit pictures whose density was taken on [-1, 1]: p(level) = p(x) / levels a dimension.
+
+    Args:
+        log_p: nats of each picture, (N,).
+        dims: dimensions of a picture.
+        levels: how many levels a unit of x is; 1 for data whose density is wanted as it is.
+    """
+    return (math.log(levels) - log_p / dims) / math.log(2)
