@@ -1,7 +1,11 @@
-"""Classifier-free guidance (arXiv 2207.12598): v + (scale - 1)(v - v_null), applied to whatever the network predicts.
+"""Guidance of what a network predicts: v_weak + scale · (v - v_weak), within an interval of times.
 
-Guiding the prediction guides the velocity and the score alike, as each is affine in it.
+v_weak is the prediction without the label (classifier-free guidance, arXiv 2207.12598), or that of a weaker network
+with it (autoguidance, arXiv 2406.02507). Guiding the prediction guides the velocity and the score alike, as each is
+affine in it. The interval (arXiv 2404.07724) is in our time, from noise at 0 to data at 1.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -13,34 +17,57 @@ from sit_composer.sit import SiT
 class Guidance:
     """A guided network: ``Guidance(network, scale)(x, t, y)``, of the same shapes as the network itself.
 
-    One pass over the batch twice, or, at scale 1, one over the batch.
+    ``passes`` counts, a sample, the networks' forward passes: 2 an evaluation where it guides, 1 where it doesn't.
 
     Args:
-        network: a SiT trained with label dropout.
+        network: a SiT, trained with label dropout unless there is a guide.
         scale: 1 is no guidance; more follows the labels more closely, and varies less.
-        channels: guide only the first so many, and leave the rest conditional; the release guides 3 of 4.
+        channels: guide only the first so many, and leave the rest conditional; the release guides 3 of 4. None: all.
+        interval: the times (from, to) within which it guides, both included.
+        guide: a weaker network, for autoguidance.
 
     Raises:
-        UserError: for a scale other than 1 on a network that has no null class.
+        UserError: for a scale other than 1 without a null class or a guide, or an interval that is none.
     """
 
-    def __init__(self, network: SiT, scale: float, channels: int | None = None):
-        if scale != 1 and network.null_label is None:
+    def __init__(
+        self,
+        network: SiT,
+        scale: float,
+        channels: int | None = None,
+        interval: tuple[float, float] = (0.0, 1.0),
+        guide: SiT | None = None,
+    ):
+        if scale != 1 and network.null_label is None and guide is None:
             raise UserError(
                 f"cfg_scale: got {scale:g}, but the network has no null class to guide away from "
                 "(it was trained with class_dropout_prob 0); it takes 1"
             )
+        if not 0 <= interval[0] <= interval[1] <= 1:
+            raise UserError(
+                f"cfg_interval: got {interval[0]:g} to {interval[1]:g}; it takes two times in [0, 1] in order"
+            )
         self.network = network
         self.scale = scale
         self.channels = channels
+        # An adaptive solver also asks beyond its ends: what reaches to an end reaches past it.
+        self.interval = (-math.inf if interval[0] == 0 else interval[0], math.inf if interval[1] == 1 else interval[1])
+        self.guide = guide
+        self.passes = 0
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        if self.scale == 1:
+        # Samplers have one time for the whole batch.
+        if self.scale == 1 or not self.interval[0] <= float(t[0]) <= self.interval[1]:
+            self.passes += 1
             return self.network(x, t, y)
-        null = torch.full_like(y, self.network.null_label)
-        both = self.network(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))  # (2N, C, H, W)
-        conditional, unconditional = both.chunk(2)
-        guided = unconditional + self.scale * (conditional - unconditional)
+        self.passes += 2
+        if self.guide is not None:
+            strong, weak = self.network(x, t, y), self.guide(x, t, y)
+        else:
+            null = torch.full_like(y, self.network.null_label)
+            both = self.network(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))  # (2N, C, H, W)
+            strong, weak = both.chunk(2)
+        guided = weak + self.scale * (strong - weak)
         if self.channels is not None:
-            guided = torch.cat([guided[:, : self.channels], conditional[:, self.channels :]], dim=1)
+            guided = torch.cat([guided[:, : self.channels], strong[:, self.channels :]], dim=1)
         return guided

@@ -24,7 +24,8 @@ from sklearn.datasets import load_digits, load_sample_images
 from streaming import MDSWriter
 from streaming.base.dataset import _ShardState
 
-from sit_composer.data import DataError, build_loader, center_crop, coin, decode_image, load_spec
+from sit_composer.data import DataError, build_loader, coin, load_spec
+from sit_composer.pictures import center_crop, decode_image
 from sit_composer.spec import DataSpec
 
 SAMPLES = 200

@@ -121,13 +121,6 @@ def test_evaluations_are_counted():
     assert counts == {"euler": 10, "heun": 20}
 
 
-def test_guidance_at_one_is_the_network_and_is_one_pass(tiny):
-    x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([1, 2])
-    assert torch.equal(Guidance(tiny, 1.0)(x, t, y), tiny(x, t, y))
-    conditional, null = tiny(x, t, y), tiny(x, t, torch.full_like(y, 10))
-    torch.testing.assert_close(Guidance(tiny, 3.0)(x, t, y), null + 3 * (conditional - null), rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("call", "named"),
     [
@@ -141,11 +134,3 @@ def test_guidance_at_one_is_the_network_and_is_one_pass(tiny):
 def test_a_wrong_option_is_named(call, named):
     with pytest.raises(ValueError, match=re.escape(named)):
         call(Transport())
-
-
-def test_guiding_a_network_without_a_null_class_is_refused():
-    from sit_composer.sit import SiT
-
-    network = SiT(hidden_size=64, depth=0, num_heads=4, input_size=8, num_classes=5, class_dropout_prob=0)
-    with pytest.raises(ValueError, match="class_dropout_prob 0"):
-        Guidance(network, 1.5)

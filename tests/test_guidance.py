@@ -1,0 +1,74 @@
+import pytest
+import torch
+
+from sit_composer.errors import UserError
+from sit_composer.guidance import Guidance
+from sit_composer.samplers import Counted, sample_ode
+from sit_composer.sit import SiT
+from sit_composer.transport import Transport
+from tests.test_model import small_network
+
+
+@pytest.fixture
+def inputs():
+    torch.manual_seed(0)
+    return torch.randn(2, 4, 8, 8), torch.full((2,), 0.4), torch.tensor([1, 2])
+
+
+def test_it_is_the_weak_prediction_plus_the_scaled_difference(tiny, inputs):
+    x, t, y = inputs
+    strong, weak = tiny(x, t, y), tiny(x, t, torch.full_like(y, tiny.null_label))
+    torch.testing.assert_close(Guidance(tiny, 3.0)(x, t, y), weak + 3 * (strong - weak), rtol=1e-4, atol=1e-5)
+
+
+def test_all_channels_are_guided_unless_only_some_are_asked_for(tiny, inputs):
+    x, t, y = inputs
+    everything, three = Guidance(tiny, 3.0)(x, t, y), Guidance(tiny, 3.0, channels=3)(x, t, y)
+    assert torch.equal(everything[:, :3], three[:, :3])
+    torch.testing.assert_close(three[:, 3], tiny(x, t, y)[:, 3], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(everything[:, 3], three[:, 3])
+
+
+def test_three_channels_are_the_releases_guidance(tiny, inputs):
+    x, t, y = inputs
+    labels = torch.cat([y, torch.full_like(y, tiny.null_label)])
+    released = tiny.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), labels, 4.0)[:2]
+    torch.testing.assert_close(Guidance(tiny, 4.0, channels=3)(x, t, y), released, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("scale", "interval"), [(1.0, (0.0, 1.0)), (3.0, (0.5, 1.0)), (3.0, (0.0, 0.3))])
+def test_where_it_does_not_guide_it_is_the_network_in_one_pass(tiny, inputs, scale, interval):
+    calls = []
+    tiny.register_forward_hook(lambda _, args, out: calls.append(len(args[0])))
+    guided = Guidance(tiny, scale, interval=interval)
+    assert torch.equal(guided(*inputs), tiny(*inputs))
+    assert calls == [2, 2]  # the batch once, not twice
+    assert guided.passes == 1
+
+
+def test_passes_are_counted_where_it_guides_and_where_it_does_not(tiny, inputs):
+    guided = Guidance(tiny, 2.0, interval=(0.0, 0.45))
+    model = Counted(guided)
+    sample_ode(Transport(), model, inputs[0], sampling_method="euler", num_steps=11, y=inputs[2])  # t = 0, 0.1 … 0.9
+    assert (model.evaluations, guided.passes) == (10, 15)
+
+
+def test_a_weaker_network_may_guide(inputs):
+    network, guide = small_network().eval(), small_network(depth=1, class_dropout_prob=0.0).eval()
+    strong, weak = network(*inputs), guide(*inputs)
+    torch.testing.assert_close(Guidance(network, 2.0, guide=guide)(*inputs), weak + 2 * (strong - weak))
+    # it needs no null class then
+    unconditional = small_network(class_dropout_prob=0.0).eval()
+    assert Guidance(unconditional, 2.0, guide=guide)(*inputs).isfinite().all()
+
+
+def test_guiding_a_network_without_a_null_class_is_refused():
+    network = SiT(hidden_size=64, depth=0, num_heads=4, input_size=8, num_classes=5, class_dropout_prob=0)
+    with pytest.raises(UserError, match="class_dropout_prob 0"):
+        Guidance(network, 1.5)
+
+
+@pytest.mark.parametrize("interval", [(0.5, 0.4), (-0.1, 1.0), (0.0, 1.1)])
+def test_an_interval_that_is_none_is_refused(tiny, interval):
+    with pytest.raises(UserError, match="cfg_interval: got"):
+        Guidance(tiny, 1.5, interval=interval)
