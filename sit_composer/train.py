@@ -6,6 +6,7 @@ Run the same command again to resume, or to be told that the run is finished.
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
 # A script run by its path finds its own folder first, where config.py, data.py and others would shadow modules of
@@ -43,8 +44,12 @@ def main(argv: list[str] | None = None) -> int:
                 check_data(config, spec, section)
         train(config)  # from here on, torch is imported
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or "torch" in sys.modules:  # before that, all ranks have the same to say
-            print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") != "0" and "torch" not in sys.modules:
+            # All ranks have the same to say. Let rank 0 say it: the launcher ends the others when the first one exits,
+            # and would make rank 0's "terminated" its own exit code.
+            time.sleep(5)
+            return 2
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
