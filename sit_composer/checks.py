@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sit_composer import composer_api
 from sit_composer.config import Config, ConfigError, DataConfig, ModelConfig, network_arguments
-from sit_composer.names import LOSS_WEIGHTS, PATHS, PREDICTIONS, choose
+from sit_composer.names import LOSS_WEIGHTS, PATHS, PREDICTIONS, TIME_SAMPLINGS, choose
 from sit_composer.spec import SPEC_NAME, DataSpec
 
 # Trainer arguments that have a key of their own, or that a YAML can't hold.
@@ -31,10 +31,13 @@ def check(config: Config) -> None:
     choose("transport.path_type", config.transport.path_type, PATHS)
     choose("transport.prediction", config.transport.prediction, PREDICTIONS)
     choose("transport.loss_weight", config.transport.loss_weight, LOSS_WEIGHTS)
+    choose("transport.time_sampling", config.transport.time_sampling, TIME_SAMPLINGS)
     for name in ("train_eps", "sample_eps"):
         eps = getattr(config.transport, name)
         if eps is not None and not 0 <= eps < 0.5:
             raise ConfigError(f"transport.{name}: got {eps}; it takes a number in [0, 0.5)")
+    if not config.transport.time_std > 0:
+        raise ConfigError(f"transport.time_std: got {config.transport.time_std}; it takes a number above 0")
     ranks = int(os.environ.get("WORLD_SIZE", 1))  # the launcher's
     for section, data in (("data", config.data), ("eval_data", config.eval_data)):
         if data is not None:

@@ -50,6 +50,9 @@ class TransportConfig:
     loss_weight: str | None = key("null, velocity or likelihood", None)
     train_eps: float | None = key("distance of training times from 0 and 1; null: as the path needs", None)
     sample_eps: float | None = key("the same for sampling", None)
+    time_sampling: str = key("how training times are drawn: uniform or logit-normal", "uniform")
+    time_mean: float = key("logit-normal's mean; above 0: nearer to the data", 0.0)
+    time_std: float = key("logit-normal's standard deviation", 1.0)
 
 
 @dataclass

@@ -12,6 +12,7 @@ VARIANTS = [f"SiT-{size}/{patch}" for size in SIZES for patch in (2, 4, 8)]
 PATHS = ("Linear", "GVP", "VP")
 PREDICTIONS = ("velocity", "noise", "score")
 LOSS_WEIGHTS = (None, "velocity", "likelihood")
+TIME_SAMPLINGS = ("uniform", "logit-normal")
 DIFFUSION_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
 LAST_STEPS = (None, "Mean", "Tweedie", "Euler")
 SDE_METHODS = ("Euler", "Heun")

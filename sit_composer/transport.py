@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sit_composer.errors import UserError
 from sit_composer.interpolant import PATHS, expand
-from sit_composer.names import DIFFUSION_FORMS, LOSS_WEIGHTS, PREDICTIONS, choose
+from sit_composer.names import DIFFUSION_FORMS, LOSS_WEIGHTS, PREDICTIONS, TIME_SAMPLINGS, choose
 
 SINGULAR_EPS = 1e-3  # how far training and sampling stay from an end of [0, 1] where the field has a pole
 
@@ -27,6 +27,9 @@ class Transport:
         train_eps: how far from the ends of [0, 1] training times stay; None is 0 where the field has no pole
             (velocity), 1e-5 for VP, and 1e-3 otherwise, as released.
         sample_eps: the same for sampling; None is 0 for velocity, 1e-3 otherwise. Either eps, when given, counts.
+        time_sampling: how training times are drawn: ``uniform``, as in the paper, or ``logit-normal`` (arXiv
+            2403.03206, eq. 19): the sigmoid of a normal number, which is more often in the middle.
+        time_mean, time_std: that normal's; a mean above 0 favours times near the data.
 
     Raises:
         UserError: for a name that is none of the above, or an eps outside [0, ½).
@@ -39,6 +42,9 @@ class Transport:
         loss_weight: str | None = None,
         train_eps: float | None = None,
         sample_eps: float | None = None,
+        time_sampling: str = "uniform",
+        time_mean: float = 0.0,
+        time_std: float = 1.0,
     ):
         choose("path_type", path_type, tuple(PATHS))
         choose("prediction", prediction, PREDICTIONS)
@@ -46,12 +52,21 @@ class Transport:
         for name, eps in (("train_eps", train_eps), ("sample_eps", sample_eps)):
             if eps is not None and not 0 <= eps < 0.5:
                 raise UserError(f"{name}: got {eps}; it takes a number in [0, 0.5)")
+        if sample_eps == 0 and (prediction != "velocity" or path_type == "VP"):
+            pole = 1 if path_type == "VP" else 0
+            raise UserError(f"sample_eps: got 0; {path_type} with {prediction} has a pole at t = {pole}, it takes more")
+        choose("time_sampling", time_sampling, TIME_SAMPLINGS)
+        if not time_std > 0:
+            raise UserError(f"time_std: got {time_std}; it takes a number above 0")
         self.path_type = path_type
         self.path = PATHS[path_type]()
         self.prediction = prediction
         self.loss_weight = loss_weight
         self.train_eps = train_eps
         self.sample_eps = sample_eps
+        self.time_sampling = time_sampling
+        self.time_mean = time_mean
+        self.time_std = time_std
 
     def interval(
         self, sde: bool = False, eval: bool = False, diffusion_form: str = "sigma", last_step_size: float = 0.0
@@ -98,16 +113,20 @@ class Transport:
         return (weight * error**2).flatten(1).mean(1)
 
     def training_loss(self, model, x1: Tensor, **model_kwargs) -> Tensor:
-        """Draws x₀ ~ N(0, I), then t uniform on `interval`, and gives each sample's `loss`: (N,)."""
+        """Draws x₀ ~ N(0, I), then t, and gives each sample's `loss`: (N,)."""
         t, x0 = self.draw(x1)
         return self.loss(model(self.path.interpolate(t, x0, x1)[0], t, **model_kwargs), t, x0, x1)
 
     def draw(self, x1: Tensor) -> tuple[Tensor, Tensor]:
-        """Training times t (N,) and noise x₀ like x1, from torch's own generator."""
+        """Training times t (N,) on `interval` and noise x₀ like x1, from torch's own generator."""
         x0 = torch.randn_like(x1)
         t0, t1 = self.interval()
-        t = torch.rand(len(x1), device=x1.device, dtype=x1.dtype) * (t1 - t0) + t0
-        return t, x0
+        if self.time_sampling == "uniform":
+            u = torch.rand(len(x1), device=x1.device, dtype=x1.dtype)
+        else:
+            normal = torch.randn(len(x1), device=x1.device, dtype=x1.dtype)
+            u = torch.sigmoid(self.time_mean + self.time_std * normal)
+        return u * (t1 - t0) + t0, x0
 
     def velocity(self, model, x: Tensor, t: Tensor, **model_kwargs) -> Tensor:
         """The drift of the probability-flow ODE, eq. (2), at x (N, …) and t (N,), whatever the network predicts."""

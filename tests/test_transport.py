@@ -95,6 +95,17 @@ def test_training_times_stay_in_the_interval():
     assert times[0].std().item() == pytest.approx(0.4 / 12**0.5, rel=0.05)
 
 
+def test_logit_normal_times_have_the_quantiles_of_their_normal():
+    torch.manual_seed(0)
+    tr = Transport(train_eps=0.1, time_sampling="logit-normal", time_mean=0.5, time_std=2.0)
+    t, _ = tr.draw(torch.zeros(20000, 1))
+    assert t.min() >= 0.1
+    assert t.max() <= 0.9
+    for quantile, normal in ((0.1587, -1.0), (0.5, 0.0), (0.8413, 1.0)):
+        expected = 0.1 + 0.8 * torch.sigmoid(torch.tensor(0.5 + 2.0 * normal)).item()
+        assert torch.quantile(t, quantile).item() == pytest.approx(expected, abs=0.01)
+
+
 def test_training_loss_is_one_number_a_sample_and_matches_its_expectation():
     """For data 0 and output 0 the velocity's target is -x0: the mean square is that of normal noise."""
     torch.manual_seed(0)
@@ -123,6 +134,10 @@ def test_sbdm_keeps_off_the_noise_end_where_it_is_singular():
         ({"loss_weight": "snr"}, "loss_weight: got 'snr'"),
         ({"train_eps": 0.5}, "train_eps: got 0.5"),
         ({"sample_eps": -0.1}, "sample_eps: got -0.1"),
+        ({"sample_eps": 0.0, "prediction": "noise"}, "sample_eps: got 0; Linear with noise has a pole at t = 0"),
+        ({"sample_eps": 0.0, "path_type": "VP"}, "sample_eps: got 0; VP with velocity has a pole at t = 1"),
+        ({"time_sampling": "cosine"}, "time_sampling: got 'cosine'; it takes uniform, logit-normal"),
+        ({"time_std": 0.0}, "time_std: got 0.0"),
     ],
 )
 def test_a_wrong_argument_is_named(arguments, named):
