@@ -2,13 +2,11 @@
 
 Writes DIR/000000.png and so on, DIR/grid.png, and DIR/sampling.json, which records every setting and the number of
 function evaluations. Picture i depends on the seed and on i alone, not on the batch size. Run again, it continues
-with what is missing.
+with what is missing. On several GPUs:   composer -n N -m sit_composer.sample CHECKPOINT --out DIR
 """
 
 import argparse
 import hashlib
-import json
-import math
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -17,8 +15,6 @@ from typing import Any
 
 from sit_composer.errors import UserError
 from sit_composer.names import DIFFUSION_FORMS, LAST_STEPS, ODE_METHODS, SDE_METHODS
-
-SETTINGS = "sampling.json"
 
 
 @dataclass(frozen=True)
@@ -29,6 +25,8 @@ class Sampling:
     sampling_method: str = "dopri5"
     num_steps: int = 50
     cfg_scale: float = 1.0
+    cfg_channels: int | None = None
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
     seed: int = 0
     atol: float = 1e-6
     rtol: float = 1e-3
@@ -47,9 +45,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--classes", metavar="A,B,…", help="labels or class names to draw, --per-class of each")
     what.add_argument("--num-images", type=int, metavar="N", help="draw N, the classes equally often (16)")
+    policies = "the classes of --num-images: equally often, or drawn at random (equal)"
+    parser.add_argument("--labels", choices=("equal", "random"), default="equal", help=policies)
     parser.add_argument("--per-class", type=int, default=1, metavar="K", help="pictures of each of --classes (1)")
     parser.add_argument("--weights", choices=("ema", "training"), default="ema", help="(ema)")
     parser.add_argument("--cfg-scale", type=float, help="guidance; 1 is none (4, or 1 without a null class)")
+    parser.add_argument(
+        "--cfg-channels", type=int, metavar="C", help="guide only the first C, the release 3 of 4 (all)"
+    )
+    both = {"type": float, "nargs": 2, "metavar": ("FROM", "TO")}
+    parser.add_argument(
+        "--cfg-interval", **both, default=(0.0, 1.0), help="guide within these times; data is at 1 (0 1)"
+    )
+    parser.add_argument("--guide", metavar="CHECKPOINT", help="guide away from this weaker network, not the null class")
     parser.add_argument("--mode", choices=("ODE", "SDE"), default="ODE", help="(ODE)")
     methods = f"ODE: {', '.join(ODE_METHODS)} (dopri5); SDE: {', '.join(SDE_METHODS)} (Euler)"
     parser.add_argument("--sampling-method", metavar="NAME", help=methods)
@@ -65,7 +73,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64, help="pictures at a time (64)")
     parser.add_argument("--npz", metavar="FILE", help="write all pictures as one array too: arr_0, uint8, N×H×W×3")
     args = parser.parse_args(argv)
-    for name, least in (("num_images", 1), ("per_class", 1), ("batch_size", 1), ("num_steps", 2), ("seed", 0)):
+    args.cfg_interval = tuple(args.cfg_interval)
+    for name, least in (
+        ("num_images", 1),
+        ("cfg_channels", 1),
+        ("per_class", 1),
+        ("batch_size", 1),
+        ("num_steps", 2),
+        ("seed", 0),
+    ):
         value = getattr(args, name)
         if value is not None and value < least:
             parser.error(f"argument --{name.replace('_', '-')}: got {value}; it takes {least} or more")
@@ -93,41 +109,54 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draws what is asked for and not there yet.
+    """Draws what is asked for and not there yet; each rank of a launcher its share.
 
     Raises:
         UserError: for a checkpoint, class or setting that can't be used.
     """
     import torch
+    import torch.distributed as dist
     from tqdm import tqdm
 
     from sit_composer.autoencoder import load_autoencoder, to_uint8
     from sit_composer.checkpoint import load_checkpoint
-    from sit_composer.sit import SiT
+    from sit_composer.gallery import SETTINGS, claim, read_pictures, write_grid, write_json, write_npz, write_png
+    from sit_composer.guidance import Guidance
     from sit_composer.transport import Transport
 
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     checkpoint = load_checkpoint(args.checkpoint, args.weights)
     record = checkpoint.record
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = SiT(**record["model"])
-    network.load_state_dict(checkpoint.weights)
-    network.to(device).eval().requires_grad_(False)
+    network = build_network(checkpoint, device)
+    guide = build_network(load_checkpoint(args.guide, args.weights), device) if args.guide else None
     if args.cfg_scale is None:
-        args.cfg_scale = 1.0 if network.null_label is None else 4.0
+        args.cfg_scale = 1.0 if network.null_label is None and guide is None else 4.0
     sampling = Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__})
+    guidance = Guidance(network, sampling.cfg_scale, sampling.cfg_channels, sampling.cfg_interval, guide)
     labels = choose_labels(args, record["classes"])
-
-    out = Path(args.out)
-    with open(checkpoint.path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     settings = {
-        "checkpoint": {"path": checkpoint.path, "step": checkpoint.step, "sha256": digest, "weights": checkpoint.which},
+        "checkpoint": describe(checkpoint),
+        "guide": args.guide and describe(load_checkpoint(args.guide, args.weights)),
         **asdict(sampling),
         "labels": labels,
         **{name: record[name] for name in ("model", "transport", "autoencoder")},
     }
-    missing = claim(out, settings, len(labels))
-    if missing:
+    out = Path(args.out)
+    if ranks > 1:
+        dist.init_process_group("gloo")
+    todo: list[list[int] | UserError | None] = [None]
+    if rank == 0:
+        try:
+            todo = [claim(out, settings, len(labels))]
+        except UserError as error:
+            todo = [error]
+    if ranks > 1:
+        dist.broadcast_object_list(todo)
+    if isinstance(todo[0], UserError):
+        raise todo[0]
+    missing = todo[0][rank::ranks]
+    if todo[0]:
         transport = Transport(**record["transport"])
         autoencoder = load_autoencoder(record["autoencoder"]["name"], record["autoencoder"]["channels"], device)
         if autoencoder.spec.as_dict() != record["autoencoder"]:
@@ -135,19 +164,40 @@ def run(args: argparse.Namespace) -> None:
                 f"{args.checkpoint}: trained on latents of {record['autoencoder']}, and the autoencoder of that name "
                 f"is now {autoencoder.spec.as_dict()}"
             )
-        with tqdm(total=len(labels), initial=len(labels) - len(missing), unit="img", desc="sampling") as bar:
+        with tqdm(total=len(missing), unit="img", desc="sampling", disable=rank > 0) as bar:
             for start in range(0, len(missing), args.batch_size):
                 indices = missing[start : start + args.batch_size]
-                latents, evaluations = generate(network, transport, [labels[i] for i in indices], indices, sampling)
+                latents, used = generate(guidance, transport, [labels[i] for i in indices], indices, sampling)
                 for i, picture in zip(indices, to_uint8(autoencoder.decode(latents)).cpu(), strict=True):
                     write_png(picture, out / f"{i:06d}.png")
                 bar.update(len(indices))
-                write_json({**settings, "evaluations": evaluations}, out / SETTINGS)
-    pictures = read_pictures(out, len(labels))
-    if args.npz:
-        write_npz(pictures, labels, Path(args.npz))
-    write_grid(pictures, labels, out / "grid.png")
-    print(out / "grid.png")
+                if rank == 0:
+                    write_json({**settings, **used}, out / SETTINGS)
+    if ranks > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank == 0:
+        pictures = read_pictures(out, len(labels))
+        if args.npz:
+            write_npz(pictures, labels, Path(args.npz))
+        write_grid(pictures, labels, out / "grid.png")
+        print(out / "grid.png")
+
+
+def build_network(checkpoint: Any, device: str) -> Any:
+    """The network that a checkpoint's weights fit, ready to be evaluated."""
+    from sit_composer.sit import SiT
+
+    network = SiT(**checkpoint.record["model"])
+    network.load_state_dict(checkpoint.weights)
+    return network.to(device).eval().requires_grad_(False)
+
+
+def describe(checkpoint: Any) -> dict[str, Any]:
+    """What identifies a checkpoint's weights."""
+    with open(checkpoint.path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"path": checkpoint.path, "step": checkpoint.step, "sha256": digest, "weights": checkpoint.which}
 
 
 def choose_labels(args: argparse.Namespace, classes: list[str]) -> list[int]:
@@ -158,6 +208,10 @@ def choose_labels(args: argparse.Namespace, classes: list[str]) -> list[int]:
     """
     if args.classes is None:
         count = args.num_images or 16
+        if args.labels == "random":
+            import numpy as np
+
+            return np.random.default_rng((args.seed, count)).integers(len(classes), size=count).tolist()
         return [i * len(classes) // count for i in range(count)]
     labels = []
     for name in args.classes.split(","):
@@ -170,9 +224,9 @@ def choose_labels(args: argparse.Namespace, classes: list[str]) -> list[int]:
 
 
 def generate(
-    network: Any, transport: Any, labels: list[int], indices: list[int], sampling: Sampling
-) -> tuple[Any, int]:
-    """Latents (N, C, H, W) for N labels, and how often the network was evaluated for each.
+    guidance: Any, transport: Any, labels: list[int], indices: list[int], sampling: Sampling
+) -> tuple[Any, dict[str, int]]:
+    """Latents (N, C, H, W) for N labels, and what each took: ``evaluations`` of the field, ``passes`` of networks.
 
     The noise of the picture with index i comes from a generator of its own, seeded with (sampling.seed, i), so that it
     is the same picture whatever it is batched with. (An adaptive solver's steps do depend on the batch, within its
@@ -181,9 +235,9 @@ def generate(
     import numpy as np
     import torch
 
-    from sit_composer.guidance import Guidance
     from sit_composer.samplers import Counted, sample_ode, sample_sde
 
+    network = guidance.network
     device = next(network.parameters()).device
     shape = (network.in_channels, network.input_size, network.input_size)
     # numpy's generators, as torch's on the CPU heeds only 32 bits of a seed.
@@ -193,104 +247,16 @@ def generate(
         noise = np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators])
         return torch.from_numpy(noise).to(device)
 
-    model = Counted(Guidance(network, sampling.cfg_scale))
+    model, guidance.passes = Counted(guidance), 0
     common = {"sampling_method": sampling.sampling_method, "num_steps": sampling.num_steps}
     y = torch.tensor(labels, device=device)
     if sampling.mode == "ODE":
         x = sample_ode(transport, model, draw(), atol=sampling.atol, rtol=sampling.rtol, y=y, **common)
     else:
-        sde = {name: getattr(sampling, name) for name in ("diffusion_form", "diffusion_norm", "last_step")}
-        x = sample_sde(
-            transport, model, draw(), last_step_size=sampling.last_step_size, draw=draw, y=y, **sde, **common
-        )
-    return x, model.evaluations
-
-
-def claim(out: Path, settings: dict, count: int) -> list[int]:
-    """Makes the folder ours, and gives the indices of the pictures that it lacks.
-
-    Raises:
-        UserError: if it holds something else, which is left as it is.
-    """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out: {out} is a file; it takes a folder")
-    if out.is_dir() and any(out.iterdir()):
-        try:
-            before = json.loads((out / SETTINGS).read_text())
-        except (OSError, ValueError):
-            raise UserError(f"--out: {out} holds files that are not samples; choose another folder") from None
-        for name, value in settings.items():
-            if before.get(name) != json.loads(json.dumps(value)):
-                raise UserError(f"--out: {out} holds samples with another {name}; choose another folder")
-        return [i for i in range(count) if not (out / f"{i:06d}.png").exists()]
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(settings, out / SETTINGS)
-    return list(range(count))
-
-
-def read_pictures(out: Path, count: int) -> list[Any]:
-    """The pictures as PIL images."""
-    from PIL import Image
-
-    pictures = []
-    for i in range(count):
-        with Image.open(out / f"{i:06d}.png") as image:
-            pictures.append(image.copy())
-    return pictures
-
-
-def write_png(picture: Any, path: Path) -> None:
-    """Writes a uint8 (C, H, W) picture, all of it or nothing."""
-    from torchvision.io import encode_png
-
-    _write(path, bytes(encode_png(picture).numpy()))
-
-
-def write_json(content: dict, path: Path) -> None:
-    lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in content.items())
-    _write(path, f"{{\n{lines}\n}}\n".encode())
-
-
-def write_npz(pictures: list[Any], labels: list[int], path: Path) -> None:
-    """Writes the pictures as ADM's evaluation takes them: arr_0, uint8 (N, H, W, 3); the labels lie beside."""
-    import io
-
-    import numpy as np
-
-    buffer = io.BytesIO()
-    np.savez(buffer, arr_0=np.stack([np.asarray(p.convert("RGB")) for p in pictures]), labels=np.array(labels))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, buffer.getvalue())
-
-
-def write_grid(pictures: list[Any], labels: list[int], path: Path, columns: int = 10, rows: int = 10) -> None:
-    """Writes a grid of the pictures, small ones enlarged: a row a class where there are several of each."""
-    import io
-
-    from PIL import Image
-
-    classes = sorted(set(labels), key=labels.index)
-    each = [[i for i, label in enumerate(labels) if label == c][:columns] for c in classes[:rows]]
-    if len(each[0]) == 1:  # one of each: fill the rows
-        flat = [row[0] for row in [[i for i, v in enumerate(labels) if v == c] for c in classes]][: rows * columns]
-        width = math.ceil(math.sqrt(len(flat)))
-        each = [flat[i : i + width] for i in range(0, len(flat), width)]
-    side = pictures[0].width
-    zoom = max(1, 48 // side)
-    step = side * zoom + 2
-    grid = Image.new(pictures[0].mode, (max(len(row) for row in each) * step - 2, len(each) * step - 2), "white")
-    for y, row in enumerate(each):
-        for x, i in enumerate(row):
-            grid.paste(pictures[i].resize((side * zoom, side * zoom), Image.NEAREST), (x * step, y * step))
-    buffer = io.BytesIO()
-    grid.save(buffer, "PNG")
-    _write(path, buffer.getvalue())
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+        names = ("diffusion_form", "diffusion_norm", "last_step", "last_step_size")
+        sde = {name: getattr(sampling, name) for name in names}
+        x = sample_sde(transport, model, draw(), draw=draw, y=y, **sde, **common)
+    return x, {"evaluations": model.evaluations, "passes": guidance.passes}
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """Sampling and the checkpoints it reads, on a tiny network that two batches trained."""
 
 import contextlib
+import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +15,9 @@ from PIL import Image
 
 from sit_composer import sample, train
 from sit_composer.checkpoint import CheckpointError, load_checkpoint
-from sit_composer.sample import SETTINGS, Sampling, generate
+from sit_composer.gallery import SETTINGS
+from sit_composer.guidance import Guidance
+from sit_composer.sample import Sampling, generate
 from sit_composer.sit import SiT
 from sit_composer.transport import Transport
 from tests.conftest import ROOT
@@ -72,6 +77,42 @@ def test_classes_are_drawn_equally_often(draw, tmp_path):
     assert json.loads((tmp_path / "out" / SETTINGS).read_text())["labels"] == [i // 2 for i in range(20)]
 
 
+def test_random_labels_are_the_seeds(draw, tmp_path):
+    for out, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        options = ["--num-images", "12", "--labels", "random", "--seed", seed, "--sampling-method", "euler"]
+        assert draw(*options, out=out) == 0
+    a, b, c = (json.loads((tmp_path / out / SETTINGS).read_text())["labels"] for out in "abc")
+    assert a == b != c
+    assert a != sorted(a)
+
+
+def test_guidance_options_reach_the_network(draw, tmp_path, checkpoints):
+    def passes(out: str, *options: str) -> int:
+        assert draw("--num-images", "2", "--sampling-method", "euler", *options, out=out) == 0
+        return json.loads((tmp_path / out / SETTINGS).read_text())["passes"]
+
+    assert passes("none", "--cfg-scale", "1") == 4
+    assert passes("all", "--cfg-scale", "2") == 8
+    assert passes("some", "--cfg-scale", "2", "--cfg-interval", "0.2", "0.6") == 6  # of t = 0, ¼, ½, ¾, the inner two
+    assert passes("guide", "--cfg-scale", "2", "--guide", str(checkpoints)) == 8
+    a, b = pictures(tmp_path / "none"), pictures(tmp_path / "guide")
+    assert a == b  # guided away from itself: no guidance
+
+
+def test_two_ranks_draw_what_one_draws(draw, checkpoints, tmp_path):
+    options = ["--num-images", "6", "--sampling-method", "euler", "--num-steps", "5"]
+    assert draw(*options) == 0
+    composer = os.path.join(os.path.dirname(sys.executable), "composer")
+    out = tmp_path / "two"
+    command = [composer, "-n", "2", "-m", "sit_composer.sample", str(checkpoints), "--out", str(out), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name, content in pictures(tmp_path / "out").items():
+        with Image.open(io.BytesIO(content)) as a, Image.open(out / name) as b:
+            assert np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() <= 1
+    assert (out / "grid.png").exists()
+
+
 @pytest.mark.parametrize("mode", [("--mode", "ODE", "--sampling-method", "heun"), ("--mode", "SDE")])
 def test_a_picture_is_the_same_whatever_the_batch(draw, tmp_path, mode):
     assert draw("--num-images", "6", "--batch-size", "6", *mode, out="whole") == 0
@@ -107,9 +148,10 @@ def test_training_weights_are_drawn_from_when_asked_for(checkpoints, tmp_path):
     network = SiT(**training.record["model"])
     network.load_state_dict(training.weights, strict=True)
     network.load_state_dict(ema.weights, strict=True)
-    latents, evaluations = generate(network.eval(), Transport(), [1], [0], Sampling("ODE", "euler", 5))
+    guidance = Guidance(network.eval(), 2.0)
+    latents, used = generate(guidance, Transport(), [1], [0], Sampling("ODE", "euler", 5))
     assert latents.shape == (1, 1, 8, 8)
-    assert evaluations == 4
+    assert used == {"evaluations": 4, "passes": 8}
 
 
 @pytest.mark.parametrize(
