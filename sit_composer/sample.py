@@ -129,7 +129,14 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = load_checkpoint(args.checkpoint, args.weights)
     record = checkpoint.record
     network = build_network(checkpoint, device)
-    guide = build_network(load_checkpoint(args.guide, args.weights), device) if args.guide else None
+    guide = weaker = None
+    if args.guide:
+        weaker = load_checkpoint(args.guide, args.weights)
+        for name in ("input_size", "in_channels", "num_classes"):
+            theirs, ours = weaker.record["model"][name], record["model"][name]
+            if theirs != ours:
+                raise UserError(f"--guide: {args.guide} has {name} {theirs}, and {args.checkpoint} has {ours}")
+        guide = build_network(weaker, device)
     if args.cfg_scale is None:
         args.cfg_scale = 1.0 if network.null_label is None and guide is None else 4.0
     sampling = Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__})
@@ -137,7 +144,7 @@ def run(args: argparse.Namespace) -> None:
     labels = choose_labels(args, record["classes"])
     settings = {
         "checkpoint": describe(checkpoint),
-        "guide": args.guide and describe(load_checkpoint(args.guide, args.weights)),
+        "guide": describe(weaker) if weaker else None,
         **asdict(sampling),
         "labels": labels,
         **{name: record[name] for name in ("model", "transport", "autoencoder")},
