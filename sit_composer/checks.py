@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sit_composer import composer_api
 from sit_composer.config import Config, ConfigError, DataConfig, ModelConfig, network_arguments
-from sit_composer.names import LOSS_WEIGHTS, PATHS, PREDICTIONS, TIME_SAMPLINGS, choose
+from sit_composer.names import LOSS_WEIGHTS, ODE_METHODS, PATHS, PREDICTIONS, TIME_SAMPLINGS, choose
 from sit_composer.spec import SPEC_NAME, DataSpec
 
 # Trainer arguments that have a key of their own, or that a YAML can't hold.
@@ -52,6 +52,8 @@ def check(config: Config) -> None:
         raise ConfigError(f"optimizer.betas: got {config.optimizer.betas}; it takes two numbers in [0, 1)")
     if config.ema is not None and not 0 < config.ema.decay < 1:
         raise ConfigError(f"ema.decay: got {config.ema.decay}; it takes a number between 0 and 1")
+    if config.sample_grid is not None:
+        check_sample_grid(config)
     choose("precision", config.precision, ("fp32", "amp_bf16", "amp_fp16"))
     if config.fsdp is not None:
         raise ConfigError("fsdp: got a value; sharded training is not in this version, leave it null for DDP")
@@ -94,6 +96,22 @@ def check_model(model: ModelConfig) -> None:
         raise ConfigError(
             f"model.input_size: got {model.input_size}; it takes a multiple of patch_size ({arguments['patch_size']})"
         )
+
+
+def check_sample_grid(config: Config) -> None:
+    """Checks what the grid of samples is drawn with."""
+    grid = config.sample_grid
+    if not TIME.fullmatch(grid.interval):
+        raise ConfigError(f"sample_grid.interval: got {grid.interval!r}; it takes a time, such as 1000ba")
+    choose("sample_grid.sampling_method", grid.sampling_method, ODE_METHODS)
+    _at_least("sample_grid.num_steps", grid.num_steps, 2)
+    _at_least("sample_grid.per_class", grid.per_class, 1)
+    _at_least("sample_grid.seed", grid.seed, 0)
+    for label in grid.labels or []:
+        if not 0 <= label < config.model.num_classes:
+            raise ConfigError(f"sample_grid.labels: got {label}; it takes labels 0 to {config.model.num_classes - 1}")
+    if grid.cfg_scale != 1 and config.model.class_dropout_prob == 0:
+        raise ConfigError(f"sample_grid.cfg_scale: got {grid.cfg_scale}; without class dropout it takes 1")
 
 
 def check_trainer(config: Config) -> None:

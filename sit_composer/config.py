@@ -87,6 +87,17 @@ class EMAConfig:
 
 
 @dataclass
+class SampleGridConfig:
+    interval: str = key("how often, such as 10000ba", "10000ba")
+    labels: list[int] | None = key("of the pictures; null: ten, evenly over the classes", None)
+    per_class: int = key("pictures of each label", 4)
+    cfg_scale: float = key("guidance; 1 is none", 1.5)
+    sampling_method: str = key("an ODE solver", "heun")
+    num_steps: int = key("time points", 25)
+    seed: int = key("of the pictures' noise", 0)
+
+
+@dataclass
 class Config:
     run_name: str = key("names the run; the same name resumes it")
     seed: int = key("of weights, noise and data order", 0)
@@ -98,6 +109,7 @@ class Config:
     optimizer: OptimizerConfig = key("AdamW", OptimizerConfig())
     scheduler: dict[str, Any] = key("one of Composer's schedulers: {name: arguments}; none: a constant rate", {})
     ema: EMAConfig | None = key("averaged weights; null: none", EMAConfig())
+    sample_grid: SampleGridConfig | None = key("pictures drawn during training; null: none", None)
     precision: str = key("fp32, amp_bf16 or amp_fp16", "fp32")
     fsdp: dict[str, Any] | None = key("FSDP2's keys; null: DDP", None)
     trainer: dict[str, Any] = key("arguments of Composer's Trainer, by their names", {})
@@ -115,6 +127,8 @@ def documentation(cls: type = Config, prefix: str = "") -> str:
     for f in dataclasses.fields(cls):
         section = next((s for s in SECTIONS if s.__name__ in str(f.type)), None)
         if section is not None and f.name != "eval_data":
+            if f.default_factory() is None:
+                lines.append(f"  {f.name:<28} {f.metadata['doc']} [null]")
             lines.append(documentation(section, f"{prefix}{f.name}."))
             continue
         default = f.default_factory()
@@ -123,7 +137,9 @@ def documentation(cls: type = Config, prefix: str = "") -> str:
     return "\n".join(lines)
 
 
-SECTIONS = [ModelConfig, TransportConfig, AutoencoderConfig, DataConfig, OptimizerConfig, EMAConfig]
+SECTIONS = [
+    *(ModelConfig, TransportConfig, AutoencoderConfig, DataConfig, OptimizerConfig, EMAConfig, SampleGridConfig),
+]
 
 
 def load_config(path: str, overrides: list[str]) -> Config:

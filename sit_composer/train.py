@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 # A script run by its path finds its own folder first, where config.py, data.py and others would shadow modules of
 # those names in other packages.
@@ -75,7 +76,8 @@ def train(config: Config) -> None:
 
     if config.precision != "fp32" and not torch.cuda.is_available():
         raise ConfigError(f"precision: got {config.precision}; there is no GPU here, and a CPU takes fp32")
-    dist.initialize_dist(composer.trainer.device.DeviceGPU() if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dist.initialize_dist("gpu" if device == "cuda" else "cpu")
 
     # --- Data, and what lies between it and the network ---
     specs = {s: load_spec(d.remote, d.local) for s in ("data", "eval_data") if (d := getattr(config, s)) is not None}
@@ -86,7 +88,7 @@ def train(config: Config) -> None:
     elif config.autoencoder.name is None:
         autoencoder = AutoencoderSpec(name=None, channels=spec.channels)
     else:
-        encoder = load_autoencoder(config.autoencoder.name, 3, "cuda" if torch.cuda.is_available() else "cpu")
+        encoder = load_autoencoder(config.autoencoder.name, 3, device)
         autoencoder = encoder.spec
     loaders = {}
     for section, spec in specs.items():
@@ -129,6 +131,9 @@ def train(config: Config) -> None:
     callbacks = [*(e.weights for e in ema), randomness, RunRecord(record), *build("callbacks", config.callbacks)]
     algorithms, loggers = [*ema, *build("algorithms", config.algorithms)], build("loggers", config.loggers)
     (scheduler,) = build("scheduler", config.scheduler or {"constant": {}})
+    if config.sample_grid is not None:
+        decoder = encoder or load_autoencoder(config.autoencoder.name, autoencoder.channels, device)
+        callbacks.append(sample_grid(config, decoder, ema[0].weights if ema else None))
     try:
         trainer = composer.Trainer(
             model=model,
@@ -160,6 +165,23 @@ def train(config: Config) -> None:
         ) from error
     finally:
         trainer.close()
+
+
+def sample_grid(config: Config, autoencoder: Any, weights: Any) -> Any:
+    """The callback that draws pictures during training."""
+    from composer.utils import format_name_with_dist
+
+    from sit_composer.callbacks import SampleGrid
+    from sit_composer.sample import Sampling
+
+    grid, classes = config.sample_grid, config.model.num_classes
+    chosen = grid.labels or [i * classes // 10 for i in range(min(10, classes))]
+    options = {name: getattr(grid, name) for name in ("sampling_method", "num_steps", "cfg_scale", "seed")}
+    folder = config.trainer.get("save_folder")
+    if folder is not None:
+        folder = None if "://" in folder else f"{format_name_with_dist(folder, config.run_name)}/samples"
+    labels = [label for label in chosen for _ in range(grid.per_class)]
+    return SampleGrid(grid.interval, labels, Sampling(**options), autoencoder, weights, folder)
 
 
 def build(section: str, entries: dict) -> list:

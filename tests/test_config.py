@@ -94,6 +94,8 @@ def test_a_yamls_header_has_the_numbers_that_follow_from_its_network(name):
         ("optimizer.lr=0", "optimizer.lr: got 0.0; it takes a number above 0"),
         ("optimizer.betas=[0.9]", "optimizer.betas: got [0.9]; it takes two numbers"),
         ("ema.decay=1", "ema.decay: got 1.0; it takes a number between 0 and 1"),
+        ("sample_grid={labels: [10]}", "sample_grid.labels: got 10; it takes labels 0 to 9"),
+        ("sample_grid={interval: often}", "sample_grid.interval: got 'often'"),
         ("precision=bf16", "precision: got 'bf16'; it takes fp32"),
         ("fsdp={}", "fsdp: got a value; sharded training is not in this version"),
         ("scheduler={constant: {}, cosine_annealing: {}}", "scheduler: got 2 of them; it takes one"),

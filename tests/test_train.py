@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from sit_composer import callbacks, sample, train
 from sit_composer.checkpoint import load_checkpoint
@@ -101,6 +102,22 @@ def test_evaluation_is_logged_and_leaves_the_training_bits_alone(run, tmp_path, 
     assert run("trainer.max_duration=10ba", "trainer.eval_interval=5ba", shards, logger) == 0
     assert "metrics/eval/loss" in log.read_text()
     assert differences(bits(tmp_path / "whole")["model"], bits(tmp_path / "run")["model"]) == []
+
+
+def test_sample_grids_are_drawn_and_leave_the_training_bits_alone(run, tmp_path):
+    grid = "sample_grid={interval: 5ba, labels: [3, 7], per_class: 3, num_steps: 3}"
+    assert run("trainer.max_duration=10ba", "data.flip=true", folder="whole") == 0
+    assert run("trainer.max_duration=10ba", "data.flip=true", grid) == 0
+    assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
+    grids = sorted((tmp_path / "run" / "samples").iterdir())
+    assert [path.name for path in grids] == ["ba0000005.png", "ba0000010.png"]
+    with Image.open(grids[0]) as picture:
+        assert picture.width > picture.height  # three of each of two classes
+    # The pictures are those that the sampling command draws from the same weights.
+    options = ["--classes", "3,7", "--per-class", "3", "--cfg-scale", "1.5", "--num-steps", "3"]
+    out = tmp_path / "out"
+    assert sample.main([str(tmp_path / "run"), "--out", str(out), "--sampling-method", "heun", *options]) == 0
+    assert (out / "grid.png").read_bytes() == grids[1].read_bytes()
 
 
 def test_a_finished_run_says_so_and_changes_nothing(run, tmp_path, capsys):
