@@ -89,6 +89,20 @@ def test_measured_order_of_the_ode_solvers(method, order):
     assert torch.log2(errors[0] / errors[1]).item() == pytest.approx(order, abs=0.15)
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("sampler", [sample_ode, sample_sde])
+def test_the_three_predictions_of_one_field_give_the_same_samples(path, sampler):
+    z = torch.randn(16, 1, 2, 2, dtype=torch.float64)
+    samples = []
+    for prediction in PREDICTIONS:
+        tr = Transport(path, prediction, sample_eps=1e-3)  # the same interval for all
+        torch.manual_seed(0)
+        method = {"sampling_method": "heun"} if sampler is sample_ode else {}
+        samples.append(sampler(tr, gaussian(tr), z, num_steps=50, **method))
+    torch.testing.assert_close(samples[1], samples[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(samples[2], samples[0], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("method", SDE_METHODS)
 @pytest.mark.parametrize("last_step", LAST_STEPS)
 @pytest.mark.parametrize("form", DIFFUSION_FORMS)
