@@ -147,7 +147,8 @@ def train(config: Config) -> None:
             run_name=config.run_name,
             seed=config.seed,
             precision=config.precision,
-            **config.trainer,
+            # A run killed between a checkpoint and the "latest" that points to it writes that checkpoint again.
+            **{"save_overwrite": config.trainer.get("autoresume", False), **config.trainer},
         )
     except (ValueError, TypeError, OSError) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error

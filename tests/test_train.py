@@ -144,6 +144,15 @@ def test_checkpoints_of_an_earlier_run_are_neither_resumed_nor_overwritten_unask
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.pt")} == before
 
 
+def test_a_run_killed_between_a_checkpoint_and_its_latest_goes_on(run, tmp_path):
+    assert run("trainer.max_duration=10ba", folder="whole") == 0
+    assert run("trainer.max_duration=10ba") == 0
+    (tmp_path / "run" / "latest-rank0.pt").unlink()
+    (tmp_path / "run" / "ep0-ba10-rank0.pt").write_bytes(b"half of it")
+    assert run("trainer.max_duration=10ba") == 0
+    assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
+
+
 def test_composers_own_parts_are_reached_by_their_names(run, tmp_path):
     clipping = "algorithms={gradient_clipping: {clipping_type: norm, clipping_threshold: 1.0e-9}}"
     assert run("trainer.max_duration=2ba", "callbacks.lr_monitor={}", folder="free") == 0
