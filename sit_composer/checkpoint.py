@@ -1,26 +1,46 @@
 """Which weights are in a checkpoint, and what they mean.
 
-A run's checkpoint holds the training weights as Composer's ``state.model``, and their average in the state of the
-callback `EMAWeights`; `RunRecord`'s says what network they fit. Weights are asked for by name, "ema" or "training".
+Three kinds are read, all without running code that might be in them:
+
+- A run's. Composer's ``state.model`` holds the training weights, the state of the callback `EMAWeights` their average,
+  and `RunRecord`'s says what network they fit.
+- The authors' ``.pt``, as released or as their ``train.py`` writes it. The network is told from the tensors' shapes.
+- A folder that `sit_composer.export` wrote: safetensors, and the record as ``config.json``.
+
+Weights are asked for by name, "ema" or "training".
 """
 
+import argparse
 import datetime
+import json
+import math
 import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
+from sit_composer.autoencoder import AutoencoderSpec
 from sit_composer.errors import UserError
-from sit_composer.names import choose
+from sit_composer.names import SIZES, choose
+from sit_composer.sit import SiT
+from sit_composer.transport import Transport
 
 WEIGHTS = ("ema", "training")
 PREFIX = "network."  # of ComposerSiT's parameters
-# What Composer's checkpoints hold beside tensors and Python's own containers: times, versions, numpy's random state.
+CONFIG = "config.json"  # an exported folder's record
+FORMAT = {"format": "sit_composer", "version": 1}  # of CONFIG
+EXPORTED = {"training": "model.safetensors", "ema": "ema.safetensors"}
+# What checkpoints hold beside tensors and Python's own containers: times, versions and numpy's random state (Composer),
+# and the command line's arguments (the authors). All of it is data only.
 CONTAINERS = [
+    argparse.Namespace,
     datetime.timedelta,
     torch.torch_version.TorchVersion,
     np.ndarray,
@@ -34,6 +54,10 @@ class CheckpointError(UserError):
     """Why a checkpoint can't be used."""
 
 
+class NoSuchWeights(CheckpointError):
+    """The checkpoint is sound, and holds the other kind of weights only."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Weights with the published names, and what they are."""
@@ -41,39 +65,101 @@ class Checkpoint:
     weights: dict[str, Tensor]  # on the CPU
     which: str  # "ema" or "training"
     record: dict[str, Any]  # RunRecord's: model, transport, autoencoder, classes
-    step: int  # batches trained
+    step: int  # batches trained; 0 where the file doesn't tell, as in the released ones
     path: str  # the file that they came from
+    epoch: int = 0  # whole epochs trained; 0 where the file doesn't tell
+    samples: int = 0  # samples trained on; 0 where the file doesn't tell
 
 
 def load_checkpoint(path: str, weights: str = "ema") -> Checkpoint:
-    """Reads the weights of that name from a run's checkpoint file, or from the latest in its folder.
+    """Reads the weights of that name.
 
-    Nothing in the file is run: it is unpickled as tensors and plain containers only.
+    Args:
+        path: a run's checkpoint file or the folder of them (its latest), the authors' ``.pt``, or an exported folder.
+        weights: "ema" or "training".
 
     Raises:
-        CheckpointError: if it is no checkpoint, or has no such weights.
+        NoSuchWeights: if it has only the others.
+        CheckpointError: if it is no checkpoint, is damaged, or holds values that aren't finite.
     """
     choose("weights", weights, WEIGHTS)
-    file = Path(path, "latest-rank0.pt") if Path(path).is_dir() else Path(path)
+    place = find_checkpoint(path)
+    if place.is_dir():
+        checkpoint = _from_export(place, weights)
+    else:
+        content = _read(place)
+        if "state" not in content and any(_are_weights(c) for c in (content, content.get("model"), content.get("ema"))):
+            checkpoint = _from_authors(place, content, weights)
+        else:
+            checkpoint = _from_run(place, content, weights)
+    for name, tensor in checkpoint.weights.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} has values that are NaN or infinite; take a checkpoint from before that"
+            )
+    return checkpoint
+
+
+def find_checkpoint(path: str) -> Path:
+    """What is read for a path: an exported folder, or a file, never by the name of "latest", which may move on.
+
+    Raises:
+        CheckpointError: if there is nothing, or nothing that can be read.
+    """
+    if "://" in path:
+        raise CheckpointError(f"{path}: checkpoints are read from local paths only; download it first")
+    place = Path(path)
+    if (place / CONFIG).is_file():
+        return place
+    file = place / "latest-rank0.pt" if place.is_dir() and not _is_sharded(place) else place
     if not file.exists():
-        raise CheckpointError(f"{path}: no checkpoint here{'' if file == Path(path) else f' ({file.name} is missing)'}")
-    file = file.resolve() if file.is_symlink() else file  # what is recorded should not be "latest"
-    state = _read(file).get("state")
+        raise CheckpointError(f"{path}: no checkpoint here{'' if file == place else f' ({file.name} is missing)'}")
+    file = file.resolve() if file.is_symlink() else file
+    if _is_sharded(file):
+        raise CheckpointError(f"{file}: a sharded checkpoint; only those that are a single file are read")
+    if file.name in ("ema.pt", *EXPORTED.values()) and (file.parent / CONFIG).is_file():
+        raise CheckpointError(f"{file}: part of an exported folder; give the folder, whose {CONFIG} belongs to it")
+    return file
+
+
+def fetch(folder_or_hub_id: str) -> str:
+    """The path itself if something is there, or else that of a snapshot of the Hugging Face Hub's model of that name.
+
+    Raises:
+        CheckpointError: if there is none of that name, or the Hub can't be reached.
+    """
+    if Path(folder_or_hub_id).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", folder_or_hub_id):
+        return folder_or_hub_id
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(folder_or_hub_id, allow_patterns=[CONFIG, *EXPORTED.values()])
+    except Exception as error:  # huggingface_hub's, its HTTP client's or the system's
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{folder_or_hub_id}: no such folder, and not from the Hub either: {reason}") from error
+
+
+# --- A run's ---
+
+
+def _from_run(file: Path, content: dict[str, Any], which: str) -> Checkpoint:
+    state = content.get("state", {})
     try:
         callbacks = state["callbacks"]
         record = callbacks["RunRecord"]["record"]
-        step = int(state["timestamp"]["Timestamp"]["batch"])
-        training = {name.removeprefix(PREFIX): tensor for name, tensor in state["model"].items()}
-    except (KeyError, TypeError) as error:
+        time = state["timestamp"]["Timestamp"]
+        step, epoch, samples = int(time["batch"]), int(time["epoch"]), int(time["sample"])
+        weights = {name.removeprefix(PREFIX): tensor for name, tensor in state["model"].items()}
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise CheckpointError(f"{file}: not a checkpoint of sit_composer's (it has no {error})") from None
-    if weights == "training":
-        return Checkpoint(training, weights, record, step, str(file))
-    if "EMAWeights" not in callbacks:
-        raise CheckpointError(
-            f"{file}: no EMA weights, as it was trained with `ema: null`; ask for the training weights"
-        )
-    average = {name.removeprefix(PREFIX): t for name, t in callbacks["EMAWeights"]["params"].items()}
-    return Checkpoint({**training, **average}, weights, record, step, str(file))  # frozen ones are in training alone
+    if which == "ema":
+        if "EMAWeights" not in callbacks:
+            raise NoSuchWeights(
+                f"{file}: no EMA weights, as it was trained with `ema: null`; ask for the training weights"
+            )
+        average = {name.removeprefix(PREFIX): t for name, t in callbacks["EMAWeights"]["params"].items()}
+        weights = {**weights, **average}  # frozen ones are in training alone
+    return Checkpoint(weights, which, record, step, str(file), epoch, samples)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -90,3 +176,163 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: not a checkpoint of sit_composer's (it holds a {type(content).__name__})")
     return content
+
+
+def _is_sharded(path: Path) -> bool:
+    return path.is_dir() and ((path / ".metadata").exists() or any(path.glob("*.distcp")))
+
+
+# --- The authors' ---
+
+
+def _are_weights(content: Any) -> bool:
+    return isinstance(content, dict) and isinstance(content.get("x_embedder.proj.weight"), Tensor)
+
+
+def _from_authors(file: Path, content: dict[str, Any], which: str) -> Checkpoint:
+    """A bare state dict, which is the average, or a dict of model, ema, opt and args.
+
+    A bare one doesn't tell its path and prediction: they are taken for the released ones', Linear and velocity.
+    """
+    held = {"ema": content} if _are_weights(content) else {"training": content.get("model"), "ema": content.get("ema")}
+    weights = held.get(which)
+    if not _are_weights(weights):
+        other = next(name for name in held if name != which)
+        raise NoSuchWeights(f"{file}: no {which} weights, only the {other} ones; ask for those")
+    args = content.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else {}
+    model = _network_of(file, weights, args)
+    _check_fit(file, model, weights)
+    if model["in_channels"] != 4:
+        raise CheckpointError(
+            f"{file}: of {model['in_channels']} channels, where the authors' autoencoder has 4; if sit_composer "
+            "exported it, give the exported folder"
+        )
+    names = ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps")
+    transport = {"path_type": "Linear", "prediction": "velocity", "loss_weight": None, "train_eps": None}
+    transport = {**transport, "sample_eps": None, **{name: args[name] for name in names if name in args}}
+    autoencoder = f"stabilityai/sd-vae-ft-{args.get('vae', 'ema')}"
+    record = {
+        "model": model,
+        "transport": transport,
+        "autoencoder": AutoencoderSpec(autoencoder, channels=4, downsample=8, scale=0.18215).as_dict(),
+        "classes": [str(label) for label in range(model["num_classes"])],
+        "cfg_channels": 3,  # how their sampling guides
+        "ema_decay": 0.9999,  # train.py's, which it has no option for
+    }
+    _check_record(file, record)
+    try:  # AdamW counts its steps for each parameter
+        step = int(next(iter(content["opt"]["state"].values()))["step"])
+    except (KeyError, TypeError, StopIteration):
+        step = 0
+    return Checkpoint(dict(weights), which, record, step, str(file))
+
+
+def _network_of(file: Path, weights: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the `SiT` that such weights fit, from their shapes.
+
+    Shapes don't tell two things. The heads come from the table of sizes (or ``args.num_heads``, which forks have); and
+    the label table's last row is taken for the null class, which the authors' code always has, unless
+    ``args.num_classes`` says otherwise.
+    """
+    try:
+        hidden, channels, patch, _ = weights["x_embedder.proj.weight"].shape
+        depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+        rows = len(weights["y_embedder.embedding_table.weight"])
+        num_classes = args.get("num_classes", rows - 1)
+        shapes = {
+            "input_size": math.isqrt(weights["pos_embed"].shape[1]) * patch,
+            "patch_size": patch,
+            "in_channels": channels,
+            "hidden_size": hidden,
+            "depth": depth,
+            "mlp_ratio": len(weights["blocks.0.mlp.fc1.weight"]) / hidden,
+            "num_classes": num_classes,
+            "class_dropout_prob": 0.1 if rows > num_classes else 0.0,
+            "learn_sigma": len(weights["final_layer.linear.weight"]) == 2 * channels * patch * patch,
+        }
+    except KeyError as error:
+        raise CheckpointError(f"{file}: not the weights of a SiT: {error} is missing") from None
+    except (ValueError, IndexError, TypeError) as error:
+        raise CheckpointError(f"{file}: not the weights of a SiT: {error}") from None
+    heads = {hidden_size: num_heads for hidden_size, _, num_heads in SIZES.values()}
+    num_heads = args.get("num_heads", heads.get(hidden))
+    if num_heads is None:
+        raise CheckpointError(
+            f"{file}: the number of attention heads can't be told: the width is {hidden}, and the known sizes have "
+            f"{', '.join(map(str, heads))}; add it to the file's args as num_heads"
+        )
+    return {**shapes, "num_heads": num_heads}
+
+
+# --- An exported folder ---
+
+
+def _from_export(folder: Path, which: str) -> Checkpoint:
+    config = folder / CONFIG
+    try:
+        record = json.loads(config.read_text("utf-8"))
+        found = {name: record.pop(name, None) for name in FORMAT}
+        if found["format"] != FORMAT["format"]:
+            raise ValueError("sit_composer.export didn't write it")
+        if found != FORMAT:
+            raise ValueError(f"of version {found['version']}; this program reads version {FORMAT['version']}")
+        files, trained = record.pop("weights"), record.pop("trained")
+        step, epoch, samples = (int(trained[name]) for name in ("step", "epoch", "samples"))
+        if which not in files:
+            raise NoSuchWeights(f"{folder}: no {which} weights; ask for the {', '.join(files)} ones")
+        if files[which] not in EXPORTED.values():  # nothing outside of the folder, and nothing pickled
+            raise ValueError(f"{which} weights in {files[which]!r}; they are in {' or '.join(EXPORTED.values())}")
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{config}: not an export's: {error}") from None
+    _check_record(config, record)
+    file = folder / files[which]
+    try:
+        weights = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: missing or damaged: {str(error).splitlines()[0]}") from None
+    _check_fit(file, record["model"], weights)
+    return Checkpoint(weights, which, record, step, str(file), epoch, samples)
+
+
+# --- What came from elsewhere is checked ---
+
+
+def _check_record(file: Path, record: dict[str, Any]) -> None:
+    """Checks that the record can be used.
+
+    Raises:
+        CheckpointError: naming what in it can't.
+    """
+    makers = {"model": _without_memory, "transport": Transport, "autoencoder": AutoencoderSpec}
+    for name, maker in makers.items():
+        try:
+            maker(**record[name])
+        except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise CheckpointError(f"{file}: {name}: {reason}") from None
+    classes, count = record.get("classes"), record["model"]["num_classes"]
+    if not isinstance(classes, list) or len(classes) != count:
+        raise CheckpointError(f"{file}: classes: it takes {count} names, as many as model.num_classes")
+
+
+def _check_fit(file: Path, model: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """Checks that the network's tensors are there, all of them, in their shapes, and nothing else is."""
+    try:
+        expected = {name: tuple(tensor.shape) for name, tensor in _without_memory(**model).state_dict().items()}
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(f"{file}: not the weights of a SiT: {error}") from None
+    for name in weights.keys() - expected.keys():
+        raise CheckpointError(f"{file}: not the weights of a SiT: it has {name}, which a SiT has not")
+    for name, shape in expected.items():
+        if name not in weights:
+            raise CheckpointError(f"{file}: not the weights of a SiT: {name} is missing")
+        if tuple(weights[name].shape) != shape:
+            raise CheckpointError(f"{file}: {name} is {tuple(weights[name].shape)}; it takes {shape}")
+
+
+def _without_memory(**model: Any) -> SiT:
+    with torch.device("meta"):
+        return SiT(**model)

@@ -139,6 +139,8 @@ def run(args: argparse.Namespace) -> None:
         guide = build_network(weaker, device)
     if args.cfg_scale is None:
         args.cfg_scale = 1.0 if network.null_label is None and guide is None else 4.0
+    if args.cfg_channels is None:
+        args.cfg_channels = record.get("cfg_channels")  # released weights are guided as released
     sampling = Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__})
     guidance = Guidance(network, sampling.cfg_scale, sampling.cfg_channels, sampling.cfg_interval, guide)
     labels = choose_labels(args, record["classes"])

@@ -157,6 +157,24 @@ class SiT(nn.Module):
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_id: str, weights: str = "ema") -> "SiT":
+        """The trained network of an exported folder, a checkpoint or a model on the Hugging Face Hub, to evaluate.
+
+        Args:
+            folder_or_hub_id: what `checkpoint.load_checkpoint` takes, or else a name such as "owner/name".
+            weights: "ema" or "training".
+
+        Raises:
+            checkpoint.CheckpointError: if there are no such weights.
+        """
+        from sit_composer.checkpoint import fetch, load_checkpoint
+
+        checkpoint = load_checkpoint(fetch(folder_or_hub_id), weights)
+        network = cls(**checkpoint.record["model"])
+        network.load_state_dict(checkpoint.weights)
+        return network.eval()
+
     def initialize_weights(self) -> None:
         """The release's initialization: every block starts as the identity, and the output as zero."""
 
