@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 RUN := runs/quickstart
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install quickstart test test-slow lint bench
+.PHONY: install quickstart test test-slow lint
 .DELETE_ON_ERROR:
 
 install: .venv/installed
@@ -30,5 +30,3 @@ test-slow: install
 	$(PYTHON) -m pytest -m slow
 lint: install
 	.venv/bin/ruff format --check . && .venv/bin/ruff check .
-bench: install
-	for script in tests/benchmarks/*.py; do $(PYTHON) $$script; done

@@ -65,6 +65,7 @@ class KLAutoencoder:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"autoencoder.name: can't load an AutoencoderKL from {name!r}: {reason}") from error
         self.vae = vae.to(device, dtype).eval().requires_grad_(False)
+        self.picture_channels: int = vae.config.in_channels
         self.spec = AutoencoderSpec(
             name=name,
             channels=vae.config.latent_channels,
@@ -76,7 +77,8 @@ class KLAutoencoder:
     @torch.no_grad()
     def moments(self, pictures: Tensor) -> Tensor:
         """Mean and standard deviation of pictures (N, C, H, W): float32 (N, 2c, h, w)."""
-        posterior = self.vae.encode(pictures.to(self.vae.device, self.vae.dtype)).latent_dist
+        with torch.autocast(self.vae.device.type, enabled=False):  # the training step's is the network's alone
+            posterior = self.vae.encode(pictures.to(self.vae.device, self.vae.dtype)).latent_dist
         return torch.cat([posterior.mean, posterior.std], dim=1).float()
 
     def encode(self, pictures: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -90,7 +92,8 @@ class KLAutoencoder:
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (N, C, H, W), float32, of latents (N, c, h, w)."""
         latents = (latents / self.spec.scale + self.spec.shift).to(self.vae.device, self.vae.dtype)
-        return self.vae.decode(latents).sample.float()
+        with torch.autocast(self.vae.device.type, enabled=False):
+            return self.vae.decode(latents).sample.float()
 
 
 Autoencoder = PixelAutoencoder | KLAutoencoder

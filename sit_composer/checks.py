@@ -3,8 +3,10 @@
 Every check raises a UserError, mostly ConfigError, with one line: the key, what it got, and what it takes.
 """
 
+import math
 import os
 import re
+import zipfile
 from pathlib import Path
 
 import yaml
@@ -43,11 +45,19 @@ def check(config: Config) -> None:
         if data is not None:
             _at_least(f"{section}.global_batch_size", data.global_batch_size, 1)
             _at_least(f"{section}.num_workers", data.num_workers, 0)
+            for name in ("image_size", "predownload"):
+                if getattr(data, name) is not None:
+                    _at_least(f"{section}.{name}", getattr(data, name), 1)
             if data.global_batch_size % ranks:
                 got = f"{section}.global_batch_size: got {data.global_batch_size}"
                 raise ConfigError(f"{got}; with {ranks} ranks it takes a multiple of {ranks}")
     if not config.optimizer.lr > 0:
         raise ConfigError(f"optimizer.lr: got {config.optimizer.lr}; it takes a number above 0")
+    for name in ("eps", "weight_decay"):
+        if not 0 <= getattr(config.optimizer, name) < math.inf:
+            raise ConfigError(f"optimizer.{name}: got {getattr(config.optimizer, name)}; it takes a number, 0 or more")
+    if not 0 <= config.seed < 2**32:
+        raise ConfigError(f"seed: got {config.seed}; it takes a whole number from 0 to 4294967295")
     if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
         raise ConfigError(f"optimizer.betas: got {config.optimizer.betas}; it takes two numbers in [0, 1)")
     if config.ema is not None and not 0 < config.ema.decay < 1:
@@ -82,8 +92,8 @@ def check_model(model: ModelConfig) -> None:
             raise ConfigError(f"model.{name}: no value; give it, or a variant as model.name=SiT-XL/2")
         if name not in ("class_dropout_prob", "learn_sigma", "mlp_ratio"):
             _at_least(f"model.{name}", value, 1)
-    if not model.mlp_ratio > 0:
-        raise ConfigError(f"model.mlp_ratio: got {model.mlp_ratio}; it takes a number above 0")
+    if not 1 <= model.mlp_ratio * arguments["hidden_size"] < math.inf:
+        raise ConfigError(f"model.mlp_ratio: got {model.mlp_ratio}; it takes a number of at least 1 / hidden_size")
     if not 0 <= model.class_dropout_prob < 1:
         raise ConfigError(f"model.class_dropout_prob: got {model.class_dropout_prob}; it takes a number in [0, 1)")
     hidden_size, num_heads = arguments["hidden_size"], arguments["num_heads"]
@@ -127,10 +137,16 @@ def check_trainer(config: Config) -> None:
             raise ConfigError(f"trainer.{name}: got {trainer[name]!r}; it takes a time, such as 1000ba or 1ep")
     if trainer.get("autoresume") and not trainer.get("save_folder"):
         raise ConfigError("trainer.save_folder: no value; autoresume needs one to resume from")
-    if trainer.get("save_weights_only") and config.ema is not None:
-        raise ConfigError("trainer.save_weights_only: got True; it would leave the EMA out, it takes false")
-    micro = trainer.get("device_train_microbatch_size")
-    if isinstance(micro, int) and not micro >= 1:
+    if trainer.get("save_weights_only"):
+        raise ConfigError(
+            "trainer.save_weights_only: got True; it would leave out the EMA and what the weights mean, it takes false"
+        )
+    if re.fullmatch(r"0+\D*", str(trainer.get("save_interval", 1))):
+        raise ConfigError(
+            f"trainer.save_interval: got {trainer['save_interval']}; nothing would be saved, it takes more"
+        )
+    micro = trainer.get("device_train_microbatch_size", 1)
+    if micro != "auto" and not (isinstance(micro, int) and micro >= 1):
         raise ConfigError(f"trainer.device_train_microbatch_size: got {micro}; it takes 1 or more, or auto on a GPU")
 
 
@@ -165,12 +181,12 @@ def check_data(config: Config, spec: DataSpec, section: str = "data") -> None:
     model, where = config.model, data.remote or data.local
     if spec.num_classes > model.num_classes:
         raise ConfigError(f"model.num_classes: got {model.num_classes}; {where} has {spec.num_classes} classes")
-    if spec.num_classes < model.num_classes:
+    if spec.num_classes < model.num_classes and section == "data":
         raise ConfigError(
             f"model.num_classes: got {model.num_classes}; {where} has only {spec.num_classes} classes, so that the "
             "others would never be trained"
         )
-    if spec.samples < data.global_batch_size:
+    if spec.samples < data.global_batch_size and section == "data":
         raise ConfigError(
             f"{section}.global_batch_size: got {data.global_batch_size}; {where} has {spec.samples} samples"
         )
@@ -185,6 +201,8 @@ def check_data(config: Config, spec: DataSpec, section: str = "data") -> None:
                 f"{section}.image_size: got {data.image_size}; {where} holds latents of {spec.image_size}"
             )
         check_latents(config, spec.channels, theirs["downsample"], spec.image_size, section)
+    elif data.image_size is None and spec.image_size is not None and config.autoencoder.name is None:
+        check_latents(config, spec.channels, 1, spec.image_size, section)  # enlarged only if data.image_size says so
     elif config.autoencoder.name is None:
         check_latents(config, spec.channels, 1, data.image_size or model.input_size, section)
 
@@ -209,15 +227,30 @@ def check_latents(config: Config, channels: int, downsample: int, image_size: in
 def check_same_run(config: Config) -> None:
     """Checks that a local run of the same name, which this one would resume, is of the same network and objective."""
     folder = str(config.trainer.get("save_folder") or "").replace("{run_name}", config.run_name)
+    if not folder or "://" in folder or not config.trainer.get("autoresume"):
+        return
+    # Without "latest" a run would start at 0 and write over these. What a kill left incomplete may be written over.
+    whole = sorted(path.name for path in Path(folder).glob("ep*-rank0.pt") if zipfile.is_zipfile(path))
+    if whole and not Path(folder, "latest-rank0.pt").exists():
+        raise ConfigError(
+            f"trainer.save_folder: {folder} has checkpoints ({whole[-1]}) and no latest-rank0.pt that says which to "
+            "resume from; make that link, or choose another run_name or save_folder"
+        )
     saved = Path(folder, "config.yaml")
-    if not folder or "://" in folder or not saved.is_file():
+    if not saved.is_file():
         return
     try:
         before = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(saved)))
     except (OmegaConfBaseException, yaml.YAMLError, OSError) as error:
         raise ConfigError(f"{saved}: not a run's config ({type(error).__name__}); choose another run_name") from None
+    if before.seed != config.seed:
+        raise ConfigError(
+            f"seed: got {config.seed}; the run in {folder}, which this one would resume, has {before.seed}"
+        )
     pairs = [("model", network_arguments(before.model), network_arguments(config.model))]
-    pairs += [(s, vars(getattr(before, s)), vars(getattr(config, s))) for s in ("transport", "autoencoder")]
+    pairs += [
+        (s, vars(getattr(before, s)), vars(getattr(config, s))) for s in ("transport", "autoencoder", "optimizer")
+    ]
     for section, old, new in pairs:
         for name, value in new.items():
             if old[name] != value:

@@ -67,7 +67,7 @@ class DataConfig:
     global_batch_size: int = key("samples a step, over all ranks")
     num_workers: int = key("loader processes a rank", 8)
     image_size: int | None = key("side to which pictures are cropped; null: what the network needs", None)
-    flip: bool = key("mirror every other picture", True)
+    flip: bool = key("mirror half of the pictures, in each epoch others", True)
     shuffle: bool = key("another order each epoch", True)
     predownload: int | None = key("samples a worker fetches ahead; null: streaming's own choice", None)
     cache_limit: str | None = key("bound of the local copies, such as 100gb; null: none", None)
@@ -171,13 +171,14 @@ def load_config(path: str, overrides: list[str]) -> Config:
         config = OmegaConf.to_object(config)
     except ConfigKeyError as error:
         raise ConfigError(_unknown_key(error)) from None
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {_wrong_type(str(error.msg))}") from None
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
+        where = f"{error.full_key}: " if getattr(error, "full_key", None) else f"{' '.join(overrides) or path}: "
+        raise ConfigError(where + _wrong_type(str(getattr(error, "msg", None) or error))) from None
     return config
 
 
 def _wrong_type(message: str) -> str:
-    first = message.strip().splitlines()[0]
+    first = (message.strip().splitlines() or ["not a value for this key"])[0]
     match = re.fullmatch(r"Value '(.*)' (?:of type '.*' could not be converted to|is not a valid) (\w+).*", first)
     return f"got {match[1]!r}; it takes {TYPE_NAMES.get(match[2], match[2])}" if match else first
 

@@ -25,14 +25,14 @@ def claim(out: Path, settings: dict[str, Any], count: int) -> list[int]:
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: {out} is a file; it takes a folder")
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and [path.name for path in out.iterdir()] not in ([], [SETTINGS]):  # the settings of none are free
         try:
             before = json.loads((out / SETTINGS).read_text())
         except (OSError, ValueError):
             raise UserError(f"--out: {out} holds files that are not samples; choose another folder") from None
         for name, value in settings.items():
             if before.get(name) != json.loads(json.dumps(value)):
-                raise UserError(f"--out: {out} holds samples with another {name}; choose another folder")
+                raise UserError(f"--out: {out} holds samples with another {name}; delete it or choose another")
         return [i for i in range(count) if not (out / f"{i:06d}.png").exists()]
     out.mkdir(parents=True, exist_ok=True)
     write_json(settings, out / SETTINGS)

@@ -67,9 +67,9 @@ class ComposerSiT(ComposerModel):
     def eval_forward(self, batch: dict[str, Tensor], outputs: Tensor | None = None) -> Tensor:
         """The loss of each sample, at a time and noise that are its own: (N,).
 
-        They depend on the sample's index alone, so that evaluations differ by the weights and by nothing else, be
-        it the batch size, the number of ranks or the state of training. The times are evenly spread over the
-        interval (the golden ratio's sequence), as 32 random ones are not.
+        They depend on the sample's index alone, so that evaluations differ by the weights, and not by the batch size
+        or the state of training. (Ranks that don't divide the samples see a few twice.) The times are evenly spread
+        over the interval (the golden ratio's sequence), as 32 random ones are not.
         """
         index, device = batch["index"], batch["label"].device
         shape = (self.autoencoder.channels, self.network.input_size, self.network.input_size)

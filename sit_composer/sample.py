@@ -1,12 +1,14 @@
 """Draws pictures from a trained SiT:   python -m sit_composer.sample CHECKPOINT --out DIR
 
 Writes DIR/000000.png and so on, DIR/grid.png, and DIR/sampling.json, which records every setting and the number of
-function evaluations. Picture i depends on the seed and on i alone, not on the batch size. Run again, it continues
+function evaluations. Picture i depends on the seed and on i, and not on the batch size, but for the
+tolerance of an adaptive solver, which takes the same steps for a batch. Run again, it continues
 with what is missing. On several GPUs:   composer -n N -m sit_composer.sample CHECKPOINT --out DIR
 """
 
 import argparse
 import hashlib
+import math
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -47,7 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument("--num-images", type=int, metavar="N", help="draw N, the classes equally often (16)")
     policies = "the classes of --num-images: equally often, or drawn at random (equal)"
     parser.add_argument("--labels", choices=("equal", "random"), default="equal", help=policies)
-    parser.add_argument("--per-class", type=int, default=1, metavar="K", help="pictures of each of --classes (1)")
+    parser.add_argument("--per-class", type=int, metavar="K", help="pictures of each of --classes (1)")
     parser.add_argument("--weights", choices=("ema", "training"), default="ema", help="(ema)")
     parser.add_argument("--cfg-scale", type=float, help="guidance; 1 is none (4, or 1 without a null class)")
     parser.add_argument(
@@ -61,7 +63,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mode", choices=("ODE", "SDE"), default="ODE", help="(ODE)")
     methods = f"ODE: {', '.join(ODE_METHODS)} (dopri5); SDE: {', '.join(SDE_METHODS)} (Euler)"
     parser.add_argument("--sampling-method", metavar="NAME", help=methods)
-    parser.add_argument("--num-steps", type=int, metavar="N", help="time points (ODE 50, SDE 250)")
+    steps = "time points (ODE 50, SDE 250); an adaptive ODE solver chooses its own steps"
+    parser.add_argument("--num-steps", type=int, metavar="N", help=steps)
     parser.add_argument("--atol", type=float, default=1e-6, help="of adaptive ODE solvers (1e-6)")
     parser.add_argument("--rtol", type=float, default=1e-3, help="of adaptive ODE solvers (1e-3)")
     parser.add_argument("--diffusion-form", choices=DIFFUSION_FORMS, default="sigma", help="of the SDE (sigma)")
@@ -85,6 +88,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < least:
             parser.error(f"argument --{name.replace('_', '-')}: got {value}; it takes {least} or more")
+    floats = {"cfg_scale": 0, "atol": 0, "rtol": 0, "diffusion_norm": 0, "last_step_size": 0}
+    for name, least in floats.items():
+        value = getattr(args, name)
+        if value is not None and not least <= value < math.inf:
+            parser.error(f"argument --{name.replace('_', '-')}: got {value}; it takes a number, {least} or more")
+    if args.per_class is not None and args.classes is None:
+        parser.error("argument --per-class: goes with --classes")
+    args.per_class = args.per_class or 1
+    if args.npz and (Path(args.npz).is_dir() or not os.access(existing_parent(Path(args.npz)), os.W_OK)):
+        parser.error(f"argument --npz: {args.npz} can't be written; it takes a file")
     methods = ODE_METHODS if args.mode == "ODE" else SDE_METHODS
     args.sampling_method = args.sampling_method or ("dopri5" if args.mode == "ODE" else "Euler")
     if args.sampling_method not in methods:
@@ -92,6 +105,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.num_steps = args.num_steps or (50 if args.mode == "ODE" else 250)
     args.last_step = None if args.last_step == "None" else args.last_step
     return args
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above a path that is there."""
+    return next(parent for parent in path.absolute().parents if parent.exists())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command continues", file=sys.stderr)
         return 130
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -260,11 +278,16 @@ def generate(
     common = {"sampling_method": sampling.sampling_method, "num_steps": sampling.num_steps}
     y = torch.tensor(labels, device=device)
     if sampling.mode == "ODE":
-        x = sample_ode(transport, model, draw(), atol=sampling.atol, rtol=sampling.rtol, y=y, **common)
+        try:
+            x = sample_ode(transport, model, draw(), atol=sampling.atol, rtol=sampling.rtol, y=y, **common)
+        except AssertionError as error:  # torchdiffeq's
+            raise UserError(f"the solver gave up ({error}); try a larger --atol or --rtol") from error
     else:
         names = ("diffusion_form", "diffusion_norm", "last_step", "last_step_size")
         sde = {name: getattr(sampling, name) for name in names}
         x = sample_sde(transport, model, draw(), draw=draw, y=y, **sde, **common)
+    if not x.isfinite().all():
+        raise UserError("the sampler gave NaN or infinite values; try more steps, or a smaller cfg_scale or diffusion")
     return x, {"evaluations": model.evaluations, "passes": guidance.passes}
 
 

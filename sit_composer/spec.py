@@ -52,6 +52,11 @@ class DataSpec:
             spec = cls(**content)
             if spec.kind not in ("pixels", "latents"):
                 raise ValueError(f"has kind {spec.kind!r}, which is neither 'pixels' nor 'latents'")
+            if (
+                spec.kind == "latents"
+                and not {"name", "scale", "shift", "channels", "downsample"} <= (spec.autoencoder or {}).keys()
+            ):
+                raise ValueError("has latents, but not the autoencoder that they are of")
             if not len(spec.classes) == len(spec.class_counts) == spec.num_classes:
                 raise ValueError(f"names {len(spec.classes)} classes, not the {spec.num_classes} of num_classes")
         except (ValueError, TypeError, KeyError, AttributeError) as error:

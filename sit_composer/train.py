@@ -5,8 +5,11 @@ Run the same command again to resume, or to be told that the run is finished.
 
 import argparse
 import os
+import pickle
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +67,7 @@ def train(config: Config) -> None:
     """
     import composer
     import torch
-    from composer.utils import dist, reproducibility
+    from composer.utils import dist, format_name_with_dist, reproducibility
 
     from sit_composer.autoencoder import AutoencoderSpec, load_autoencoder
     from sit_composer.callbacks import ResumeRandomness, RunRecord
@@ -81,15 +84,21 @@ def train(config: Config) -> None:
 
     # --- Data, and what lies between it and the network ---
     specs = {s: load_spec(d.remote, d.local) for s in ("data", "eval_data") if (d := getattr(config, s)) is not None}
-    encoder = None
-    spec = specs["data"]
-    if spec.kind == "latents":
-        autoencoder = AutoencoderSpec(**spec.autoencoder)
-    elif config.autoencoder.name is None:
-        autoencoder = AutoencoderSpec(name=None, channels=spec.channels)
-    else:
+    if "eval_data" in specs and specs["eval_data"].classes != specs["data"].classes:
+        raise ConfigError("eval_data.local: its classes are not data's, or not in the same order")
+    encoder, latents = None, next((s for s in specs.values() if s.kind == "latents"), None)
+    if config.autoencoder.name is not None and any(spec.kind == "pixels" for spec in specs.values()):
         encoder = load_autoencoder(config.autoencoder.name, 3, device)
-        autoencoder = encoder.spec
+        specs = {
+            name: replace(spec, channels=encoder.picture_channels) if spec.kind == "pixels" else spec
+            for name, spec in specs.items()
+        }
+    if latents is not None:
+        autoencoder = AutoencoderSpec(**latents.autoencoder)
+        if encoder is not None and encoder.spec != autoencoder:
+            raise ConfigError(f"autoencoder.name: {encoder.spec} is not what the latents are of, {autoencoder}")
+    else:
+        autoencoder = encoder.spec if encoder else AutoencoderSpec(name=None, channels=specs["data"].channels)
     loaders = {}
     for section, spec in specs.items():
         data = getattr(config, section)
@@ -128,7 +137,14 @@ def train(config: Config) -> None:
         "classes": list(specs["data"].classes),
         "ema_decay": config.ema.decay if config.ema is not None else None,
     }
-    callbacks = [*(e.weights for e in ema), randomness, RunRecord(record), *build("callbacks", config.callbacks)]
+    folder = config.trainer.get("save_folder")
+    run_record = RunRecord(record, partial(save_config, config, folder) if folder else None)
+    if folder and "://" in folder and dist.get_local_rank() == 0:
+        # Composer downloads the latest checkpoint to a folder of literally that name, and takes what lies there for
+        # the latest the next time.
+        for stale in Path(format_name_with_dist(folder, config.run_name)).glob("latest-rank*"):
+            stale.unlink()
+    callbacks = [*(e.weights for e in ema), randomness, run_record, *build("callbacks", config.callbacks)]
     algorithms, loggers = [*ema, *build("algorithms", config.algorithms)], build("loggers", config.loggers)
     (scheduler,) = build("scheduler", config.scheduler or {"constant": {}})
     if config.sample_grid is not None:
@@ -150,14 +166,15 @@ def train(config: Config) -> None:
             # A run killed between a checkpoint and the "latest" that points to it writes that checkpoint again.
             **{"save_overwrite": config.trainer.get("autoresume", False), **config.trainer},
         )
-    except (ValueError, TypeError, OSError) as error:
-        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+    except (ValueError, TypeError, OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        # Of what Composer raises for arguments, folders and checkpoints that it can't use.
+        source = config.trainer.get("load_path") or config.trainer.get("save_folder") or "trainer"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"trainer: {reason} (of {source})") from error
     randomness.trainer = trainer
-    if (folder := config.trainer.get("save_folder")) is not None:
-        save_config(config, folder)
     try:
         if trainer.state.timestamp >= trainer.state.max_duration:
-            say(f"{config.run_name} is trained: {int(trainer.state.timestamp.batch)} batches, as max_duration says")
+            say(f"{config.run_name} is trained: {int(trainer.state.timestamp.batch)} batches")
         else:
             trainer.fit()
     except FileExistsError as error:  # Composer looks at the folder only now

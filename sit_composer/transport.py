@@ -24,9 +24,10 @@ class Transport:
         prediction: what the network's output is: the ``velocity``, the ``noise`` x₀, or the ``score``.
         loss_weight: None, or the weight that makes a noise or score error a ``velocity`` error, or its part of a
             ``likelihood`` bound.
-        train_eps: how far from the ends of [0, 1] training times stay; None is 0 where the field has no pole
-            (velocity), 1e-5 for VP, and 1e-3 otherwise, as released.
-        sample_eps: the same for sampling; None is 0 for velocity, 1e-3 otherwise. Either eps, when given, counts.
+        train_eps: how far from the ends of [0, 1] training times stay; None is 1e-5 for VP, 0 for velocity on
+            the other paths, whose field has no pole, and 1e-3 otherwise, as released.
+        sample_eps: the same for sampling; None is 0 for velocity but for VP's, 1e-3 otherwise. Either eps, when given,
+            counts.
         time_sampling: how training times are drawn: ``uniform``, as in the paper, or ``logit-normal`` (arXiv
             2403.03206, eq. 19): the sigmoid of a normal number, which is more often in the middle.
         time_mean, time_std: that normal's; a mean above 0 favours times near the data.

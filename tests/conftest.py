@@ -45,3 +45,18 @@ def digits_shards(tmp_path_factory) -> Path:
     command = [sys.executable, "convert/to_mds.py", "digits", "--out", str(out)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
     return out
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory) -> str:
+    """A small AutoencoderKL, made and saved as the real ones are."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, scaling_factor=0.3, shift_factor=0.05,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("vae")
+    vae.save_pretrained(folder)
+    return str(folder)

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder, from_uint8, load_autoencoder, to_uint8
@@ -25,19 +24,6 @@ def batch(count: int = 6) -> dict[str, torch.Tensor]:
     moments = torch.randn(count, 8, 8, 8, generator=generator)
     moments[:, 4:] = moments[:, 4:].abs() * 0.1
     return {"moments": moments.half(), "label": torch.arange(count) % 10, "index": torch.arange(100, 100 + count)}
-
-
-@pytest.fixture(scope="session")
-def vae_folder(tmp_path_factory):
-    """A small AutoencoderKL, made and saved as the real ones are."""
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4,
-        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, scaling_factor=0.3, shift_factor=0.05,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("vae")
-    vae.save_pretrained(folder)
-    return str(folder)
 
 
 def test_latents_are_mean_plus_deviation_times_noise_shifted_and_scaled():
@@ -167,6 +153,15 @@ def test_training_on_moments_equals_training_with_the_encoder_in_the_loop(vae_fo
         losses.append(model.eval()({**data, "label": labels}))
     torch.testing.assert_close(losses[0], losses[1], rtol=2e-3, atol=1e-4)
     assert not any(name.startswith("encoder") for name in online.state_dict())
+
+
+def test_autocast_does_not_reach_the_autoencoder(vae_folder):
+    autoencoder = KLAutoencoder(vae_folder)
+    pictures = torch.rand(1, 3, 16, 16) * 2 - 1
+    expected = autoencoder.moments(pictures)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(autoencoder.moments(pictures), expected)
+        assert autoencoder.decode(expected[:, :4]).dtype == torch.float32
 
 
 def test_what_is_no_autoencoder_is_refused_in_a_line(tmp_path):

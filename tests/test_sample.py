@@ -162,6 +162,11 @@ def test_training_weights_are_drawn_from_when_asked_for(checkpoints, tmp_path):
         (["--sampling-method", "Euler"], "argument --sampling-method: got Euler; ODE takes euler"),
         (["--mode", "SDE", "--sampling-method", "dopri5"], "argument --sampling-method: got dopri5; SDE takes Euler"),
         (["--num-steps", "1"], "argument --num-steps: got 1; it takes 2 or more"),
+        (["--cfg-scale", "nan"], "argument --cfg-scale: got nan; it takes a number, 0 or more"),
+        (["--mode", "SDE", "--diffusion-norm", "-1"], "argument --diffusion-norm: got -1.0"),
+        (["--per-class", "3"], "argument --per-class: goes with --classes"),
+        (["--npz", "/"], "argument --npz: / can't be written"),
+        (["--atol", "1e-30", "--rtol", "1e-30"], "the solver gave up"),
         (["--num-images", "0"], "argument --num-images: got 0; it takes 1 or more"),
         (["--mode", "SDE", "--last-step-size", "2"], "last_step_size: got 2.0"),
     ],
@@ -171,6 +176,16 @@ def test_a_wrong_option_is_named(draw, tmp_path, capsys, options, message):
         assert draw(*options) == 2
     assert message in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_a_command_that_was_refused_does_not_keep_the_folder(draw, tmp_path):
+    assert draw("--num-images", "1", "--mode", "SDE", "--last-step-size", "2") == 2
+    assert draw("--num-images", "1", "--mode", "SDE") == 0
+
+
+def test_an_out_that_cannot_be_made_is_named(checkpoints, capsys):
+    assert sample.main([str(checkpoints), "--out", "/proc/none/x", "--num-images", "1"]) == 2
+    assert "/proc/none" in capsys.readouterr().err
 
 
 def test_a_folder_of_something_else_is_left_alone(draw, tmp_path, capsys):

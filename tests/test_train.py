@@ -1,7 +1,9 @@
 """The training command, on the digits' shards: run in this process, so that Composer is imported once."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -160,6 +162,57 @@ def test_composers_own_parts_are_reached_by_their_names(run, tmp_path):
     assert differences(bits(tmp_path / "free")["model"], bits(tmp_path / "run")["model"]) != []
 
 
+def test_whole_checkpoints_without_a_latest_are_not_written_over(run, tmp_path, capsys):
+    assert run("trainer.max_duration=10ba") == 0
+    (tmp_path / "run" / "latest-rank0.pt").unlink()
+    before = (tmp_path / "run" / "ep0-ba10-rank0.pt").read_bytes()
+    assert run("trainer.max_duration=10ba") == 2
+    assert "has checkpoints (ep0-ba10-rank0.pt) and no latest-rank0.pt" in capsys.readouterr().err
+    assert (tmp_path / "run" / "ep0-ba10-rank0.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"half", b"<html></html>"])
+def test_a_broken_checkpoint_is_named_and_not_a_traceback(run, tmp_path, capsys, content):
+    file = tmp_path / "some.pt"
+    file.write_bytes(content)
+    assert run("trainer.max_duration=1ba", "trainer.autoresume=false", f"trainer.load_path={file}") == 2
+    assert str(file) in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("override", ["optimizer.lr=1e-6", "seed=3"])
+def test_what_a_resumed_run_could_not_change_is_refused(run, tmp_path, capsys, override):
+    assert run("trainer.max_duration=1ba") == 0
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    assert run("trainer.max_duration=2ba", override) == 2
+    assert f"error: {override.partition('=')[0]}: got" in capsys.readouterr().err
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
+def test_a_finished_run_keeps_its_config(run, tmp_path):
+    assert run("trainer.max_duration=1ba") == 0
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    assert run("trainer.max_duration=1ba", "data.num_workers=1") == 0
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
+def test_evaluation_data_with_other_classes_is_refused(run, digits_shards, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(digits_shards, other)
+    spec = json.loads((other / "spec.json").read_text())
+    (other / "spec.json").write_text(json.dumps({**spec, "classes": spec["classes"][::-1]}))
+    assert run("trainer.max_duration=1ba", f"eval_data={{local: {other}, global_batch_size: 9, num_workers: 0}}") == 2
+    assert "eval_data.local: its classes are not data's" in capsys.readouterr().err
+    assert run("trainer.max_duration=1ba") == 0
+    assert run("trainer.max_duration=2ba", f"data.local={other}") == 2  # and so is resuming on them
+    assert "other classes than the data has, from label 0 on" in capsys.readouterr().err
+
+
+def test_grey_pictures_are_encoded_by_an_autoencoder_of_three_channels(run, vae_folder, digits_shards, tmp_path):
+    latents = ["model.in_channels=4", "model.input_size=4", f"autoencoder.name={vae_folder}"]
+    assert run("trainer.max_duration=1ba", *latents) == 0
+    assert load_checkpoint(str(tmp_path / "run")).record["autoencoder"]["name"] == vae_folder
+
+
 def test_a_run_of_another_network_under_the_same_name_is_refused(run, tmp_path, capsys):
     assert run("trainer.max_duration=1ba") == 0
     before = sorted((tmp_path / "run").iterdir())
@@ -194,8 +247,6 @@ def test_what_only_the_libraries_know_is_told_in_a_line_too(run, overrides, mess
 
 
 def test_a_broken_shard_stops_the_command_with_its_name(run, digits_shards, tmp_path, capsys):
-    import shutil
-
     broken = tmp_path / "broken"
     shutil.copytree(digits_shards, broken)
     shard = next(broken.glob("shard.*.mds"))
