@@ -17,25 +17,21 @@ The last line printed is a Markdown row for a table of results.
 """
 
 import argparse
-import json
 import os
 import platform
-import re
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sit_composer.errors import UserError
+from sit_composer.features import Extractor, load_extractor
 from sit_composer.names import SIZES
+from sit_composer.picture_sets import STATISTICS, PictureSet, open_set
 
 METRICS = ("fid", "sfid", "is", "precision", "recall", "kid")
 OUTPUT = {"sfid": "spatial", "is": "logits"}  # that a metric needs of the extractor; the others need features
 NEEDS_PICTURES = ("precision", "recall", "kid")  # of the reference too: its statistics don't do
 LEAST = {"fid": 2, "sfid": 2, "is": 20, "precision": 4, "recall": 4, "kid": 2}  # pictures
-STATISTICS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -151,7 +147,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def check_statistics(reference: "PictureSet", extractor: "Extractor") -> list[str]:
+def check_statistics(reference: PictureSet, extractor: Extractor) -> list[str]:
     """Forgets stored statistics of another extractor if there are pictures instead, and then says so.
 
     Raises:
@@ -180,7 +176,7 @@ class Choice:
             self.names.remove(name)
             self.left_out[name] = reason
 
-    def check_sets(self, samples: "PictureSet", reference: "PictureSet") -> None:
+    def check_sets(self, samples: PictureSet, reference: PictureSet) -> None:
         """Drops what the sets don't allow; an error if nothing remains."""
         if samples.batches is None:
             raise UserError(f"{samples.path}: holds statistics only; SAMPLES takes pictures")
@@ -223,289 +219,6 @@ def compute(names: list[str], fake: dict, real: dict, stored: dict) -> tuple[dic
         size = min(metrics.KID_SUBSET_SIZE, len(fake["features"]), len(real["features"]))
         settings |= {"kid_subsets": metrics.KID_SUBSETS, "kid_subset_size": size, "seed": metrics.SEED}
     return values, settings
-
-
-# The pictures
-
-
-@dataclass
-class PictureSet:
-    """Pictures, statistics of their features, or both."""
-
-    path: str
-    count: int | None = None  # of pictures; None if there are statistics only
-    batches: Callable[[int], Iterator[Any]] | None = None  # batch size -> uint8 tensors (n, 3, H, W)
-    statistics: dict[str, Any] = field(default_factory=dict)  # mu, sigma, mu_s, sigma_s
-    of: str | None = None  # the identity of the extractor that the statistics are of, if known
-    settings: dict | None = None  # sampling.json's, without the labels
-    size: list[int] | None = None  # (H, W), known once they were read
-
-
-def open_set(path: str, image_size: int | None = None) -> PictureSet:
-    """Finds out what lies at ``path``, and how many pictures; none is read yet.
-
-    Raises:
-        UserError: if that is not any of what this command takes.
-    """
-    if not os.path.exists(path):
-        raise UserError(f"{path}: no such file or folder")
-    if os.path.isfile(path):
-        return open_npz(path, image_size)
-    folder = Path(path)
-    if (folder / "index.json").exists():
-        return open_shards(path, image_size)
-    settings = read_settings(folder)
-    if settings is not None:  # its grid.png is no sample
-        names = [p for p in folder.iterdir() if re.fullmatch(r"\d{6,}\.png", p.name)]
-        labels = settings.pop("labels", None)
-        if labels is not None and len(names) != len(labels):
-            raise UserError(f"{path}: holds {len(names)} of the {len(labels)} pictures asked for; draw the rest first")
-    else:
-        names = list_pictures(folder) or [
-            p for sub in sorted(folder.iterdir()) if sub.is_dir() for p in list_pictures(sub)
-        ]
-    if not names:
-        raise UserError(f"{path}: no PNG or JPEG pictures here, nor in folders here, nor shards with an index.json")
-    names.sort()
-    return PictureSet(path, len(names), lambda n: read_files(names, n, image_size), settings=settings)
-
-
-def list_pictures(folder: Path) -> list[Path]:
-    return [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()]
-
-
-def read_settings(folder: Path) -> dict | None:
-    """The content of the folder's sampling.json, or None without one."""
-    from sit_composer.gallery import SETTINGS
-
-    path = folder / SETTINGS
-    try:
-        settings = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: not what sit_composer.sample writes")
-    return settings
-
-
-def read_files(names: list[Path], batch_size: int, image_size: int | None) -> Iterator[Any]:
-    from concurrent.futures import ThreadPoolExecutor
-
-    import torch
-
-    from sit_composer.pictures import center_crop, decode_image
-
-    def read(name: Path) -> Any:
-        try:
-            picture = decode_image(name.read_bytes(), 3)
-        except Exception as error:
-            raise UserError(f"{name}: not a picture that can be read ({error})") from None
-        return center_crop(picture, image_size) if image_size else picture
-
-    first = None
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(names), batch_size):
-            batch = list(pool.map(read, names[start : start + batch_size]))
-            first = batch[0].shape if first is None else first
-            for name, picture in zip(names[start : start + batch_size], batch, strict=True):
-                if picture.shape != first:
-                    sizes = [f"{shape[1]} × {shape[2]}" for shape in (picture.shape, first)]
-                    advice = "the reference's can be cropped by --image-size"
-                    raise UserError(
-                        f"{name}: is {sizes[0]}, and {names[0]} {sizes[1]}; all must have one size ({advice})"
-                    )
-            yield torch.stack(batch)
-
-
-def open_shards(path: str, image_size: int | None) -> PictureSet:
-    from sit_composer.stream import load_spec
-
-    spec = load_spec(None, path)
-    if spec.kind != "pixels":
-        raise UserError(f"{path}: shards of {spec.kind}; take the shards of pixels that they were made from")
-    if spec.image_size is None and image_size is None:
-        raise UserError(f"{path}: its pictures differ in size; crop them by --image-size (the reference's only)")
-
-    def batches(batch_size: int) -> Iterator[Any]:
-        from sit_composer.data import build_loader
-
-        options = {"image_size": image_size, "shuffle": False, "drop_last": False}
-        for batch in build_loader(None, path, spec=spec, batch_size=batch_size, **options):
-            yield batch["image"].expand(-1, 3, -1, -1)
-
-    return PictureSet(path, spec.samples, batches)
-
-
-def open_npz(path: str, image_size: int | None) -> PictureSet:
-    """An ADM batch, statistics, or both; read by batches, as 50,000 pictures of 256 × 256 are 10 GB."""
-    import zipfile
-
-    import numpy as np
-
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            names = set(content.files)
-            statistics = {name: content[name] for pair in STATISTICS.values() for name in pair if name in names}
-            of = str(content["features"]) if "features" in names else None
-        shape = None
-        if "arr_0" in names:
-            with zipfile.ZipFile(path) as file, file.open("arr_0.npy") as member:
-                shape, fortran, dtype = read_header(member)
-    except Exception as error:
-        raise UserError(f"{path}: not an npz that can be read ({type(error).__name__}: {error})") from None
-    for mu, sigma in STATISTICS.values():
-        if (mu in statistics) != (sigma in statistics):
-            raise UserError(f"{path}: has only one of {mu} and {sigma}")
-        if mu in statistics:
-            shapes = statistics[mu].shape, statistics[sigma].shape
-            if len(shapes[0]) != 1 or shapes[1] != shapes[0] * 2:
-                raise UserError(f"{path}: {mu} and {sigma} are {shapes[0]} and {shapes[1]}, not (D,) and (D, D)")
-            if not all(a.dtype.kind == "f" and np.isfinite(a).all() for a in (statistics[mu], statistics[sigma])):
-                raise UserError(f"{path}: {mu} or {sigma} has numbers that are not finite")
-    if shape is None and "mu" not in statistics:
-        raise UserError(f"{path}: has neither arr_0 nor mu and sigma, but {', '.join(sorted(names)) or 'nothing'}")
-    if shape is None:
-        return PictureSet(path, statistics=statistics, of=of)
-    if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or 0 in shape or fortran:
-        order = ", in Fortran's order" if fortran else ""
-        raise UserError(f"{path}: arr_0 is {dtype} {shape}{order}; it takes uint8 (N, H, W, 3), in C's order")
-
-    def batches(batch_size: int) -> Iterator[Any]:
-        import torch
-
-        from sit_composer.pictures import center_crop
-
-        with zipfile.ZipFile(path) as file, file.open("arr_0.npy") as member:
-            read_header(member)
-            for start in range(0, shape[0], batch_size):
-                n = min(batch_size, shape[0] - start)
-                try:
-                    content = bytearray(member.read(n * shape[1] * shape[2] * 3))
-                    pictures = torch.frombuffer(content, dtype=torch.uint8).view(n, *shape[1:]).permute(0, 3, 1, 2)
-                except Exception as error:
-                    raise UserError(f"{path}: cut short or damaged at picture {start} ({error})") from None
-                yield torch.stack([center_crop(p, image_size) for p in pictures]) if image_size else pictures
-
-    # An ADM reference batch doesn't say so, but its statistics are Inception's.
-    of = of or ("inception" if statistics else None)
-    return PictureSet(path, shape[0], batches, statistics, of, settings_beside(Path(path), shape[0]))
-
-
-def read_header(member: Any) -> tuple[tuple[int, ...], bool, Any]:
-    """Shape, Fortran order and dtype of the npy file, of which the array follows."""
-    from numpy.lib import format as npy
-
-    version = npy.read_magic(member)
-    return (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(member)
-
-
-def settings_beside(npz: Path, count: int) -> dict | None:
-    """The sampling.json in the npz's folder, or in the folder that is named like it, if of as many pictures."""
-    for folder in (npz.with_suffix(""), npz.parent):
-        settings = read_settings(folder)
-        if settings is not None and len(settings.pop("labels", None) or []) == count:
-            return settings
-    return None
-
-
-# Their features
-
-
-@dataclass
-class Extractor:
-    """A network from uint8 pictures (N, 3, H, W) to a dict of features, and spatial and logits if it has them."""
-
-    name: str  # inception, or the file's name
-    identity: str  # inception, or the file's sha256
-    network: Callable[[Any], Any]
-    device: str
-
-    def __call__(self, pictures: Any) -> dict[str, Any]:
-        """Float32 arrays (N, D) on the CPU.
-
-        Raises:
-            UserError: if it fails, or returns something else.
-        """
-        import torch
-
-        try:
-            with torch.inference_mode():
-                out = self.network(pictures.to(self.device))
-        except Exception as error:
-            lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-            advice = "; take a smaller --batch-size" if isinstance(error, torch.OutOfMemoryError) else ""
-            shape = tuple(pictures.shape)
-            raise UserError(f"{self.name}: failed on pictures {shape}: {lines[-1].strip()}{advice}") from error
-        if isinstance(out, torch.Tensor):
-            out = {"features": out}
-        elif isinstance(out, tuple) and len(out) == 2:
-            out = {"features": out[0], "logits": out[1]}
-        if not isinstance(out, dict) or not isinstance(out.get("features"), torch.Tensor):
-            raise UserError(f"{self.name}: returned neither features, (features, logits) nor a dict with 'features'")
-        out = {name: out[name] for name in ("features", "spatial", "logits") if out.get(name) is not None}
-        if "spatial" in out:
-            out["spatial"] = out["spatial"].flatten(1)
-        for name, value in out.items():
-            if value.ndim != 2 or len(value) != len(pictures):
-                raise UserError(
-                    f"{self.name}: {name} are {tuple(value.shape)} for {len(pictures)} pictures, not (N, D)"
-                )
-        return {name: value.float().cpu().numpy() for name, value in out.items()}
-
-
-def load_extractor(features: str) -> Extractor:
-    """The extractor called ``inception``, or that of a TorchScript file.
-
-    Raises:
-        UserError: if there is none, or its weights can't be fetched.
-    """
-    import hashlib
-
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if features == "inception":
-        return Extractor("inception", "inception", load_inception(device), device)
-    if not os.path.isfile(features):
-        raise UserError(f"--features: {features} is no file; it takes inception, or a TorchScript file")
-    try:
-        network = torch.jit.load(features, map_location=device).eval()
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--features: {features} is not a TorchScript module (torch.jit.save): {reason}") from None
-    with open(features, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Extractor(Path(features).name, f"sha256:{digest}", network, device)
-
-
-def load_inception(device: str) -> Callable[[Any], dict[str, Any]]:
-    """FID's InceptionV3 with all three outputs."""
-    import torch
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-
-    try:
-        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], verbose=True)
-    except Exception as error:
-        cache = Path(torch.hub.get_dir(), "checkpoints", Path(URL_INCEPTION_V3).name)
-        raise UserError(
-            f"--features inception: its weights come over the network once, and can't be had ({error}); "
-            f"put {URL_INCEPTION_V3} at {cache}, or give --features FILE"
-        ) from None
-    network.to(device)
-    seen = {}
-    # sFID (Nash et al. 2021, arXiv 2103.03841) as ADM has it: the first 7 channels of TensorFlow's mixed_6, which is
-    # Mixed_6d here, in its order (H, W, C), in which mu_s and sigma_s of ADM's reference batches are.
-    network.Mixed_6d.register_forward_hook(
-        lambda module, args, out: seen.update(spatial=out[:, :7].permute(0, 2, 3, 1))
-    )
-
-    def forward(pictures: Any) -> dict[str, Any]:
-        features, logits = network(pictures)
-        return {"features": features, "logits": logits, "spatial": seen.pop("spatial")}
-
-    return forward
 
 
 def extract(

@@ -11,6 +11,7 @@ from torchdiffeq import odeint
 
 from sit_composer.errors import UserError
 from sit_composer.names import ADAPTIVE_METHODS, ODE_METHODS, choose
+from sit_composer.samplers import check_steps, torchdiffeq_method
 from sit_composer.transport import Transport
 
 
@@ -42,8 +43,7 @@ def log_likelihood(
         UserError: for an unknown solver, fewer than 2 time points or no probe.
     """
     choose("sampling_method", sampling_method, ODE_METHODS)
-    if num_steps < 2:
-        raise UserError(f"num_steps: got {num_steps}; it takes 2 or more")
+    check_steps(num_steps)
     if probes < 1:
         raise UserError(f"probes: got {probes}; it takes 1 or more")
     t0, t1 = tr.interval(eval=True)
@@ -59,7 +59,7 @@ def log_likelihood(
             divergence = _trace(v, x) if exact else _hutchinson(v, x, noise)
         return v.detach(), divergence
 
-    method = "heun2" if sampling_method == "heun" else sampling_method
+    method = torchdiffeq_method(sampling_method)
     options = {"step_t": times[-1:]} if method in ADAPTIVE_METHODS else None
     start = (x, x.new_zeros(len(x)))
     z, change = odeint(drift, start, times, method=method, atol=atol, rtol=rtol, options=options)

@@ -27,9 +27,15 @@ class Counted:
         return self.model(x, t, **model_kwargs)
 
 
-def _check_steps(num_steps: int) -> None:
+def check_steps(num_steps: int) -> None:
+    """Raises UserError for fewer than two time points."""
     if num_steps < 2:
         raise UserError(f"num_steps: got {num_steps}; it takes 2 or more, as it counts the time points, both ends too")
+
+
+def torchdiffeq_method(sampling_method: str) -> str:
+    """torchdiffeq's name of a solver."""
+    return "heun2" if sampling_method == "heun" else sampling_method
 
 
 @torch.no_grad()
@@ -57,7 +63,7 @@ def sample_ode(
         UserError: for an unknown solver, or fewer than 2 time points.
     """
     choose("sampling_method", sampling_method, ODE_METHODS)
-    _check_steps(num_steps)
+    check_steps(num_steps)
     t0, t1 = tr.interval(eval=True)
     if reverse:
         t0, t1 = t1, t0
@@ -66,7 +72,7 @@ def sample_ode(
     def drift(t: Tensor, x: Tensor) -> Tensor:
         return tr.velocity(model, x, t.expand(len(x)), **model_kwargs)
 
-    method = "heun2" if sampling_method == "heun" else sampling_method
+    method = torchdiffeq_method(sampling_method)
     # An adaptive solver's last step goes past the end, and back by interpolation. VP has no σ beyond t = 1 (the square
     # root of less than 0): there, the last step must end at the end.
     options = {"step_t": times[-1:]} if tr.path_type == "VP" and method in ADAPTIVE_METHODS else None
@@ -103,7 +109,7 @@ def sample_sde(
     """
     choose("sampling_method", sampling_method, SDE_METHODS)
     choose("last_step", last_step, LAST_STEPS)
-    _check_steps(num_steps)
+    check_steps(num_steps)
     if last_step is None:
         last_step_size = 0.0
     elif not 0 < last_step_size < 1:

@@ -19,8 +19,10 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from sit_composer import evaluate
-from sit_composer.evaluate import METRICS, load_inception, open_set
+from sit_composer.evaluate import METRICS
+from sit_composer.features import load_inception
 from sit_composer.metrics import inception_score, precision_recall
+from sit_composer.picture_sets import open_set
 from tests.conftest import ROOT
 
 
