@@ -72,7 +72,9 @@ def latents(tmp_path_factory) -> Path:
     rows = [{"moments": random[0, i], "moments_flip": random[1, i], "label": i % 10} for i in range(100)]
     columns = {"moments": "ndarray:float16:8,4,4", "moments_flip": "ndarray:float16:8,4,4", "label": "int"}
     folder = tmp_path_factory.mktemp("latents") / "shards"
-    write(folder, columns, rows, {"kind": "latents", "channels": 4, "image_size": 32}, size_limit=1 << 13)
+    vae = {"name": "some/vae", "scale": 0.2, "shift": 0.0, "channels": 4, "downsample": 8}
+    spec = {"kind": "latents", "channels": 4, "image_size": 32, "autoencoder": vae}
+    write(folder, columns, rows, spec, size_limit=1 << 13)
     np.save(folder.parent / "random.npy", random)
     return folder
 
