@@ -1,5 +1,7 @@
 """A run whose checkpoints go to object storage, a real one on loopback, resumed twice from there."""
 
+import re
+
 import pytest
 import torch
 from composer.callbacks import CheckpointSaver
@@ -22,7 +24,11 @@ def test_each_resume_from_s3_goes_on_from_the_newest_checkpoint(run, s3, tmp_pat
     remote = ["trainer.save_folder=s3://sit/runs/{run_name}", "trainer.save_interval=2ba"]
     assert run("trainer.max_duration=6ba", folder="whole") == 0
     for batches in (2, 4, 6):
-        assert run(f"trainer.max_duration={batches}ba", *remote) == 0
+        log = tmp_path / f"{batches}.log"
+        logger = f"loggers={{file: {{filename: '{log}'}}}}"
+        assert run(f"trainer.max_duration={batches}ba", *remote, logger) == 0
+        trained = [int(number) for number in re.findall(r"time/batch: (\d+)", log.read_text())]
+        assert min(trained) == batches - 2  # from the newest; an older one would lead to the same bits, but later
     names = {key.rpartition("/")[2] for key in s3.keys("runs/quickstart")}
     assert {"config.yaml", "ep0-ba2-rank0.pt", "ep0-ba4-rank0.pt", "ep0-ba6-rank0.pt"} <= names
     last = tmp_path / "last"
