@@ -11,6 +11,7 @@ of which the second is eq. (8) without its removable 0/0, and the third is that 
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -22,18 +23,18 @@ def expand(t: Tensor, x: Tensor) -> Tensor:
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
 
-class Interpolant:
+class Interpolant(ABC):
     """A path. All methods are elementwise in t, and keep its shape and dtype."""
 
     singular_at_noise = True  # α_0 = 0, so that what divides by α has a pole at t = 0
 
+    @abstractmethod
     def alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """α_t and its derivative."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """σ_t and its derivative."""
-        raise NotImplementedError
 
     def wronskian(self, t: Tensor) -> Tensor:
         """W_t = α̇_t σ_t - α_t σ̇_t, positive on [0, 1)."""
