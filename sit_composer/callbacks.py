@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from composer import Trainer
 from composer.core import Callback, Event, State
 from composer.loggers import Logger
-from composer.utils import create_interval_scheduler, dist, reproducibility
+from composer.utils import create_interval_scheduler, dist
 from PIL import Image
 
 from sit_composer.autoencoder import Autoencoder, to_uint8
@@ -18,22 +17,6 @@ from sit_composer.ema import EMAWeights
 from sit_composer.gallery import write_grid
 from sit_composer.guidance import Guidance
 from sit_composer.sample import Sampling, generate
-
-
-class ResumeRandomness(Callback):
-    """Restores the random state when a run resumes in the middle of an epoch.
-
-    Composer 0.32 loads the state, but restores it only at an epoch's start, or while it replays batches itself. A
-    StreamingDataset replays nothing, so that after a resume in mid-epoch the data would be right and the noise not.
-    Set ``trainer`` once there is one.
-    """
-
-    trainer: Trainer | None = None
-
-    def after_dataloader(self, state: State, logger: Logger) -> None:
-        if self.trainer is not None and self.trainer._rng_state is not None and "train" in state.dataset_resumption:
-            reproducibility.load_rng_state(self.trainer._rng_state)
-            self.trainer._rng_state = None
 
 
 class RunRecord(Callback):

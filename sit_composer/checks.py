@@ -40,6 +40,8 @@ def check(config: Config) -> None:
             raise ConfigError(f"transport.{name}: got {eps}; it takes a number in [0, 0.5)")
     if not config.transport.time_std > 0:
         raise ConfigError(f"transport.time_std: got {config.transport.time_std}; it takes a number above 0")
+    if not 0 < config.transport.time_shift < math.inf:
+        raise ConfigError(f"transport.time_shift: got {config.transport.time_shift}; it takes a number above 0")
     ranks = int(os.environ.get("WORLD_SIZE", 1))  # the launcher's
     for section, data in (("data", config.data), ("eval_data", config.eval_data)):
         if data is not None:

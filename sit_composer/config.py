@@ -53,6 +53,7 @@ class TransportConfig:
     time_sampling: str = key("how training times are drawn: uniform or logit-normal", "uniform")
     time_mean: float = key("logit-normal's mean; above 0: nearer to the data", 0.0)
     time_std: float = key("logit-normal's standard deviation", 1.0)
+    time_shift: float = key("moves training times towards the noise; 1: not at all", 1.0)
 
 
 @dataclass

@@ -16,6 +16,7 @@ from streaming import StreamingDataLoader, StreamingDataset
 from streaming.base.dataset import _ShardState
 
 from sit_composer.pictures import center_crop, decode_image
+from sit_composer.randomness import sample_key
 from sit_composer.spec import SPEC_NAME, DataSpec
 from sit_composer.stream import CheckedStream, DataError, load_spec, source
 
@@ -23,7 +24,9 @@ __all__ = ["DataError", "SitDataset", "build_loader", "load_spec"]
 
 
 class SitDataset(StreamingDataset):
-    """Labelled pictures or latents. A sample has ``index`` (its number in the data set), ``label`` and:
+    """Labelled pictures or latents.
+
+    A sample has ``index`` (its number in the data set), ``label``, ``key`` (of `randomness`, another in each epoch) and:
 
     * of pixels, ``image``: uint8 (C, H, W), cropped to ``image_size`` (None: the spec's) if it isn't of that size;
     * of latents, ``moments``: float16 (2C, H, W), of the picture or of its mirror image.
@@ -97,7 +100,8 @@ class SitDataset(StreamingDataset):
             raise DataError(f"sample {index}, in {where}: {type(error).__name__}: {error}") from error
 
     def _tensors(self, index: int, row: dict[str, Any]) -> dict[str, Any]:
-        flip = self.flip and coin(self.shuffle_seed, self.epoch, index)
+        key = sample_key(self.shuffle_seed, self.epoch, index)
+        flip = self.flip and coin(key)
         if self.spec.kind == "pixels":
             image = center_crop(decode_image(row["image"], self.spec.channels), self.image_size)
             sample = {"image": image.flip(-1) if flip else image}
@@ -109,7 +113,7 @@ class SitDataset(StreamingDataset):
         label = int(row["label"])
         if not 0 <= label < self.spec.num_classes:
             raise ValueError(f"label {label}, but {SPEC_NAME} has {self.spec.num_classes} classes")
-        return {**sample, "label": label, "index": index}
+        return {**sample, "label": label, "index": index, "key": key}
 
     def _ensure_shard(self, shard_id: int) -> None:
         """Sees to it that the shard is here, and was checked by this process or by the one that fetched it."""
@@ -173,15 +177,9 @@ class SitDataset(StreamingDataset):
         return state
 
 
-def coin(seed: int, epoch: int, index: int) -> bool:
-    """A fair coin, the same for the same arguments, whoever tosses it (splitmix64 of each in turn)."""
-    mask, x = 2**64 - 1, 0
-    for word in (seed, epoch, index):
-        x = (x + word + 0x9E3779B97F4A7C15) & mask
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
-        x ^= x >> 31
-    return bool(x & 1)
+def coin(key: int) -> bool:
+    """A sample's fair coin."""
+    return bool(key & 1)
 
 
 class SitLoader(StreamingDataLoader):
@@ -212,7 +210,7 @@ def build_loader(
     drop_last: bool = True,
     **options: Any,
 ) -> SitLoader:
-    """A loader of dicts: ``image`` or ``moments`` of `SitDataset`, stacked, and int64 ``label`` and ``index`` (N,).
+    """A loader of dicts: ``image`` or ``moments`` of `SitDataset`, stacked, and int64 ``label``, ``index``, ``key`` (N,).
 
     Args:
         remote: Folder or URI (s3://, gs://, …) of the shards; None if they are in ``local``.

@@ -5,6 +5,7 @@ from composer.models import ComposerModel
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
+from sit_composer import randomness
 from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder, from_uint8
 from sit_composer.sit import SiT, SiTBlock
 from sit_composer.transport import Transport
@@ -15,7 +16,8 @@ GOLDEN_RATIO = 0.6180339887498949
 class ComposerSiT(ComposerModel):
     """A SiT and its transport loss over batches of `data.build_loader`.
 
-    A batch is a dict of ``label`` (N,), ``index`` (N,), and ``moments`` (N, 2C, H, W) or ``image`` (N, C, H, W) uint8.
+    A batch is a dict of ``label``, ``index`` and ``key`` (each int64 (N,)), and of ``moments`` (N, 2C, H, W) or
+    ``image`` (N, C, H, W) uint8.
 
     Args:
         network: trained; its parameters are the model's, under ``network.``
@@ -38,27 +40,31 @@ class ComposerSiT(ComposerModel):
         self.autoencoder = autoencoder
         self.encoder = encoder  # no nn.Module, so that it stays outside
 
-    def latents(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
-        """The batch's latents, float32 (N, C, H, W), sampled with noise of that shape, or with torch's own."""
+    def latents(self, batch: dict[str, Tensor], keys: Tensor) -> Tensor:
+        """The batch's latents, float32 (N, C, H, W); what is random in them is of the keys (N,)."""
         if "moments" in batch:
-            moments = batch["moments"].float()
-            if noise is None:
-                noise = torch.randn_like(moments[:, : self.autoencoder.channels])
-            return self.autoencoder.latents(moments, noise)
+            return self.autoencoder.latents(batch["moments"].float(), self._normal(keys, randomness.POSTERIOR))
         pictures = from_uint8(batch["image"])
-        return pictures if self.encoder is None else self.encoder.encode(pictures, noise)
+        if self.encoder is None:
+            return pictures
+        return self.encoder.encode(pictures, self._normal(keys, randomness.POSTERIOR))
 
-    def _losses(self, x1: Tensor, t: Tensor, x0: Tensor, labels: Tensor) -> Tensor:
+    def _normal(self, keys: Tensor, purpose: int) -> Tensor:
+        side = self.network.input_size
+        return randomness.normal(keys, purpose, (self.autoencoder.channels, side, side))  # (N, C, H, W)
+
+    def _losses(self, batch: dict[str, Tensor], t: Tensor, keys: Tensor) -> Tensor:
         # Only the network's matrix products follow autocast: x1, t and x0 are float32, and so is all that is made
         # of them. Its output is made float32 before the target is taken from it.
+        x1, x0 = self.latents(batch, keys), self._normal(keys, randomness.X0)  # (N, C, H, W)
         xt = self.transport.path.interpolate(t, x0, x1)[0]
-        return self.transport.loss(self.network(xt, t, labels).float(), t, x0, x1)
+        output = self.network(xt, t, batch["label"], randomness.uniform(keys, randomness.DROP))
+        return self.transport.loss(output.float(), t, x0, x1)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """The training loss of each sample, at a time and noise drawn for it: (N,)."""
-        x1 = self.latents(batch)
-        t, x0 = self.transport.draw(x1)
-        return self._losses(x1, t, x0, batch["label"])
+        """The loss of each sample: (N,). Noise, time and label dropout are its key's: see `randomness`."""
+        keys = batch["key"]
+        return self._losses(batch, self.transport.times(randomness.uniform(keys, randomness.TIME)), keys)
 
     def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """The mean over the samples."""
@@ -71,12 +77,9 @@ class ComposerSiT(ComposerModel):
         or the state of training. (Ranks that don't divide the samples see a few twice.) The times are evenly spread
         over the interval (the golden ratio's sequence), as 32 random ones are not.
         """
-        index, device = batch["index"], batch["label"].device
-        shape = (self.autoencoder.channels, self.network.input_size, self.network.input_size)
-        noise = torch.stack([_noise_of(int(i), (2, *shape)) for i in index]).to(device)  # (N, 2, C, H, W)
         t0, t1 = self.transport.interval()
-        t = ((index.double() * GOLDEN_RATIO + 0.5) % 1 * (t1 - t0) + t0).float().to(device)
-        return self._losses(self.latents(batch, noise[:, 1]), t, noise[:, 0], batch["label"])
+        t = ((batch["index"].double() * GOLDEN_RATIO + 0.5) % 1 * (t1 - t0) + t0).float()
+        return self._losses(batch, t, batch["index"])
 
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:
         return {} if is_train else {"loss": MeanMetric()}
@@ -95,7 +98,3 @@ class ComposerSiT(ComposerModel):
 
     def activation_checkpointing_fn(self, module: nn.Module) -> bool:
         return isinstance(module, SiTBlock)
-
-
-def _noise_of(index: int, shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(index))

@@ -61,10 +61,11 @@ class LabelEmbedder(nn.Module):
         self.num_classes = num_classes
         self.dropout_prob = dropout_prob
 
-    def forward(self, labels: Tensor, train: bool) -> Tensor:
+    def forward(self, labels: Tensor, train: bool, draws: Tensor | None = None) -> Tensor:
         if train and self.dropout_prob > 0:
-            dropped = torch.rand(labels.shape[0], device=labels.device) < self.dropout_prob  # (N,)
-            labels = torch.where(dropped, self.num_classes, labels)
+            if draws is None:
+                draws = torch.rand(labels.shape[0], device=labels.device)  # (N,)
+            labels = torch.where(draws < self.dropout_prob, self.num_classes, labels)
         return self.embedding_table(labels)  # (N, D)
 
 
@@ -207,10 +208,13 @@ class SiT(nn.Module):
         x = x.reshape(-1, grid, grid, p, p, c)  # (N, H/p, W/p, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, c, grid * p, grid * p)  # (N, C, H, W)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """The field at x (N, C, H, W) and times t (N,), for labels y (N,): (N, C, H, W)."""
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, draws: Tensor | None = None) -> Tensor:
+        """The field at x (N, C, H, W) and times t (N,), for labels y (N,): (N, C, H, W).
+
+        In training, labels are dropped by draws (N,) from [0, 1), below class_dropout_prob; None draws them.
+        """
         x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
-        c = self.t_embedder(t) + self.y_embedder(y, self.training)  # (N, D)
+        c = self.t_embedder(t) + self.y_embedder(y, self.training, draws)  # (N, D)
         for block in self.blocks:
             x = block(x, c)  # (N, T, D)
         x = self.unpatchify(self.final_layer(x, c))  # (N, out_channels, H, W)

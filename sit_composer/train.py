@@ -70,7 +70,7 @@ def train(config: Config) -> None:
     from composer.utils import dist, format_name_with_dist, reproducibility
 
     from sit_composer.autoencoder import AutoencoderSpec, load_autoencoder
-    from sit_composer.callbacks import ResumeRandomness, RunRecord
+    from sit_composer.callbacks import RunRecord
     from sit_composer.data import build_loader, load_spec
     from sit_composer.ema import EMA
     from sit_composer.model import ComposerSiT
@@ -129,7 +129,6 @@ def train(config: Config) -> None:
 
     # --- Composer ---
     ema = [EMA(config.ema.decay)] if config.ema is not None else []
-    randomness = ResumeRandomness()
     record = {
         "model": network_arguments(config.model),
         "transport": vars(config.transport),
@@ -144,7 +143,7 @@ def train(config: Config) -> None:
         # the latest the next time.
         for stale in Path(format_name_with_dist(folder, config.run_name)).glob("latest-rank*"):
             stale.unlink()
-    callbacks = [*(e.weights for e in ema), randomness, run_record, *build("callbacks", config.callbacks)]
+    callbacks = [*(e.weights for e in ema), run_record, *build("callbacks", config.callbacks)]
     algorithms, loggers = [*ema, *build("algorithms", config.algorithms)], build("loggers", config.loggers)
     (scheduler,) = build("scheduler", config.scheduler or {"constant": {}})
     if config.sample_grid is not None:
@@ -171,7 +170,6 @@ def train(config: Config) -> None:
         source = config.trainer.get("load_path") or config.trainer.get("save_folder") or "trainer"
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"trainer: {reason} (of {source})") from error
-    randomness.trainer = trainer
     try:
         if trainer.state.timestamp >= trainer.state.max_duration:
             say(f"{config.run_name} is trained: {int(trainer.state.timestamp.batch)} batches")

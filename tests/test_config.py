@@ -90,6 +90,7 @@ def test_a_yamls_header_has_the_numbers_that_follow_from_its_network(name):
         ("transport.train_eps=0.6", "transport.train_eps: got 0.6; it takes a number in [0, 0.5)"),
         ("transport.time_sampling=cosine", "transport.time_sampling: got 'cosine'; it takes uniform, logit-normal"),
         ("transport.time_std=0", "transport.time_std: got 0.0; it takes a number above 0"),
+        ("transport.time_shift=0", "transport.time_shift: got 0.0; it takes a number above 0"),
         ("data.global_batch_size=0", "data.global_batch_size: got 0"),
         ("optimizer.lr=0", "optimizer.lr: got 0.0; it takes a number above 0"),
         ("optimizer.betas=[0.9]", "optimizer.betas: got [0.9]; it takes two numbers"),

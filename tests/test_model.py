@@ -2,8 +2,10 @@ import pytest
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
+from sit_composer import randomness
 from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder, from_uint8, load_autoencoder, to_uint8
 from sit_composer.model import ComposerSiT
+from sit_composer.randomness import sample_key
 from sit_composer.sit import SiT, SiTBlock
 from sit_composer.transport import Transport
 
@@ -23,25 +25,24 @@ def batch(count: int = 6) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     moments = torch.randn(count, 8, 8, 8, generator=generator)
     moments[:, 4:] = moments[:, 4:].abs() * 0.1
-    return {"moments": moments.half(), "label": torch.arange(count) % 10, "index": torch.arange(100, 100 + count)}
+    index = torch.arange(100, 100 + count)
+    keys = torch.tensor([sample_key(0, 0, i) for i in index.tolist()])
+    return {"moments": moments.half(), "label": torch.arange(count) % 10, "index": index, "key": keys}
 
 
 def test_latents_are_mean_plus_deviation_times_noise_shifted_and_scaled():
     model = ComposerSiT(small_network(), Transport(), SPEC)
-    data, noise = batch(), torch.randn(6, 4, 8, 8)
+    data = batch()
     mean, std = data["moments"].float().chunk(2, dim=1)
-    torch.testing.assert_close(model.latents(data, noise), (mean + std * noise - 0.1) * 0.5)
-    torch.manual_seed(3)
-    first = model.latents(data)
-    assert not torch.equal(first, model.latents(data))  # sampled anew
-    torch.manual_seed(3)
-    torch.testing.assert_close(first, model.latents(data, torch.randn(6, 4, 8, 8)))
+    noise = randomness.normal(data["key"], randomness.POSTERIOR, (4, 8, 8))
+    torch.testing.assert_close(model.latents(data, data["key"]), (mean + std * noise - 0.1) * 0.5)
+    assert not torch.equal(model.latents(data, data["key"]), model.latents(data, data["index"]))
 
 
 def test_pixels_through_the_identity_are_levels_from_minus_one_to_one():
     model = ComposerSiT(small_network(in_channels=1), Transport(), AutoencoderSpec(name=None, channels=1))
     levels = torch.arange(64, dtype=torch.uint8).reshape(1, 1, 8, 8) * 4
-    x1 = model.latents({"image": levels})
+    x1 = model.latents({"image": levels}, torch.zeros(1, dtype=torch.int64))
     assert x1.dtype == torch.float32
     torch.testing.assert_close(x1, levels / 127.5 - 1)
     assert torch.equal(to_uint8(x1), levels)
@@ -49,16 +50,29 @@ def test_pixels_through_the_identity_are_levels_from_minus_one_to_one():
 
 
 def test_the_loss_is_the_transports_and_a_mean_over_samples():
-    model = ComposerSiT(small_network(), Transport(), SPEC).eval()
+    transport = Transport(time_sampling="logit-normal", time_mean=-0.5)
+    model = ComposerSiT(small_network(class_dropout_prob=0.5), transport, SPEC)
     data = batch()
-    torch.manual_seed(5)
     losses = model(data)
-    torch.manual_seed(5)
-    x1 = model.latents(data)
-    expected = Transport().training_loss(model.network, x1, y=data["label"])
-    torch.testing.assert_close(losses, expected)
+    x1, x0 = model.latents(data, data["key"]), randomness.normal(data["key"], randomness.X0, (4, 8, 8))
+    t = transport.times(randomness.uniform(data["key"], randomness.TIME))
+    labels = torch.where(randomness.uniform(data["key"], randomness.DROP) < 0.5, 10, data["label"])
+    assert 0 < (labels == 10).sum() < 6
+    out = model.network.eval()(transport.path.interpolate(t, x0, x1)[0], t, labels)
+    torch.testing.assert_close(losses, transport.loss(out, t, x0, x1))
     assert losses.shape == (6,)
     assert model.loss(losses, data) == losses.mean()
+
+
+def test_training_depends_on_keys_and_weights_alone():
+    """So no rank count, no microbatch and no interruption changes it."""
+    model, data, state = ComposerSiT(small_network(), Transport(), SPEC), batch(), torch.get_rng_state()
+    whole = model(data)
+    assert torch.equal(torch.get_rng_state(), state)
+    order = torch.tensor([4, 1, 5, 0, 3, 2])
+    parts = [model({k: v[o] for k, v in data.items()}) for o in order.split(2)]
+    torch.testing.assert_close(torch.cat(parts), whole[order], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(model({**data, "key": data["key"] + 1}), whole)
 
 
 def test_under_autocast_only_the_network_is_half():
@@ -92,7 +106,9 @@ def test_evaluation_estimates_the_training_loss():
     model = ComposerSiT(small_network(), Transport(), SPEC).eval()
     data = batch(2000)
     with torch.no_grad():
-        evaluated, trained = model.eval_forward(data).mean(), torch.cat([model(data) for _ in range(4)]).mean()
+        keys = [torch.tensor([sample_key(0, epoch, i) for i in data["index"].tolist()]) for epoch in range(4)]
+        trained = torch.cat([model({**data, "key": k}) for k in keys]).mean()
+        evaluated = model.eval_forward(data).mean()
     assert evaluated.item() == pytest.approx(trained.item(), rel=0.02)
 
 
@@ -142,15 +158,14 @@ def test_an_autoencoder_is_known_by_its_folder(vae_folder):
 def test_training_on_moments_equals_training_with_the_encoder_in_the_loop(vae_folder):
     encoder = KLAutoencoder(vae_folder)
     levels = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
-    labels = torch.arange(4)
+    labels = keys = torch.arange(4)
     network = small_network()
     online = ComposerSiT(network, Transport(), encoder.spec, encoder)
     offline = ComposerSiT(network, Transport(), encoder.spec)
     moments = encoder.moments(from_uint8(levels)).half()  # as shards keep them
     losses = []
     for model, data in ((online, {"image": levels}), (offline, {"moments": moments})):
-        torch.manual_seed(0)
-        losses.append(model.eval()({**data, "label": labels}))
+        losses.append(model.eval()({**data, "label": labels, "key": keys}))
     torch.testing.assert_close(losses[0], losses[1], rtol=2e-3, atol=1e-4)
     assert not any(name.startswith("encoder") for name in online.state_dict())
 

@@ -106,6 +106,17 @@ def test_logit_normal_times_have_the_quantiles_of_their_normal():
         assert torch.quantile(t, quantile).item() == pytest.approx(expected, abs=0.01)
 
 
+@pytest.mark.parametrize("sampling", ["uniform", "logit-normal"])
+def test_a_time_shift_makes_the_noise_so_many_times_larger(sampling):
+    u = torch.linspace(0, 1, 101)[1:-1]
+    plain = Transport(time_sampling=sampling).times(u)
+    shifted = Transport(time_sampling=sampling, time_shift=3.0).times(u)
+    torch.testing.assert_close((1 - shifted) / shifted, 3 * (1 - plain) / plain)
+    if sampling == "logit-normal":  # whose mean it moves
+        mean = -torch.tensor(3.0).log().item()
+        torch.testing.assert_close(shifted, Transport(time_sampling=sampling, time_mean=mean).times(u))
+
+
 def test_training_loss_is_one_number_a_sample_and_matches_its_expectation():
     """For data 0 and output 0 the velocity's target is -x0: the mean square is that of normal noise."""
     torch.manual_seed(0)
@@ -138,6 +149,7 @@ def test_sbdm_keeps_off_the_noise_end_where_it_is_singular():
         ({"sample_eps": 0.0, "path_type": "VP"}, "sample_eps: got 0; VP with velocity has a pole at t = 1"),
         ({"time_sampling": "cosine"}, "time_sampling: got 'cosine'; it takes uniform, logit-normal"),
         ({"time_std": 0.0}, "time_std: got 0.0"),
+        ({"time_shift": 0.0}, "time_shift: got 0.0"),
     ],
 )
 def test_a_wrong_argument_is_named(arguments, named):
