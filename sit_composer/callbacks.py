@@ -1,7 +1,8 @@
-"""What a run adds to Composer's callbacks: randomness that resumes, a record of what is trained, and sample grids."""
+"""What a run adds to Composer's callbacks: a record of what is trained, and the quality of its samples."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 from PIL import Image
+from torch import Tensor
 
 from sit_composer.autoencoder import Autoencoder, to_uint8
 from sit_composer.ema import EMAWeights
-from sit_composer.gallery import write_grid
+from sit_composer.features import Extractor
+from sit_composer.gallery import write_grid, write_json
 from sit_composer.guidance import Guidance
+from sit_composer.metrics import frechet_distance, statistics
 from sit_composer.sample import Sampling, generate
 
 
@@ -46,55 +50,135 @@ class RunRecord(Callback):
             raise ValueError(f"the checkpoint was trained on other classes than the data has, from label {label} on")
 
 
-class SampleGrid(Callback):
-    """Draws the same pictures from the averaged weights every so often: a PNG in ``folder``, an image in the loggers.
+class Drawing:
+    """Draws pictures from the averaged weights in the middle of training, each rank its share of them.
 
     Their noise comes from generators of their own, and the network is in evaluation mode meanwhile: training's bits
-    are the same with it and without.
+    are the same with it and without. All ranks call the network equally often, as sharded weights need.
 
     Args:
-        interval: how often, a time string such as ``1000ba``; and at the end of training.
         labels: of the pictures, in order.
         sampling: how they are drawn.
         autoencoder: decodes them.
         weights: the average; None draws from the training weights.
-        folder: where the PNGs go, as ``ba0001000.png``; None: to the loggers alone.
+        batch_size: pictures at a time on a rank.
     """
 
     def __init__(
         self,
-        interval: str,
         labels: list[int],
         sampling: Sampling,
         autoencoder: Autoencoder,
         weights: EMAWeights | None,
-        folder: str | None,
+        batch_size: int = 64,
     ):
-        self.due = create_interval_scheduler(interval)
         self.labels = labels
         self.sampling = sampling
         self.autoencoder = autoencoder
         self.weights = weights
+        self.batch_size = batch_size
+
+    def __call__(self, state: State, process: Callable[[Tensor], Tensor]) -> Tensor:
+        """What process makes of the pictures, uint8 (n, C, H, W), put together: a row a picture, on every rank."""
+        model = state.model.module if hasattr(state.model, "module") else state.model  # DDP's wrapper
+        rank, ranks, count = dist.get_global_rank(), dist.get_world_size(), len(self.labels)
+        share = [min(i, count - 1) for i in range(rank, -(-count // ranks) * ranks, ranks)]  # the last one to fill up
+        training = model.training
+        model.eval()
+        parts = []
+        with torch.no_grad(), self.weights.in_model() if self.weights is not None else nullcontext():
+            guidance = Guidance(model.network, self.sampling.cfg_scale)
+            for start in range(0, len(share), self.batch_size):
+                indices = share[start : start + self.batch_size]
+                labels = [self.labels[i] for i in indices]
+                latents, _ = generate(guidance, model.transport, labels, indices, self.sampling)
+                parts.append(process(to_uint8(self.autoencoder.decode(latents))))
+        model.train(training)
+        shares = dist.all_gather(torch.cat(parts))  # of rank 0, 1, …
+        return torch.stack(list(shares), dim=1).flatten(0, 1)[:count]
+
+
+class SampleGrid(Callback):
+    """Draws the same pictures every so often: a PNG in ``folder``, an image in the loggers.
+
+    Args:
+        interval: how often, a time string such as ``1000ba``; and at the end of training.
+        drawing: what is drawn.
+        folder: where the PNGs go, as ``ba0001000.png``; None: to the loggers alone.
+    """
+
+    def __init__(self, interval: str, drawing: Drawing, folder: str | None):
+        self.due = create_interval_scheduler(interval)
+        self.drawing = drawing
         self.folder = folder
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        if self.due(state, Event.BATCH_CHECKPOINT) and dist.get_global_rank() == 0:
-            self.draw(state, logger)
-
-    def draw(self, state: State, logger: Logger) -> None:
-        """Draws and logs the grid."""
-        model = state.model.module if hasattr(state.model, "module") else state.model  # DDP's wrapper
-        training = model.training
-        model.eval()
-        with torch.no_grad(), self.weights.in_model() if self.weights is not None else nullcontext():
-            guidance = Guidance(model.network, self.sampling.cfg_scale)
-            latents, _ = generate(guidance, model.transport, self.labels, list(range(len(self.labels))), self.sampling)
-        model.train(training)
-        levels = to_uint8(self.autoencoder.decode(latents)).cpu()  # (N, C, H, W)
+        if not self.due(state, Event.BATCH_CHECKPOINT):
+            return
+        levels = self.drawing(state, lambda pictures: pictures).cpu()  # (N, C, H, W)
+        if dist.get_global_rank() != 0:
+            return
         batch = int(state.timestamp.batch)
         logger.log_images(levels.float().div(255), name="samples", channels_last=False, step=batch)
         if self.folder is not None:
             Path(self.folder).mkdir(parents=True, exist_ok=True)
             arrays = levels.permute(0, 2, 3, 1).numpy()
             pictures = [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else np.ascontiguousarray(a)) for a in arrays]
-            write_grid(pictures, self.labels, Path(self.folder) / f"ba{batch:07d}.png")
+            write_grid(pictures, self.drawing.labels, Path(self.folder) / f"ba{batch:07d}.png")
+
+
+class FrechetDistance(Callback):
+    """Measures every so often how far drawn pictures are from real ones; logs ``metrics/frechet_distance``.
+
+    The values so far are in the checkpoint, so that a resumed run has those that an uninterrupted one has. With few
+    pictures the number is biased upwards: compare it with others of the same count only.
+
+    Args:
+        interval: how often, a time string such as ``10000ba``; and at the end of training.
+        drawing: what is drawn.
+        extractor: gives the pictures' features.
+        reference: mean (D,) and covariance (D, D) of the real ones' features.
+        file: where the values go, as JSON; None: to the loggers alone.
+    """
+
+    def __init__(
+        self,
+        interval: str,
+        drawing: Drawing,
+        extractor: Extractor,
+        reference: tuple[np.ndarray, np.ndarray],
+        file: str | None,
+    ):
+        self.due = create_interval_scheduler(interval)
+        self.drawing = drawing
+        self.extractor = extractor
+        self.reference = reference
+        self.file = file
+        self.values: dict[str, float] = {}  # batch -> distance
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        if not self.due(state, Event.BATCH_CHECKPOINT):
+            return
+        features = self.drawing(state, self.features).cpu().numpy()  # (N, D)
+        distance: list[float | None] = [None]
+        if dist.get_global_rank() == 0:
+            distance = [frechet_distance(*statistics(features), *self.reference)]
+        dist.broadcast_object_list(distance)
+        batch = int(state.timestamp.batch)
+        self.values[str(batch)] = distance[0]
+        logger.log_metrics({"metrics/frechet_distance": distance[0]})
+        if self.file is not None and dist.get_global_rank() == 0:
+            Path(self.file).parent.mkdir(parents=True, exist_ok=True)
+            what = {"pictures": len(self.drawing.labels), "features": self.extractor.identity}
+            write_json({**what, **asdict(self.drawing.sampling), "frechet_distance": self.values}, Path(self.file))
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """Features (n, D) of pictures (n, C, H, W)."""
+        features = self.extractor(pictures.expand(-1, 3, -1, -1))["features"]
+        return torch.from_numpy(features).to(pictures.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": self.values}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.values = dict(state["values"])

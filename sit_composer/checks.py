@@ -14,7 +14,15 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sit_composer import composer_api
-from sit_composer.config import Config, ConfigError, DataConfig, ModelConfig, network_arguments
+from sit_composer.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    DrawingConfig,
+    ModelConfig,
+    SampleGridConfig,
+    network_arguments,
+)
 from sit_composer.names import LOSS_WEIGHTS, ODE_METHODS, PATHS, PREDICTIONS, TIME_SAMPLINGS, choose
 from sit_composer.spec import SPEC_NAME, DataSpec
 
@@ -64,8 +72,9 @@ def check(config: Config) -> None:
         raise ConfigError(f"optimizer.betas: got {config.optimizer.betas}; it takes two numbers in [0, 1)")
     if config.ema is not None and not 0 < config.ema.decay < 1:
         raise ConfigError(f"ema.decay: got {config.ema.decay}; it takes a number between 0 and 1")
-    if config.sample_grid is not None:
-        check_sample_grid(config)
+    for section in ("sample_grid", "frechet"):
+        if getattr(config, section) is not None:
+            check_drawing(config, section)
     choose("precision", config.precision, ("fp32", "amp_bf16", "amp_fp16"))
     if config.fsdp is not None:
         raise ConfigError("fsdp: got a value; sharded training is not in this version, leave it null for DDP")
@@ -110,20 +119,30 @@ def check_model(model: ModelConfig) -> None:
         )
 
 
-def check_sample_grid(config: Config) -> None:
-    """Checks what the grid of samples is drawn with."""
-    grid = config.sample_grid
-    if not TIME.fullmatch(grid.interval):
-        raise ConfigError(f"sample_grid.interval: got {grid.interval!r}; it takes a time, such as 1000ba")
-    choose("sample_grid.sampling_method", grid.sampling_method, ODE_METHODS)
-    _at_least("sample_grid.num_steps", grid.num_steps, 2)
-    _at_least("sample_grid.per_class", grid.per_class, 1)
-    _at_least("sample_grid.seed", grid.seed, 0)
-    for label in grid.labels or []:
-        if not 0 <= label < config.model.num_classes:
-            raise ConfigError(f"sample_grid.labels: got {label}; it takes labels 0 to {config.model.num_classes - 1}")
-    if grid.cfg_scale != 1 and config.model.class_dropout_prob == 0:
-        raise ConfigError(f"sample_grid.cfg_scale: got {grid.cfg_scale}; without class dropout it takes 1")
+def check_drawing(config: Config, section: str) -> None:
+    """Checks what pictures are drawn with during training."""
+    drawing: DrawingConfig = getattr(config, section)
+    if not TIME.fullmatch(drawing.interval):
+        raise ConfigError(f"{section}.interval: got {drawing.interval!r}; it takes a time, such as 1000ba")
+    choose(f"{section}.sampling_method", drawing.sampling_method, ODE_METHODS)
+    _at_least(f"{section}.num_steps", drawing.num_steps, 2)
+    _at_least(f"{section}.batch_size", drawing.batch_size, 1)
+    _at_least(f"{section}.seed", drawing.seed, 0)
+    if not 0 <= drawing.cfg_scale < math.inf:
+        raise ConfigError(f"{section}.cfg_scale: got {drawing.cfg_scale}; it takes a number, 0 or more")
+    if drawing.cfg_scale != 1 and config.model.class_dropout_prob == 0:
+        raise ConfigError(f"{section}.cfg_scale: got {drawing.cfg_scale}; without class dropout it takes 1")
+    if isinstance(drawing, SampleGridConfig):
+        _at_least(f"{section}.per_class", drawing.per_class, 1)
+        for label in drawing.labels or []:
+            if not 0 <= label < config.model.num_classes:
+                raise ConfigError(f"{section}.labels: got {label}; it takes labels 0 to {config.model.num_classes - 1}")
+        return
+    _at_least(f"{section}.num_images", drawing.num_images, 2)
+    for name in ("reference", "features"):
+        path = getattr(drawing, name)
+        if not (name == "features" and path == "inception") and not Path(path).is_file():
+            raise ConfigError(f"{section}.{name}: no file {path!r}")
 
 
 def check_trainer(config: Config) -> None:

@@ -88,14 +88,27 @@ class EMAConfig:
 
 
 @dataclass
-class SampleGridConfig:
+class DrawingConfig:
     interval: str = key("how often, such as 10000ba", "10000ba")
-    labels: list[int] | None = key("of the pictures; null: ten, evenly over the classes", None)
-    per_class: int = key("pictures of each label", 4)
-    cfg_scale: float = key("guidance; 1 is none", 1.5)
+    cfg_scale: float = key("guidance; 1 is none", 1.0)
     sampling_method: str = key("an ODE solver", "heun")
     num_steps: int = key("time points", 25)
     seed: int = key("of the pictures' noise", 0)
+    batch_size: int = key("pictures at a time on a rank", 64)
+
+
+@dataclass
+class SampleGridConfig(DrawingConfig):
+    cfg_scale: float = key("guidance; 1 is none", 1.5)
+    labels: list[int] | None = key("of the pictures; null: ten, evenly over the classes", None)
+    per_class: int = key("pictures of each label", 4)
+
+
+@dataclass
+class FrechetConfig(DrawingConfig):
+    num_images: int = key("pictures drawn, the classes equally often", 5000)
+    reference: str = key("statistics of real pictures, that evaluate --save-statistics writes, or ADM's npz")
+    features: str = key("inception, or a TorchScript file: as for evaluate", "inception")
 
 
 @dataclass
@@ -111,6 +124,7 @@ class Config:
     scheduler: dict[str, Any] = key("one of Composer's schedulers: {name: arguments}; none: a constant rate", {})
     ema: EMAConfig | None = key("averaged weights; null: none", EMAConfig())
     sample_grid: SampleGridConfig | None = key("pictures drawn during training; null: none", None)
+    frechet: FrechetConfig | None = key("Fréchet distance (FID) during training; null: none", None)
     precision: str = key("fp32, amp_bf16 or amp_fp16", "fp32")
     fsdp: dict[str, Any] | None = key("FSDP2's keys; null: DDP", None)
     trainer: dict[str, Any] = key("arguments of Composer's Trainer, by their names", {})
@@ -139,7 +153,8 @@ def documentation(cls: type = Config, prefix: str = "") -> str:
 
 
 SECTIONS = [
-    *(ModelConfig, TransportConfig, AutoencoderConfig, DataConfig, OptimizerConfig, EMAConfig, SampleGridConfig),
+    *(ModelConfig, TransportConfig, AutoencoderConfig, DataConfig, OptimizerConfig, EMAConfig),
+    *(SampleGridConfig, FrechetConfig),
 ]
 
 

@@ -11,7 +11,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 # A script run by its path finds its own folder first, where config.py, data.py and others would shadow modules of
 # those names in other packages.
@@ -21,8 +21,14 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
 from omegaconf import OmegaConf
 
 from sit_composer.checks import check, check_data, check_latents, check_same_run, local_spec
-from sit_composer.config import Config, ConfigError, documentation, load_config, network_arguments
+from sit_composer.config import Config, ConfigError, DrawingConfig, documentation, load_config, network_arguments
 from sit_composer.errors import UserError
+
+if TYPE_CHECKING:
+    from composer.core import Callback
+
+    from sit_composer.autoencoder import Autoencoder
+    from sit_composer.ema import EMAWeights
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -146,9 +152,9 @@ def train(config: Config) -> None:
     callbacks = [*(e.weights for e in ema), run_record, *build("callbacks", config.callbacks)]
     algorithms, loggers = [*ema, *build("algorithms", config.algorithms)], build("loggers", config.loggers)
     (scheduler,) = build("scheduler", config.scheduler or {"constant": {}})
-    if config.sample_grid is not None:
+    if config.sample_grid is not None or config.frechet is not None:
         decoder = encoder or load_autoencoder(config.autoencoder.name, autoencoder.channels, device)
-        callbacks.append(sample_grid(config, decoder, ema[0].weights if ema else None))
+        callbacks += quality(config, decoder, ema[0].weights if ema else None)
     try:
         trainer = composer.Trainer(
             model=model,
@@ -183,21 +189,51 @@ def train(config: Config) -> None:
         trainer.close()
 
 
-def sample_grid(config: Config, autoencoder: Any, weights: Any) -> Any:
-    """The callback that draws pictures during training."""
-    from composer.utils import format_name_with_dist
+def quality(config: Config, autoencoder: "Autoencoder", weights: "EMAWeights | None") -> "list[Callback]":
+    """The callbacks that draw pictures during training: to look at, and to measure."""
+    import torch
+    from composer.utils import dist, format_name_with_dist
 
-    from sit_composer.callbacks import SampleGrid
+    from sit_composer.callbacks import Drawing, FrechetDistance, SampleGrid
+    from sit_composer.evaluate import check_statistics
+    from sit_composer.features import load_extractor
+    from sit_composer.picture_sets import STATISTICS, open_set
     from sit_composer.sample import Sampling
 
-    grid, classes = config.sample_grid, config.model.num_classes
-    chosen = grid.labels or [i * classes // 10 for i in range(min(10, classes))]
-    options = {name: getattr(grid, name) for name in ("sampling_method", "num_steps", "cfg_scale", "seed")}
+    def drawing(section: DrawingConfig, labels: list[int]) -> Drawing:
+        options = {name: getattr(section, name) for name in ("sampling_method", "num_steps", "cfg_scale", "seed")}
+        return Drawing(labels, Sampling(**options), autoencoder, weights, section.batch_size)
+
+    callbacks = []
+    grid, frechet, classes = config.sample_grid, config.frechet, config.model.num_classes
     folder = config.trainer.get("save_folder")
-    if folder is not None:
-        folder = None if "://" in folder else f"{format_name_with_dist(folder, config.run_name)}/samples"
-    labels = [label for label in chosen for _ in range(grid.per_class)]
-    return SampleGrid(grid.interval, labels, Sampling(**options), autoencoder, weights, folder)
+    folder = None if folder is None or "://" in folder else format_name_with_dist(folder, config.run_name)
+    if grid is not None:
+        chosen = grid.labels or [i * classes // 10 for i in range(min(10, classes))]
+        labels = [label for label in chosen for _ in range(grid.per_class)]
+        callbacks.append(SampleGrid(grid.interval, drawing(grid, labels), folder and f"{folder}/samples"))
+    if frechet is not None:
+        with dist.run_local_rank_zero_first():  # it fetches Inception's weights
+            extractor = load_extractor(frechet.features)
+        reference = open_set(frechet.reference)
+        check_statistics(reference, extractor)
+        if "mu" not in reference.statistics:
+            raise ConfigError(
+                f"frechet.reference: {frechet.reference} has no statistics of {frechet.features}; "
+                "sit_composer.evaluate --save-statistics writes some"
+            )
+        side = config.model.input_size * autoencoder.spec.downsample
+        probe = extractor(torch.zeros(2, 3, side, side, dtype=torch.uint8))["features"]  # now, not in ten hours
+        if reference.statistics["mu"].shape != probe.shape[1:]:
+            raise ConfigError(
+                f"frechet.reference: {frechet.reference} is of {reference.statistics['mu'].size} features; "
+                f"{frechet.features} gives {probe.shape[1]}"
+            )
+        labels = [i * classes // frechet.num_images for i in range(frechet.num_images)]
+        real = tuple(reference.statistics[name] for name in STATISTICS["features"])
+        file = folder and f"{folder}/frechet.json"
+        callbacks.append(FrechetDistance(frechet.interval, drawing(frechet, labels), extractor, real, file))
+    return callbacks
 
 
 def build(section: str, entries: dict) -> list:

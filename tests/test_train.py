@@ -13,7 +13,7 @@ import torch
 import yaml
 from PIL import Image
 
-from sit_composer import sample, train
+from sit_composer import evaluate, sample, train
 from sit_composer.checkpoint import load_checkpoint
 from sit_composer.sit import SiT
 from tests.conftest import ROOT
@@ -112,6 +112,55 @@ def test_sample_grids_are_drawn_and_leave_the_training_bits_alone(run, tmp_path)
     out = tmp_path / "out"
     assert sample.main([str(tmp_path / "run"), "--out", str(out), "--sampling-method", "heun", *options]) == 0
     assert (out / "grid.png").read_bytes() == grids[1].read_bytes()
+
+
+@pytest.fixture
+def judge_of_pictures(digits_shards, tmp_path) -> dict[str, str]:
+    """A small extractor of features, and the digits' statistics by it."""
+    torch.manual_seed(0)
+    example = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+
+    class Features(torch.nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.float() / 127.5 - 1)
+
+    network = Features(torch.nn.Flatten(), torch.nn.Linear(3 * 64, 16), torch.nn.Tanh()).eval().requires_grad_(False)
+    files = {"features": str(tmp_path / "features.pt"), "reference": str(tmp_path / "digits.npz")}
+    torch.jit.trace(network, example).save(files["features"])
+    shards, save = str(digits_shards), ["--metrics", "fid", "--save-statistics", files["reference"]]
+    assert evaluate.main([shards, "--reference", shards, "--features", files["features"], *save]) == 0
+    return files
+
+
+def test_the_frechet_distance_is_logged_resumes_and_leaves_the_training_bits_alone(run, tmp_path, judge_of_pictures):
+    frechet = [f"frechet.{name}={value}" for name, value in judge_of_pictures.items()]
+    frechet += ["frechet.interval=5ba", "frechet.num_images=30", "frechet.num_steps=3", "frechet.batch_size=7"]
+    log = tmp_path / "log.txt"
+    assert run("trainer.max_duration=20ba", folder="without") == 0
+    assert run("trainer.max_duration=20ba", *frechet, f"loggers={{file: {{filename: '{log}'}}}}", folder="whole") == 0
+    assert differences(bits(tmp_path / "without"), bits(tmp_path / "whole")) == []
+    assert run("trainer.max_duration=10ba", *frechet) == 0
+    assert run("trainer.max_duration=20ba", *frechet) == 0
+    results = [json.loads((tmp_path / folder / "frechet.json").read_text()) for folder in ("whole", "run")]
+    assert results[0] == results[1]
+    assert list(results[0]["frechet_distance"]) == ["5", "10", "15", "20"]
+    assert f"metrics/frechet_distance: {results[0]['frechet_distance']['20']:.4f}" in log.read_text()
+    # It is what the commands give for the same weights.
+    out, file = tmp_path / "out", tmp_path / "result.json"
+    options = ["--num-images", "30", "--cfg-scale", "1", "--num-steps", "3", "--sampling-method", "heun"]
+    assert sample.main([str(tmp_path / "run"), "--out", str(out), *options]) == 0
+    features = ["--features", judge_of_pictures["features"], "--metrics", "fid", "--out", str(file)]
+    assert evaluate.main([str(out), "--reference", judge_of_pictures["reference"], *features]) == 0
+    distance = json.loads(file.read_text())["metrics"]["fid"]
+    assert results[0]["frechet_distance"]["20"] == pytest.approx(distance, rel=1e-4)
+
+
+def test_a_reference_of_other_features_is_refused_at_the_start(run, tmp_path, judge_of_pictures, capsys):
+    np.savez(tmp_path / "other.npz", mu=np.zeros(5), sigma=np.eye(5))
+    frechet = [f"frechet.features={judge_of_pictures['features']}", f"frechet.reference={tmp_path / 'other.npz'}"]
+    assert run("trainer.max_duration=5ba", *frechet) == 2
+    assert "is of 5 features" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_says_so_and_changes_nothing(run, tmp_path, capsys):
