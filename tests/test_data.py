@@ -192,7 +192,6 @@ def test_a_flip_mirrors_half_of_the_pictures_and_others_each_epoch(digits):
     assert flips[1].tolist() == [coin(sample_key(1, 1, i)) for i in range(SAMPLES)]
 
 
-
 def run_rank(rank: int, port: int, folder: Path, out: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
