@@ -1,5 +1,6 @@
 """What a run adds to Composer's callbacks: a record of what is trained, and the quality of its samples."""
 
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -18,9 +19,9 @@ from sit_composer.autoencoder import Autoencoder, to_uint8
 from sit_composer.ema import EMAWeights
 from sit_composer.features import Extractor
 from sit_composer.gallery import write_grid, write_json
+from sit_composer.generate import Sampling, generate
 from sit_composer.guidance import Guidance
 from sit_composer.metrics import frechet_distance, statistics
-from sit_composer.sample import Sampling, generate
 
 
 class RunRecord(Callback):
@@ -40,10 +41,11 @@ class RunRecord(Callback):
             self.save_config = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"record": self.record}
+        # As one text: sharded loading goes into dicts, writes to what it finds there, and misses what it doesn't.
+        return {"record": json.dumps(self.record)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        theirs, ours = state["record"]["classes"], self.record["classes"]
+        theirs, ours = json.loads(state["record"])["classes"], self.record["classes"]
         if theirs != ours:
             pairs = enumerate(zip(theirs, ours, strict=False))
             label = next((i for i, (a, b) in pairs if a != b), min(len(theirs), len(ours)))
@@ -178,7 +180,7 @@ class FrechetDistance(Callback):
         return torch.from_numpy(features).to(pictures.device)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"values": self.values}
+        return {"values": json.dumps(self.values)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.values = dict(state["values"])
+        self.values = json.loads(state["values"])

@@ -11,24 +11,26 @@ Weights are asked for by name, "ema" or "training".
 """
 
 import argparse
-import datetime
+import atexit
+import hashlib
 import json
 import math
-import pickle
 import re
-from dataclasses import dataclass
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file as load_safetensors
 from torch import Tensor
 
 from sit_composer.autoencoder import AutoencoderSpec
-from sit_composer.errors import UserError
 from sit_composer.names import SIZES, choose
+from sit_composer.run_folder import CHECKPOINT, METADATA, LocalFolder, S3Folder, fetch_checkpoint, newest
+from sit_composer.safe_load import CheckpointError, load_file, load_sharded
 from sit_composer.sit import SiT
 from sit_composer.transport import Transport
 
@@ -37,21 +39,6 @@ PREFIX = "network."  # of ComposerSiT's parameters
 CONFIG = "config.json"  # an exported folder's record
 FORMAT = {"format": "sit_composer", "version": 1}  # of CONFIG
 EXPORTED = {"training": "model.safetensors", "ema": "ema.safetensors"}
-# What checkpoints hold beside tensors and Python's own containers: times, versions and numpy's random state (Composer),
-# and the command line's arguments (the authors). All of it is data only.
-CONTAINERS = [
-    argparse.Namespace,
-    datetime.timedelta,
-    torch.torch_version.TorchVersion,
-    np.ndarray,
-    np.dtype,
-    type(np.dtype(np.uint32)),
-    np._core.multiarray._reconstruct,
-]
-
-
-class CheckpointError(UserError):
-    """Why a checkpoint can't be used."""
 
 
 class NoSuchWeights(CheckpointError):
@@ -69,13 +56,15 @@ class Checkpoint:
     path: str  # the file that they came from
     epoch: int = 0  # whole epochs trained; 0 where the file doesn't tell
     samples: int = 0  # samples trained on; 0 where the file doesn't tell
+    source: str = ""  # where the user has it: the path, or the URI that it was downloaded from
 
 
 def load_checkpoint(path: str, weights: str = "ema") -> Checkpoint:
     """Reads the weights of that name.
 
     Args:
-        path: a run's checkpoint file or the folder of them (its latest), the authors' ``.pt``, or an exported folder.
+        path: a run's folder (its newest checkpoint) or one checkpoint, a file or a folder of shards; the authors'
+            ``.pt``; an exported folder; each on disk or in S3.
         weights: "ema" or "training".
 
     Raises:
@@ -84,7 +73,9 @@ def load_checkpoint(path: str, weights: str = "ema") -> Checkpoint:
     """
     choose("weights", weights, WEIGHTS)
     place = find_checkpoint(path)
-    if place.is_dir():
+    if _is_sharded(place):
+        checkpoint = _from_run(place, _read_run(place, weights), weights)
+    elif place.is_dir():
         checkpoint = _from_export(place, weights)
     else:
         content = _read(place)
@@ -97,29 +88,58 @@ def load_checkpoint(path: str, weights: str = "ema") -> Checkpoint:
             raise CheckpointError(
                 f"{checkpoint.path}: {name} has values that are NaN or infinite; take a checkpoint from before that"
             )
-    return checkpoint
+    return replace(checkpoint, source=path if "://" in path else checkpoint.path)
 
 
 def find_checkpoint(path: str) -> Path:
-    """What is read for a path: an exported folder, or a file, never by the name of "latest", which may move on.
+    """What is read for a path: a file, the folder of a sharded checkpoint, or an exported folder.
+
+    Of a run's folder it is the newest complete checkpoint. What is in object storage is downloaded to a temporary
+    folder, which goes with the process.
 
     Raises:
         CheckpointError: if there is nothing, or nothing that can be read.
     """
+    if path.startswith("s3://"):
+        return _download(path)
     if "://" in path:
-        raise CheckpointError(f"{path}: checkpoints are read from local paths only; download it first")
+        raise CheckpointError(f"{path}: checkpoints are read from local paths and s3://; download it first")
     place = Path(path)
-    if (place / CONFIG).is_file():
+    if not place.exists():
+        raise CheckpointError(f"{path}: no checkpoint here")
+    if place.is_dir() and not (place / CONFIG).is_file() and not _is_sharded(place):
+        name = newest(LocalFolder(path))
+        if name is None:
+            raise CheckpointError(f"{path}: no complete checkpoint here")
+        return place / name
+    place = place.resolve() if place.is_symlink() else place  # never by the name of "latest", which may move on
+    if place.name in ("ema.pt", *EXPORTED.values()) and (place.parent / CONFIG).is_file():
+        raise CheckpointError(f"{place}: part of an exported folder; give the folder, whose {CONFIG} belongs to it")
+    return place
+
+
+def _download(uri: str) -> Path:
+    """Downloads a run's newest checkpoint, one of its checkpoints, an exported folder or a .pt file from S3."""
+    parent, _, last = uri.rstrip("/").rpartition("/")
+    place = Path(tempfile.mkdtemp(prefix="sit_composer-checkpoint-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    if CHECKPOINT.fullmatch(last):
+        fetch_checkpoint(S3Folder(parent), last, place)
+        return place / last
+    if last.endswith(".pt"):
+        S3Folder(parent).download(last, place / last)
+        return place / last
+    folder = S3Folder(uri)
+    exported = [name for name in folder.listing() if name in (CONFIG, *EXPORTED.values())]
+    if CONFIG in exported:
+        for name in exported:
+            folder.download(name, place / name)
         return place
-    file = place / "latest-rank0.pt" if place.is_dir() and not _is_sharded(place) else place
-    if not file.exists():
-        raise CheckpointError(f"{path}: no checkpoint here{'' if file == place else f' ({file.name} is missing)'}")
-    file = file.resolve() if file.is_symlink() else file
-    if _is_sharded(file):
-        raise CheckpointError(f"{file}: a sharded checkpoint; only those that are a single file are read")
-    if file.name in ("ema.pt", *EXPORTED.values()) and (file.parent / CONFIG).is_file():
-        raise CheckpointError(f"{file}: part of an exported folder; give the folder, whose {CONFIG} belongs to it")
-    return file
+    name = newest(folder)
+    if name is None:
+        raise CheckpointError(f"{uri}: no complete checkpoint here")
+    fetch_checkpoint(folder, name, place)
+    return place / name
 
 
 def fetch(folder_or_hub_id: str) -> str:
@@ -139,6 +159,15 @@ def fetch(folder_or_hub_id: str) -> str:
         raise CheckpointError(f"{folder_or_hub_id}: no such folder, and not from the Hub either: {reason}") from error
 
 
+def digest(place: str) -> str:
+    """The sha256 of a checkpoint's file; of a sharded one's folder, that of its files' names and sha256s."""
+    if not Path(place).is_dir():
+        with open(place, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    lines = [f"{file.name} {digest(str(file))}\n" for file in sorted(Path(place).iterdir())]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 # --- A run's ---
 
 
@@ -146,11 +175,11 @@ def _from_run(file: Path, content: dict[str, Any], which: str) -> Checkpoint:
     state = content.get("state", {})
     try:
         callbacks = state["callbacks"]
-        record = callbacks["RunRecord"]["record"]
+        record = json.loads(callbacks["RunRecord"]["record"])
         time = state["timestamp"]["Timestamp"]
         step, epoch, samples = int(time["batch"]), int(time["epoch"]), int(time["sample"])
         weights = {name.removeprefix(PREFIX): tensor for name, tensor in state["model"].items()}
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CheckpointError(f"{file}: not a checkpoint of sit_composer's (it has no {error})") from None
     if which == "ema":
         if "EMAWeights" not in callbacks:
@@ -163,23 +192,33 @@ def _from_run(file: Path, content: dict[str, Any], which: str) -> Checkpoint:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        with torch.serialization.safe_globals(CONTAINERS):
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{file}: not a checkpoint that can be read without running code in it: {reason}"
-        ) from None
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
-        raise CheckpointError(f"{file}: not a checkpoint: {str(error).strip().splitlines()[0]}") from None
+    content = load_file(file)
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: not a checkpoint of sit_composer's (it holds a {type(content).__name__})")
     return content
 
 
+def _read_run(folder: Path, which: str) -> dict[str, Any]:
+    """What `_from_run` needs of a sharded checkpoint, as a file would have it."""
+    places = {
+        "state.model.": ("model",),
+        "state.timestamp.Timestamp.": ("timestamp", "Timestamp"),
+        "state.callbacks.RunRecord.": ("callbacks", "RunRecord"),
+    }
+    if which == "ema":
+        places["state.callbacks.EMAWeights.params."] = ("callbacks", "EMAWeights", "params")
+    state: dict[str, Any] = {}
+    for name, value in load_sharded(folder, lambda name: name.startswith(tuple(places))).items():
+        prefix = next(prefix for prefix in places if name.startswith(prefix))
+        level = state
+        for step in places[prefix]:
+            level = level.setdefault(step, {})
+        level[name.removeprefix(prefix)] = value
+    return {"state": state}
+
+
 def _is_sharded(path: Path) -> bool:
-    return path.is_dir() and ((path / ".metadata").exists() or any(path.glob("*.distcp")))
+    return path.is_dir() and ((path / METADATA).exists() or any(path.glob("*.distcp")))
 
 
 # --- The authors' ---
@@ -290,7 +329,7 @@ def _from_export(folder: Path, which: str) -> Checkpoint:
     _check_record(config, record)
     file = folder / files[which]
     try:
-        weights = load_file(file)
+        weights = load_safetensors(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: missing or damaged: {str(error).splitlines()[0]}") from None
     _check_fit(file, record["model"], weights)

@@ -6,7 +6,6 @@ Every check raises a UserError, mostly ConfigError, with one line: the key, what
 import math
 import os
 import re
-import zipfile
 from pathlib import Path
 
 import yaml
@@ -32,6 +31,11 @@ TRAINER_KEYS_ELSEWHERE = {
     "schedulers": "scheduler", "algorithms": "algorithms", "callbacks": "callbacks", "loggers": "loggers",
     "run_name": "run_name", "seed": "seed", "precision": "precision", "parallelism_config": "fsdp",
 }  # fmt: skip
+FIXED_TRAINER_KEYS = {  # what resuming, uploading and pruning rely on
+    "save_filename", "save_latest_filename", "save_ignore_keys", "num_concurrent_uploads", "upload_timeout_in_seconds",
+    "load_object_store", "load_exclude_algorithms",
+}  # fmt: skip
+CONFIG = "config.yaml"  # the resolved one, beside a run's checkpoints
 TIME = re.compile(r"\d+(\.\d+)?(ep|ba|sp|tok|sec|dur|iter)?")
 
 
@@ -77,7 +81,17 @@ def check(config: Config) -> None:
             check_drawing(config, section)
     choose("precision", config.precision, ("fp32", "amp_bf16", "amp_fp16"))
     if config.fsdp is not None:
-        raise ConfigError("fsdp: got a value; sharded training is not in this version, leave it null for DDP")
+        choose("fsdp.state_dict_type", config.fsdp.state_dict_type, ("sharded", "full"))
+        choose("fsdp.mixed_precision", config.fsdp.mixed_precision, ("DEFAULT", "PURE", "FULL"))
+        replicas = config.fsdp.data_parallel_replicate_degree
+        _at_least("fsdp.data_parallel_replicate_degree", replicas, 1)
+        if ranks % replicas:
+            raise ConfigError(
+                f"fsdp.data_parallel_replicate_degree: got {replicas}; it takes a divisor of {ranks} ranks"
+            )
+    for name, value in vars(config.supervision).items():
+        if not 0 < value < math.inf:
+            raise ConfigError(f"supervision.{name}: got {value}; it takes a number of seconds above 0")
     if len(config.scheduler) > 1:
         raise ConfigError(f"scheduler: got {len(config.scheduler)} of them; it takes one, such as {{constant: {{}}}}")
     check_trainer(config)
@@ -150,6 +164,8 @@ def check_trainer(config: Config) -> None:
     trainer = config.trainer
     for name in trainer.keys() & TRAINER_KEYS_ELSEWHERE.keys():
         raise ConfigError(f"trainer.{name}: set it as {TRAINER_KEYS_ELSEWHERE[name]}, at the top")
+    for name in sorted(trainer.keys() & FIXED_TRAINER_KEYS):
+        raise ConfigError(f"trainer.{name}: is fixed here, as resuming relies on it; leave it out")
     composer_api.check_trainer(trainer)
     if "max_duration" not in trainer:
         raise ConfigError("trainer.max_duration: no value; it takes a time, such as 400000ba or 80ep")
@@ -248,22 +264,18 @@ def check_latents(config: Config, channels: int, downsample: int, image_size: in
 def check_same_run(config: Config) -> None:
     """Checks that a local run of the same name, which this one would resume, is of the same network and objective."""
     folder = str(config.trainer.get("save_folder") or "").replace("{run_name}", config.run_name)
-    if not folder or "://" in folder or not config.trainer.get("autoresume"):
-        return
-    # Without "latest" a run would start at 0 and write over these. What a kill left incomplete may be written over.
-    whole = sorted(path.name for path in Path(folder).glob("ep*-rank0.pt") if zipfile.is_zipfile(path))
-    if whole and not Path(folder, "latest-rank0.pt").exists():
-        raise ConfigError(
-            f"trainer.save_folder: {folder} has checkpoints ({whole[-1]}) and no latest-rank0.pt that says which to "
-            "resume from; make that link, or choose another run_name or save_folder"
-        )
-    saved = Path(folder, "config.yaml")
-    if not saved.is_file():
-        return
+    saved = Path(folder, CONFIG)
+    if folder and "://" not in folder and config.trainer.get("autoresume") and saved.is_file():
+        check_same_config(config, saved.read_text(errors="replace"), str(saved))
+
+
+def check_same_config(config: Config, text: str, where: str) -> None:
+    """Checks that a run of that config, read from ``where``, can be resumed with this one."""
     try:
-        before = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(saved)))
-    except (OmegaConfBaseException, yaml.YAMLError, OSError) as error:
-        raise ConfigError(f"{saved}: not a run's config ({type(error).__name__}); choose another run_name") from None
+        before = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text)))
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
+        raise ConfigError(f"{where}: not a run's config ({type(error).__name__}); choose another run_name") from None
+    folder = where.rpartition("/")[0]
     if before.seed != config.seed:
         raise ConfigError(
             f"seed: got {config.seed}; the run in {folder}, which this one would resume, has {before.seed}"

@@ -88,6 +88,17 @@ class EMAConfig:
 
 
 @dataclass
+class FSDPConfig:
+    data_parallel_replicate_degree: int = key("copies of the shards (HSDP), such as one a node", 1)
+    reshard_after_forward: bool = key("free gathered weights between forward and backward pass", True)
+    activation_checkpointing: bool = key("keep each block's input only, and run it again in the backward pass", False)
+    activation_cpu_offload: bool = key("keep blocks' activations in the CPU's memory", False)
+    state_dict_type: str = key("of checkpoints: sharded, or full, in one file", "sharded")
+    mixed_precision: str = key("Composer's DEFAULT, PURE or FULL", "DEFAULT")
+    verbose: bool = key("log what is sharded", False)
+
+
+@dataclass
 class DrawingConfig:
     interval: str = key("how often, such as 10000ba", "10000ba")
     cfg_scale: float = key("guidance; 1 is none", 1.0)
@@ -112,6 +123,13 @@ class FrechetConfig(DrawingConfig):
 
 
 @dataclass
+class SupervisionConfig:
+    heartbeat: float = key("seconds between two signs of life beside the checkpoints", 15.0)
+    patience: float = key("seconds for which a failing upload of a checkpoint is tried again", 900.0)
+    grace: float = key("seconds that saving after a SIGTERM may take", 25.0)
+
+
+@dataclass
 class Config:
     run_name: str = key("names the run; the same name resumes it")
     seed: int = key("of weights, noise and data order", 0)
@@ -126,7 +144,9 @@ class Config:
     sample_grid: SampleGridConfig | None = key("pictures drawn during training; null: none", None)
     frechet: FrechetConfig | None = key("Fréchet distance (FID) during training; null: none", None)
     precision: str = key("fp32, amp_bf16 or amp_fp16", "fp32")
-    fsdp: dict[str, Any] | None = key("FSDP2's keys; null: DDP", None)
+    fsdp: FSDPConfig | None = key("sharded training (FSDP2); {} takes its defaults, null is DDP", None)
+    supervision: SupervisionConfig = key("what keeps a run alive, and alone", SupervisionConfig())
+    trust_checkpoint: bool = key("unpickle what is resumed from, which can run code in it", False)
     trainer: dict[str, Any] = key("arguments of Composer's Trainer, by their names", {})
     algorithms: dict[str, Any] = key("Composer's algorithms: {name: arguments}", {})
     callbacks: dict[str, Any] = key("Composer's callbacks: {name: arguments}", {})
@@ -154,7 +174,7 @@ def documentation(cls: type = Config, prefix: str = "") -> str:
 
 SECTIONS = [
     *(ModelConfig, TransportConfig, AutoencoderConfig, DataConfig, OptimizerConfig, EMAConfig),
-    *(SampleGridConfig, FrechetConfig),
+    *(SampleGridConfig, FrechetConfig, FSDPConfig, SupervisionConfig),
 ]
 
 

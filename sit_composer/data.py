@@ -26,7 +26,7 @@ __all__ = ["DataError", "SitDataset", "build_loader", "load_spec"]
 class SitDataset(StreamingDataset):
     """Labelled pictures or latents.
 
-    A sample has ``index`` (its number in the data set), ``label``, ``key`` (of `randomness`, another in each epoch) and:
+    A sample has ``index`` (its number in the data set), ``label``, ``key`` (of `randomness`, new in each epoch) and:
 
     * of pixels, ``image``: uint8 (C, H, W), cropped to ``image_size`` (None: the spec's) if it isn't of that size;
     * of latents, ``moments``: float16 (2C, H, W), of the picture or of its mirror image.
@@ -210,7 +210,7 @@ def build_loader(
     drop_last: bool = True,
     **options: Any,
 ) -> SitLoader:
-    """A loader of dicts: ``image`` or ``moments`` of `SitDataset`, stacked, and int64 ``label``, ``index``, ``key`` (N,).
+    """A loader of dicts: `SitDataset`'s ``image`` or ``moments``, stacked; int64 ``label``, ``index`` and ``key`` (N,).
 
     Args:
         remote: Folder or URI (s3://, gs://, …) of the shards; None if they are in ``local``.

@@ -19,6 +19,8 @@ from composer.algorithms import EMA as ComposerEMA
 from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class EMA(ComposerEMA):
@@ -37,7 +39,7 @@ class EMA(ComposerEMA):
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.BEFORE_LOAD:  # the model is on its device, and sharded if it will be
-            self.weights.start(state.model)
+            self.weights.start(state)
         elif event == Event.AFTER_LOAD:
             if not self.weights.loaded:  # weights came without an average, or none came: start from what is there
                 self.weights.restart()
@@ -57,33 +59,47 @@ class EMAWeights(Callback):
     """The averaged weights, as Composer checkpoints them: ``params``, a tensor for each trained parameter's name."""
 
     def __init__(self) -> None:
-        self.params: dict[str, Tensor] = {}  # name -> average, alike in place, shape and dtype to the parameter
+        self.params: dict[str, Tensor] = {}  # name -> average, alike in place, sharding and dtype to the parameter
         self.loaded = False
+        self._state: State | None = None
         self._trained: list[Tensor] = []  # the parameters that they are averages of, in the same order
 
-    def start(self, model: torch.nn.Module) -> None:
+    def start(self, state: State) -> None:
         """Takes the model's trained parameters as they are."""
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._trained = [p.detach() for p in trained.values()]
+        trained = {clean_name(name): p for name, p in state.model.named_parameters() if p.requires_grad}
+        self._state = state
+        self._trained = list(trained.values())
         self.params = {name: p.detach().clone() for name, p in trained.items()}
         self.loaded = False
 
+    @torch.no_grad()
+    def _local(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What this rank holds of the averages, and of the parameters."""
+        # Asked anew each time: FSDP2 moves the uneven shards to other storage before its first forward pass.
+        return [_shard(average) for average in self.params.values()], [_shard(p) for p in self._trained]
+
+    @torch.no_grad()
     def restart(self) -> None:
         """Sets the average to the weights."""
-        torch._foreach_copy_(list(self.params.values()), self._trained)
+        torch._foreach_copy_(*self._local())
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
         """average ← average + (1 - decay)(weights - average)."""
-        torch._foreach_lerp_(list(self.params.values()), self._trained, 1 - decay)
+        average, weights = self._local()
+        torch._foreach_lerp_(average, weights, 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:
         """Exchanges average and weights, in place; twice is nothing, to the bit."""
-        average = list(self.params.values())
-        weights = [p.clone() for p in self._trained]
-        torch._foreach_copy_(self._trained, average)
-        torch._foreach_copy_(average, weights)
+        # FSDP2 leaves what it gathered for a forward pass without a backward one; the next would use that again.
+        for module in self._state.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        average, weights = self._local()
+        copies = [p.clone() for p in weights]
+        torch._foreach_copy_(weights, average)
+        torch._foreach_copy_(average, copies)
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
@@ -95,7 +111,10 @@ class EMAWeights(Callback):
             self.swap()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"params": self.params}
+        if self._state is None or self._state.fsdp_sharded_state_dict_enabled:
+            return {"params": self.params}  # each rank stores its shards
+        # Every rank takes part in gathering; rank 0 writes.
+        return {"params": {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in self.params.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         missing, unknown = self.params.keys() - state["params"].keys(), state["params"].keys() - self.params.keys()
@@ -103,5 +122,19 @@ class EMAWeights(Callback):
             lacks, has = sorted(missing)[:3], sorted(unknown)[:3]
             raise ValueError(f"the checkpoint's EMA is of another model: it lacks {lacks} and has {has}")
         for name, average in self.params.items():
-            average.copy_(state["params"][name])
+            stored = state["params"][name]
+            if isinstance(average, DTensor) and not isinstance(stored, DTensor):  # each rank has read all of it
+                stored = distribute_tensor(
+                    stored.to(average.device), average.device_mesh, average.placements, src_data_rank=None
+                )
+            average.copy_(stored)
         self.loaded = True
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name without what activation checkpointing puts into it."""
+    return name.replace("_checkpoint_wrapped_module.", "")
+
+
+def _shard(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -4,7 +4,8 @@ SAMPLES and REFERENCE are each one of
   * an ADM batch: FILE.npz with arr_0, uint8 (N, H, W, 3);
   * a folder that sit_composer.sample wrote;
   * a folder of PNG or JPEG pictures, or of folders of them, one for each class;
-  * a folder of MDS shards of pixels;
+  * a folder of MDS shards of pixels, also a remote one: s3://BUCKET/PREFIX, or another URI that streaming takes, with
+    credentials as for training. They are copied to a temporary folder meanwhile, or to --cache DIR, and kept there.
 REFERENCE may also be stored statistics: FILE.npz with mu and sigma, for sFID mu_s and sigma_s. An ADM reference batch
 holds both: the Fréchet distances take its statistics, the other metrics its pictures.
 
@@ -18,15 +19,16 @@ The last line printed is a Markdown row for a table of results.
 
 import argparse
 import os
-import platform
 import sys
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from sit_composer.errors import UserError
 from sit_composer.features import Extractor, load_extractor
-from sit_composer.names import SIZES
-from sit_composer.picture_sets import STATISTICS, PictureSet, open_set
+from sit_composer.picture_sets import STATISTICS, PictureSet, is_remote, open_set
+from sit_composer.results import compute, describe, markdown, save_statistics, versions, write
 
 METRICS = ("fid", "sfid", "is", "precision", "recall", "kid")
 OUTPUT = {"sfid": "spatial", "is": "logits"}  # that a metric needs of the extractor; the others need features
@@ -47,12 +49,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", metavar="FILE.json", help="write the result, and all that it depends on")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="pictures at a time (64)")
     parser.add_argument("--image-size", type=int, metavar="N", help="crop the reference's pictures to it, as ADM does")
+    parser.add_argument("--cache", metavar="DIR", help="keep the copies of remote shards here (a temporary folder)")
     parser.add_argument("--save-statistics", metavar="FILE.npz", help="keep the reference's, to use as --reference")
     args = parser.parse_args(argv)
     for name in ("batch_size", "image_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"argument --{name.replace('_', '-')}: got {value}; it takes 1 or more")
+    if args.cache is not None and not (is_remote(args.samples) or is_remote(args.reference)):
+        parser.error("argument --cache: is for remote shards, and neither SAMPLES nor --reference is a URI")
     args.by_name = [] if args.metrics is None else [name.strip() for name in args.metrics.split(",")]
     for name in args.by_name:
         if name not in METRICS:
@@ -89,8 +94,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         path = getattr(args, name)
         if path and (os.path.isdir(path) or not path.endswith(suffix)):
             raise UserError(f"--{name.replace('_', '-')}: got {path}; it takes a file's name that ends in {suffix}")
-    samples = open_set(args.samples)
-    reference = open_set(args.reference, args.image_size)
+    with ExitStack() as stack:
+        cache = args.cache
+        if cache is not None:
+            try:
+                os.makedirs(cache, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--cache: {cache} can't be made ({error.strerror})") from error
+        elif is_remote(args.samples) or is_remote(args.reference):
+            cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="sit-", ignore_cleanup_errors=True))
+        return judge(args, open_set(args.samples, cache=cache), open_set(args.reference, args.image_size, cache))
+
+
+def judge(args: argparse.Namespace, samples: PictureSet, reference: PictureSet) -> dict[str, Any]:
+    """The result of `run`, of sets that are open."""
     chosen = Choice(args.by_name)
     chosen.check_sets(samples, reference)
     if args.save_statistics and reference.batches is None:
@@ -128,22 +145,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "left_out": chosen.left_out,
         "warnings": notes,
         "settings": settings,
-        "samples": {"path": samples.path, "count": samples.count, "size": samples.size, "sampling": samples.settings},
-        "reference": {
-            "path": reference.path,
-            "count": reference.count,
-            "size": reference.size,
-            "image_size": args.image_size,
-            "statistics": "stored" if stored else "computed",
-        },
+        "samples": {**describe(samples), "sampling": samples.settings},
+        "reference": describe(reference)
+        | {"image_size": args.image_size, "statistics": "stored" if stored else "computed"},
         "features": {"name": extractor.name, "of": extractor.identity, "dimension": dimension},
         "versions": versions(),
     }
     if args.out:
-        from sit_composer.gallery import write_json
-
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        write_json(result, Path(args.out))
+        write(result, Path(args.out))
     return result
 
 
@@ -194,33 +203,6 @@ class Choice:
             raise UserError("; ".join(f"{name}: {reason}" for name, reason in self.left_out.items()))
 
 
-def compute(names: list[str], fake: dict, real: dict, stored: dict) -> tuple[dict[str, float], dict[str, Any]]:
-    """The metrics, and the settings of those that have any."""
-    from sit_composer import metrics
-
-    values: dict[str, float] = {}
-    settings: dict[str, Any] = {}
-    for name, output in (("fid", "features"), ("sfid", "spatial")):
-        if name in names:
-            mu, sigma = STATISTICS[output]
-            theirs = (stored[mu], stored[sigma]) if stored else metrics.statistics(real[output])
-            values[name] = metrics.frechet_distance(*metrics.statistics(fake[output]), *theirs)
-    if "is" in names:
-        values["is"], values["is_std"] = metrics.inception_score(fake["logits"])
-        settings |= {"is_splits": metrics.IS_SPLITS, "seed": metrics.SEED}
-    if {"precision", "recall"} & set(names):
-        both = dict(
-            zip(("precision", "recall"), metrics.precision_recall(fake["features"], real["features"]), strict=True)
-        )
-        values |= {name: both[name] for name in both if name in names}
-        settings["neighbours"] = metrics.NEIGHBOURS
-    if "kid" in names:
-        values["kid"], values["kid_std"] = metrics.kid(fake["features"], real["features"])
-        size = min(metrics.KID_SUBSET_SIZE, len(fake["features"]), len(real["features"]))
-        settings |= {"kid_subsets": metrics.KID_SUBSETS, "kid_subset_size": size, "seed": metrics.SEED}
-    return values, settings
-
-
 def extract(
     pictures: PictureSet,
     extractor: Extractor,
@@ -263,63 +245,6 @@ def extract(
     if done != pictures.count:
         raise UserError(f"{pictures.path}: {done} pictures were read of {pictures.count}")
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
-
-
-# The result
-
-
-def save_statistics(path: Path, outputs: dict[str, Any], identity: str) -> None:
-    """Writes mu, sigma and, if there are spatial features, mu_s and sigma_s; and what they are features of."""
-    import numpy as np
-
-    from sit_composer.metrics import statistics
-
-    arrays = {}
-    for output, names in STATISTICS.items():
-        if output in outputs:
-            arrays |= zip(names, statistics(outputs[output]), strict=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **arrays, features=np.array(identity))
-
-
-def versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    packages = ("sit-composer", "torch", "torch-fidelity", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
-def markdown(result: dict[str, Any]) -> list[str]:
-    """A Markdown table's head and row. Distances of features that aren't Inception's are called FD, not FID."""
-    sampling, values = result["samples"]["sampling"] or {}, result["metrics"]
-    inception = result["features"]["name"] == "inception"
-    distance, digits = ("FID", ".2f") if inception else ("FD", ".4g")
-    sampler = " ".join(str(sampling[name]) for name in ("mode", "sampling_method") if name in sampling)
-    cells = {
-        "model": model_name(sampling.get("model")),
-        "sampler": sampler or "–",
-        **{
-            head: sampling.get(name, "–")
-            for head, name in (("evals", "evaluations"), ("cfg", "cfg_scale"), ("seed", "seed"))
-        },
-        distance: f"{values['fid']:{digits}}" if "fid" in values else "–",
-        f"s{distance}": f"{values['sfid']:{digits}}" if "sfid" in values else "–",
-        "IS": f"{values['is']:.2f}" if "is" in values else "–",
-        "P": f"{values['precision']:.3f}" if "precision" in values else "–",
-        "R": f"{values['recall']:.3f}" if "recall" in values else "–",
-        "KID × 10³": f"{1000 * values['kid']:.3f}" if "kid" in values else "–",
-    }
-    rows = [cells.keys(), ["---"] * len(cells), map(str, cells.values())]
-    return ["| " + " | ".join(row) + " |" for row in rows]
-
-
-def model_name(model: dict | None) -> str:
-    """SiT-B/2 for the arguments of that size; others are told by width × depth."""
-    if not isinstance(model, dict) or "hidden_size" not in model:
-        return "–"
-    size = (model["hidden_size"], model.get("depth"), model.get("num_heads"))
-    name = next((name for name, known in SIZES.items() if known == size), f"{size[0]}×{size[1]}")
-    return f"SiT-{name}/{model.get('patch_size')}"
 
 
 if __name__ == "__main__":

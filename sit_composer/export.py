@@ -97,7 +97,7 @@ def write_folder(
     """
     from safetensors import SafetensorError
 
-    from sit_composer.checkpoint import CONFIG, FORMAT
+    from sit_composer.checkpoint import CONFIG, FORMAT, digest
 
     first = next(iter(held.values()))
     trained = {name: getattr(first, name) for name in ("step", "epoch", "samples")}
@@ -105,7 +105,7 @@ def write_folder(
     files = {**files, CONFIG: lambda file: file.write_text(config, "utf-8")}
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        source = {Path(path).name: sha256(path) for path in sorted({checkpoint.path for checkpoint in held.values()})}
+        source = {Path(path).name: digest(path) for path in sorted({checkpoint.path for checkpoint in held.values()})}
         if folder.exists():
             if not _is_this(folder, config, source, set(files)):
                 raise UserError(f"--out: {folder} is there, and is not this export; choose another, or move it away")
@@ -114,7 +114,7 @@ def write_folder(
         temporary.mkdir(parents=True)
         for name, write in files.items():
             write(temporary / name)
-        hashes = {name: sha256(temporary / name) for name in files}
+        hashes = {name: digest(str(temporary / name)) for name in files}
         (temporary / STATE).write_text(_json({**trained, "source": source, "sha256": hashes}), "utf-8")
         temporary.rename(folder)  # fails if the folder has come to be, with something in it
     except (OSError, SafetensorError, RuntimeError) as error:  # a full disk is torch.save's RuntimeError
@@ -127,6 +127,8 @@ def write_folder(
 
 def _is_this(folder: Path, config: str, source: dict[str, str], files: set[str]) -> bool:
     """Whether the folder holds an export of the same source, undamaged."""
+    from sit_composer.checkpoint import digest
+
     try:
         state = json.loads((folder / STATE).read_text("utf-8"))
         hashes = state["sha256"]
@@ -134,16 +136,10 @@ def _is_this(folder: Path, config: str, source: dict[str, str], files: set[str])
             state["source"] == source
             and hashes.keys() == files
             and hashes["config.json"] == hashlib.sha256(config.encode()).hexdigest()
-            and all(sha256(folder / name) == digest for name, digest in hashes.items())
+            and all(digest(str(folder / name)) == known for name, known in hashes.items())
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-def sha256(path: str | Path) -> str:
-    """The hash of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _safetensors(checkpoint: "Checkpoint") -> Writer:
@@ -166,7 +162,7 @@ def _json(content: dict[str, Any]) -> str:
 
 def model_card(checkpoint: "Checkpoint") -> str:
     """The README.md of a model on the Hugging Face Hub: what it is, and how to draw from it."""
-    from sit_composer.sample import Sampling
+    from sit_composer.generate import Sampling
 
     record = checkpoint.record
     model, transport, autoencoder = record["model"], record["transport"], record["autoencoder"]

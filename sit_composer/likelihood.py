@@ -28,9 +28,13 @@ def log_likelihood(
     probes: int = 1,
     exact: bool = False,
     generator: torch.Generator | None = None,
+    noise: Tensor | None = None,
     **model_kwargs,
 ) -> Tensor:
     """The log density of data x (N, …), in nats: (N,).
+
+    It is that of p at the end of `Transport.interval`: of data itself, or, where the field has a pole at the data, of
+    data with the path's noise of that last time (1e-3, unless sample_eps says otherwise).
 
     Args:
         sampling_method, num_steps, atol, rtol: the solver, as for `sample_ode`.
@@ -38,9 +42,10 @@ def log_likelihood(
             FFJORD does: with a new one at each call, an adaptive solver would take the noise for stiffness.
         exact: the whole trace instead, at one backward pass a dimension.
         generator: where the probes come from, on the CPU; None is torch's own.
+        noise: the probes themselves, (probes, N, …), if the caller draws them.
 
     Raises:
-        UserError: for an unknown solver, fewer than 2 time points or no probe.
+        UserError: for an unknown solver, fewer than 2 time points, no probe, or noise of another shape.
     """
     choose("sampling_method", sampling_method, ODE_METHODS)
     check_steps(num_steps)
@@ -49,8 +54,12 @@ def log_likelihood(
     t0, t1 = tr.interval(eval=True)
     times = torch.linspace(t1, t0, num_steps, device=x.device, dtype=x.dtype)
     shape = (probes, *x.shape)
-    signs = torch.randint(0, 2, shape, generator=generator, device=generator.device if generator else "cpu")
-    noise = (signs * 2 - 1).to(x.device, x.dtype)  # (probes, N, …)
+    if noise is None:
+        device = generator.device if generator else "cpu"
+        noise = torch.randint(0, 2, shape, generator=generator, device=device) * 2 - 1
+    elif noise.shape != shape:
+        raise UserError(f"noise: got {tuple(noise.shape)}; it takes {shape}")
+    noise = noise.to(x.device, x.dtype)  # (probes, N, …)
 
     def drift(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
@@ -82,6 +91,16 @@ def _trace(v: Tensor, x: Tensor) -> Tensor:
         torch.autograd.grad(flat[:, d].sum(), x, retain_graph=True)[0].flatten(1)[:, d] for d in range(flat.shape[1])
     ]
     return torch.stack(diagonal).sum(0)  # (N,)
+
+
+def dequantize(levels: Tensor, noise: Tensor) -> Tensor:
+    """8-bit levels (N, C, H, W) with noise u of that shape, uniform on [0, 1), as pictures: (l + u - ½) / 127.5 - 1.
+
+    Each level gets the interval of width 1 about the place where training has it (`autoencoder.from_uint8`). As in
+    arXiv 1511.01844, section 3.1, a density's integral over the interval is the probability of the level, and by
+    Jensen's inequality the mean of log p over u is not more than its logarithm: the bits are an upper bound.
+    """
+    return (levels + noise - 0.5) / 127.5 - 1
 
 
 def bits_per_dim(log_p: Tensor, dims: int, levels: float = 127.5) -> Tensor:

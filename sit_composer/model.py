@@ -1,6 +1,5 @@
 """ComposerSiT: the network with its objective, as Composer's Trainer takes it."""
 
-import torch
 from composer.models import ComposerModel
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
@@ -39,6 +38,8 @@ class ComposerSiT(ComposerModel):
         self.transport = transport
         self.autoencoder = autoencoder
         self.encoder = encoder  # no nn.Module, so that it stays outside
+        # Composer asks these of the network: a block is the unit of sharding and of activation checkpointing.
+        network.fsdp_wrap_fn = network.activation_checkpointing_fn = _is_block
 
     def latents(self, batch: dict[str, Tensor], keys: Tensor) -> Tensor:
         """The batch's latents, float32 (N, C, H, W); what is random in them is of the keys (N,)."""
@@ -91,10 +92,6 @@ class ComposerSiT(ComposerModel):
         """FLOPs of a training step on this batch: 2 a multiply-accumulate, and the backward pass twice the forward."""
         return 6 * self.network.forward_macs() * len(batch["label"])
 
-    # Composer asks these of every submodule: a block is the unit of sharding and of activation checkpointing.
 
-    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
-        return isinstance(module, SiTBlock)
-
-    def activation_checkpointing_fn(self, module: nn.Module) -> bool:
-        return isinstance(module, SiTBlock)
+def _is_block(module: nn.Module) -> bool:
+    return isinstance(module, SiTBlock)

@@ -22,6 +22,8 @@ FIXED_STEP_METHODS = ("euler", "heun", "heun2", "heun3", "midpoint", "rk4", "exp
 ADAPTIVE_METHODS = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
 ODE_METHODS = FIXED_STEP_METHODS + ADAPTIVE_METHODS
 
+EVICTED = 143  # exit code after a SIGTERM, 128 + 15: schedulers take it for "told to end", and start the job again
+
 
 def choose(name: str, value: object, choices: tuple) -> None:
     """Raises UserError, naming the option, its value and what it takes, unless value is one of the choices."""

@@ -1,5 +1,6 @@
 """Where evaluation's pictures come from: a folder, an npz of ADM's, shards, or only the statistics of some."""
 
+import hashlib
 import json
 import os
 import re
@@ -27,12 +28,20 @@ class PictureSet:
     size: list[int] | None = None  # (H, W), known once they were read
 
 
-def open_set(path: str, image_size: int | None = None) -> PictureSet:
+def open_set(path: str, image_size: int | None = None, cache: str | None = None) -> PictureSet:
     """Finds out what lies at ``path``, and how many pictures; none is read yet.
 
+    Args:
+        path: a file, a folder, or the URI of a folder of shards (s3://, gs://, …).
+        image_size: crops the pictures to it.
+        cache: a folder for the copies of remote shards, each set's in a folder of its own.
+
     Raises:
-        UserError: if that is not any of what this command takes.
+        UserError: if that is not any of what this command takes, or can't be reached.
     """
+    if is_remote(path):
+        name = f"{path.rstrip('/').rpartition('/')[2]}-{hashlib.sha256(path.rstrip('/').encode()).hexdigest()[:8]}"
+        return open_shards(path, image_size, os.path.join(cache, name))
     if not os.path.exists(path):
         raise UserError(f"{path}: no such file or folder")
     if os.path.isfile(path):
@@ -105,10 +114,18 @@ def read_files(names: list[Path], batch_size: int, image_size: int | None) -> It
             yield torch.stack(batch)
 
 
-def open_shards(path: str, image_size: int | None) -> PictureSet:
-    from sit_composer.stream import load_spec
+def is_remote(path: str) -> bool:
+    return "://" in path
 
-    spec = load_spec(None, path)
+
+def open_shards(path: str, image_size: int | None, cache: str | None = None) -> PictureSet:
+    """Shards in the folder ``path`` or, given a ``cache`` for their copies, at that URI."""
+    from sit_composer.stream import INDEX_NAME, load_spec, read_text
+
+    remote, local = (path, cache) if cache else (None, path)
+    spec = load_spec(remote, local)
+    if remote:
+        read_text(remote.rstrip("/"), local, INDEX_NAME)  # it is there, seen before an hour's work and not after it
     if spec.kind != "pixels":
         raise UserError(f"{path}: shards of {spec.kind}; take the shards of pixels that they were made from")
     if spec.image_size is None and image_size is None:
@@ -118,7 +135,7 @@ def open_shards(path: str, image_size: int | None) -> PictureSet:
         from sit_composer.data import build_loader
 
         options = {"image_size": image_size, "shuffle": False, "drop_last": False}
-        for batch in build_loader(None, path, spec=spec, batch_size=batch_size, **options):
+        for batch in build_loader(remote, local, spec=spec, batch_size=batch_size, **options):
             yield batch["image"].expand(-1, 3, -1, -1)
 
     return PictureSet(path, spec.samples, batches)

@@ -1,41 +1,24 @@
 """Draws pictures from a trained SiT:   python -m sit_composer.sample CHECKPOINT --out DIR
 
-Writes DIR/000000.png and so on, DIR/grid.png, and DIR/sampling.json, which records every setting and the number of
-function evaluations. Picture i depends on the seed and on i, and not on the batch size, but for the
-tolerance of an adaptive solver, which takes the same steps for a batch. Run again, it continues
-with what is missing. On several GPUs:   composer -n N -m sit_composer.sample CHECKPOINT --out DIR
+Writes DIR/000000.png and so on, DIR/grid.png, and DIR/sampling.json, which records every setting, and how many
+evaluations of the field and passes of networks a picture took, on average. Picture i depends on the seed and on i, and
+not on the batch size, but for the tolerance of an adaptive solver, which takes the same steps for a batch. Run again,
+it continues with what is missing. On several GPUs:   composer -n N -m sit_composer.sample CHECKPOINT --out DIR
 """
 
 import argparse
-import hashlib
 import math
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sit_composer.errors import UserError
+from sit_composer.generate import Sampling, Work, generate
 from sit_composer.names import DIFFUSION_FORMS, LAST_STEPS, ODE_METHODS, SDE_METHODS
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How pictures are drawn: the part of the settings that `generate` takes."""
-
-    mode: str = "ODE"
-    sampling_method: str = "dopri5"
-    num_steps: int = 50
-    cfg_scale: float = 1.0
-    cfg_channels: int | None = None
-    cfg_interval: tuple[float, float] = (0.0, 1.0)
-    seed: int = 0
-    atol: float = 1e-6
-    rtol: float = 1e-3
-    diffusion_form: str = "sigma"
-    diffusion_norm: float = 1.0
-    last_step: str | None = "Mean"
-    last_step_size: float = 0.04
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -74,6 +57,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--last-step-size", type=float, default=0.04, help="of the SDE (0.04)")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     parser.add_argument("--batch-size", type=int, default=64, help="pictures at a time (64)")
+    parser.add_argument("--decode-dtype", choices=DTYPES, help="in which the autoencoder decodes latents (float32)")
+    parser.add_argument("--decode-batch-size", type=int, metavar="N", help="latents that it decodes at a time (8)")
     parser.add_argument("--npz", metavar="FILE", help="write all pictures as one array too: arr_0, uint8, N×H×W×3")
     args = parser.parse_args(argv)
     args.cfg_interval = tuple(args.cfg_interval)
@@ -82,6 +67,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         ("cfg_channels", 1),
         ("per_class", 1),
         ("batch_size", 1),
+        ("decode_batch_size", 1),
         ("num_steps", 2),
         ("seed", 0),
     ):
@@ -136,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
     import torch.distributed as dist
     from tqdm import tqdm
 
-    from sit_composer.autoencoder import load_autoencoder, to_uint8
+    from sit_composer.autoencoder import SLICE_SIZE, load_autoencoder, to_uint8
     from sit_composer.checkpoint import load_checkpoint
     from sit_composer.gallery import SETTINGS, claim, read_pictures, write_grid, write_json, write_npz, write_png
     from sit_composer.guidance import Guidance
@@ -159,6 +145,13 @@ def run(args: argparse.Namespace) -> None:
         args.cfg_scale = 1.0 if network.null_label is None and guide is None else 4.0
     if args.cfg_channels is None:
         args.cfg_channels = record.get("cfg_channels")  # released weights are guided as released
+    for name, default in (("decode_dtype", "float32"), ("decode_batch_size", SLICE_SIZE)):
+        value = getattr(args, name)
+        if record["autoencoder"]["name"] is not None:
+            setattr(args, name, value or default)
+        elif value is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option}: got {value}; {args.checkpoint} draws pixels, which nothing decodes")
     sampling = Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__})
     guidance = Guidance(network, sampling.cfg_scale, sampling.cfg_channels, sampling.cfg_interval, guide)
     labels = choose_labels(args, record["classes"])
@@ -168,6 +161,7 @@ def run(args: argparse.Namespace) -> None:
         **asdict(sampling),
         "labels": labels,
         **{name: record[name] for name in ("model", "transport", "autoencoder")},
+        "decode_dtype": args.decode_dtype,
     }
     out = Path(args.out)
     if ranks > 1:
@@ -185,12 +179,20 @@ def run(args: argparse.Namespace) -> None:
     missing = todo[0][rank::ranks]
     if todo[0]:
         transport = Transport(**record["transport"])
-        autoencoder = load_autoencoder(record["autoencoder"]["name"], record["autoencoder"]["channels"], device)
-        if autoencoder.spec.as_dict() != record["autoencoder"]:
+        known = record["autoencoder"]
+        vae = {}
+        if known["name"] is not None:
+            vae = {"dtype": getattr(torch, args.decode_dtype), "slice_size": args.decode_batch_size}
+        autoencoder = load_autoencoder(known["name"], known["channels"], device, **vae)
+        if autoencoder.spec.as_dict() != known:
             raise UserError(
-                f"{args.checkpoint}: trained on latents of {record['autoencoder']}, and the autoencoder of that name "
-                f"is now {autoencoder.spec.as_dict()}"
+                f"{args.checkpoint}: trained on latents of {known}, and the autoencoder of that name is now "
+                f"{autoencoder.spec.as_dict()}"
             )
+        settings["decode_batch_size"] = args.decode_batch_size
+        drawn, before = Work(), Work()
+        if rank == 0:
+            before = Work.of_earlier(out / SETTINGS, len(labels) - len(todo[0]))
         with tqdm(total=len(missing), unit="img", desc="sampling", disable=rank > 0) as bar:
             for start in range(0, len(missing), args.batch_size):
                 indices = missing[start : start + args.batch_size]
@@ -198,8 +200,14 @@ def run(args: argparse.Namespace) -> None:
                 for i, picture in zip(indices, to_uint8(autoencoder.decode(latents)).cpu(), strict=True):
                     write_png(picture, out / f"{i:06d}.png")
                 bar.update(len(indices))
-                if rank == 0:
-                    write_json({**settings, **used}, out / SETTINGS)
+                drawn += Work(len(indices), **{name: count * len(indices) for name, count in used.items()})
+                if rank == 0:  # what is known, should it be stopped
+                    write_json({**settings, **(before + drawn).means()}, out / SETTINGS)
+        works = [drawn] * ranks
+        if ranks > 1:
+            dist.all_gather_object(works, drawn)
+        if rank == 0:
+            write_json({**settings, **sum(works, before).means()}, out / SETTINGS)
     if ranks > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -222,9 +230,14 @@ def build_network(checkpoint: Any, device: str) -> Any:
 
 def describe(checkpoint: Any) -> dict[str, Any]:
     """What identifies a checkpoint's weights."""
-    with open(checkpoint.path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"path": checkpoint.path, "step": checkpoint.step, "sha256": digest, "weights": checkpoint.which}
+    from sit_composer.checkpoint import digest
+
+    return {
+        "path": checkpoint.source,
+        "step": checkpoint.step,
+        "sha256": digest(checkpoint.path),
+        "weights": checkpoint.which,
+    }
 
 
 def choose_labels(args: argparse.Namespace, classes: list[str]) -> list[int]:
@@ -248,47 +261,6 @@ def choose_labels(args: argparse.Namespace, classes: list[str]) -> list[int]:
             raise UserError(f"--classes: got {name!r}; it takes labels 0 to {len(classes) - 1}, or the classes' names")
         labels += [label] * args.per_class
     return labels
-
-
-def generate(
-    guidance: Any, transport: Any, labels: list[int], indices: list[int], sampling: Sampling
-) -> tuple[Any, dict[str, int]]:
-    """Latents (N, C, H, W) for N labels, and what each took: ``evaluations`` of the field, ``passes`` of networks.
-
-    The noise of the picture with index i comes from a generator of its own, seeded with (sampling.seed, i), so that it
-    is the same picture whatever it is batched with. (An adaptive solver's steps do depend on the batch, within its
-    tolerances.)
-    """
-    import numpy as np
-    import torch
-
-    from sit_composer.samplers import Counted, sample_ode, sample_sde
-
-    network = guidance.network
-    device = next(network.parameters()).device
-    shape = (network.in_channels, network.input_size, network.input_size)
-    # numpy's generators, as torch's on the CPU heeds only 32 bits of a seed.
-    generators = [np.random.default_rng((sampling.seed, i)) for i in indices]
-
-    def draw() -> torch.Tensor:
-        noise = np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators])
-        return torch.from_numpy(noise).to(device)
-
-    model, guidance.passes = Counted(guidance), 0
-    common = {"sampling_method": sampling.sampling_method, "num_steps": sampling.num_steps}
-    y = torch.tensor(labels, device=device)
-    if sampling.mode == "ODE":
-        try:
-            x = sample_ode(transport, model, draw(), atol=sampling.atol, rtol=sampling.rtol, y=y, **common)
-        except AssertionError as error:  # torchdiffeq's
-            raise UserError(f"the solver gave up ({error}); try a larger --atol or --rtol") from error
-    else:
-        names = ("diffusion_form", "diffusion_norm", "last_step", "last_step_size")
-        sde = {name: getattr(sampling, name) for name in names}
-        x = sample_sde(transport, model, draw(), draw=draw, y=y, **sde, **common)
-    if not x.isfinite().all():
-        raise UserError("the sampler gave NaN or infinite values; try more steps, or a smaller cfg_scale or diffusion")
-    return x, {"evaluations": model.evaluations, "passes": guidance.passes}
 
 
 if __name__ == "__main__":

@@ -97,10 +97,12 @@ def sample_sde(
     """Integrates dx = (v + w s) dt + √(2w) dW from noise z (N, …); returns the final batch (N, …).
 
     Args:
-        sampling_method: ``Euler`` (Euler-Maruyama) or ``Heun`` (two evaluations a step).
+        sampling_method: ``Euler`` (Euler-Maruyama: mean and variance are of order 1) or ``Heun`` (two evaluations a
+            step: as it adds a step's noise at its start, the mean is of order 2 and the variance still of order 1).
         diffusion_form, diffusion_norm: the w of `Transport.diffusion`.
         last_step: how the last last_step_size of time is crossed, without noise: ``Mean`` (the SDE's drift),
             ``Euler`` (the ODE's), ``Tweedie`` (straight to the expected data), or None (there is no last step).
+            ``Mean`` leaves out that stretch's noise: take a form that is 0 at the data with it, or a small size.
         num_steps: time points before the last step.
         draw: gives each step's noise, of z's shape; None is torch.randn.
 

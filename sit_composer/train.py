@@ -20,15 +20,18 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
 
 from omegaconf import OmegaConf
 
-from sit_composer.checks import check, check_data, check_latents, check_same_run, local_spec
+from sit_composer.checks import CONFIG, check, check_data, check_latents, check_same_run, local_spec
 from sit_composer.config import Config, ConfigError, DrawingConfig, documentation, load_config, network_arguments
 from sit_composer.errors import UserError
+from sit_composer.names import EVICTED
 
 if TYPE_CHECKING:
     from composer.core import Callback
 
     from sit_composer.autoencoder import Autoencoder
     from sit_composer.ema import EMAWeights
+    from sit_composer.run_folder import RunFolder
+    from sit_composer.supervision import Supervision
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,41 +55,64 @@ def main(argv: list[str] | None = None) -> int:
             data = getattr(config, section)
             if data is not None and (spec := local_spec(data, section)) is not None:
                 check_data(config, spec, section)
-        train(config)  # from here on, torch is imported
+        if not train(config):  # from here on, torch is imported
+            say(f"{config.run_name}: told to end; saved. The same command goes on")
+            return EVICTED
+    except KeyboardInterrupt:
+        print("\nstopped; the same command resumes, from the last checkpoint", file=sys.stderr)
+        return 130
     except UserError as error:
         if os.environ.get("RANK", "0") != "0" and "torch" not in sys.modules:
             # All ranks have the same to say. Let rank 0 say it: the launcher ends the others when the first one exits,
             # and would make rank 0's "terminated" its own exit code.
-            time.sleep(5)
+            time.sleep(60)
             return 2
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def train(config: Config) -> None:
-    """Builds what the config says, and trains it to the end.
+def train(config: Config) -> bool:
+    """Builds what the config says, and trains it to the end: True; or until a SIGTERM, after which it saves: False.
 
     Raises:
         ConfigError: for what the libraries, the data's spec or an earlier checkpoint refuse.
         data.DataError: if a shard is missing or broken.
     """
+    import torch
+    from composer.utils import dist
+
+    from sit_composer.supervision import Supervision
+
+    if config.precision != "fp32" and not torch.cuda.is_available():
+        raise ConfigError(f"precision: got {config.precision}; there is no GPU here, and a CPU takes fp32")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dist.initialize_dist("gpu" if device == "cuda" else "cpu")
+    supervision = Supervision(config)
+    try:
+        return fit(config, device, supervision)
+    finally:
+        supervision.close()
+
+
+def fit(config: Config, device: str, supervision: "Supervision") -> bool:
+    """What `train` does, once the ranks know of each other."""
     import composer
     import torch
-    from composer.utils import dist, format_name_with_dist, reproducibility
+    from composer.utils import dist, reproducibility
 
     from sit_composer.autoencoder import AutoencoderSpec, load_autoencoder
     from sit_composer.callbacks import RunRecord
     from sit_composer.data import build_loader, load_spec
     from sit_composer.ema import EMA
     from sit_composer.model import ComposerSiT
+    from sit_composer.safe_load import guard_composer
+    from sit_composer.sharding import parallelism
     from sit_composer.sit import SiT
+    from sit_composer.supervision import Evicted, excluded_algorithms
     from sit_composer.transport import Transport
 
-    if config.precision != "fp32" and not torch.cuda.is_available():
-        raise ConfigError(f"precision: got {config.precision}; there is no GPU here, and a CPU takes fp32")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dist.initialize_dist("gpu" if device == "cuda" else "cpu")
+    resumption = supervision.start()
 
     # --- Data, and what lies between it and the network ---
     specs = {s: load_spec(d.remote, d.local) for s in ("data", "eval_data") if (d := getattr(config, s)) is not None}
@@ -142,19 +168,17 @@ def train(config: Config) -> None:
         "classes": list(specs["data"].classes),
         "ema_decay": config.ema.decay if config.ema is not None else None,
     }
-    folder = config.trainer.get("save_folder")
-    run_record = RunRecord(record, partial(save_config, config, folder) if folder else None)
-    if folder and "://" in folder and dist.get_local_rank() == 0:
-        # Composer downloads the latest checkpoint to a folder of literally that name, and takes what lies there for
-        # the latest the next time.
-        for stale in Path(format_name_with_dist(folder, config.run_name)).glob("latest-rank*"):
-            stale.unlink()
+    run_record = RunRecord(record, partial(save_config, config, supervision.folder) if supervision.folder else None)
     callbacks = [*(e.weights for e in ema), run_record, *build("callbacks", config.callbacks)]
     algorithms, loggers = [*ema, *build("algorithms", config.algorithms)], build("loggers", config.loggers)
     (scheduler,) = build("scheduler", config.scheduler or {"constant": {}})
     if config.sample_grid is not None or config.frechet is not None:
         decoder = encoder or load_autoencoder(config.autoencoder.name, autoencoder.channels, device)
         callbacks += quality(config, decoder, ema[0].weights if ema else None)
+    arguments = {"load_exclude_algorithms": excluded_algorithms(), **config.trainer, **resumption}
+    arguments.pop("autoresume", None)
+    if not config.trust_checkpoint:
+        guard_composer()
     try:
         trainer = composer.Trainer(
             model=model,
@@ -168,25 +192,26 @@ def train(config: Config) -> None:
             run_name=config.run_name,
             seed=config.seed,
             precision=config.precision,
-            # A run killed between a checkpoint and the "latest" that points to it writes that checkpoint again.
-            **{"save_overwrite": config.trainer.get("autoresume", False), **config.trainer},
+            parallelism_config=parallelism(config.fsdp),
+            **arguments,
         )
     except (ValueError, TypeError, OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
         # Of what Composer raises for arguments, folders and checkpoints that it can't use.
-        source = config.trainer.get("load_path") or config.trainer.get("save_folder") or "trainer"
+        source = arguments.get("load_path") or config.trainer.get("save_folder") or "trainer"
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"trainer: {reason} (of {source})") from error
     try:
+        supervision.attach(trainer)
         if trainer.state.timestamp >= trainer.state.max_duration:
             say(f"{config.run_name} is trained: {int(trainer.state.timestamp.batch)} batches")
         else:
             trainer.fit()
-    except FileExistsError as error:  # Composer looks at the folder only now
-        raise ConfigError(
-            f"trainer.save_folder: {' '.join(str(error).split())} trainer.autoresume=true goes on from there"
-        ) from error
+            supervision.finish()
+    except Evicted:
+        return False
     finally:
         trainer.close()
+    return True
 
 
 def quality(config: Config, autoencoder: "Autoencoder", weights: "EMAWeights | None") -> "list[Callback]":
@@ -197,8 +222,8 @@ def quality(config: Config, autoencoder: "Autoencoder", weights: "EMAWeights | N
     from sit_composer.callbacks import Drawing, FrechetDistance, SampleGrid
     from sit_composer.evaluate import check_statistics
     from sit_composer.features import load_extractor
+    from sit_composer.generate import Sampling
     from sit_composer.picture_sets import STATISTICS, open_set
-    from sit_composer.sample import Sampling
 
     def drawing(section: DrawingConfig, labels: list[int]) -> Drawing:
         options = {name: getattr(section, name) for name in ("sampling_method", "num_steps", "cfg_scale", "seed")}
@@ -252,25 +277,12 @@ def build(section: str, entries: dict) -> list:
     return built
 
 
-def save_config(config: Config, folder: str) -> None:
-    """Writes the resolved config beside the run's checkpoints, as config.yaml."""
-    import tempfile
+def save_config(config: Config, folder: "RunFolder") -> None:
+    """Writes the resolved config beside the run's checkpoints."""
+    from composer.utils import dist
 
-    from composer.utils import dist, format_name_with_dist, maybe_create_object_store_from_uri, parse_uri
-
-    if dist.get_global_rank() != 0:
-        return
-    folder = format_name_with_dist(folder, config.run_name)
-    text = OmegaConf.to_yaml(OmegaConf.structured(config))
-    store = maybe_create_object_store_from_uri(folder)
-    if store is None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        Path(folder, "config.yaml").write_text(text)
-        return
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        file.write(text)
-        file.flush()
-        store.upload_object(f"{parse_uri(folder)[2].rstrip('/')}/config.yaml", file.name)
+    if dist.get_global_rank() == 0:
+        folder.write(CONFIG, OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
 
 
 def say(message: str) -> None:

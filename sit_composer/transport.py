@@ -131,7 +131,7 @@ class Transport:
         return self.times(torch.rand(len(x1), device=x1.device, dtype=x1.dtype)), x0
 
     def times(self, u: Tensor) -> Tensor:
-        """The training times, on `interval`, that numbers u (N,) in [0, 1) stand for: their distribution's quantiles."""
+        """The training times, on `interval`, whose part u (N,) of all lies below: their distribution's quantiles."""
         if self.time_sampling == "logit-normal":
             u = torch.sigmoid(self.time_mean + self.time_std * torch.special.ndtri(u))
         if self.time_shift != 1:

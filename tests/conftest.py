@@ -2,8 +2,13 @@
 
 import json
 import os
+import random
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads a process, in several processes, stall each other
@@ -60,3 +65,80 @@ def vae_folder(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("vae")
     vae.save_pretrained(folder)
     return str(folder)
+
+
+class SeaweedFS:
+    """SeaweedFS on loopback, with one bucket. Its data outlive `stop`."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.process = None
+        self.ports = free_ports(5)
+        self.url = f"http://127.0.0.1:{self.ports[0]}"
+
+    def start(self):
+        import boto3
+        from botocore.config import Config
+
+        names = ("s3", "master", "volume", "filer", "admin")
+        ports = [f"-{name}.port={port}" for name, port in zip(names, self.ports, strict=True)]
+        weed = [Path(sys.executable).parent / "weed", "-logtostderr=true", "mini", f"-dir={self.folder}"]
+        rest = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-webdav=false", "-admin.ui=false", "-bucket=sit"]
+        rest += ["-s3.port.iceberg=0", "-s3.port.lance=0", *ports]
+        with open(self.folder / "log", "ab") as log:
+            self.process = subprocess.Popen([*weed, *rest], stdout=log, stderr=log, start_new_session=True)
+        once = boto3.client("s3", endpoint_url=self.url, config=Config(retries={"total_max_attempts": 1}))
+        # Just after a start, SeaweedFS at times answers "InternalError, please try again".
+        self.client = boto3.client("s3", endpoint_url=self.url, config=Config(retries={"total_max_attempts": 9}))
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                once.put_object(Bucket="sit", Key="ready", Body=b"")
+                return
+            except Exception as error:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"SeaweedFS did not start: {(self.folder / 'log').read_text()}") from error
+                time.sleep(0.1)
+
+    def stop(self):
+        if self.process and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def keys(self, prefix):
+        found = self.client.list_objects_v2(Bucket="sit", Prefix=f"{prefix}/").get("Contents", [])
+        return [entry["Key"] for entry in found]
+
+    def contents(self, prefix):
+        read = {key: self.client.get_object(Bucket="sit", Key=key)["Body"].read() for key in self.keys(prefix)}
+        return {key.rpartition("/")[2]: data for key, data in read.items()}
+
+
+def free_ports(count):
+    """Ports that are free, as is each plus 10,000, where SeaweedFS listens for gRPC."""
+    found = []
+    while len(found) < count:
+        port = random.randint(15_000, 45_000)
+        try:
+            for number in (port, port + 10_000):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", number))
+            found.append(port)
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture
+def s3(tmp_path_factory, monkeypatch) -> Iterator[SeaweedFS]:
+    """An S3 on loopback with the bucket sit, as S3_ENDPOINT_URL and the credentials of the environment say."""
+    for name, value in (("AWS_ACCESS_KEY_ID", "testkey"), ("AWS_SECRET_ACCESS_KEY", "testsecret")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    server = SeaweedFS(tmp_path_factory.mktemp("s3"))
+    monkeypatch.setenv("S3_ENDPOINT_URL", server.url)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()

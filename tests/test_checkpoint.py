@@ -252,15 +252,16 @@ def test_values_that_are_not_finite_are_named_in_an_exported_folder_too(exported
 # --- Where it is ---
 
 
-def test_what_is_elsewhere_or_sharded_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="s3://bucket/run: checkpoints are read from local paths only"):
-        load_checkpoint("s3://bucket/run")
+def test_what_is_elsewhere_or_incomplete_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="gs://bucket/run: checkpoints are read from local paths and s3://"):
+        load_checkpoint("gs://bucket/run")
     (tmp_path / "ep0-ba2").mkdir()
     (tmp_path / "ep0-ba2" / ".metadata").write_bytes(b"")
     (tmp_path / "latest-rank0.pt").symlink_to("ep0-ba2")
-    for path in (tmp_path, tmp_path / "ep0-ba2"):
-        with pytest.raises(CheckpointError, match="ep0-ba2: a sharded checkpoint"):
-            load_checkpoint(str(path))
+    with pytest.raises(CheckpointError, match="no complete checkpoint here"):
+        load_checkpoint(str(tmp_path))
+    with pytest.raises(CheckpointError, match="ep0-ba2/.metadata: not a sharded checkpoint's metadata"):
+        load_checkpoint(str(tmp_path / "ep0-ba2"))
 
 
 def test_a_network_comes_from_the_hub_by_its_name(exported, tiny, tmp_path, monkeypatch):

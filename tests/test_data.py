@@ -25,8 +25,8 @@ from streaming import MDSWriter
 from streaming.base.dataset import _ShardState
 
 from sit_composer.data import DataError, build_loader, coin, load_spec
-from sit_composer.randomness import sample_key
 from sit_composer.pictures import center_crop, decode_image
+from sit_composer.randomness import sample_key
 from sit_composer.spec import DataSpec
 
 SAMPLES = 200

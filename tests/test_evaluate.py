@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -234,7 +235,7 @@ def test_samples_bring_their_settings_along_and_not_their_grid(judge, halves, di
         "labels": [0] * 40,
         "model": {"hidden_size": 768, "depth": 12, "num_heads": 12, "patch_size": 2},
     }
-    (folder / "sampling.json").write_text(json.dumps({**sampling, "evaluations": 499}))
+    (folder / "sampling.json").write_text(json.dumps({**sampling, "evaluations": 498.96}))
     result = judge(folder, halves[1])
     assert result["samples"]["count"] == 40
     assert result["samples"]["sampling"]["checkpoint"] == sampling["checkpoint"]
@@ -383,6 +384,7 @@ def bad(digits, tmp_path_factory):
         ("black.npz", "real", ["--features", NotANumber], "NotANumber.pt: features of picture 10 of "),
         ("real", "real", ["--metrics", "fid,psnr"], "argument --metrics: got 'psnr'; it takes fid, sfid"),
         ("real", "real", ["--batch-size", "0"], "argument --batch-size: got 0; it takes 1 or more"),
+        ("real", "real", ["--cache", "here"], "argument --cache: is for remote shards, and neither SAMPLES nor"),
         ("real", "real", ["--out", "here"], "--out: got here; it takes a file's name that ends in .json"),
     ],
 )
@@ -394,6 +396,91 @@ def test_bad_input_is_named_in_one_line(bad, halves, networks, capsys, samples, 
     errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert len(errors) == 1
     assert message in errors[0]
+
+
+@pytest.fixture
+def upload(s3):
+    """Uploads a folder's files, but those of names left out, to a prefix of the bucket; gives its URI."""
+
+    def upload(folder, prefix: str, without: str = "") -> str:
+        for file in folder.iterdir():
+            if file.name != without:
+                s3.client.upload_file(str(file), "sit", f"{prefix}/{file.name}")
+        return f"s3://sit/{prefix}"
+
+    return upload
+
+
+def test_remote_shards_are_judged_as_local_ones(judge, upload, halves, digits_shards, tmp_path, monkeypatch):
+    temporary, cache = tmp_path / "temporary", tmp_path / "cache"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    uri, other = upload(digits_shards, "digits"), upload(digits_shards, "other/digits")
+    local, remote = judge(halves[0], digits_shards), judge(halves[0], uri)
+    assert remote["metrics"] == local["metrics"]
+    assert remote["reference"] == local["reference"] | {"path": uri}
+    assert not list(temporary.glob("sit-*"))
+    result = judge(uri, f"{other}/", "--cache", str(cache), "--metrics", "fid")
+    assert result["samples"]["count"] == 1797
+    assert 0 <= result["metrics"]["fid"] < 1e-9
+    copies = {path: path.stat().st_mtime_ns for path in cache.glob("digits-*/*.mds")}
+    assert len(copies) == 2 * len(list(digits_shards.glob("*.mds")))
+    judge(halves[0], other, "--cache", str(cache), "--metrics", "fid")  # taken from there, and kept
+    assert {path: path.stat().st_mtime_ns for path in cache.glob("digits-*/*.mds")} == copies
+    assert not list(temporary.glob("sit-*"))
+
+
+def test_what_is_wrong_with_remote_shards_is_told_in_one_line(
+    upload, s3, halves, networks, digits_shards, tmp_path, monkeypatch, capsys
+):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    good = upload(digits_shards, "good")
+    shard = next(digits_shards.glob("*.mds")).name
+    missing = upload(digits_shards, "missing", without=shard)
+    broken = upload(digits_shards, "broken")
+    s3.client.put_object(Bucket="sit", Key=f"broken/{shard}", Body=b"<html>")
+    unindexed = upload(digits_shards, "unindexed", without="index.json")
+
+    def refused(samples: str, reference: str, message: str, *options: str) -> None:
+        start = time.monotonic()
+        assert evaluate.main([samples, "--reference", reference, "--features", networks(Full), *options]) == 2
+        assert time.monotonic() - start < 30
+        errors = [line for line in capsys.readouterr().err.splitlines() if "rror" in line]
+        assert len(errors) == 1
+        assert errors[0].startswith("error: ")
+        assert message in errors[0]
+        assert not list(temporary.glob("sit-*"))
+
+    real = str(halves[1])
+    refused(real, "s3://no-such-bucket/digits", "cannot read s3://no-such-bucket/digits/spec.json")
+    refused("s3://sit/nothing", real, "cannot read s3://sit/nothing/spec.json")
+    refused(real, unindexed, f"cannot read {unindexed}/index.json")
+    refused(real, missing, f"cannot read the shard {missing}/{shard}")
+    refused(broken, real, f"cannot read the shard {broken}/{shard}")
+    refused(real, "nowhere://sit/digits", "cannot read nowhere://sit/digits/spec.json")
+    refused(real, good, "--cache: /proc/none can't be made", "--cache", "/proc/none")
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        refused(real, good, f"cannot read {good}/spec.json")
+    s3.stop()
+    refused(real, good, f"cannot read {good}/spec.json")
+
+
+def test_a_failure_among_remote_pictures_ends_the_command_and_leaves_nothing(
+    upload, halves, networks, digits_shards, tmp_path
+):
+    uri = upload(digits_shards, "digits")
+    command = [sys.executable, "-m", "sit_composer.evaluate", uri, "--reference", str(halves[1]), "--features"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [*command, networks(Fails)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert "Fails.pt: failed on pictures" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("sit-*"))
 
 
 def test_help_comes_at_once_and_tells_of_the_download_and_of_code_that_runs():

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from sit_composer import sample, train
-from sit_composer.checkpoint import load_checkpoint
-from sit_composer.export import main, sha256
+from sit_composer.checkpoint import digest, load_checkpoint
+from sit_composer.export import main
 from sit_composer.sit import SiT, build_sit
 from tests.conftest import ROOT
 
@@ -63,8 +63,8 @@ def test_the_folder_has_all_of_the_run_to_the_bit(checkpoints, exported):
     assert all(torch.equal(plain[key], tensor) for key, tensor in before.weights.items())
     SiT(**before.record["model"]).load_state_dict(plain, strict=True)
     state = json.loads((folder / "trainer_state.json").read_text())
-    assert state["source"] == {"ep0-ba2-rank0.pt": sha256(checkpoints / "ep0-ba2-rank0.pt")}
-    assert state["sha256"] == {name: sha256(folder / name) for name in content(folder) if name != "trainer_state.json"}
+    assert state["source"] == {"ep0-ba2-rank0.pt": digest(checkpoints / "ep0-ba2-rank0.pt")}
+    assert state["sha256"] == {name: digest(folder / name) for name in content(folder) if name != "trainer_state.json"}
 
 
 @pytest.mark.parametrize("folder", ["checkpoint-2", "hub-2"])

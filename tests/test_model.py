@@ -129,12 +129,12 @@ def test_flops_of_a_step_are_six_a_mac():
 
 def test_blocks_are_what_is_sharded_and_checkpointed():
     model = ComposerSiT(small_network(), Transport(), SPEC)
-    assert [m for m in model.modules() if model.fsdp_wrap_fn(m)] == list(model.network.blocks)
+    assert [m for m in model.modules() if model.network.fsdp_wrap_fn(m)] == list(model.network.blocks)
     torch.manual_seed(2)
     model(batch()).mean().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    apply_activation_checkpointing(model, check_fn=model.activation_checkpointing_fn)
+    apply_activation_checkpointing(model, check_fn=model.network.activation_checkpointing_fn)
     assert sum(isinstance(m, SiTBlock) for m in model.modules()) == 2
     torch.manual_seed(2)
     model(batch()).mean().backward()

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -99,18 +100,120 @@ def test_guidance_options_reach_the_network(draw, tmp_path, checkpoints):
     assert a == b  # guided away from itself: no guidance
 
 
-def test_two_ranks_draw_what_one_draws(draw, checkpoints, tmp_path):
-    options = ["--num-images", "6", "--sampling-method", "euler", "--num-steps", "5"]
+UNEVEN = ["--sampling-method", "adaptive_heun", "--atol", "1e-6", "--rtol", "1e-6"]  # takes other steps a batch
+UNEVEN += ["--weights", "training", "--cfg-scale", "1"]
+
+
+def evaluations(checkpoints, batches: list[list[int]], count: int) -> dict[int, int]:
+    """What each picture of ``count`` takes of the solver of ``UNEVEN`` when drawn with its batch."""
+    checkpoint = load_checkpoint(str(checkpoints), "training")
+    guidance = Guidance(sample.build_network(checkpoint, "cpu"), 1.0)
+    transport = Transport(**checkpoint.record["transport"])
+    taken = {}
+    for batch in batches:
+        labels = [i * 10 // count for i in batch]
+        _, used = generate(
+            guidance, transport, labels, batch, Sampling("ODE", "adaptive_heun", 5, atol=1e-6, rtol=1e-6)
+        )
+        taken |= dict.fromkeys(batch, used["evaluations"])
+    return taken
+
+
+def test_two_ranks_draw_what_one_draws_and_count_for_both(draw, checkpoints, tmp_path):
+    options = ["--num-images", "6", "--num-steps", "5", *UNEVEN]
     assert draw(*options) == 0
     composer = os.path.join(os.path.dirname(sys.executable), "composer")
     out = tmp_path / "two"
     command = [composer, "-n", "2", "-m", "sit_composer.sample", str(checkpoints), "--out", str(out), *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, "--batch-size", "2"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     for name, content in pictures(tmp_path / "out").items():
         with Image.open(io.BytesIO(content)) as a, Image.open(out / name) as b:
             assert np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() <= 1
     assert (out / "grid.png").exists()
+    settings = json.loads((out / SETTINGS).read_text())
+    taken = evaluations(checkpoints, [[0, 2], [4], [1, 3], [5]], 6)
+    assert len(set(taken.values())) > 1
+    assert settings["evaluations"] == settings["passes"] == pytest.approx(sum(taken.values()) / 6, abs=1e-3)
+    assert settings["counted_pictures"] == 6
+
+
+def test_a_resumed_commands_pictures_count_with_those_before(draw, checkpoints, tmp_path):
+    options = ["--num-images", "6", *UNEVEN]
+    assert draw(*options, "--batch-size", "3") == 0
+    for i in (1, 5):
+        (tmp_path / "out" / f"{i:06d}.png").unlink()
+    before = json.loads((tmp_path / "out" / SETTINGS).read_text())
+    assert draw(*options, "--batch-size", "1") == 0
+    settings = json.loads((tmp_path / "out" / SETTINGS).read_text())
+    first, new = (evaluations(checkpoints, batches, 6) for batches in ([[0, 1, 2], [3, 4, 5]], [[1], [5]]))
+    assert before["evaluations"] == pytest.approx(sum(first.values()) / 6, abs=1e-3)
+    expected = (4 * before["evaluations"] + sum(new.values())) / 6
+    assert settings["evaluations"] == pytest.approx(expected, abs=1e-3)
+    assert settings["counted_pictures"] == 6
+
+
+@pytest.fixture(scope="module")
+def latent(digits_shards, vae_folder, tmp_path_factory):
+    """A run on latents, and the folder of its autoencoder, which may do with float16."""
+    folder, vae = tmp_path_factory.mktemp("latent"), tmp_path_factory.mktemp("vae") / "small"
+    shutil.copytree(vae_folder, vae)
+    change(vae, force_upcast=False)
+    overrides = ["model.hidden_size=32", "model.depth=1", "model.num_heads=2", "trainer.max_duration=1ba"]
+    overrides += ["model.in_channels=4", "model.input_size=4", f"autoencoder.name={vae}"]
+    places = [f"data.local={digits_shards}", f"trainer.save_folder={folder}", "trainer.progress_bar=false"]
+    assert train.main([str(ROOT / "yamls" / "quickstart.yaml"), *overrides, *places]) == 0
+    return folder, vae
+
+
+def change(vae, **keys) -> None:
+    """Changes an autoencoder's config.json."""
+    file = vae / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+
+def levels(folder) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(folder / name)) for name in pictures(folder)]).astype(int)
+
+
+def test_latents_are_decoded_in_the_dtype_and_the_batches_asked_for(draw, latent, tmp_path, capsys):
+    def run(out: str, *options: str, code: int = 0) -> dict:
+        common = ["--num-images", "5", "--sampling-method", "euler"]
+        assert draw(*common, *options, out=out, checkpoint=latent[0]) == code
+        return json.loads((tmp_path / out / SETTINGS).read_text())
+
+    said = run("float32")
+    assert (said["decode_dtype"], said["decode_batch_size"]) == ("float32", 8)
+    assert levels(tmp_path / "float32").shape == (5, 8, 8, 3)
+    for dtype, most in (("bfloat16", 12), ("float16", 3)):
+        said = run(dtype, "--decode-dtype", dtype, "--decode-batch-size", "2")
+        assert (said["decode_dtype"], said["decode_batch_size"]) == (dtype, 2)
+        difference = np.abs(levels(tmp_path / "float32") - levels(tmp_path / dtype)).max()
+        assert 0 < difference <= most
+    (tmp_path / "float32" / "000003.png").unlink()
+    run("float32", "--decode-dtype", "bfloat16", code=2)
+    assert "holds samples with another decode_dtype" in capsys.readouterr().err
+    assert run("float32", "--decode-batch-size", "1")["decode_batch_size"] == 1  # which changes nothing but memory
+
+
+def test_latents_are_decoded_by_the_autoencoder_they_are_of_and_in_no_dtype_it_overflows_in(
+    draw, latent, tmp_path, capsys
+):
+    original = (latent[1] / "config.json").read_text()
+    try:
+        change(latent[1], force_upcast=True)
+        assert draw("--num-images", "1", "--decode-dtype", "float16", checkpoint=latent[0]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ")
+        assert "config.json says force_upcast" in error
+        change(latent[1], scaling_factor=0.5)
+        assert draw("--num-images", "1", checkpoint=latent[0]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "trained on latents of" in error
+        assert "'scale': 0.5" in error
+    finally:
+        (latent[1] / "config.json").write_text(original)
+    assert not list((tmp_path / "out").glob("*.png"))
 
 
 @pytest.mark.parametrize("mode", [("--mode", "ODE", "--sampling-method", "heun"), ("--mode", "SDE")])
@@ -167,6 +270,9 @@ def test_training_weights_are_drawn_from_when_asked_for(checkpoints, tmp_path):
         (["--per-class", "3"], "argument --per-class: goes with --classes"),
         (["--npz", "/"], "argument --npz: / can't be written"),
         (["--atol", "1e-30", "--rtol", "1e-30"], "the solver gave up"),
+        (["--decode-dtype", "float16"], "--decode-dtype: got float16; "),
+        (["--decode-batch-size", "4"], "draws pixels, which nothing decodes"),
+        (["--decode-batch-size", "0"], "argument --decode-batch-size: got 0; it takes 1 or more"),
         (["--num-images", "0"], "argument --num-images: got 0; it takes 1 or more"),
         (["--mode", "SDE", "--last-step-size", "2"], "last_step_size: got 2.0"),
     ],

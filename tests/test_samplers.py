@@ -1,3 +1,4 @@
+import math
 import re
 
 import pytest
@@ -87,6 +88,73 @@ def test_measured_order_of_the_ode_solvers(method, order):
         for n in (64, 128)
     ]
     assert torch.log2(errors[0] / errors[1]).item() == pytest.approx(order, abs=0.15)
+
+
+def law(tr: Transport, t: float) -> tuple[float, float]:
+    """Mean and variance of p_t for data ~ N(MEAN, STD²)."""
+    t = torch.tensor(t, dtype=torch.float64)
+    alpha, sigma = tr.path.alpha(t)[0].item(), tr.path.sigma(t)[0].item()
+    return alpha * MEAN, alpha**2 * STD**2 + sigma**2
+
+
+def law_of_samples(tr: Transport, steps: int, **options) -> tuple[float, float]:
+    """Mean and variance of what sample_sde makes of z ~ p_t0, exactly.
+
+    The field of a Gaussian is affine in x, and so is a sample in z and in each step's noise. What stands before them
+    is read off a batch: nothing, z = 1, and each step's noise = 1.
+    """
+    z = torch.zeros(steps + 2, 1, dtype=torch.float64)
+    z[1] = 1
+    noises = iter(torch.eye(steps + 2, dtype=z.dtype)[2:, :, None])
+    x = sample_sde(tr, gaussian(tr), z, num_steps=steps + 1, draw=lambda: next(noises), **options)[:, 0]
+    assert next(noises, None) is None  # each step drew once
+    form, last = options.get("diffusion_form", "sigma"), options["last_step"]
+    size = 0.0 if last is None else options["last_step_size"]
+    mean, variance = law(tr, tr.interval(sde=True, eval=True, diffusion_form=form, last_step_size=size)[0])
+    factors = x[1:] - x[0]
+    return (x[0] + factors[0] * mean).item(), (factors[0] ** 2 * variance + factors[1:].square().sum()).item()
+
+
+@pytest.mark.parametrize(("method", "orders"), [("Euler", (1, 1)), ("Heun", (2, 1))])
+@pytest.mark.parametrize("form", DIFFUSION_FORMS)
+@pytest.mark.parametrize("path", PATHS)
+def test_measured_order_of_the_sde_solvers(path, form, method, orders):
+    """Of mean and variance. Heun adds a step's noise at its start, which leaves the variance an order behind."""
+    tr = Transport(path, sample_eps=0.2)  # far from SBDM's pole, where the order shows only at very small steps
+    errors = []
+    for steps in (128, 256):
+        got = law_of_samples(tr, steps, sampling_method=method, diffusion_form=form, last_step=None)
+        errors.append([abs(g - exact) for g, exact in zip(got, law(tr, 0.8), strict=True)])
+    (mean, variance), (mean_finer, variance_finer) = errors
+    assert variance_finer < 0.01
+    assert math.log2(variance / variance_finer) == pytest.approx(orders[1], abs=0.15)
+    if path == "Linear":  # whose mean flows in a straight line, at a constant speed: any solver has it
+        assert mean < 1e-12
+    else:
+        assert math.log2(mean / mean_finer) == pytest.approx(orders[0], abs=0.15)
+
+
+@pytest.mark.parametrize(
+    ("last_step", "form", "order"),
+    [
+        ("Mean", "sigma", 2),
+        ("Mean", "constant", 1),  # it leaves out noise of variance 2wh, which only a w -> 0 makes small
+        ("Euler", "sigma", 2),
+        ("Euler", "constant", 2),
+        ("Tweedie", "sigma", 2),  # E[x₁ | x] has the variance of x₁ less that of x₁ given x, which is near σ²
+        ("Tweedie", "constant", 2),
+    ],
+)
+def test_measured_order_of_the_last_steps(last_step, form, order):
+    """Of the variance, in the last step's size. On the Linear path the mean has no error."""
+    tr = Transport("Linear")
+    errors = []
+    for size in (0.04, 0.02):
+        options = {"diffusion_form": form, "last_step": last_step, "last_step_size": size}
+        (mean, coarse), (_, fine) = (law_of_samples(tr, steps, **options) for steps in (512, 1024))
+        assert mean == pytest.approx(MEAN, abs=1e-12)
+        errors.append(abs(2 * fine - coarse - STD**2))  # extrapolated: without the first order's error of the steps
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.2)
 
 
 @pytest.mark.parametrize("path", PATHS)

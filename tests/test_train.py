@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -13,8 +14,10 @@ import torch
 import yaml
 from PIL import Image
 
-from sit_composer import evaluate, sample, train
+from sit_composer import callbacks, evaluate, sample, train
 from sit_composer.checkpoint import load_checkpoint
+from sit_composer.lease import Lease
+from sit_composer.run_folder import LocalFolder
 from sit_composer.sit import SiT
 from tests.conftest import ROOT
 from tests.judge_digits import judge
@@ -203,13 +206,78 @@ def test_composers_own_parts_are_reached_by_their_names(run, tmp_path):
     assert differences(bits(tmp_path / "free")["model"], bits(tmp_path / "run")["model"]) != []
 
 
-def test_whole_checkpoints_without_a_latest_are_not_written_over(run, tmp_path, capsys):
+def test_the_newest_complete_checkpoint_is_resumed_from_whatever_latest_says(run, tmp_path):
+    assert run("trainer.max_duration=30ba") == 0
+    folder = tmp_path / "run"
+    whole = bits(folder)
+    (folder / "latest-rank0.pt").unlink()
+    (folder / "latest-rank0.pt").symlink_to("ep0-ba10-rank0.pt")  # a stale one
+    half = (folder / "ep1-ba30-rank0.pt").read_bytes()
+    (folder / "ep1-ba30-rank0.pt").write_bytes(half[: len(half) // 2])
+    (folder / "ep0-ba10-rank0.pt").write_bytes(b"not looked at")
+    assert run("trainer.max_duration=30ba") == 0
+    assert differences(whole, bits(folder)) == []
+
+
+def test_a_run_that_is_not_to_be_resumed_leaves_the_one_there_alone(run, tmp_path, capsys):
     assert run("trainer.max_duration=10ba") == 0
-    (tmp_path / "run" / "latest-rank0.pt").unlink()
-    before = (tmp_path / "run" / "ep0-ba10-rank0.pt").read_bytes()
-    assert run("trainer.max_duration=10ba") == 2
-    assert "has checkpoints (ep0-ba10-rank0.pt) and no latest-rank0.pt" in capsys.readouterr().err
-    assert (tmp_path / "run" / "ep0-ba10-rank0.pt").read_bytes() == before
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    assert run("trainer.max_duration=20ba", "trainer.autoresume=false") == 2
+    assert "holds checkpoints (ep0-ba10-rank0.pt); trainer.autoresume=true goes on" in capsys.readouterr().err
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_sigterm_saves_and_the_same_command_goes_on_to_the_bit(run, tmp_path, monkeypatch, capsys):
+    assert run("trainer.max_duration=20ba", folder="whole") == 0
+
+    def told(self, state, logger):
+        if state.timestamp.batch == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(callbacks.RunRecord, "batch_end", told, raising=False)
+    assert run("trainer.max_duration=20ba", "supervision.grace=300") == 143
+    assert "told to end; saved" in capsys.readouterr().out
+    assert (tmp_path / "run" / "ep0-ba7-rank0.pt").exists()
+    monkeypatch.undo()
+    assert run("trainer.max_duration=20ba") == 0
+    assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
+
+
+def test_a_second_run_beside_a_live_one_is_refused(run, tmp_path, capsys):
+    holder = Lease(LocalFolder(str(tmp_path / "run")), beat=0.2)
+    holder.acquire()
+    try:
+        assert run("trainer.max_duration=1ba", "supervision.heartbeat=0.4") == 2
+    finally:
+        holder.release()
+    assert "a run of this name is alive" in capsys.readouterr().err
+    assert run("trainer.max_duration=1ba") == 0
+
+
+def test_a_planted_pickle_does_not_run(run, tmp_path, capsys):
+    assert run("trainer.max_duration=10ba") == 0
+    file, mark = tmp_path / "run" / "ep0-ba10-rank0.pt", tmp_path / "ran"
+    content = torch.load(file, weights_only=False)
+    for place, poison in (
+        ("seed", Planted(mark)),
+        ("algorithms", [("BlurPool", {"repr": f"__doc__ or open('{mark}', 'w')"})]),
+    ):
+        planted = {**content, "state": {**content["state"], place: poison}}
+        torch.save(planted, file)
+        code = run("trainer.max_duration=20ba")
+        assert not mark.exists()
+        if place == "seed":
+            assert code == 2
+            assert "without running code in it" in capsys.readouterr().err
+    torch.load(tmp_path / "run" / "ep0-ba10-rank0.pt", weights_only=False)
+
+
+class Planted:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
 
 
 @pytest.mark.parametrize("content", [b"", b"half", b"<html></html>"])
@@ -273,7 +341,7 @@ def test_a_run_of_another_network_under_the_same_name_is_refused(run, tmp_path, 
             ["trainer.autoresume=false", "trainer.load_path=/nowhere.pt"],
             "trainer: Local path /nowhere.pt does not exist",
         ),
-        (["trainer.save_folder=/proc/none"], "trainer: [Errno 2] No such file or directory: '/proc/none'"),
+        (["trainer.save_folder=/proc/none"], "trainer.save_folder: /proc/none: No such file or directory"),
         (["data.remote=/nowhere/at/all", "data.local=cache"], "cannot read /nowhere/at/all/spec.json"),
     ],
 )

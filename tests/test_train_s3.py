@@ -1,39 +1,66 @@
-"""A run whose checkpoints go to object storage, a real one on loopback, resumed twice from there."""
-
-import re
+"""A run whose checkpoints go to object storage, a real one on loopback."""
 
 import pytest
-import torch
-from composer.callbacks import CheckpointSaver
 
-from tests.test_to_mds import s3  # noqa: F401 - a fixture
+from sit_composer.checkpoint import load_checkpoint
+from sit_composer.run_folder import LocalFolder, S3Folder, fetch_checkpoint, newest
 from tests.test_train import bits, differences, run  # noqa: F401 - a fixture
 
+REMOTE = ["trainer.save_folder=s3://sit/runs/{run_name}", "trainer.save_interval=2ba", "data.flip=true"]
+FOLDER = "s3://sit/runs/quickstart"
 
-@pytest.mark.slow
-def test_each_resume_from_s3_goes_on_from_the_newest_checkpoint(run, s3, tmp_path, monkeypatch):  # noqa: F811
-    """Composer keeps what it downloaded for the first resume, and would take it for the newest at the second."""
-    monkeypatch.chdir(tmp_path)
-    original = CheckpointSaver.__init__
 
-    def quicker(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        self._symlink_upload_wait_before_next_try_in_seconds = 1  # of 30
+def fetched(tmp_path) -> dict:
+    folder, place = S3Folder(FOLDER), tmp_path / "fetched"
+    name = newest(folder)
+    fetch_checkpoint(folder, name, place)
+    (place / "latest-rank0.pt").unlink(missing_ok=True)
+    (place / "latest-rank0.pt").symlink_to(name)
+    return bits(place)
 
-    monkeypatch.setattr(CheckpointSaver, "__init__", quicker)
-    remote = ["trainer.save_folder=s3://sit/runs/{run_name}", "trainer.save_interval=2ba"]
-    assert run("trainer.max_duration=6ba", folder="whole") == 0
+
+def test_each_resume_from_s3_goes_on_from_the_newest_checkpoint(run, s3, tmp_path):  # noqa: F811
+    assert run("trainer.max_duration=6ba", "data.flip=true", folder="whole") == 0
     for batches in (2, 4, 6):
-        log = tmp_path / f"{batches}.log"
-        logger = f"loggers={{file: {{filename: '{log}'}}}}"
-        assert run(f"trainer.max_duration={batches}ba", *remote, logger) == 0
-        trained = [int(number) for number in re.findall(r"time/batch: (\d+)", log.read_text())]
-        assert min(trained) == batches - 2  # from the newest; an older one would lead to the same bits, but later
-    names = {key.rpartition("/")[2] for key in s3.keys("runs/quickstart")}
-    assert {"config.yaml", "ep0-ba2-rank0.pt", "ep0-ba4-rank0.pt", "ep0-ba6-rank0.pt"} <= names
-    last = tmp_path / "last"
-    last.mkdir()
-    body = s3.client.get_object(Bucket="sit", Key="runs/quickstart/ep0-ba6-rank0.pt")["Body"].read()
-    (last / "latest-rank0.pt").write_bytes(body)
-    assert torch.load(last / "latest-rank0.pt", weights_only=False)["state"]["timestamp"]["Timestamp"]["batch"] == 6
-    assert differences(bits(tmp_path / "whole"), bits(last)) == []
+        assert run(f"trainer.max_duration={batches}ba", "trainer.save_num_checkpoints_to_keep=2", *REMOTE) == 0
+        assert newest(S3Folder(FOLDER)) == f"ep0-ba{batches}-rank0.pt"
+    names = set(S3Folder(FOLDER).listing())
+    assert names == {"config.yaml", "ep0-ba4-rank0.pt", "ep0-ba6-rank0.pt"}  # the oldest was pruned, the lease let go
+    assert differences(bits(tmp_path / "whole"), fetched(tmp_path)) == []
+    # The commands read it from there.
+    here = load_checkpoint(str(tmp_path / "whole"))
+    there = load_checkpoint(FOLDER)
+    assert (there.step, there.source) == (6, FOLDER)
+    assert all(there.weights[name].equal(here.weights[name]) for name in here.weights)
+    assert load_checkpoint(f"{FOLDER}/ep0-ba4-rank0.pt").step == 4
+
+
+def test_what_a_kill_left_in_s3_is_not_resumed_from(run, s3, tmp_path):  # noqa: F811
+    assert run("trainer.max_duration=6ba", "data.flip=true", folder="whole") == 0
+    assert run("trainer.max_duration=2ba", *REMOTE) == 0
+    folder = S3Folder(FOLDER)
+    folder.write("ep0-ba4/__0_0.distcp", b"one shard of several")
+    multipart = s3.client.create_multipart_upload(Bucket="sit", Key="runs/quickstart/ep0-ba4-rank0.pt")
+    part = {"Bucket": "sit", "Key": multipart["Key"], "UploadId": multipart["UploadId"], "PartNumber": 1}
+    s3.client.upload_part(**part, Body=b"0" * 5_000_000)
+    assert newest(folder) == "ep0-ba2-rank0.pt"
+    assert run("trainer.max_duration=6ba", *REMOTE) == 0
+    assert differences(bits(tmp_path / "whole"), fetched(tmp_path)) == []
+    assert LocalFolder(str(tmp_path / "fetched")).is_whole("ep0-ba6-rank0.pt")
+
+
+def test_a_run_of_another_config_is_refused_from_s3_too(run, s3, capsys):  # noqa: F811
+    assert run("trainer.max_duration=2ba", *REMOTE) == 0
+    assert run("trainer.max_duration=4ba", *REMOTE, "optimizer.lr=1") == 2
+    assert f"optimizer.lr: got 1.0; the run in {FOLDER}, which this one would resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fault", ["bucket", "secret"])
+def test_a_store_that_refuses_is_one_line(run, s3, capsys, monkeypatch, fault):  # noqa: F811
+    if fault == "secret":
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    uri = "s3://none/run" if fault == "bucket" else "s3://sit/run"
+    assert run("trainer.max_duration=2ba", f"trainer.save_folder={uri}") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"error: trainer.save_folder: {uri}")
+    assert ("NoSuchBucket" if fault == "bucket" else "SignatureDoesNotMatch") in error

@@ -1,0 +1,141 @@
+"""One live run a folder: a small file beside the checkpoints, whose holder writes it anew every few seconds.
+
+A second run of the same name finds it beating, and is refused. After a kill it beats no more, and the next run takes it
+over: at once on the same machine, where the dead process is known to be dead, and after three missed beats elsewhere.
+A run that finds another's name in the file (it was cut off, and was taken for dead) stops, and writes no more.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+
+from sit_composer.run_folder import RunFolder, StorageError
+
+NAME = "alive.json"
+MISSED = 3  # beats after which a holder counts as dead
+
+
+class Lease:
+    """The right to write to a run's folder.
+
+    Args:
+        folder: the run's.
+        beat: seconds between two beats.
+        owner: of another process of the same run, that keeps it; None: this one does, once it has acquired it.
+    """
+
+    def __init__(self, folder: RunFolder, beat: float, owner: str | None = None):
+        self.folder = folder
+        self.beat = beat
+        self.lost: str | None = None  # why it isn't held any more
+        self.owner = owner or uuid.uuid4().hex
+        self._me = {"owner": self.owner, "host": socket.gethostname(), **_process(os.getpid())}
+        self._beats = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+
+    def acquire(self) -> None:
+        """Takes the lease, waiting out one that may be a dead run's.
+
+        Raises:
+            StorageError: if a live run holds it, or the folder can't be written to.
+        """
+        there = self.folder.read(NAME)
+        deadline = time.monotonic() + MISSED * self.beat
+        while there is not None and not self._is_dead(there) and time.monotonic() < deadline:
+            time.sleep(min(self.beat / 2, 1))
+            now = self.folder.read(NAME)
+            if now is not None and now != there:
+                raise self._refusal(now)
+            there = now
+        self._write()
+        time.sleep(min(self.beat / 2, 1))  # two that start at once both write: the later one has it
+        now = self.folder.read(NAME)
+        if self._owner(now) != self.owner:
+            raise self._refusal(now)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Makes sure, by a look at the folder, that it is held.
+
+        Raises:
+            StorageError: if another run holds it.
+        """
+        if self.lost is None:
+            now = self.folder.read(NAME)
+            if self._owner(now) != self.owner:
+                self.lost = (
+                    f"{self.folder.uri}: another run{self._where(now)} has taken this one for dead and took over"
+                )
+        if self.lost is not None:
+            raise StorageError(self.lost)
+
+    def release(self) -> None:
+        """Lets go of it, so that the next run need not wait."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        with contextlib.suppress(StorageError):  # it will be taken for dead
+            self.check()
+            self.folder.delete([NAME])
+
+    def _keep(self) -> None:
+        while not self._ended.wait(self.beat):
+            try:
+                self.check()
+                self._write()
+            except StorageError:
+                if self.lost is not None:
+                    return
+                # A store that doesn't answer doesn't let another run take over either.
+
+    def _write(self) -> None:
+        self._beats += 1
+        self.folder.write(NAME, json.dumps({**self._me, "beats": self._beats, "time": time.time()}).encode())
+
+    def _is_dead(self, content: bytes) -> bool:
+        """Whether the holder is known to be dead: a process of this machine that isn't there any more."""
+        try:
+            holder = json.loads(content)
+            if (holder["host"], holder["boot"]) != (self._me["host"], self._me["boot"]):
+                return False
+            return _process(int(holder["pid"])) != {name: holder[name] for name in ("pid", "boot", "started")}
+        except (ValueError, KeyError, TypeError):
+            return False
+
+    def _refusal(self, content: bytes | None) -> StorageError:
+        return StorageError(
+            f"{self.folder.uri}: a run of this name is alive{self._where(content)}; stop it first, or choose another "
+            "run_name"
+        )
+
+    @staticmethod
+    def _where(content: bytes | None) -> str:
+        try:
+            holder = json.loads(content or b"")
+            return f" on {holder['host']}, process {int(holder['pid'])},"
+        except (ValueError, KeyError, TypeError):
+            return ""
+
+    @staticmethod
+    def _owner(content: bytes | None) -> str | None:
+        try:
+            return json.loads(content or b"")["owner"]
+        except (ValueError, KeyError, TypeError):
+            return None
+
+
+def _process(pid: int) -> dict[str, str | int]:
+    """What names a process of this machine: its number is given again to others, also after a boot."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # from the third on
+        started = "" if fields[0] in "ZX" else fields[19]  # ticks since boot; a zombie is dead
+    except (OSError, IndexError):
+        boot, started = "", ""
+    return {"pid": pid, "boot": boot, "started": started}

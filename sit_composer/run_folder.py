@@ -1,0 +1,249 @@
+"""The folder of a run's checkpoints, on a file system or in object storage: what is in it, and which is the newest.
+
+A checkpoint is there or it isn't: what a kill left half written or half uploaded is never resumed from. A file is
+whole if its archive can be opened, whose table is written last (an object in S3 appears as a whole anyway); a sharded
+one if its metadata is there, written last, and every file that it names is, with the bytes that it speaks of.
+"""
+
+import os
+import re
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from sit_composer.errors import UserError
+
+METADATA = ".metadata"
+CHECKPOINT = re.compile(r"ep\d+-ba(\d+)(-rank0\.pt)?")  # a file of all, or a folder of shards
+
+
+class StorageError(UserError):
+    """Why a folder or an object store can't be used: what, where, and the store's own words."""
+
+
+class RunFolder(Protocol):
+    """A folder with files in it, and folders of files."""
+
+    uri: str
+
+    def listing(self) -> dict[str, int]:
+        """The bytes of every file, by its name in the folder: "config.yaml", "ep0-ba10/.metadata"."""
+
+    def read(self, name: str) -> bytes | None:
+        """A small file's content; None if it isn't there."""
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a small file, all of it or nothing."""
+
+    def delete(self, names: list[str]) -> None:
+        """Deletes files; one that isn't there is no error."""
+
+    def is_whole(self, name: str) -> bool:
+        """Whether a checkpoint of one file was written to its end."""
+
+
+def open_run_folder(uri: str) -> RunFolder:
+    """The folder of that path or s3:// URI; it need not exist yet.
+
+    Raises:
+        StorageError: if it can be none.
+    """
+    if uri.startswith("s3://"):
+        return S3Folder(uri)
+    if "://" in uri:
+        raise StorageError(f"{uri.split('://')[0]}://: not an object store that is known here; take s3://, or a folder")
+    return LocalFolder(uri)
+
+
+def checkpoints(folder: RunFolder) -> dict[str, list[str]]:
+    """The names of checkpoints, whole or not, from the oldest to the newest, with their files' names."""
+    found: dict[str, list[str]] = {}
+    for name in folder.listing():
+        top = name.split("/")[0]
+        if CHECKPOINT.fullmatch(top) and top.endswith(".pt") == ("/" not in name):
+            found.setdefault(top, []).append(name)
+    return {name: found[name] for name in sorted(found, key=lambda name: int(CHECKPOINT.fullmatch(name)[1]))}
+
+
+def is_complete(folder: RunFolder, name: str, sizes: dict[str, int]) -> bool:
+    """Whether the checkpoint of that name can be resumed from; sizes is the folder's listing."""
+    if name.endswith(".pt"):
+        return folder.is_whole(name)
+    from sit_composer.safe_load import CheckpointError, load_metadata, sharded_files
+
+    content = folder.read(f"{name}/{METADATA}")
+    try:
+        needed = sharded_files(load_metadata(content, f"{folder.uri}/{name}/{METADATA}")) if content else {}
+    except CheckpointError:
+        return False
+    return bool(needed) and all(sizes.get(f"{name}/{file}", -1) >= size for file, size in needed.items())
+
+
+def newest(folder: RunFolder) -> str | None:
+    """The name of the newest complete checkpoint."""
+    sizes = folder.listing()
+    return next((name for name in reversed(checkpoints(folder)) if is_complete(folder, name, sizes)), None)
+
+
+def prune(folder: RunFolder, keep: int) -> None:
+    """Deletes all but the newest ``keep`` complete checkpoints (at least one), and incomplete ones older than those."""
+    sizes, found, kept = folder.listing(), checkpoints(folder), 0
+    for name in reversed(found):
+        if kept >= max(keep, 1):
+            # The metadata first: without it the rest is no checkpoint, whenever this is interrupted.
+            folder.delete(sorted(found[name], key=lambda file: not file.endswith(METADATA)))
+        elif is_complete(folder, name, sizes):
+            kept += 1
+
+
+def clear_incomplete(folder: RunFolder) -> None:
+    """Deletes what an earlier run left half done after its newest complete checkpoint.
+
+    So that the files of a checkpoint that is written again are all of one writing.
+    """
+    sizes, found = folder.listing(), checkpoints(folder)
+    for name in reversed(found):
+        if is_complete(folder, name, sizes):
+            break
+        folder.delete(sorted(found[name], key=lambda file: not file.endswith(METADATA)))
+
+
+class LocalFolder:
+    """A folder of the file system."""
+
+    def __init__(self, path: str):
+        self.uri = path
+        self.path = Path(path)
+        self._made = False
+
+    def listing(self) -> dict[str, int]:
+        sizes = {}
+        with self._errors():
+            for folder, _, names in os.walk(self.path):
+                for name in names:
+                    file = Path(folder, name)
+                    if file.is_file() and not file.is_symlink():
+                        sizes[file.relative_to(self.path).as_posix()] = file.stat().st_size
+        return sizes
+
+    def read(self, name: str) -> bytes | None:
+        with self._errors():
+            try:
+                return (self.path / name).read_bytes()
+            except FileNotFoundError:
+                return None
+
+    def write(self, name: str, content: bytes) -> None:
+        with self._errors():
+            self._made |= not self.path.exists()
+            self.path.mkdir(parents=True, exist_ok=True)
+            temporary = self.path / f".{name}.{os.getpid()}"
+            temporary.write_bytes(content)
+            temporary.replace(self.path / name)
+
+    def delete(self, names: list[str]) -> None:
+        with self._errors():
+            for name in names:
+                (self.path / name).unlink(missing_ok=True)
+            ours = {(self.path / name).parent for name in names} - ({self.path} if not self._made else set())
+            for parent in sorted(ours, reverse=True):
+                if parent.is_dir() and not any(parent.iterdir()):
+                    parent.rmdir()
+
+    def is_whole(self, name: str) -> bool:
+        return zipfile.is_zipfile(self.path / name)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(f"{error.filename or self.uri}: {error.strerror or error}") from error
+
+
+class S3Folder:
+    """A prefix of an S3 bucket; S3_ENDPOINT_URL names another store than AWS. Every request is tried six times."""
+
+    def __init__(self, uri: str):
+        import boto3
+        from botocore.config import Config
+
+        bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.-]+", bucket):
+            raise StorageError("s3://: no bucket's name behind it (credentials come from the environment)")
+        self.uri = uri.rstrip("/")
+        self.bucket = bucket
+        self.prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+        patient = Config(
+            retries={"mode": "standard", "total_max_attempts": 6},
+            connect_timeout=10,
+            read_timeout=30,
+            tcp_keepalive=True,
+        )
+        with self._errors(self.uri):
+            self.client = boto3.Session().client("s3", endpoint_url=os.environ.get("S3_ENDPOINT_URL"), config=patient)
+
+    def listing(self) -> dict[str, int]:
+        with self._errors(self.uri):
+            pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix)
+            objects = [found for page in pages for found in page.get("Contents", [])]
+        return {found["Key"].removeprefix(self.prefix): found["Size"] for found in objects}
+
+    def read(self, name: str) -> bytes | None:
+        with self._errors(f"{self.uri}/{name}"):
+            try:
+                return self.client.get_object(Bucket=self.bucket, Key=self.prefix + name)["Body"].read()
+            except self.client.exceptions.NoSuchKey:
+                return None
+
+    def write(self, name: str, content: bytes) -> None:
+        with self._errors(f"{self.uri}/{name}"):
+            self.client.put_object(Bucket=self.bucket, Key=self.prefix + name, Body=content)
+
+    def upload(self, file: Path, name: str) -> None:
+        """Uploads a file of any size; it appears when all of it is there."""
+        with self._errors(f"{self.uri}/{name}"):
+            self.client.upload_file(str(file), self.bucket, self.prefix + name)
+
+    def download(self, name: str, file: Path) -> None:
+        """Downloads a file of any size."""
+        with self._errors(f"{self.uri}/{name}"):
+            self.client.download_file(self.bucket, self.prefix + name, str(file))
+
+    def delete(self, names: list[str]) -> None:
+        for name in names:
+            with self._errors(f"{self.uri}/{name}"):
+                self.client.delete_object(Bucket=self.bucket, Key=self.prefix + name)
+
+    def is_whole(self, name: str) -> bool:
+        return True
+
+    @contextmanager
+    def _errors(self, where: str) -> Iterator[None]:
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError
+        from urllib3.exceptions import HTTPError
+
+        try:
+            yield
+        except (BotoCoreError, ClientError, Boto3Error, HTTPError, OSError) as error:
+            raise StorageError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def fetch_checkpoint(folder: S3Folder, name: str, place: Path) -> None:
+    """Downloads a checkpoint, a file or a folder, into the folder ``place``.
+
+    Raises:
+        StorageError: if it can't be had, whole.
+    """
+    sizes, files = folder.listing(), checkpoints(folder).get(name, [])
+    for file in files:
+        (place / file).parent.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda file: folder.download(file, place / file), files))
+    local = LocalFolder(str(place))
+    if not all(local.listing().get(file) == sizes[file] for file in files) or not is_complete(local, name, sizes):
+        raise StorageError(f"{folder.uri}/{name}: did not come whole")

@@ -1,0 +1,220 @@
+"""Autoencoders as their releases are configured, small and of random weights, saved and loaded as the real ones are."""
+
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder, load_autoencoder
+from sit_composer.errors import UserError
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+RELEASES = {  # the keys of each one's config.json that matter here
+    "sd": {"latent_channels": 4, "scaling_factor": 0.18215},
+    "sdxl": {"latent_channels": 4, "scaling_factor": 0.13025, "force_upcast": True},
+    "sd3": {
+        "latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    },
+    "flux": {
+        "latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    },
+}  # fmt: skip
+
+
+def save(folder, **config) -> AutoencoderKL:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, norm_num_groups=4, **config,
+    )  # fmt: skip
+    vae.save_pretrained(folder)
+    return vae.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Gives the folder of a release's autoencoder."""
+    root = tmp_path_factory.mktemp("autoencoders")
+    for name, config in RELEASES.items():
+        save(root / name, **{"force_upcast": False} | config)
+    return lambda name: str(root / name)
+
+
+@pytest.fixture
+def copy(folders, tmp_path):
+    """Copies SD's, with its config's keys changed (None: left out) and its weights too; gives the folder."""
+
+    def copy(weights=None, **changes) -> str:
+        folder = tmp_path / "copy"
+        shutil.copytree(folders("sd"), folder)
+        config = json.loads((folder / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+        if weights is not None:
+            save_file(weights(load_file(folder / WEIGHTS)), folder / WEIGHTS)
+        return str(folder)
+
+    return copy
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_a_release_is_standardized_as_its_config_says(folders, release):
+    config = RELEASES[release]
+    autoencoder = load_autoencoder(folders(release), channels=3)
+    spec, channels = autoencoder.spec, config["latent_channels"]
+    scale, shift = config["scaling_factor"], config.get("shift_factor", 0.0)
+    assert spec == AutoencoderSpec(folders(release), channels=channels, downsample=4, scale=scale, shift=shift)
+    vae = AutoencoderKL.from_pretrained(folders(release))
+    pictures, noise = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, channels, 4, 4)
+    with torch.no_grad():
+        posterior = vae.encode(pictures).latent_dist
+        sampled = posterior.mean + posterior.std * noise
+        latents = autoencoder.encode(pictures, noise)
+        torch.testing.assert_close(latents, (sampled - shift) * scale)
+        torch.testing.assert_close(autoencoder.decode(latents), vae.decode(latents / scale + shift).sample)
+        torch.testing.assert_close(autoencoder.decode(latents), vae.decode(sampled).sample, rtol=1e-4, atol=1e-5)
+
+
+@given(scale=st.floats(0.1, 2), shift=st.floats(-1, 1))
+@settings(max_examples=20, deadline=None)
+def test_standardization_is_undone(scale, shift):
+    spec = AutoencoderSpec("some", channels=3, scale=scale, shift=shift)
+    moments = torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(0))
+    latents = spec.latents(moments, torch.zeros(2, 3, 4, 4))
+    torch.testing.assert_close(latents / scale + shift, moments[:, :3], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("release", ["sdxl", "flux"])
+def test_a_pipelines_own_is_found_in_its_folder_vae(folders, tmp_path, release):
+    shutil.copytree(folders(release), tmp_path / "vae")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "SomePipeline"}')
+    found, direct = KLAutoencoder(str(tmp_path)), KLAutoencoder(folders(release))
+    assert found.spec.as_dict() == direct.spec.as_dict() | {"name": str(tmp_path)}
+    latents = torch.randn(1, found.spec.channels, 4, 4)
+    assert torch.equal(found.decode(latents), direct.decode(latents))
+    (tmp_path / "config.json").write_text('{"_class_name": "Transformer2DModel"}')  # something else at the top
+    assert torch.equal(KLAutoencoder(str(tmp_path)).decode(latents), direct.decode(latents))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.01)])
+def test_slices_give_what_the_whole_batch_gives(folders, dtype, tolerance):
+    """To rounding: a convolution's order of sums depends on the batch."""
+    whole = load_autoencoder(folders("flux"), 3, dtype=dtype, slice_size=7)
+    slices = load_autoencoder(folders("flux"), 3, dtype=dtype, slice_size=3)
+    exact = KLAutoencoder(folders("flux"))
+    latents, pictures = torch.randn(7, 16, 4, 4), torch.rand(7, 3, 16, 16) * 2 - 1
+    for name, batch in (("decode", latents), ("moments", pictures)):
+        outputs = [getattr(autoencoder, name)(batch) for autoencoder in (whole, slices, exact)]
+        assert all(output.dtype == torch.float32 for output in outputs)
+        torch.testing.assert_close(outputs[0], outputs[1], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(outputs[1], outputs[2], rtol=4 * tolerance, atol=4 * tolerance)
+        if dtype != torch.float32:
+            assert not torch.equal(outputs[1], outputs[2])
+
+
+def test_no_more_than_a_slice_is_computed_at_a_time(folders):
+    autoencoder = KLAutoencoder(folders("sd"), slice_size=3)
+    seen = {"encoder": [], "decoder": []}
+    for name, sizes in seen.items():
+        getattr(autoencoder.vae, name).register_forward_pre_hook(
+            lambda _, args, sizes=sizes: sizes.append(len(args[0]))
+        )
+    autoencoder.decode(autoencoder.encode(torch.zeros(7, 3, 16, 16)))
+    assert seen == {"encoder": [3, 3, 1], "decoder": [3, 3, 1]}
+
+
+def overflowing(weights: dict) -> dict:
+    """Decodes to numbers beyond float16's 65,504 on the way, which the last norm makes small again."""
+    return weights | {"decoder.conv_in.weight": weights["decoder.conv_in.weight"] * 1e5}
+
+
+def test_what_overflows_in_float16_is_refused_and_never_a_black_picture(copy):
+    folder = copy(overflowing)
+    latents = torch.randn(2, 4, 4, 4)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert KLAutoencoder(folder, dtype=dtype).decode(latents).isfinite().all()
+    message = "copy: decodes latents in float16 to NaN or infinite values; take bfloat16 or float32"
+    with pytest.raises(UserError, match=message):
+        KLAutoencoder(folder, dtype=torch.float16).decode(latents)
+    with pytest.raises(UserError, match="encodes pictures in float32 to NaN or infinite values; its weights or what"):
+        KLAutoencoder(folder).moments(torch.full((1, 3, 16, 16), torch.nan))
+
+
+def test_float16_is_refused_where_the_config_says_that_it_overflows(folders, copy):
+    with pytest.raises(
+        UserError, match=r"sdxl: its config\.json says force_upcast, as it overflows in float16; take b"
+    ):
+        KLAutoencoder(folders("sdxl"), dtype=torch.float16)
+    KLAutoencoder(folders("sdxl"), dtype=torch.bfloat16)
+    old = KLAutoencoder(copy(force_upcast=None), dtype=torch.float16)  # SD's own, older than the key
+    assert old.vae.config.force_upcast
+    assert old.vae.dtype == torch.float16
+
+
+def test_numbers_a_channel_are_refused(copy):
+    with pytest.raises(UserError, match="has latents_mean or latents_std, numbers for each channel") as error:
+        KLAutoencoder(copy(latents_mean=[0.1] * 4, latents_std=[0.9] * 4))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (lambda w: {k: v for k, v in w.items() if "quant" not in k}, "have 4 missing, as post_quant_conv.bias"),
+        (lambda w: w | {"decoder.extra": torch.zeros(1)}, "have 1 unexpected, as decoder.extra"),
+    ],
+)
+def test_weights_that_are_not_the_configs_are_refused(copy, weights, message):
+    with pytest.raises(UserError, match=message):
+        KLAutoencoder(copy(weights))
+
+
+def test_the_old_names_of_attention_are_read(folders, copy):
+    """SD's weights were saved before diffusers renamed them."""
+    names = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
+
+    def old(weights: dict) -> dict:
+        renamed = {}
+        for key, value in weights.items():
+            new = next((key.replace(a, b) for a, b in names.items() if f"attentions.0.{a}" in key), key)
+            renamed[new] = value
+        assert renamed.keys() != weights.keys()
+        return renamed
+
+    latents = torch.randn(1, 4, 4, 4)
+    assert torch.equal(KLAutoencoder(copy(old)).decode(latents), KLAutoencoder(folders("sd")).decode(latents))
+
+
+class Planted:
+    def __reduce__(self):
+        return (open, (os.environ["PLANTED"], "w"))
+
+
+@pytest.mark.parametrize("planted", [True, False])
+def test_pickled_weights_are_refused_and_nothing_in_them_runs(copy, tmp_path, monkeypatch, planted):
+    monkeypatch.setenv("PLANTED", str(tmp_path / "planted"))
+    folder = copy()
+    weights = load_file(f"{folder}/{WEIGHTS}") | ({"more": Planted()} if planted else {})
+    torch.save(weights, f"{folder}/diffusion_pytorch_model.bin", pickle_module=pickle)
+    os.unlink(f"{folder}/{WEIGHTS}")
+    with pytest.raises(UserError, match=f"can't load an AutoencoderKL from .*{WEIGHTS}") as error:
+        KLAutoencoder(folder)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "planted").exists()
+
+
+@pytest.mark.parametrize("content", [None, '{"_class_name": "AutoencoderTiny"}', "<html>"])
+def test_what_is_no_autoencoder_is_told(tmp_path, content):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"can't load an AutoencoderKL from .*config\.json.*in its folder vae") as error:
+        KLAutoencoder(str(tmp_path))
+    assert "\n" not in str(error.value)

@@ -1,0 +1,190 @@
+"""What is complete in a run's folder, what is pruned, and who may write to it; on a disk and in a real S3."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import zipfile
+
+import pytest
+
+from sit_composer.errors import UserError
+from sit_composer.lease import NAME, Lease
+from sit_composer.run_folder import (
+    LocalFolder,
+    S3Folder,
+    StorageError,
+    checkpoints,
+    clear_incomplete,
+    fetch_checkpoint,
+    newest,
+    open_run_folder,
+    prune,
+)
+
+BEAT = 0.3
+
+
+@pytest.fixture(params=["local", "s3"])
+def folder(request, tmp_path):
+    if request.param == "local":
+        return LocalFolder(str(tmp_path / "run"))
+    request.getfixturevalue("s3")
+    return S3Folder(f"s3://sit/runs/{time.monotonic_ns()}")
+
+
+def put(folder, name: str, content: bytes = b"x") -> None:
+    if isinstance(folder, LocalFolder):
+        (folder.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder.path / name).write_bytes(content)
+    else:
+        folder.write(name, content)
+
+
+def archive(tmp_path, text: str = "x" * 1000) -> bytes:
+    with zipfile.ZipFile(tmp_path / "archive", "w") as file:
+        file.writestr("data", text)
+    return (tmp_path / "archive").read_bytes()
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """A small sharded checkpoint, as torch writes them."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    place = tmp_path_factory.mktemp("sharded") / "ep1-ba30"
+    dcp.save({"a": torch.arange(10.0), "b": "text"}, storage_writer=dcp.FileSystemWriter(place), no_dist=True)
+    return {f"ep1-ba30/{file.name}": file.read_bytes() for file in place.iterdir()}
+
+
+def test_the_newest_complete_checkpoint_is_found(folder, tmp_path, shards):
+    assert newest(folder) is None
+    whole = archive(tmp_path)
+    for batch in (2, 10, 9):
+        put(folder, f"ep0-ba{batch}-rank0.pt", whole)
+    put(folder, "config.yaml")
+    put(folder, "samples/ep0-ba99-rank0.pt", whole)
+    assert newest(folder) == "ep0-ba10-rank0.pt"
+    if isinstance(folder, LocalFolder):  # an object in S3 is never half there
+        put(folder, "ep0-ba11-rank0.pt", whole[:-30])
+        assert newest(folder) == "ep0-ba10-rank0.pt"
+    for missing in shards:  # any of its files lacking, or cut short
+        for name, content in shards.items():
+            if name != missing:
+                put(folder, name, content)
+        assert newest(folder) == "ep0-ba10-rank0.pt"
+        put(folder, missing, shards[missing][:-1])
+        assert newest(folder) == "ep0-ba10-rank0.pt"
+        folder.delete(list(shards))
+    for name, content in shards.items():
+        put(folder, name, content)
+    assert newest(folder) == "ep1-ba30"
+
+
+def test_pruning_keeps_the_newest_complete_ones_and_what_is_not_a_checkpoint(folder, tmp_path, shards):
+    whole = archive(tmp_path)
+    for batch in (2, 4, 6):
+        put(folder, f"ep0-ba{batch}-rank0.pt", whole)
+    put(folder, "config.yaml")
+    for name, content in shards.items():
+        if not name.endswith(".metadata"):
+            put(folder, name, content)  # newer than all, and incomplete: it may just be on its way
+    prune(folder, 1)
+    assert list(checkpoints(folder)) == ["ep0-ba6-rank0.pt", "ep1-ba30"]
+    prune(folder, 0)
+    assert newest(folder) == "ep0-ba6-rank0.pt"
+    clear_incomplete(folder)
+    assert list(checkpoints(folder)) == ["ep0-ba6-rank0.pt"]
+    assert set(folder.listing()) == {"config.yaml", "ep0-ba6-rank0.pt"}
+
+
+def test_a_checkpoint_is_fetched_whole(s3, tmp_path, shards):
+    folder = S3Folder("s3://sit/runs/fetch")
+    for name, content in shards.items():
+        folder.write(name, content)
+    fetch_checkpoint(folder, "ep1-ba30", tmp_path / "here")
+    assert {f"ep1-ba30/{file.name}": file.read_bytes() for file in (tmp_path / "here" / "ep1-ba30").iterdir()} == shards
+    folder.delete(["ep1-ba30/.metadata"])
+    with pytest.raises(StorageError, match="s3://sit/runs/fetch/ep1-ba30: did not come whole"):
+        fetch_checkpoint(folder, "ep1-ba30", tmp_path / "there")
+
+
+@pytest.mark.parametrize(
+    ("uri", "secret", "said"),
+    [
+        ("s3://none/run", "testsecret", "s3://none/run.*NoSuchBucket"),
+        ("s3://sit/run", "wrong", "s3://sit/run.*SignatureDoesNotMatch"),
+    ],
+)
+def test_a_store_that_refuses_is_named_and_no_secret_is(s3, monkeypatch, uri, secret, said):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    with pytest.raises(StorageError, match=said) as error:
+        Lease(open_run_folder(uri), BEAT).acquire()
+    assert secret not in str(error.value) or secret == "wrong"
+    assert "testsecret" not in str(error.value)
+
+
+def test_what_is_no_folder_is_refused_without_repeating_credentials():
+    for uri in ("s3://key:secret@bucket/run", "https://key:secret@host/run"):
+        with pytest.raises(UserError) as error:
+            open_run_folder(uri)
+        assert "secret" not in str(error.value)
+
+
+# --- The lease ---
+
+
+def test_one_of_two_has_the_lease_until_it_lets_go(folder):
+    first, second = Lease(folder, BEAT), Lease(folder, BEAT)
+    first.acquire()
+    with pytest.raises(StorageError, match=r"a run of this name is alive on .*, process \d+"):
+        second.acquire()
+    first.check()
+    first.release()
+    assert NAME not in folder.listing()
+    second = Lease(folder, BEAT)
+    second.acquire()
+    second.release()
+
+
+def test_a_dead_process_of_this_machine_is_followed_at_once(folder, tmp_path):
+    """Killed with kill -9; with a beat so slow that waiting for three of them would show."""
+    code = (
+        "import sys; from sit_composer.lease import Lease; from sit_composer.run_folder import open_run_folder\n"
+        "lease = Lease(open_run_folder(sys.argv[1]), 30); lease.acquire(); print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, folder.uri], stdout=-1, stdin=-1, text=True)
+    assert holder.stdout.readline() == "held\n"
+    holder.kill()
+    holder.wait()
+    holder.stdin.close()
+    holder.stdout.close()
+    start = time.monotonic()
+    follower = Lease(folder, 30)
+    follower.acquire()
+    assert time.monotonic() - start < 20
+    follower.release()
+
+
+def test_a_dead_run_elsewhere_is_followed_after_three_missed_beats(folder):
+    folder.write(NAME, json.dumps({"owner": "x", "host": "elsewhere", "pid": 1, "boot": "", "started": ""}).encode())
+    start = time.monotonic()
+    follower = Lease(folder, BEAT)
+    follower.acquire()
+    assert time.monotonic() - start >= 3 * BEAT
+    follower.release()
+
+
+def test_a_run_that_was_taken_for_dead_writes_no_more(folder):
+    zombie = Lease(folder, BEAT)
+    zombie.acquire()
+    folder.write(NAME, json.dumps({"owner": "successor", "host": "elsewhere", "pid": 7}).encode())
+    with pytest.raises(StorageError, match="another run on elsewhere, process 7, has taken this one for dead"):
+        zombie.check()
+    time.sleep(3 * BEAT)
+    assert json.loads(folder.read(NAME))["owner"] == "successor"  # its beats have stopped
+    zombie.release()
+    assert json.loads(folder.read(NAME))["owner"] == "successor"
+    assert os.getpid() not in [json.loads(folder.read(NAME)).get("pid")]
