@@ -3,10 +3,12 @@
 Every check raises a UserError, mostly ConfigError, with one line: the key, what it got, and what it takes.
 """
 
+import dataclasses
 import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
@@ -22,7 +24,7 @@ from sit_composer.config import (
     SampleGridConfig,
     network_arguments,
 )
-from sit_composer.names import LOSS_WEIGHTS, ODE_METHODS, PATHS, PREDICTIONS, TIME_SAMPLINGS, choose
+from sit_composer.names import FIXED_STEP_METHODS, LOSS_WEIGHTS, ODE_METHODS, PATHS, PREDICTIONS, TIME_SAMPLINGS, choose
 from sit_composer.spec import SPEC_NAME, DataSpec
 
 # Trainer arguments that have a key of their own, or that a YAML can't hold.
@@ -41,6 +43,7 @@ TIME = re.compile(r"\d+(\.\d+)?(ep|ba|sp|tok|sec|dur|iter)?")
 
 def check(config: Config) -> None:
     """Checks all that can be known before the data and the libraries are loaded."""
+    check_no_credentials(vars(config))
     check_model(config.model)
     choose("transport.path_type", config.transport.path_type, PATHS)
     choose("transport.prediction", config.transport.prediction, PREDICTIONS)
@@ -104,6 +107,17 @@ def check(config: Config) -> None:
             composer_api.check_group(section, name, arguments or {})
 
 
+def check_no_credentials(value: Any, name: str = "") -> None:
+    """Refuses an address with a password in it, which the saved config, loggers and error messages would repeat."""
+    if isinstance(value, str) and re.search(r"://[^/\s]*@", value):
+        raise ConfigError(f"{name}: an address with credentials in it; give them by the environment")
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        check_no_credentials(item, f"{name}.{key}" if name else str(key))
+
+
 def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise ConfigError(f"{name}: got {value}; it takes a whole number, {least} or more")
@@ -138,7 +152,9 @@ def check_drawing(config: Config, section: str) -> None:
     drawing: DrawingConfig = getattr(config, section)
     if not TIME.fullmatch(drawing.interval):
         raise ConfigError(f"{section}.interval: got {drawing.interval!r}; it takes a time, such as 1000ba")
-    choose(f"{section}.sampling_method", drawing.sampling_method, ODE_METHODS)
+    # Ranks that hold shards of one network must call it equally often, and an adaptive solver decides by its batch.
+    methods = ODE_METHODS if config.fsdp is None else FIXED_STEP_METHODS
+    choose(f"{section}.sampling_method", drawing.sampling_method, methods)
     _at_least(f"{section}.num_steps", drawing.num_steps, 2)
     _at_least(f"{section}.batch_size", drawing.batch_size, 1)
     _at_least(f"{section}.seed", drawing.seed, 0)

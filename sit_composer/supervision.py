@@ -6,6 +6,7 @@ looks for a link that is written half a minute after the checkpoint, and takes w
 the newest; so uploading, finding and pruning are done here, on threads that end with the run.
 """
 
+import ctypes
 import getpass
 import hashlib
 import os
@@ -46,6 +47,8 @@ from sit_composer.run_folder import (
     prune,
 )
 from sit_composer.safe_load import load_metadata, sharded_files
+
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>: be sent a signal when the parent dies
 
 
 class Evicted(Exception):
@@ -306,6 +309,9 @@ class Eviction(Callback):
     def install(self) -> None:
         """Listens from now on; until training starts, a SIGTERM ends the process at once."""
         signal.signal(signal.SIGTERM, self._hear)
+        if "LOCAL_RANK" in os.environ and sys.platform == "linux":
+            # Composer's launcher dies of a signal without a word to its ranks, which would train on, alone.
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self._training = True
