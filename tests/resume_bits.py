@@ -1,7 +1,7 @@
 """Trains a small network some times in one launch:   composer -n N -m tests.resume_bits SHARDS TOP WAY:NAME:BATCHES …
 
-WAY is ddp or fsdp, with -compiled or without. Each run goes on from TOP/WAY/NAME to so many batches, and saves there
-at its end; 7 batches are an epoch, and every fifth is evaluated and sampled from.
+WAY is ddp, fsdp or hsdp, with -compiled or without. Each run goes on from TOP/WAY/NAME to so many batches, and saves
+there at its end; 7 batches are an epoch, and every fifth is evaluated and sampled from.
 """
 
 import sys
@@ -24,6 +24,8 @@ def run(shards: str, folder: Path, way: str, batches: int) -> None:
     ]  # fmt: skip
     if way.startswith("fsdp"):
         overrides.append("fsdp={}")
+    if way == "hsdp":
+        overrides.append("fsdp={data_parallel_replicate_degree: 2, activation_checkpointing: true}")
     if way.endswith("compiled"):
         overrides.append("trainer.compile_config={}")
     if train.main([QUICKSTART, *overrides]) != 0:

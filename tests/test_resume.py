@@ -43,7 +43,16 @@ def two(digits_shards, tmp_path_factory, one) -> Path:
     top = tmp_path_factory.mktemp("two")
     (top / "ddp").mkdir()
     (one / "ddp" / "up").rename(top / "ddp" / "up")
-    launch(2, digits_shards, top, *interruptions("ddp"), *interruptions("fsdp"), "ddp:up:14", "fsdp:down:4")
+    launch(
+        2,
+        digits_shards,
+        top,
+        *interruptions("ddp"),
+        *interruptions("fsdp"),
+        "ddp:up:14",
+        "fsdp:down:4",
+        "hsdp:whole:14",
+    )
     launch(1, digits_shards, top, "fsdp:down:14")
     return top
 
@@ -89,7 +98,7 @@ def test_compiled_runs_resume_to_the_bit(digits_shards, tmp_path, ranks, way):
 
 
 @pytest.mark.parametrize("weights", ["training", "ema"])
-@pytest.mark.parametrize("way", ["ddp/whole", "fsdp/whole", "ddp/up", "fsdp/down"])
+@pytest.mark.parametrize("way", ["ddp/whole", "fsdp/whole", "hsdp/whole", "ddp/up", "fsdp/down"])
 def test_any_ranks_train_what_one_process_does(one, two, way, weights):
     """Also one that was resumed on more ranks, or on fewer: the same samples, noise and batches follow."""
     expected = load_checkpoint(str(one / "ddp" / "whole"), weights).weights
