@@ -178,7 +178,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     network, transport = build_network(checkpoint, device), Transport(**record["transport"])
     log_p: list[float] = []
     evaluations = 0  # summed over the pictures
-    with tqdm(total=len(indices), unit="img", desc="log p") as bar:
+    with tqdm(total=len(indices), unit="img", desc="log p", disable=None) as bar:
         for start in range(0, len(indices), args.batch_size):
             numbers = indices[start : start + args.batch_size]
             samples = [pictures.dataset[i] for i in numbers]  # by number: a loader pads an epoch, and has its own order

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -169,10 +168,15 @@ class FrechetDistance(Callback):
         batch = int(state.timestamp.batch)
         self.values[str(batch)] = distance[0]
         logger.log_metrics({"metrics/frechet_distance": distance[0]})
-        if self.file is not None and dist.get_global_rank() == 0:
+        if dist.get_global_rank() != 0:
+            return
+        print(f"batch {batch}: Fréchet distance {distance[0]:.2f} of {len(self.drawing.labels)} pictures", flush=True)
+        if self.file is not None:
             Path(self.file).parent.mkdir(parents=True, exist_ok=True)
-            what = {"pictures": len(self.drawing.labels), "features": self.extractor.identity}
-            write_json({**what, **asdict(self.drawing.sampling), "frechet_distance": self.values}, Path(self.file))
+            names = ("sampling_method", "num_steps", "cfg_scale", "seed")
+            what = {name: getattr(self.drawing.sampling, name) for name in names}
+            what |= {"pictures": len(self.drawing.labels), "features": self.extractor.identity}
+            write_json({**what, "frechet_distance": self.values}, Path(self.file))
 
     def features(self, pictures: Tensor) -> Tensor:
         """Features (n, D) of pictures (n, C, H, W)."""

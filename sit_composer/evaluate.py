@@ -220,7 +220,8 @@ def extract(
 
     parts: dict[str, list[Any]] = {}
     done = 0
-    with tqdm(total=pictures.count, unit="img", desc=f"features of {Path(pictures.path).name}") as bar:
+    what = f"features of {Path(pictures.path).name}"
+    with tqdm(total=pictures.count, unit="img", desc=what, disable=None) as bar:
         for batch in pictures.batches(batch_size):
             out = extractor(batch)
             if not done:

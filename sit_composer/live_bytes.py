@@ -135,7 +135,7 @@ def _histories(step: Step, samples: int) -> tuple[list[int], list[int]]:
             for i, block in enumerate(network.blocks):
                 if step.checkpointing:
                     block = checkpoint_wrapper(block, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
-                network.blocks[i] = Offloaded(block) if step.offload else block
+                network.blocks[i] = Offloaded(block, step.cuda) if step.offload else block
             transport = Transport(**dict(step.transport))
             histories = []
             with Ledger(parameters) as ledger:
@@ -169,13 +169,17 @@ def _caster(dtype: torch.dtype) -> Callable:
 
 
 class Offloaded(nn.Module):
-    """A block whose saved tensors lie elsewhere until its backward pass, as Composer's activation_cpu_offload."""
+    """A block whose saved tensors lie elsewhere until its backward pass, as Composer's activation_cpu_offload.
 
-    def __init__(self, block: nn.Module):
+    Where the CPU trains, it copies them to no other place, but copies them.
+    """
+
+    def __init__(self, block: nn.Module, cuda: bool):
         super().__init__()
         self.block = block
+        self.away = (lambda x: (x.shape, x.dtype)) if cuda else (lambda x: x.detach().clone())
+        self.back = (lambda kept: torch.empty(kept[0], dtype=kept[1])) if cuda else (lambda kept: kept)
 
     def forward(self, *args: Tensor) -> Tensor:
-        away, back = (lambda x: (x.shape, x.dtype)), (lambda saved: torch.empty(saved[0], dtype=saved[1]))
-        with torch.autograd.graph.saved_tensors_hooks(away, back):
+        with torch.autograd.graph.saved_tensors_hooks(self.away, self.back):
             return self.block(*args)

@@ -193,7 +193,7 @@ def run(args: argparse.Namespace) -> None:
         drawn, before = Work(), Work()
         if rank == 0:
             before = Work.of_earlier(out / SETTINGS, len(labels) - len(todo[0]))
-        with tqdm(total=len(missing), unit="img", desc="sampling", disable=rank > 0) as bar:
+        with tqdm(total=len(missing), unit="img", desc="sampling", disable=True if rank > 0 else None) as bar:
             for start in range(0, len(missing), args.batch_size):
                 indices = missing[start : start + args.batch_size]
                 latents, used = generate(guidance, transport, [labels[i] for i in indices], indices, sampling)

@@ -2,7 +2,11 @@
 
 from dataclasses import asdict
 
+from composer.core import Precision
+from composer.distributed import fsdp2
+from composer.distributed.mosaic_parallelism import get_mixed_precision
 from composer.utils import FSDP2Config
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from sit_composer.config import FSDPConfig
 from sit_composer.safe_load import SafePlanner
@@ -25,10 +29,21 @@ class ShardingConfig(FSDP2Config):
         return self.replicas if self.replicas > 1 else None
 
 
+def _policy(precision: Precision, mixed_precision: str) -> MixedPrecisionPolicy:
+    """Composer's policy, but that inputs are not cast.
+
+    Its own rounds the times and noised latents to bfloat16 before the network sees them, while the target is of the
+    exact ones. Autocast casts what goes into matrix products, as it does under DDP.
+    """
+    _, param_dtype, reduce_dtype, _ = get_mixed_precision(precision, mixed_precision)
+    return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+
+
 def parallelism(fsdp: FSDPConfig | None) -> dict[str, FSDP2Config] | None:
     """The Trainer's ``parallelism_config``; None is DDP."""
     if fsdp is None:
         return None
+    fsdp2.create_mixed_precision_policy = _policy
     keys = asdict(fsdp)
     replicas = keys.pop("data_parallel_replicate_degree")
     config = ShardingConfig(**keys)

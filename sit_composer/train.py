@@ -46,10 +46,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="go over the YAML's, such as data.local=/data"
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the run, its memory and its cost, check what it needs, and start nothing",
+    )
     args = parser.parse_intermixed_args(argv)
     try:
         config = load_config(args.yaml, args.overrides)
         check(config)
+        if args.dry_run:
+            from sit_composer.dry_run import dry_run
+
+            return dry_run(config)
         check_same_run(config)
         for section in ("data", "eval_data"):
             data = getattr(config, section)
@@ -100,12 +109,14 @@ def fit(config: Config, device: str, supervision: "Supervision") -> bool:
     import composer
     import torch
     from composer.utils import dist, reproducibility
+    from torch.distributed.checkpoint.api import CheckpointException
 
     from sit_composer.autoencoder import AutoencoderSpec, load_autoencoder
     from sit_composer.callbacks import RunRecord
     from sit_composer.data import build_loader, load_spec
     from sit_composer.ema import EMA
     from sit_composer.model import ComposerSiT
+    from sit_composer.run_folder import StorageError, is_disk_full
     from sit_composer.safe_load import guard_composer
     from sit_composer.sharding import parallelism
     from sit_composer.sit import SiT
@@ -176,6 +187,9 @@ def fit(config: Config, device: str, supervision: "Supervision") -> bool:
         decoder = encoder or load_autoencoder(config.autoencoder.name, autoencoder.channels, device)
         callbacks += quality(config, decoder, ema[0].weights if ema else None)
     arguments = {"load_exclude_algorithms": excluded_algorithms(), **config.trainer, **resumption}
+    if "progress_bar" not in arguments and not sys.stderr.isatty():  # a bar's thousand lines are no use in a file
+        lines = {"progress_bar": False, "log_to_console": True, "console_log_interval": "100ba"}
+        arguments = {**lines, **arguments}
     arguments.pop("autoresume", None)
     if not config.trust_checkpoint:
         guard_composer()
@@ -209,6 +223,11 @@ def fit(config: Config, device: str, supervision: "Supervision") -> bool:
             supervision.finish()
     except Evicted:
         return False
+    except (OSError, RuntimeError, CheckpointException) as error:
+        if not is_disk_full(error):
+            raise
+        where = getattr(error, "filename", None) or resumption.get("save_folder") or supervision.uri
+        raise StorageError(f"{where}: no space left on the disk; with some, the same command resumes") from error
     finally:
         trainer.close()
     return True
@@ -239,7 +258,10 @@ def quality(config: Config, autoencoder: "Autoencoder", weights: "EMAWeights | N
         callbacks.append(SampleGrid(grid.interval, drawing(grid, labels), folder and f"{folder}/samples"))
     if frechet is not None:
         with dist.run_local_rank_zero_first():  # it fetches Inception's weights
-            extractor = load_extractor(frechet.features)
+            try:
+                extractor = load_extractor(frechet.features)
+            except UserError as error:
+                raise ConfigError(str(error).replace("--features", "frechet.features")) from error
         reference = open_set(frechet.reference)
         check_statistics(reference, extractor)
         if "mu" not in reference.statistics:

@@ -32,8 +32,8 @@ class Transport:
             2403.03206, eq. 19): the sigmoid of a normal number, which is more often in the middle.
         time_mean, time_std: that normal's; a mean above 0 favours times near the data.
         time_shift: of training times, so drawn, towards the noise, as if sigma were so many times larger (arXiv
-            2403.03206, eq. 23); 1 is none. For more dimensions than 4096 a latent, √(dimensions / 4096) has been found
-            good (arXiv 2510.11690).
+            2403.03206, eq. 23); 1 is none. For latents of more than 4096 dimensions, √(dimensions / 4096) has been
+            found good (arXiv 2510.11690); below it, tests/benchmarks/time_sampling.py found that rule to do harm.
 
     Raises:
         UserError: for a name that is none of the above, or an eps outside [0, ½).

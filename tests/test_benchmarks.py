@@ -1,0 +1,138 @@
+"""The benchmarks' own arithmetic and reading, and one whole run of each on a few pictures."""
+
+import gzip
+import math
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sit_composer.config import load_config
+from sit_composer.errors import UserError
+from tests.benchmarks import time_sampling
+from tests.benchmarks.time_sampling import read_idx, steps_to, table, threshold
+from tests.conftest import ROOT
+
+DISTANCES = st.lists(st.floats(0.1, 100), min_size=1, max_size=8)
+
+
+def write_idx(path, array):
+    header = b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+    path.write_bytes(gzip.compress(header + array.tobytes()))
+
+
+def make_source(folder, count=300):
+    """Fashion-MNIST's four files, with pictures whose brightness is their class."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for prefix in ("train", "t10k"):
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        pictures = random.integers(0, 25, (count, 28, 28), dtype=np.uint8) + 25 * labels[:, None, None]
+        write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", pictures.astype(np.uint8))
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", labels)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 4), (0, 28, 28)])
+def test_an_idx_file_is_read_as_it_was_written(tmp_path, shape):
+    array = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
+    write_idx(tmp_path / "a.gz", array)
+    assert np.array_equal(read_idx(tmp_path / "a.gz"), array)
+    assert read_idx(tmp_path / "a.gz").shape == shape
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"not gzip", "can't be read"),
+        (gzip.compress(b"\0\0\x08\x01\0\0\0\x05abcdefgh")[:-9], "can't be read"),
+        (gzip.compress(b""), "not an IDX file"),
+        (gzip.compress(b"\0\0\x0d\x01\0\0\0\x01abcd"), "not an IDX file of bytes"),  # floats
+        (gzip.compress(b"\0\0\x08\x01\0\0\0\x05abcd"), "not an IDX file"),  # one short
+        (gzip.compress(b"\0\0\x08\x03\0\0\0\x05\0\0"), "not an IDX file"),  # ends in its sizes
+    ],
+)
+def test_another_file_is_refused_by_its_name(tmp_path, content, message):
+    (tmp_path / "a.gz").write_bytes(content)
+    with pytest.raises(UserError, match=rf"a\.gz: .*{message}"):
+        read_idx(tmp_path / "a.gz")
+
+
+def test_steps_are_read_off_straight_lines_between_measurements():
+    curve = {300: 2.0, 100: 10.0, 200: 6.0, 400: 7.0}
+    assert steps_to(curve, 10) == 100
+    assert steps_to(curve, 8) == 150
+    assert steps_to(curve, 5) == 225
+    assert steps_to(curve, 6.5) == 187.5  # the first time, whatever comes later
+    assert steps_to(curve, 1.9) == math.inf
+
+
+@given(DISTANCES, st.floats(0.1, 100), st.floats(0.1, 100))
+def test_a_smaller_distance_is_never_reached_sooner(distances, a, b):
+    curve = {100 * (i + 1): distance for i, distance in enumerate(distances)}
+    assert steps_to(curve, min(a, b)) >= steps_to(curve, max(a, b))
+    assert (steps_to(curve, a) == math.inf) == (a < min(distances))
+
+
+@given(st.lists(DISTANCES, min_size=1, max_size=4))
+def test_the_first_arm_reaches_the_goal_with_every_seed(runs):
+    curves = [{i + 1: distance for i, distance in enumerate(distances)} for distances in runs]
+    assert all(steps_to(curve, threshold({"uniform": curves})) < math.inf for curve in curves)
+
+
+def test_the_table_has_means_medians_and_ranges():
+    curves = {
+        "uniform": [{100: 20.0, 200: 10.0}, {100: 20.0, 200: 8.0}, {100: 18.0, 200: 9.0}],
+        "logit-normal": [{100: 10.0, 200: 5.0}, {100: 15.0, 200: 5.0}, {100: 20.0, 200: 11.0}],
+    }
+    lines = table(curves)
+    assert lines[0] == "| training times | distance after 200 steps | steps to 10.0 | of uniform's steps |"
+    assert lines[2] == "| uniform | 9.0 (8.0 – 10.0) | 189 (183 – 200) | 1.00 |"
+    assert lines[3] == "| logit-normal(0, 1) | 7.0 (5.0 – 11.0) | 150 (100 – never) | 0.82 (0.50 – never) |"
+
+
+def test_the_yaml_is_whole_and_every_arm_is_one_of_its_transports():
+    from sit_composer.checks import check
+    from sit_composer.transport import Transport
+
+    path = str(time_sampling.YAML)
+    transports = {str(vars(load_config(path, overrides).transport)) for _, overrides in time_sampling.ARMS.values()}
+    assert len(transports) == len(time_sampling.ARMS)
+    for _, overrides in time_sampling.ARMS.values():
+        config = load_config(path, [*overrides, "frechet=null"])  # whose files `--prepare` makes
+        check(config)
+        Transport(**vars(config.transport))
+
+
+def test_a_missing_source_is_told_in_one_line(tmp_path, capsys):
+    assert time_sampling.main(["--out", str(tmp_path / "out"), "--source", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path}/train-images-idx3-ubyte.gz: no such file")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_whole_run_and_what_is_done_is_skipped(tmp_path):
+    make_source(tmp_path / "source")
+    config = yaml.safe_load(time_sampling.YAML.read_text())
+    config["model"] |= {"hidden_size": 16, "depth": 1}
+    config["trainer"] |= {"max_duration": "4ba", "save_interval": "4ba"}
+    config["frechet"] |= {"interval": "2ba", "num_images": 20, "num_steps": 2}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
+    places = ["--source", tmp_path / "source", "--out", tmp_path / "out", "--yaml", tmp_path / "small.yaml"]
+    options = ["--arms", "uniform", "logit-normal", "--seeds", "0", "--plot", tmp_path / "plot.png"]
+    command = [sys.executable, ROOT / "tests/benchmarks/time_sampling.py", *places, *options]
+    outputs = []
+    for _ in range(2):
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        outputs.append(done.stdout)
+    assert "| logit-normal(0, 1) |" in outputs[0]
+    assert outputs[0].splitlines()[-4:] == outputs[1].splitlines()[-4:]
+    assert "logit-normal-0" in outputs[0].splitlines()
+    assert "logit-normal-0" not in outputs[1].splitlines()
+    assert (tmp_path / "plot.png").stat().st_size > 1000
