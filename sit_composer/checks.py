@@ -62,6 +62,7 @@ def check(config: Config) -> None:
         if data is not None:
             _at_least(f"{section}.global_batch_size", data.global_batch_size, 1)
             _at_least(f"{section}.num_workers", data.num_workers, 0)
+            _at_least(f"{section}.num_canonical_nodes", data.num_canonical_nodes, 1)
             for name in ("image_size", "predownload"):
                 if getattr(data, name) is not None:
                     _at_least(f"{section}.{name}", getattr(data, name), 1)

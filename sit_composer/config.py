@@ -71,6 +71,7 @@ class DataConfig:
     flip: bool = key("mirror half of the pictures, in each epoch others", True)
     shuffle: bool = key("another order each epoch", True)
     predownload: int | None = key("samples a worker fetches ahead; null: streaming's own choice", None)
+    num_canonical_nodes: int = key("nodes whose order of samples it is; with more, a node fetches fewer shards", 1)
     cache_limit: str | None = key("bound of the local copies, such as 100gb; null: none", None)
 
 

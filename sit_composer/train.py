@@ -161,6 +161,8 @@ def fit(config: Config, device: str, supervision: "Supervision") -> bool:
             drop_last=section == "data",
             predownload=data.predownload,
             cache_limit=data.cache_limit,
+            # Streaming's own choice is the nodes that a run starts on, and so another order on every cluster.
+            num_canonical_nodes=data.num_canonical_nodes,
         )
 
     # --- Network, objective and optimizer ---

@@ -18,12 +18,10 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ.update({"AWS_ACCESS_KEY_ID": "testkey", "AWS_SECRET_ACCESS_KEY": "testsecret", "OMP_NUM_THREADS": "1"})
-os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
-
 from sit_composer.run_folder import S3Folder, fetch_checkpoint, newest
 from tests.conftest import ROOT, SeaweedFS
 
+ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "testkey", "AWS_SECRET_ACCESS_KEY": "testsecret", "AWS_DEFAULT_REGION": "us-east-1"}
 COMPOSER = str(Path(sys.executable).parent / "composer")
 BATCHES, INTERVAL = 240, 8
 
@@ -149,6 +147,7 @@ if __name__ == "__main__":
     parser.add_argument("--fsdp", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    os.environ.update(ENVIRONMENT, OMP_NUM_THREADS="1")
     with tempfile.TemporaryDirectory() as folder:
         found = torture(args.kills, args.ranks, args.fsdp, args.seed, Path(folder))
     print("\n".join(found) or f"{args.kills} kills left no trace")
