@@ -23,7 +23,7 @@ from tests.conftest import ROOT, SeaweedFS
 
 ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "testkey", "AWS_SECRET_ACCESS_KEY": "testsecret", "AWS_DEFAULT_REGION": "us-east-1"}
 COMPOSER = str(Path(sys.executable).parent / "composer")
-BATCHES, INTERVAL = 240, 8
+BATCHES, INTERVAL = 400, 8
 
 
 class Torture:
@@ -38,7 +38,8 @@ class Torture:
             "trainer.progress_bar=false",
             "trainer.save_folder=s3://sit/runs/{run_name}", "callbacks={}",
             "trainer.save_num_checkpoints_to_keep=3",
-            f"loggers={{file: {{filename: '{self.log(name, attempt)}', flush_interval: 1}}}}", "supervision.heartbeat=2",
+            f"loggers={{file: {{filename: '{self.log(name, attempt)}', flush_interval: 1}}}}",
+            "supervision.heartbeat=2",
         ]  # fmt: skip
         command = [COMPOSER, "-n", str(self.ranks), "-m", "tests.ranks", "yamls/quickstart.yaml", *overrides]
         with open(self.top / f"{name}-{attempt}.out", "wb") as out:
@@ -117,24 +118,27 @@ def torture(kills: int, ranks: int, fsdp: bool, seed: int, top: Path) -> list[st
         begun = time.monotonic()
         run.run_to_its_end("whole", 0)
         usual = time.monotonic() - begun
-        folder, expected = S3Folder("s3://sit/runs/killed"), 0
-        for attempt in range(kills):
-            process = run.start("killed", attempt)
-            try:
-                process.wait(timeout=rng.uniform(0.2, 1) * usual)
-            except subprocess.TimeoutExpired:
-                kill(process)
-            seen = run.batches("killed", attempt)
-            if seen and seen[0] != expected:
-                faults.append(f"start {attempt} went on from batch {seen[0]}, not from {expected}")
-            if seen and seen != list(range(seen[0], seen[0] + len(seen))):
-                faults.append(f"start {attempt} skipped or repeated batches: {seen}")
-            expected = batch_of(newest(folder))
-            print(f"kill {attempt + 1}: batches {seen[:1]} to {seen[-1:]}, checkpoint {expected}", flush=True)
-            if expected == BATCHES:
-                break
-        run.run_to_its_end("killed", kills)
-        faults += [f"{name} differs" for name in differences(run.content("whole"), run.content("killed"))]
+        whole, done, rounds = run.content("whole"), 0, 0
+        while done < kills:  # a run that comes to its end between two kills is followed by another
+            name, expected, attempt = f"killed{rounds}", 0, 0
+            while done < kills and expected < BATCHES:
+                process = run.start(name, attempt)
+                try:
+                    process.wait(timeout=rng.uniform(0.2, 0.9) * usual)
+                except subprocess.TimeoutExpired:
+                    done += 1
+                finally:
+                    kill(process)
+                seen = run.batches(name, attempt)
+                if seen and seen[0] != expected:
+                    faults.append(f"{name}: start {attempt} went on from batch {seen[0]}, not from {expected}")
+                if seen and seen != list(range(seen[0], seen[0] + len(seen))):
+                    faults.append(f"{name}: start {attempt} skipped or repeated batches: {seen}")
+                expected, attempt = batch_of(newest(S3Folder(f"s3://sit/runs/{name}"))), attempt + 1
+                print(f"{name}, kill {done}: batches {seen[:1]} to {seen[-1:]}, checkpoint {expected}", flush=True)
+            run.run_to_its_end(name, attempt)
+            faults += [f"{name}: {entry} differs" for entry in differences(whole, run.content(name))]
+            rounds += 1
     finally:
         server.stop()
     return faults
