@@ -9,47 +9,55 @@ SOURCE is one of
   the word digits: the 1,797 small pictures that scikit-learn ships
 URI is a new folder, or s3://BUCKET/PREFIX (credentials as for boto3; S3_ENDPOINT_URL for another store than AWS).
 
-The pictures' own bytes are kept, and each is decoded once to see that it can be. Labels are integers from 0, class
-names, or strings, which are numbered in sorted order. `spec.json` says what is inside, and `index.json`, written last
-of all, that it is whole. A run that fails or is interrupted leaves neither.
+The pictures' own bytes are kept, and each is decoded once to see that it can be. With --image-size they are cropped and
+encoded again; with --latents an autoencoder's latents are kept in their place. Labels are integers from 0, class names,
+or strings, which are numbered in sorted order. `spec.json` says what is inside, and `index.json`, written last of all,
+that it is whole. A run that fails or is interrupted leaves neither.
 """
 
-import argparse
-import io
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from options import BATCH_SIZE, parse, what_is_made
 from output import OutputError, Place, is_done, open_place
-from sources import FORMATS, InputError, Source, describe, open_source
+from pixels import BadPicture, Pixels
+from sources import InputError, Source, describe, open_source
 
 from sit_composer.spec import DataSpec
 
-COLUMNS = {"image": "bytes", "label": "int"}
-PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # other decoders of PIL are not for unknown files
-GREY = {"1", "L", "I", "I;16", "I;16B", "I;16L"}  # PIL's modes
+if TYPE_CHECKING:
+    from latents import Latents
+
 REASONS_SHOWN = 5
-
-
-class BadPicture(Exception):
-    """Why a picture cannot be trained on."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 2 for bad input or output, 1 for a failing disk or network."""
-    args = _parse(argv)
+    args = parse(argv, __doc__)
     try:
         source = describe(args.source, args.format, args.image_column, args.label_column, args.split, args.config)
         if args.limit:
             source["limit"] = args.limit
+        source |= what_is_made(args)
+        if args.latents and args.encode_dtype is None:
+            source["encode_dtype"] = _latents_module().default_dtype()
         place = open_place(args.out)
         _refuse_inside(place, source)
         if is_done(place, source, args.resume, args.overwrite):
             print(f"already converted: {args.out} holds this source, nothing to do")
             return 0
-        spec, files = convert(open_source(source), source, place, args.limit, args.skip_bad)
+        if args.latents:
+            batch_size = args.batch_size or BATCH_SIZE
+            form = _latents_module().Latents(args.vae, args.image_size, source["encode_dtype"], batch_size)
+        else:
+            form = Pixels(args.image_size, args.quality)
+        spec, files = convert(open_source(source), source, place, form, args.limit, args.skip_bad)
     except (InputError, OutputError) as error:
         return _fail(2, error)
     except OSError as error:
@@ -61,28 +69,36 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def convert(
-    opened: Source, source: dict[str, Any], place: Place, limit: int | None = None, skip_bad: bool = False
+    opened: Source,
+    source: dict[str, Any],
+    place: Place,
+    form: "Pixels | Latents",
+    limit: int | None = None,
+    skip_bad: bool = False,
 ) -> tuple[DataSpec, list[int]]:
     """Writes the shards, the spec and the index of a source, or, on any exception, nothing.
 
     Args:
         opened: the pictures.
-        source: where they come from, for the spec.
+        source: where they come from and what was made of them, for the spec.
         place: where they go to.
+        form: what becomes of a picture.
         limit: stop after so many.
-        skip_bad: leave out those that do not decode, instead of stopping.
+        skip_bad: leave out those that do not decode or encode, instead of stopping.
 
     Returns:
         The spec, and the shards' sizes in bytes.
 
     Raises:
-        InputError: for a picture that does not decode, or if none is left.
+        InputError: for a picture that does not decode or encode, or if none is left.
         OutputError, OSError: if it cannot be written or uploaded.
     """
     folder = place.begin()
     try:
-        with _writer_class()(COLUMNS, folder, place.remote, place.prefix) as writer:
-            spec = _write(writer, opened, source, limit, skip_bad)
+        with _signals_wait():  # streaming takes seconds: only after all that can be wrong with the command
+            from shards import ShardWriter
+        with ShardWriter(form.columns, folder, place.remote, place.prefix) as writer:
+            spec = _write(writer, opened, source, form, limit, skip_bad)
             writer.finish_shards()
             place.retire()
             writer.publish(spec)
@@ -93,43 +109,45 @@ def convert(
     return spec, [shard["raw_data"]["bytes"] for shard in writer.shards]
 
 
-def _writer_class() -> type:
-    """Imports streaming, which takes seconds: only after all that can be wrong with the command.
-
-    torch swallows an interrupt of its own import of numpy and then fails elsewhere: signals wait until all is loaded.
-    """
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Signals wait until the body's imports are done: torch swallows an interrupt of its own import of numpy."""
     signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
-        from shards import ShardWriter
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, signals)
-    return ShardWriter
 
 
-def _write(writer: Any, opened: Source, source: dict[str, Any], limit: int | None, skip_bad: bool) -> DataSpec:
-    """Writes the samples of a source that decode, and returns what they are."""
+def _write(
+    writer: Any,
+    opened: Source,
+    source: dict[str, Any],
+    form: "Pixels | Latents",
+    limit: int | None,
+    skip_bad: bool,
+) -> DataSpec:
+    """Writes the good samples of a source, and returns what they are."""
+    from PIL import Image
     from tqdm import tqdm
 
     counts = [0] * len(opened.classes)
-    modes: set[bool] = set()
-    sizes: set[tuple[int, int]] = set()
     reasons: list[str] = []
     skipped = written = 0
     total = min(opened.rows or limit, limit) if limit else opened.rows
-    with tqdm(total=total, unit="picture", disable=None) as progress:  # None: unless stderr is no terminal
-        for where, image, label in opened.samples:
-            try:
-                data, grey, size = _check(image)
-            except BadPicture as error:
+    samples = islice(opened.samples, None if skip_bad else limit)  # none is read in vain
+    progress = tqdm(total=total, unit="picture", disable=None)  # None: unless stderr is no terminal
+    with progress, warnings.catch_warnings(), closing(form.rows(samples)) as rows:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # here, as the filters are all threads'
+        for (where, _, label), row in rows:
+            if isinstance(row, BadPicture):
                 if not skip_bad:
-                    raise InputError(f"{where}: {error}; --skip-bad leaves out such pictures") from None
+                    raise InputError(f"{where}: {row}; --skip-bad leaves out such pictures")
                 skipped += 1
-                reasons += [f"{where}: {error}"] if skipped <= REASONS_SHOWN else []
+                reasons += [f"{where}: {row}"] if skipped <= REASONS_SHOWN else []
                 continue
-            writer.write({"image": data, "label": label})
+            writer.write({**row, "label": label})
             counts[label] += 1
-            modes.add(grey)
-            sizes.add(size)
             written += 1
             progress.update()
             if written == limit:
@@ -139,13 +157,10 @@ def _write(writer: Any, opened: Source, source: dict[str, Any], limit: int | Non
         print(f"skipped {skipped} pictures (the first {len(reasons)} follow)\n  {shown}", file=sys.stderr)
     if not written:
         raise InputError(
-            f"{source['path']}: none of {skipped} pictures decodes" if skipped else f"{source['path']} is empty"
+            f"{source['path']}: none of {skipped} pictures can be used" if skipped else f"{source['path']} is empty"
         )
-    width, height = sizes.pop()
     return DataSpec(
-        kind="pixels",
-        channels=1 if modes == {True} else 3,
-        image_size=width if width == height and not sizes else None,
+        **form.spec(),
         num_classes=len(opened.classes),
         classes=opened.classes,
         class_counts=counts,
@@ -155,33 +170,10 @@ def _write(writer: Any, opened: Source, source: dict[str, Any], limit: int | Non
     )
 
 
-def _check(image: bytes | Path | None) -> tuple[bytes, bool, tuple[int, int]]:
-    """Decodes a picture to its last row. Returns its file's bytes, whether it is grey, and (width, height).
-
-    Raises:
-        BadPicture: if it is missing, broken, no picture, or so large (over 89 million pixels) that it may be an attack.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    if image is None:
-        raise BadPicture("the picture is null")
-    try:
-        data = image.read_bytes() if isinstance(image, Path) else image
-    except (FileNotFoundError, PermissionError) as error:  # another OSError is the disk's fault, not the picture's
-        raise BadPicture(f"the picture cannot be read: {error}") from None
-    if not data:
-        raise BadPicture("the picture has zero bytes")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=PICTURES) as picture:
-                picture.load()
-                return data, picture.mode in GREY, picture.size
-    except UnidentifiedImageError:
-        kinds = ", ".join(PICTURES)
-        raise BadPicture(f"not a picture ({kinds}): it starts with {data[:12]!r}") from None
-    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error and more
-        raise BadPicture(f"the picture does not decode: {error}") from None
+def _latents_module() -> Any:
+    with _signals_wait():
+        import latents
+    return latents
 
 
 def _refuse_inside(place: Place, source: dict[str, Any]) -> None:
@@ -205,39 +197,6 @@ def _report(spec: DataSpec, files: list[int], out: str) -> None:
 def _fail(code: int, message: object) -> int:
     print("error:", " ".join(str(message).split()), file=sys.stderr)
     return code
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "to_mds.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("source", metavar="SOURCE", help="what to convert")
-    add("--out", metavar="URI", required=True, help="where to")
-    add("--format", choices=FORMATS, help="what SOURCE is (default: by its files' names)")
-    add("--image-column", metavar="NAME", help="of a table; dots go into structs (default: image)")
-    add("--label-column", metavar="NAME", help="of a table (default: label); 'none' for pictures without labels")
-    add("--split", metavar="NAME", help="of a Hugging Face data set (default: train)")
-    add("--config", metavar="NAME", help="of a Hugging Face data set that has several")
-    add("--limit", metavar="N", type=_positive, help="stop after N pictures")
-    add("--skip-bad", action="store_true", help="leave out pictures that do not decode, and count them")
-    existing = parser.add_mutually_exclusive_group()
-    existing.add_argument(
-        "--resume",
-        action="store_true",
-        help="do nothing if URI already holds the whole conversion of SOURCE with these options (its files are not "
-        "compared); start again if an interrupted one lies there",
-    )
-    existing.add_argument(
-        "--overwrite", action="store_true", help="replace an earlier conversion once this one is whole"
-    )
-    return parser.parse_args(argv)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
-    return int(text)
 
 
 if __name__ == "__main__":

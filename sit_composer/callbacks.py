@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from composer.core import Callback, Event, State
+from composer.core.precision import get_precision_context
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 from PIL import Image
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from sit_composer.autoencoder import Autoencoder, to_uint8
 from sit_composer.ema import EMAWeights
@@ -87,13 +89,17 @@ class Drawing:
         training = model.training
         model.eval()
         parts = []
-        with torch.no_grad(), self.weights.in_model() if self.weights is not None else nullcontext():
+        # FSDP2 gathers weights in the precision of training, autocast's, and callbacks are called without autocast.
+        sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+        precision = get_precision_context(state.precision) if sharded else nullcontext()
+        averaged = self.weights.in_model() if self.weights is not None else nullcontext()
+        with torch.no_grad(), averaged, precision:
             guidance = Guidance(model.network, self.sampling.cfg_scale)
             for start in range(0, len(share), self.batch_size):
                 indices = share[start : start + self.batch_size]
                 labels = [self.labels[i] for i in indices]
                 latents, _ = generate(guidance, model.transport, labels, indices, self.sampling)
-                parts.append(process(to_uint8(self.autoencoder.decode(latents))))
+                parts.append(process(to_uint8(self.autoencoder.decode(latents.float()))))
         model.train(training)
         shares = dist.all_gather(torch.cat(parts))  # of rank 0, 1, …
         return torch.stack(list(shares), dim=1).flatten(0, 1)[:count]

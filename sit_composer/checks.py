@@ -37,6 +37,7 @@ FIXED_TRAINER_KEYS = {  # what resuming, uploading and pruning rely on
     "save_filename", "save_latest_filename", "save_ignore_keys", "num_concurrent_uploads", "upload_timeout_in_seconds",
     "load_object_store", "load_exclude_algorithms",
 }  # fmt: skip
+SECRET = re.compile(r"(api_?key|token|secret|password)$", re.IGNORECASE)
 CONFIG = "config.yaml"  # the resolved one, beside a run's checkpoints
 TIME = re.compile(r"\d+(\.\d+)?(ep|ba|sp|tok|sec|dur|iter)?")
 
@@ -101,6 +102,8 @@ def check(config: Config) -> None:
     check_trainer(config)
     for section in composer_api.GROUPS:
         for name, arguments in getattr(config, section).items():
+            if section == "callbacks" and name.lower() in ("checkpoint_saver", "checkpointsaver"):
+                raise ConfigError(f"callbacks.{name}: set it by trainer.save_interval and the keys beside it")
             if section == "algorithms" and name.lower() == "ema":
                 raise ConfigError("algorithms.ema: set it as ema.decay; Composer's own is not used")
             if not isinstance(arguments, dict | None):
@@ -110,6 +113,8 @@ def check(config: Config) -> None:
 
 def check_no_credentials(value: Any, name: str = "") -> None:
     """Refuses an address with a password in it, which the saved config, loggers and error messages would repeat."""
+    if isinstance(value, str) and SECRET.search(name):
+        raise ConfigError(f"{name}: a secret, which the saved config would repeat; give it by the environment")
     if isinstance(value, str) and re.search(r"://[^/\s]*@", value):
         raise ConfigError(f"{name}: an address with credentials in it; give them by the environment")
     if dataclasses.is_dataclass(value):
@@ -296,6 +301,11 @@ def check_same_config(config: Config, text: str, where: str) -> None:
     if before.seed != config.seed:
         raise ConfigError(
             f"seed: got {config.seed}; the run in {folder}, which this one would resume, has {before.seed}"
+        )
+    if (before.ema is None) != (config.ema is None):
+        theirs = "none" if before.ema is None else f"one of decay {before.ema.decay}"
+        raise ConfigError(
+            f"ema: the run in {folder}, which this one would resume, has {theirs}; choose another run_name"
         )
     pairs = [("model", network_arguments(before.model), network_arguments(config.model))]
     pairs += [

@@ -5,6 +5,7 @@ epoch is never short, and never hangs. `CheckedStream` reads the index and vouch
 makes tensors of a sample, and `build_loader` batches. Pictures stay uint8; the device normalises them.
 """
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from streaming.base.dataset import _ShardState
 
 from sit_composer.pictures import center_crop, decode_image
 from sit_composer.randomness import sample_key
+from sit_composer.run_folder import is_disk_full
 from sit_composer.spec import SPEC_NAME, DataSpec
 from sit_composer.stream import CheckedStream, DataError, load_spec, source
 
@@ -47,7 +49,7 @@ class SitDataset(StreamingDataset):
         image_size: int | None = None,
         flip: bool = False,
         seed: int = 0,
-        download_retry: int = 2,
+        download_retry: int = 14,
         download_timeout: float = 60,
         cache_limit: int | str | None = None,
         **streaming: Any,
@@ -78,6 +80,8 @@ class SitDataset(StreamingDataset):
                 # Two jobs that start on a machine at the same moment choose the same name for their shared memory. Of
                 # several ranks the others wait for this one in the middle of it, and cannot choose again.
                 collision = isinstance(error, FileExistsError) and self._unique_rank_world.ranks_per_node == 1
+                if remote and is_disk_full(error):
+                    raise DataError(f"{local}: no space left on the disk for copies of {remote}") from error
                 if not (collision and attempts_left):
                     raise DataError(f"cannot stream {remote or local}: {error}") from error
         # What was here before this run is checked by each process when it first touches it.
@@ -143,6 +147,8 @@ class SitDataset(StreamingDataset):
                 self._shard_states[shard_id] = _ShardState.REMOTE
                 if blocking:
                     where = self.stream.where(self.shards[shard_id])
+                    if is_disk_full(error):
+                        raise DataError(f"{self.stream.local}: no space left on the disk for {where}") from error
                     raise DataError(f"cannot read the shard {where}: {type(error).__name__}: {error}") from error
                 self.prefetch_failed.add(shard_id)  # get_item() will try again, and raise
             if not blocking or self._shard_states[shard_id] == _ShardState.LOCAL:
@@ -223,9 +229,9 @@ def build_loader(
         shuffle: Another order each epoch, a function of ``seed`` and epoch, whatever the number of workers and ranks.
         num_workers: Processes a rank that read; with 0 this one does.
         options: predownload (samples whose shards a worker fetches ahead; 8 batches), cache_limit (bytes or "100gb",
-            of at least four shards; without a remote it means nothing), download_retry (attempts to fetch a file, 2),
-            download_timeout (60 seconds), epoch_size, num_canonical_nodes, shuffle_algo, shuffle_block_size: all as
-            StreamingDataset has them.
+            of at least four shards; without a remote it means nothing), download_retry (attempts to fetch a shard from
+            S3 when that doesn't answer, 14: five minutes), download_timeout (60 seconds), epoch_size,
+            num_canonical_nodes, shuffle_algo, shuffle_block_size: all as StreamingDataset has them.
 
     Raises:
         DataError: if anything is wrong with the data; while iterating too, with any number of workers.
@@ -248,8 +254,14 @@ def build_loader(
         drop_last=drop_last,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
+        # A SIGTERM often reaches a job's every process. Workers would die of it, and the run could not save.
+        worker_init_fn=_ignore_sigterm,
         prefetch_factor=2 if num_workers else None,
         # Each pass over a DataLoader draws a seed for its workers; from torch's own generator, an evaluation would
         # change the noise of the training after it.
         generator=torch.Generator(),
     )
+
+
+def _ignore_sigterm(worker: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -46,7 +46,7 @@ class Lease:
             StorageError: if a live run holds it, or the folder can't be written to.
         """
         there = self.folder.read(NAME)
-        deadline = time.monotonic() + MISSED * self.beat
+        deadline = time.monotonic() + MISSED * max(self.beat, self._beat_of(there))
         while there is not None and not self._is_dead(there) and time.monotonic() < deadline:
             time.sleep(min(self.beat / 2, 1))
             now = self.folder.read(NAME)
@@ -79,7 +79,9 @@ class Lease:
         """Lets go of it, so that the next run need not wait."""
         self._ended.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(self.beat)
+            if self._thread.is_alive():  # the store doesn't answer
+                return
         with contextlib.suppress(StorageError):  # it will be taken for dead
             self.check()
             self.folder.delete([NAME])
@@ -88,7 +90,8 @@ class Lease:
         while not self._ended.wait(self.beat):
             try:
                 self.check()
-                self._write()
+                if not self._ended.is_set():
+                    self._write()
             except StorageError:
                 if self.lost is not None:
                     return
@@ -96,15 +99,15 @@ class Lease:
 
     def _write(self) -> None:
         self._beats += 1
-        self.folder.write(NAME, json.dumps({**self._me, "beats": self._beats, "time": time.time()}).encode())
+        self.folder.write(NAME, json.dumps({**self._me, "beat": self.beat, "beats": self._beats}).encode())
 
     def _is_dead(self, content: bytes) -> bool:
         """Whether the holder is known to be dead: a process of this machine that isn't there any more."""
         try:
             holder = json.loads(content)
-            if (holder["host"], holder["boot"]) != (self._me["host"], self._me["boot"]):
+            if any(holder[name] != self._me[name] for name in ("host", "boot", "pids")):
                 return False
-            return _process(int(holder["pid"])) != {name: holder[name] for name in ("pid", "boot", "started")}
+            return _process(int(holder["pid"])) != {name: holder[name] for name in ("pid", "boot", "pids", "started")}
         except (ValueError, KeyError, TypeError):
             return False
 
@@ -123,6 +126,13 @@ class Lease:
             return ""
 
     @staticmethod
+    def _beat_of(content: bytes | None) -> float:
+        try:
+            return float(json.loads(content or b"")["beat"])
+        except (ValueError, KeyError, TypeError):
+            return 0.0
+
+    @staticmethod
     def _owner(content: bytes | None) -> str | None:
         try:
             return json.loads(content or b"")["owner"]
@@ -134,8 +144,9 @@ def _process(pid: int) -> dict[str, str | int]:
     """What names a process of this machine: its number is given again to others, also after a boot."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        pids = os.readlink("/proc/self/ns/pid")  # containers of one host count their processes apart
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # from the third on
         started = "" if fields[0] in "ZX" else fields[19]  # ticks since boot; a zombie is dead
     except (OSError, IndexError):
-        boot, started = "", ""
-    return {"pid": pid, "boot": boot, "started": started}
+        boot, pids, started = "", "", ""
+    return {"pid": pid, "boot": boot, "pids": pids, "started": started}

@@ -5,8 +5,11 @@ whole if its archive can be opened, whose table is written last (an object in S3
 one if its metadata is there, written last, and every file that it names is, with the bytes that it speaks of.
 """
 
+import errno
 import os
+import random
 import re
+import time
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +20,25 @@ from typing import Protocol
 from sit_composer.errors import UserError
 
 METADATA = ".metadata"
-CHECKPOINT = re.compile(r"ep\d+-ba(\d+)(-rank0\.pt)?")  # a file of all, or a folder of shards
+ATTEMPTS = 6  # of a request to a store
+CONNECT_TIMEOUT, READ_TIMEOUT = 10, 30  # seconds without a byte
+CHECKPOINT = re.compile(r"ep(\d+)-ba(\d+)(-rank0\.pt)?")  # a file of all, or a folder of shards
+SHARD = re.compile(r"\.metadata|__\d+_\d+\.distcp")  # no other name is touched: it could lead out of the folder
 
 
 class StorageError(UserError):
     """Why a folder or an object store can't be used: what, where, and the store's own words."""
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether it was raised by a disk without space, also by torch's writers of checkpoints."""
+    causes = [error, *(failure[0] for failure in getattr(error, "failures", {}).values())]  # torch's, of the ranks
+    return any(
+        getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        # torch's archive writer says this when a write came out short, and nothing of why.
+        or (isinstance(cause, RuntimeError) and re.search(r"PytorchStreamWriter failed|unexpected pos \d+", str(cause)))
+        for cause in causes
+    )
 
 
 class RunFolder(Protocol):
@@ -62,22 +79,36 @@ def checkpoints(folder: RunFolder) -> dict[str, list[str]]:
     """The names of checkpoints, whole or not, from the oldest to the newest, with their files' names."""
     found: dict[str, list[str]] = {}
     for name in folder.listing():
-        top = name.split("/")[0]
-        if CHECKPOINT.fullmatch(top) and top.endswith(".pt") == ("/" not in name):
+        top, _, file = name.partition("/")
+        if CHECKPOINT.fullmatch(top) and (SHARD.fullmatch(file) if file else top.endswith(".pt")):
             found.setdefault(top, []).append(name)
-    return {name: found[name] for name in sorted(found, key=lambda name: int(CHECKPOINT.fullmatch(name)[1]))}
+
+    def age(name: str) -> tuple[int, int]:
+        epoch, batch, _ = CHECKPOINT.fullmatch(name).groups()
+        return int(batch), int(epoch)
+
+    return {name: found[name] for name in sorted(found, key=age)}
 
 
 def is_complete(folder: RunFolder, name: str, sizes: dict[str, int]) -> bool:
-    """Whether the checkpoint of that name can be resumed from; sizes is the folder's listing."""
+    """Whether the checkpoint of that name can be resumed from; sizes is the folder's listing.
+
+    Raises:
+        StorageError: if that can't be read, which is no sign that it is incomplete.
+    """
     if name.endswith(".pt"):
         return folder.is_whole(name)
     from sit_composer.safe_load import CheckpointError, load_metadata, sharded_files
 
+    where = f"{folder.uri}/{name}/{METADATA}"
     content = folder.read(f"{name}/{METADATA}")
+    if content is None:
+        return False
     try:
-        needed = sharded_files(load_metadata(content, f"{folder.uri}/{name}/{METADATA}")) if content else {}
-    except CheckpointError:
+        needed = sharded_files(load_metadata(content, where))
+    except CheckpointError as error:
+        if content.endswith(b"."):  # the last byte of a whole pickle, which this program doesn't know
+            raise StorageError(f"{error}; move the checkpoint away to go on from an older one") from None
         return False
     return bool(needed) and all(sizes.get(f"{name}/{file}", -1) >= size for file, size in needed.items())
 
@@ -103,10 +134,18 @@ def clear_incomplete(folder: RunFolder) -> None:
     """Deletes what an earlier run left half done after its newest complete checkpoint.
 
     So that the files of a checkpoint that is written again are all of one writing.
+
+    Raises:
+        StorageError: if there are several and none is complete, which no kill leaves behind. All are left alone.
     """
-    sizes, found = folder.listing(), checkpoints(folder)
+    found, last = checkpoints(folder), newest(folder)
+    if last is None and len(found) > 1:
+        raise StorageError(
+            f"{folder.uri}: none of its {len(found)} checkpoints is whole. If nodes save here, all must see the same "
+            "folder; else move them away, or choose another run_name"
+        )
     for name in reversed(found):
-        if is_complete(folder, name, sizes):
+        if name == last:
             break
         folder.delete(sorted(found[name], key=lambda file: not file.endswith(METADATA)))
 
@@ -154,7 +193,8 @@ class LocalFolder:
                     parent.rmdir()
 
     def is_whole(self, name: str) -> bool:
-        return zipfile.is_zipfile(self.path / name)
+        with self._errors(), open(self.path / name, "rb") as file:  # opened here: is_zipfile hides why it can't
+            return zipfile.is_zipfile(file)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -178,9 +218,9 @@ class S3Folder:
         self.bucket = bucket
         self.prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         patient = Config(
-            retries={"mode": "standard", "total_max_attempts": 6},
-            connect_timeout=10,
-            read_timeout=30,
+            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},  # with backoff
+            connect_timeout=CONNECT_TIMEOUT,
+            read_timeout=READ_TIMEOUT,
             tcp_keepalive=True,
         )
         with self._errors(self.uri):
@@ -193,11 +233,20 @@ class S3Folder:
         return {found["Key"].removeprefix(self.prefix): found["Size"] for found in objects}
 
     def read(self, name: str) -> bytes | None:
+        from botocore.exceptions import BotoCoreError
+
         with self._errors(f"{self.uri}/{name}"):
-            try:
-                return self.client.get_object(Bucket=self.bucket, Key=self.prefix + name)["Body"].read()
-            except self.client.exceptions.NoSuchKey:
-                return None
+            for attempt in range(ATTEMPTS):
+                try:
+                    body = self.client.get_object(Bucket=self.bucket, Key=self.prefix + name)["Body"]
+                except self.client.exceptions.NoSuchKey:
+                    return None
+                try:
+                    return body.read()
+                except BotoCoreError:  # cut off, or stalled, in the middle, where the client doesn't try again
+                    if attempt == ATTEMPTS - 1:
+                        raise
+                time.sleep(random.random() * 2**attempt)
 
     def write(self, name: str, content: bytes) -> None:
         with self._errors(f"{self.uri}/{name}"):
@@ -211,7 +260,12 @@ class S3Folder:
     def download(self, name: str, file: Path) -> None:
         """Downloads a file of any size."""
         with self._errors(f"{self.uri}/{name}"):
-            self.client.download_file(self.bucket, self.prefix + name, str(file))
+            try:
+                self.client.download_file(self.bucket, self.prefix + name, str(file))
+            except OSError as error:
+                if is_disk_full(error):
+                    raise StorageError(f"{file.parent}: {error.strerror}, for {self.uri}/{name}") from error
+                raise
 
     def delete(self, names: list[str]) -> None:
         for name in names:

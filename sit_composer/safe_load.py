@@ -18,6 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from sit_composer.errors import UserError
@@ -154,7 +155,7 @@ def load_sharded(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Any]:
         dcp.load(content, storage_reader=reader, planner=SafePlanner(), no_dist=True)
     except CheckpointError:
         raise
-    except Exception as error:  # torch wraps what a damaged file leads to in its own kinds
+    except (Exception, CheckpointException) as error:  # torch wraps what a damaged file leads to in its own kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise CheckpointError(f"{folder}: missing or damaged: {reason}") from None
     return content
@@ -163,7 +164,8 @@ def load_sharded(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Any]:
 def guard_composer() -> None:
     """Makes Composer load checkpoints so; 0.32 unpickles them whole, with `load_weights_only` too.
 
-    Its sharded loading takes the planner of `sharding.parallelism`'s config.
+    Torch's own classes are mended, as Composer has ways round any planner and reader that it is given: after an error
+    of a certain text it tries again with torch's planner, say.
     """
     from composer.utils import checkpoint
 
@@ -171,4 +173,5 @@ def guard_composer() -> None:
         return load_file(path)
 
     checkpoint._torch_load_with_validation = load
-    checkpoint.FileSystemReaderWithValidation = SafeReader
+    DefaultLoadPlanner.load_bytes = SafePlanner.load_bytes
+    dcp.FileSystemReader.read_metadata = SafeReader.read_metadata

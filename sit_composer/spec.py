@@ -17,9 +17,9 @@ SPEC_VERSION = 1
 class DataSpec:
     """The contents of a folder of MDS shards.
 
-    Samples of kind ``pixels`` have the columns ``image`` (the original file's bytes) and ``label`` (int); samples of
-    kind ``latents`` have ``moments`` and ``moments_flip`` (float16, (2·channels, H, W): mean, then standard deviation,
-    of the picture and of its mirror image, before scale and shift) and ``label``.
+    Samples of kind ``pixels`` have the columns ``image`` (the original file's bytes, or a cropped PNG or JPEG) and
+    ``label`` (int); samples of kind ``latents`` have ``moments`` and ``moments_flip`` (float16, (2·channels, H, W): mean,
+    then standard deviation, of the picture and of its mirror image, before scale and shift) and ``label``.
     """
 
     kind: str  # "pixels" or "latents"
@@ -29,7 +29,7 @@ class DataSpec:
     classes: list[str]  # a name for each label
     class_counts: list[int]  # samples of each label
     samples: int  # in all shards together
-    skipped: int = 0  # pictures of the source that did not decode and were left out on request
+    skipped: int = 0  # pictures that could not be decoded or encoded, and were left out on request
     source: dict[str, Any] = field(default_factory=dict)  # format, path and columns that the samples came from
     autoencoder: dict[str, Any] | None = None  # {name, scale, shift, channels, downsample} for latents; else None
 

@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from streaming.base.storage import CloudDownloader
 from streaming.base.util import retry as retrying
 
 from sit_composer.errors import UserError
+from sit_composer.run_folder import is_disk_full
 from sit_composer.spec import SPEC_NAME, DataSpec
 
 INDEX_NAME = "index.json"
+OUTAGE = 300  # seconds after which an attempt to fetch a shard is the last
 COLUMNS = {  # of each kind of data: their names, and how their encodings may begin
     "pixels": {"image": ("bytes",), "label": ("int", "uint")},
     "latents": {"moments": ("ndarray:float16",), "moments_flip": ("ndarray:float16",), "label": ("int", "uint")},
@@ -65,6 +68,8 @@ def read_text(remote: str | None, local: str, name: str, timeout: float = 60, at
             retrying(num_attempts=attempts)(lambda: CloudDownloader.direct_download(uri, copy, timeout))()
             return Path(copy).read_text(), uri
     except Exception as error:
+        if remote is not None and is_disk_full(error):
+            raise DataError(f"{tempfile.gettempdir()}: no space left on the disk for {uri}") from error
         cause = f"{type(error).__name__}: {error}"
         raise DataError(f"cannot read {uri} ({cause}); check the address, and that the shards are whole") from error
 
@@ -76,9 +81,10 @@ class CheckedStream(Stream):
     reads the index from the remote itself. A wrong file in the cache is deleted; without a remote, nothing is.
     """
 
-    def __init__(self, spec: DataSpec, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, spec: DataSpec, download_retry: int, **kwargs: Any) -> None:
+        super().__init__(download_retry=1, **kwargs)
         self.spec = spec
+        self.attempts = download_retry
 
     def get_shards(self, world: Any, allow_unsafe_types: bool) -> list[Reader]:
         """The shards that the index lists.
@@ -86,7 +92,7 @@ class CheckedStream(Stream):
         Raises:
             DataError: if the index is missing, malformed, unsafe or unlike the spec, or local data lack a shard.
         """
-        text, uri = read_text(self.remote, self.local, INDEX_NAME, self.download_timeout, self.download_retry)
+        text, uri = read_text(self.remote, self.local, INDEX_NAME, self.download_timeout, min(2, self.attempts))
         self.index_size = len(text)
         shards = []
         try:
@@ -149,11 +155,25 @@ class CheckedStream(Stream):
     def prepare_shard(self, shard: Reader) -> int:
         """Fetches (and decompresses) a shard and checks it; returns by how many bytes the cache grew.
 
+        A store that doesn't answer, or not now, is asked again for minutes; anything else gets a second attempt.
+
         Raises:
             Exception: whatever went wrong; then the cache has no file of the shard.
         """
         if self.remote is None and (fault := self.fault(shard, hashes=False)):
             raise FileNotFoundError(fault)
+        start = time.monotonic()
+        for attempt in range(self.attempts):
+            try:
+                return self._prepare_once(shard)
+            except Exception as error:
+                last = (self.attempts if is_outage(error) else min(2, self.attempts)) - 1
+                if attempt >= last or self.remote is None or time.monotonic() - start > OUTAGE:
+                    raise
+            time.sleep(min(2**attempt, 30))
+        raise ValueError(f"download_retry: got {self.attempts}; it takes 1 or more")
+
+    def _prepare_once(self, shard: Reader) -> int:
         try:
             for _ in range(2):  # bytes that came out wrong may come out right
                 grown = super().prepare_shard(shard)
@@ -171,6 +191,18 @@ class CheckedStream(Stream):
     def where(self, shard: Reader) -> str:
         """The shard's file at its source."""
         return os.path.join(self.remote or self.local, shard_files(shard)[-1].basename)
+
+
+def is_outage(error: Exception) -> bool:
+    """Whether S3 doesn't answer, or asks to come back later."""
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
+    from urllib3.exceptions import HTTPError
+
+    if isinstance(error, ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+        return status >= 500 or status in (408, 429)
+    return isinstance(error, BotoCoreError | Boto3Error | HTTPError | ConnectionError | TimeoutError)
 
 
 def shard_files(shard: Reader) -> list[Any]:

@@ -96,7 +96,9 @@ def train(config: Config) -> bool:
     if config.precision != "fp32" and not torch.cuda.is_available():
         raise ConfigError(f"precision: got {config.precision}; there is no GPU here, and a CPU takes fp32")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dist.initialize_dist("gpu" if device == "cuda" else "cpu")
+    # Longer than what one rank may wait for a store while the others wait for it; Composer's default is five minutes.
+    timeout = config.trainer.get("dist_timeout", max(1800.0, 2 * config.supervision.patience))
+    dist.initialize_dist("gpu" if device == "cuda" else "cpu", timeout)
     supervision = Supervision(config)
     try:
         return fit(config, device, supervision)
@@ -115,12 +117,13 @@ def fit(config: Config, device: str, supervision: "Supervision") -> bool:
     from sit_composer.callbacks import RunRecord
     from sit_composer.data import build_loader, load_spec
     from sit_composer.ema import EMA
+    from sit_composer.eviction import Evicted
     from sit_composer.model import ComposerSiT
     from sit_composer.run_folder import StorageError, is_disk_full
     from sit_composer.safe_load import guard_composer
     from sit_composer.sharding import parallelism
     from sit_composer.sit import SiT
-    from sit_composer.supervision import Evicted, excluded_algorithms
+    from sit_composer.supervision import excluded_algorithms
     from sit_composer.transport import Transport
 
     resumption = supervision.start()
@@ -211,7 +214,10 @@ def fit(config: Config, device: str, supervision: "Supervision") -> bool:
             parallelism_config=parallelism(config.fsdp),
             **arguments,
         )
-    except (ValueError, TypeError, OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except (
+        *(ValueError, TypeError, OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError),
+        CheckpointException,
+    ) as error:
         # Of what Composer raises for arguments, folders and checkpoints that it can't use.
         source = arguments.get("load_path") or config.trainer.get("save_folder") or "trainer"
         reason = " ".join(str(error).split()) or type(error).__name__

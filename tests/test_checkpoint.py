@@ -260,7 +260,7 @@ def test_what_is_elsewhere_or_incomplete_is_refused(tmp_path):
     (tmp_path / "latest-rank0.pt").symlink_to("ep0-ba2")
     with pytest.raises(CheckpointError, match="no complete checkpoint here"):
         load_checkpoint(str(tmp_path))
-    with pytest.raises(CheckpointError, match="ep0-ba2/.metadata: not a sharded checkpoint's metadata"):
+    with pytest.raises(CheckpointError, match=r"ep0-ba2/.metadata: not a sharded checkpoint's metadata"):
         load_checkpoint(str(tmp_path / "ep0-ba2"))
 
 

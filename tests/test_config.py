@@ -105,6 +105,8 @@ def test_a_yamls_header_has_the_numbers_that_follow_from_its_network(name):
         ("fsdp={sharding_strategy: FULL_SHARD}", "fsdp.sharding_strategy: no such key; it takes"),
         ("trainer.save_folder=s3://key:secret@bucket/run", "trainer.save_folder: an address with credentials in it"),
         ("loggers={mlflow: {tracking_uri: 'https://me:secret@host'}}", "loggers.mlflow.tracking_uri: an address with"),
+        ("callbacks={checkpoint_saver: {}}", "callbacks.checkpoint_saver: set it by trainer.save_interval"),
+        ("loggers={neptune: {api_token: abc}}", "loggers.neptune.api_token: a secret, which the saved config"),
         ("supervision.grace=0", "supervision.grace: got 0.0; it takes a number of seconds above 0"),
         ("trainer.save_filename=x.pt", "trainer.save_filename: is fixed here"),
         ("fsdp={state_dict_type: local}", "fsdp.state_dict_type: got 'local'; it takes sharded, full"),

@@ -9,9 +9,7 @@ import pickle
 import shutil
 import signal
 import socket
-import subprocess
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -646,45 +644,15 @@ def test_a_picture_of_any_kind_becomes_rgb_or_grey(kind):
 # --- A real S3 ---
 
 
-@pytest.fixture
-def s3(digits, tmp_path, monkeypatch):
-    """The digits on SeaweedFS, a real S3: the URI, and its process."""
-    weed = shutil.which("weed") or str(Path(os.sys.executable).parent / "weed")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testkey")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testsecret")
-    base = 20000 + free_port() % 1000  # a service also takes the port 10000 above its own
-    s3_port, master, volume, filer, admin = range(base, base + 5000, 1000)
-    endpoint = f"http://127.0.0.1:{s3_port}"
-    monkeypatch.setenv("S3_ENDPOINT_URL", endpoint)
-    command = [weed, "-logtostderr=true", "mini", f"-dir={tmp_path / 'weed'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
-    command += ["-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-bucket=sit"]
-    command += [f"-s3.port={s3_port}", f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}"]
-    (tmp_path / "weed").mkdir()
-    with open(tmp_path / "weed.log", "w") as log:
-        server = subprocess.Popen([*command, f"-admin.port={admin}"], stdout=log, stderr=log)
-    import boto3
-
-    client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
-    for _ in range(100):
-        try:
-            client.put_object(Bucket="sit", Key="probe", Body=b"")
-            break
-        except Exception:
-            time.sleep(0.2)
-    for file in digits.iterdir():
-        client.upload_file(str(file), "sit", f"digits/{file.name}")
-    yield "s3://sit/digits", server
-    server.kill()
-    server.wait()
-
-
 def test_shards_stream_from_s3_and_an_outage_raises(s3, digits, tmp_path):
-    uri, server = s3
+    uri = "s3://sit/digits"
+    for file in digits.iterdir():
+        s3.client.upload_file(str(file), "sit", f"digits/{file.name}")
     assert same(gather(loader(uri, tmp_path / "a", num_workers=2)), gather(loader(None, digits)))
     with pytest.raises(DataError, match=r"cannot read s3://sit/nothing/spec.json"):
         load_spec("s3://sit/nothing", str(tmp_path / "b"))
     batches = iter(loader(uri, tmp_path / "c", shuffle=False, predownload=16, num_workers=2))
     next(batches)
-    server.kill()
+    s3.stop()
     with pytest.raises(DataError, match=r"cannot read the shard s3://sit/digits/shard.0000\d.mds"):
         gather(batches)

@@ -188,3 +188,49 @@ def test_a_run_that_was_taken_for_dead_writes_no_more(folder):
     zombie.release()
     assert json.loads(folder.read(NAME))["owner"] == "successor"
     assert os.getpid() not in [json.loads(folder.read(NAME)).get("pid")]
+
+
+# --- What is not ours to delete, or to follow ---
+
+
+def test_checkpoints_that_cannot_be_judged_are_left_alone(tmp_path, shards):
+    folder = LocalFolder(str(tmp_path / "run"))
+    for name, content in shards.items():
+        put(folder, name, content if not name.endswith(".metadata") else b"cos\nsystem\n.")
+    put(folder, "ep0-ba2-rank0.pt", archive(tmp_path))
+    before = folder.listing()
+    with pytest.raises(StorageError, match=r"ep1-ba30/.metadata: .*it asks for os.system.*move the checkpoint away"):
+        clear_incomplete(folder)
+    assert folder.listing() == before
+
+
+def test_a_folder_with_nothing_whole_is_not_emptied(folder):
+    """As when each node saves to a folder of its own."""
+    for batch in (2, 4):
+        put(folder, f"ep0-ba{batch}/__0_0.distcp")
+    with pytest.raises(StorageError, match="none of its 2 checkpoints is whole"):
+        clear_incomplete(folder)
+    assert len(folder.listing()) == 2
+
+
+def test_names_that_lead_out_of_a_checkpoint_are_not_fetched(s3, tmp_path, shards):
+    folder = S3Folder("s3://sit/runs/escape")
+    for name, content in shards.items():
+        folder.write(name, content)
+    folder.write("ep1-ba30/planted.pth", b"x")
+    folder.write("ep1-ba30/sub/planted", b"x")
+
+    class Hostile(LocalFolder):  # SeaweedFS takes no such name; a store may
+        def listing(self):
+            return {"ep1-ba30/../../planted": 1, "ep1-ba30/__0_0.distcp": 1}
+
+    assert checkpoints(Hostile("")) == {"ep1-ba30": ["ep1-ba30/__0_0.distcp"]}
+    fetch_checkpoint(folder, "ep1-ba30", tmp_path / "a" / "b")
+    assert not list(tmp_path.rglob("planted*"))
+
+
+def test_the_order_is_by_batch_and_then_by_epoch(folder):
+    for name in ("ep1-ba7-rank0.pt", "ep0-ba7-rank0.pt", "ep0-ba10-rank0.pt", "ep2-ba9-rank0.pt"):
+        put(folder, name)
+    ordered = ["ep0-ba7-rank0.pt", "ep1-ba7-rank0.pt", "ep2-ba9-rank0.pt", "ep0-ba10-rank0.pt"]
+    assert list(checkpoints(folder)) == ordered

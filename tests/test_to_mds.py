@@ -3,9 +3,7 @@
 import io
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -469,7 +467,7 @@ def missing_picture_file(tmp_path, jpegs):
 
 
 def all_bad(tmp_path, jpegs):
-    return write_folder(tmp_path / "d", a=[b"x", b"y"]), ("--skip-bad",), ["none of 2 pictures decodes"]
+    return write_folder(tmp_path / "d", a=[b"x", b"y"]), ("--skip-bad",), ["none of 2 pictures can be used"]
 
 
 def huge_picture(tmp_path, jpegs):
@@ -777,75 +775,124 @@ def test_a_signal_while_streaming_loads_leaves_nothing(tmp_path, pictures):
     assert os.listdir(tmp_path) == ["pictures"]
 
 
+# --- cropped pictures ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many_kinds(tmp_path, jpegs):
+    """Pictures of several sizes and modes, some grey."""
+    photo = Image.open(io.BytesIO(jpegs[0]))
+    files = [encode(photo.crop((0, 0, 48, 30)), "JPEG"), encode(photo.convert("L").crop((0, 0, 20, 48)), "JPEG")]
+    files += [encode(photo.crop((0, 0, 47, 33)).convert(mode), "PNG") for mode in ("L", "1", "RGB", "RGBA", "P")]
+    files += [encode(photo.resize((16, 16)), "PNG"), encode(photo.resize((9, 7)), "BMP")]
+    return write_folder(tmp_path / "kinds", some=files)
+
+
+def load(folder, image_size):
+    from sit_composer.data import build_loader, load_spec
+
+    spec = load_spec(None, str(folder))
+    loader = build_loader(
+        None, str(folder), spec=spec, batch_size=3, shuffle=False, drop_last=False, image_size=image_size
+    )
+    return np.concatenate([batch["image"].numpy() for batch in loader])
+
+
+def test_cropped_pictures_are_those_that_training_would_crop(tmp_path, run, many_kinds):
+    assert run(many_kinds, "--out", tmp_path / "own")[0] == 0
+    code, stdout, stderr = run(many_kinds, "--out", tmp_path / "cropped", "--image-size", 16)
+    assert code == 0, stderr
+    assert "9 pictures, 1 classes, 0 skipped" in stdout
+    spec, samples = read(tmp_path / "cropped")
+    assert (spec.kind, spec.channels, spec.image_size, spec.source["image_size"]) == ("pixels", 3, 16, 16)
+    assert all(image.startswith(b"\x89PNG") for image, _ in samples)
+    own, cropped = load(tmp_path / "own", 16), load(tmp_path / "cropped", None)
+    assert cropped.shape == (9, 3, 16, 16)
+    assert np.array_equal(own, cropped)
+
+
+def test_cropped_grey_pictures_stay_grey(tmp_path, run):
+    assert run("digits", "--out", tmp_path / "own", "--limit", 20)[0] == 0
+    assert run("digits", "--out", tmp_path / "cropped", "--limit", 20, "--image-size", 4)[0] == 0
+    assert read(tmp_path / "cropped")[0].channels == 1
+    assert np.array_equal(load(tmp_path / "own", 4), load(tmp_path / "cropped", None))
+
+
+def test_cropped_pictures_as_jpeg_have_the_quality_that_was_asked_for(tmp_path, run, many_kinds):
+    for quality in (50, 95):
+        assert run(many_kinds, "--out", tmp_path / f"{quality}", "--image-size", 16, "--quality", quality)[0] == 0
+    assert run(many_kinds, "--out", tmp_path / "png", "--image-size", 16)[0] == 0
+    exact = [Image.open(io.BytesIO(image)) for image, _ in read(tmp_path / "png")[1]]
+    for quality in (50, 95):
+        spec, samples = read(tmp_path / f"{quality}")
+        assert spec.source["quality"] == quality
+        for picture, (image, _) in zip(exact, samples, strict=True):
+            file = io.BytesIO()
+            picture.save(file, "JPEG", quality=quality)
+            assert image == file.getvalue()
+
+
+def test_a_conversion_with_another_size_or_quality_is_not_resumed(tmp_path, run, many_kinds):
+    out = ("--out", tmp_path / "out", "--resume")
+    assert run(many_kinds, *out, "--image-size", 16, "--quality", 90)[0] == 0
+    assert "already converted" in run(many_kinds, *out, "--image-size", 16, "--quality", 90)[1]
+    for options, message in (
+        (["--image-size", 8, "--quality", 90], "image_size 16 there, 8 now"),
+        (["--image-size", 16], "quality 90 there, None now"),
+        ([], "image_size 16 there, None now; quality 90 there, None now"),
+    ):
+        code, _, stderr = run(many_kinds, *out, *options)
+        assert code == 2
+        assert message in stderr
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (lambda good: good[:-300], "a/7.jpg: the picture does not decode"),
+        (lambda good: b"<html>404</html>", "a/7.jpg: not a picture"),
+        (lambda good: b"", "a/7.jpg: the picture has zero bytes"),
+        (lambda good: encode(Image.new("1", (10_000, 9_000)), "PNG"), "decompression bomb"),
+        (lambda good: encode(Image.new("1", (1, 60_000)), "PNG"), "1x60000, is too large with a short side of 48"),
+    ],
+)
+def test_a_bad_picture_is_not_cropped_but_named_or_left_out(tmp_path, run, jpegs, bad, message):
+    root = write_folder(tmp_path / "d", a=[*jpegs, jpegs[0], bad(jpegs[1]), *jpegs])
+    before = sorted(os.listdir(tmp_path))
+    code, _, stderr = run(root, "--out", tmp_path / "out", "--image-size", 48)
+    assert code == 2
+    assert message in stderr
+    assert len(stderr.splitlines()) == 1
+    assert sorted(os.listdir(tmp_path)) == before
+    assert run(root, "--out", tmp_path / "out", "--image-size", 48, "--skip-bad", "--limit", 12)[0] == 0
+    spec, samples = read(tmp_path / "out")
+    assert (spec.samples, spec.skipped) == (12, 1)
+    names = sorted(path.name for path in (root / "a").iterdir() if path.name != "7.jpg")[:12]
+    levels = [np.asarray(Image.open(io.BytesIO(image))) for image, _ in samples]
+    expected = [np.asarray(Image.open(root / "a" / name)) for name in names]
+    assert all(np.abs(a.astype(int) - b).max() <= 4 for a, b in zip(levels, expected, strict=True))  # two decoders
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--quality", "90"], "--quality is of the pictures that --image-size makes"),
+        (["--latents"], "--latents and --vae go together"),
+        (["--vae", "some/vae"], "--latents and --vae go together"),
+        (["--image-size", "8", "--batch-size", "2"], "--batch-size is for --latents"),
+        (["--encode-dtype", "float32"], "--encode-dtype is for --latents"),
+        (["--latents", "--vae", "x", "--image-size", "8", "--quality", "9"], "--quality is of the pictures"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(tmp_path, run, options, message):
+    code, _, stderr = run("digits", "--out", tmp_path / "out", *options)
+    assert code == 2
+    assert message in stderr
+    assert len(stderr.splitlines()) == 1
+    assert os.listdir(tmp_path) == []
+
+
 # --- a real S3 -----------------------------------------------------------------------------------------------------
-
-
-class SeaweedFS:
-    """SeaweedFS on loopback, with one bucket. Its data outlive `stop`."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.process = None
-        self.ports = free_ports(5)
-        self.url = f"http://127.0.0.1:{self.ports[0]}"
-
-    def start(self):
-        import boto3
-        from botocore.config import Config
-
-        names = ("s3", "master", "volume", "filer", "admin")
-        ports = [f"-{name}.port={port}" for name, port in zip(names, self.ports, strict=True)]
-        weed = [Path(sys.executable).parent / "weed", "-logtostderr=true", "mini", f"-dir={self.folder}"]
-        rest = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-webdav=false", "-admin.ui=false", "-bucket=sit"]
-        rest += ["-s3.port.iceberg=0", "-s3.port.lance=0", *ports]
-        with open(self.folder / "log", "ab") as log:
-            self.process = subprocess.Popen([*weed, *rest], stdout=log, stderr=log, start_new_session=True)
-        once = boto3.client("s3", endpoint_url=self.url, config=Config(retries={"total_max_attempts": 1}))
-        # Just after a start, SeaweedFS at times answers "InternalError, please try again".
-        self.client = boto3.client("s3", endpoint_url=self.url, config=Config(retries={"total_max_attempts": 9}))
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                once.put_object(Bucket="sit", Key="ready", Body=b"")
-                return
-            except Exception as error:
-                if time.monotonic() > deadline:
-                    raise RuntimeError(f"SeaweedFS did not start: {(self.folder / 'log').read_text()}") from error
-                time.sleep(0.1)
-
-    def stop(self):
-        if self.process and self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-    def keys(self, prefix):
-        found = self.client.list_objects_v2(Bucket="sit", Prefix=f"{prefix}/").get("Contents", [])
-        return [entry["Key"] for entry in found]
-
-    def contents(self, prefix):
-        read = {key: self.client.get_object(Bucket="sit", Key=key)["Body"].read() for key in self.keys(prefix)}
-        return {key.rpartition("/")[2]: data for key, data in read.items()}
-
-    def read(self, prefix, folder):
-        folder.mkdir()
-        for name, data in self.contents(prefix).items():
-            (folder / name).write_bytes(data)
-        return read(folder)
-
-
-def free_ports(count):
-    """Ports that are free, as is each plus 10,000, where SeaweedFS listens for gRPC."""
-    found = []
-    while len(found) < count:
-        port = random.randint(15_000, 45_000)
-        try:
-            for number in (port, port + 10_000):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", number))
-            found.append(port)
-        except OSError:
-            continue
-    return found
 
 
 @pytest.fixture
@@ -856,18 +903,11 @@ def temporary(tmp_path, monkeypatch):
     return tmp_path / "temporary"
 
 
-@pytest.fixture
-def s3(tmp_path_factory, monkeypatch):
-    for name, value in (("AWS_ACCESS_KEY_ID", "testkey"), ("AWS_SECRET_ACCESS_KEY", "testsecret")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    server = SeaweedFS(tmp_path_factory.mktemp("s3"))
-    monkeypatch.setenv("S3_ENDPOINT_URL", server.url)
-    try:
-        server.start()
-        yield server
-    finally:
-        server.stop()
+def read_bucket(s3, prefix, folder):
+    folder.mkdir()
+    for name, data in s3.contents(prefix).items():
+        (folder / name).write_bytes(data)
+    return read(folder)
 
 
 def test_s3(tmp_path, run, jpegs, pictures, s3, small_shards, temporary, monkeypatch):
@@ -896,7 +936,7 @@ def test_s3(tmp_path, run, jpegs, pictures, s3, small_shards, temporary, monkeyp
     (pictures / "bee" / "3.jpg").unlink()
     for times, prefix in enumerate(("again-shard", "shard")):
         assert run(pictures, "--out", "s3://sit/a/b", "--overwrite", "--limit", 5)[0] == 0
-        assert s3.read("a/b", tmp_path / f"copy{times}")[1] == expected[:5]
+        assert read_bucket(s3, "a/b", tmp_path / f"copy{times}")[1] == expected[:5]
         names = [name for name in s3.contents("a/b") if name.endswith(".mds")]
         assert names
         assert all(name.startswith(prefix + ".") for name in names)
@@ -914,7 +954,7 @@ def test_s3(tmp_path, run, jpegs, pictures, s3, small_shards, temporary, monkeyp
         assert run(pictures, "--out", "s3://sit/a/b", "--overwrite")[0] == 130
     assert not {"index.json", "spec.json"} & set(s3.contents("a/b"))
     assert run(pictures, "--out", "s3://sit/a/b", "--resume")[0] == 0
-    assert s3.read("a/b", tmp_path / "copy2")[1] == expected
+    assert read_bucket(s3, "a/b", tmp_path / "copy2")[1] == expected
 
     # The store dies in the middle: no index. It comes back, and --resume begins again.
     pipe = Pipe(pictures / "bee" / "2.jpg")
@@ -949,7 +989,7 @@ def test_s3(tmp_path, run, jpegs, pictures, s3, small_shards, temporary, monkeyp
     assert code == 2
     assert "unfinished conversion" in stderr
     assert run(pictures, "--out", "s3://sit/c", "--resume")[0] == 0
-    assert s3.read("c", tmp_path / "copy")[1] == expected
+    assert read_bucket(s3, "c", tmp_path / "copy")[1] == expected
     code, _, stderr = run(pictures, "--out", "s3://no-such-bucket/c")
     assert code == 2
     assert "NoSuchBucket" in stderr or "does not exist" in stderr

@@ -243,6 +243,12 @@ def test_a_sigterm_saves_and_the_same_command_goes_on_to_the_bit(run, tmp_path, 
     assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
 
 
+def test_only_so_many_checkpoints_are_kept_also_over_resumes(run, tmp_path):
+    for batches in (10, 20, 30):
+        assert run(f"trainer.max_duration={batches}ba", "trainer.save_num_checkpoints_to_keep=0") == 0
+        assert [path.name for path in (tmp_path / "run").glob("ep*")] == [f"ep{batches // 29}-ba{batches}-rank0.pt"]
+
+
 def test_a_second_run_beside_a_live_one_is_refused(run, tmp_path, capsys):
     holder = Lease(LocalFolder(str(tmp_path / "run")), beat=0.2)
     holder.acquire()

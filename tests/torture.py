@@ -8,6 +8,7 @@ on from the newest checkpoint that was whole when the one before was killed. Exi
 """
 
 import argparse
+import contextlib
 import os
 import random
 import re
@@ -23,7 +24,7 @@ from tests.conftest import ROOT, SeaweedFS
 
 ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "testkey", "AWS_SECRET_ACCESS_KEY": "testsecret", "AWS_DEFAULT_REGION": "us-east-1"}
 COMPOSER = str(Path(sys.executable).parent / "composer")
-BATCHES, INTERVAL = 400, 8
+BATCHES, INTERVAL = 160, 8
 
 
 class Torture:
@@ -91,10 +92,8 @@ class Torture:
 
 
 def kill(process: subprocess.Popen) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -1,0 +1,109 @@
+"""What a SIGTERM means to a run: save, then end, in good time. Spot machines and schedulers send one before a kill."""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed
+from composer.callbacks import CheckpointSaver
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+
+from sit_composer.lease import Lease
+from sit_composer.names import EVICTED
+from sit_composer.run_folder import StorageError
+
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>: be sent a signal when the parent dies
+
+
+class Evicted(Exception):
+    """The run was told to end, and has saved."""
+
+
+class Eviction(Callback):
+    """After a SIGTERM: saves at the end of the batch, on all ranks at the same one, and ends the run.
+
+    Args:
+        grace: seconds that this may take; then the process ends as it is.
+    """
+
+    def __init__(self, grace: float):
+        self.grace = grace
+        self.saver: CheckpointSaver | None = None
+        self.before_leaving: Callable[[], None] = lambda: None
+        self.lease: Lease | None = None
+        self._training = False
+        self._told = False
+        self.installed = False
+        self._left = threading.Event()
+        self._before: Any = signal.SIG_DFL
+        self._asked: tuple[Any, torch.Tensor] | None = None
+        self._group: Any = None
+
+    def install(self) -> None:
+        """Listens from now on; until training starts, a SIGTERM ends the process at once."""
+        self.installed = True
+        self._before = signal.signal(signal.SIGTERM, self._hear)
+        # Python calls its handlers between two of its own steps, which a rank that waits for another one, that is dead,
+        # comes to in minutes. This thread hears of a signal at once.
+        listening, self._pipe = os.pipe()
+        os.set_blocking(self._pipe, False)
+        signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+        threading.Thread(target=self._time, args=(listening,), name="eviction", daemon=True).start()
+        if "LOCAL_RANK" in os.environ and sys.platform == "linux":
+            # Composer's launcher dies of a signal without a word to its ranks, which would train on, alone.
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    def _time(self, listening: int) -> None:
+        while os.read(listening, 1) not in (b"", bytes([signal.SIGTERM])):
+            pass
+        if not self._left.is_set() and not self._left.wait(self.grace):
+            os._exit(EVICTED)
+        os.close(listening)
+
+    def end(self) -> None:
+        """Listens no more."""
+        self._left.set()
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, self._before)
+        os.close(self._pipe)
+
+    def _hear(self, number: int, frame: Any) -> None:
+        if not self._training:
+            os._exit(EVICTED)
+        self._told = True
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self._training = True
+        if dist.get_world_size() > 1:
+            self._group = torch.distributed.new_group(backend="gloo")
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Saves and leaves, before an evaluation or pictures take the time that there is."""
+        if self.lease is not None and self.lease.lost is not None:
+            raise StorageError(self.lease.lost)
+        if self._agree():
+            if self.saver is not None:
+                self.saver._save_checkpoint(state, logger)
+            self.before_leaving()
+            raise Evicted
+
+    def _agree(self) -> bool:
+        # Ranks hear it at different moments. What they heard is summed while the next batch is computed, on the CPU, so
+        # that no rank waits for another or for its GPU, and all of them know at the end of the same batch.
+        if self._group is None:
+            return self._told
+        agreed = False
+        if self._asked is not None:
+            work, heard = self._asked
+            work.wait()
+            agreed = bool(heard.item())
+        heard = torch.tensor([int(self._told)])
+        self._asked = torch.distributed.all_reduce(heard, group=self._group, async_op=True), heard
+        return agreed
