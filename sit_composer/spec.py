@@ -18,8 +18,8 @@ class DataSpec:
     """The contents of a folder of MDS shards.
 
     Samples of kind ``pixels`` have the columns ``image`` (the original file's bytes, or a cropped PNG or JPEG) and
-    ``label`` (int); samples of kind ``latents`` have ``moments`` and ``moments_flip`` (float16, (2·channels, H, W): mean,
-    then standard deviation, of the picture and of its mirror image, before scale and shift) and ``label``.
+    ``label`` (int); samples of kind ``latents`` have ``moments`` and ``moments_flip`` (float16, (2·channels, H, W):
+    mean, then standard deviation, of the picture and of its mirror image, before scale and shift) and ``label``.
     """
 
     kind: str  # "pixels" or "latents"

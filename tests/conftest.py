@@ -118,7 +118,7 @@ def free_ports(count):
     """Ports that are free, as is each plus 10,000, where SeaweedFS listens for gRPC."""
     found = []
     while len(found) < count:
-        port = random.randint(15_000, 45_000)
+        port = random.randint(15_000, 22_000)
         try:
             for number in (port, port + 10_000):
                 with socket.socket() as probe:

@@ -6,6 +6,7 @@ from sit_composer.checkpoint import load_checkpoint
 from sit_composer.run_folder import LocalFolder, S3Folder, fetch_checkpoint, newest
 from tests.test_train import bits, differences, run  # noqa: F401 - a fixture
 
+pytestmark = pytest.mark.slow
 REMOTE = ["trainer.save_folder=s3://sit/runs/{run_name}", "trainer.save_interval=2ba", "data.flip=true"]
 FOLDER = "s3://sit/runs/quickstart"
 
