@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -241,6 +242,30 @@ def test_a_sigterm_saves_and_the_same_command_goes_on_to_the_bit(run, tmp_path, 
     monkeypatch.undo()
     assert run("trainer.max_duration=20ba") == 0
     assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
+
+
+@pytest.mark.slow
+def test_a_sigterm_to_every_process_of_a_run_saves_too(digits_shards, tmp_path):
+    """As schedulers send it; torch's data workers would die of it, and the run of their death."""
+    log = tmp_path / "log.txt"
+    tiny = ["model.hidden_size=32", "model.depth=1", "model.num_heads=2", "trainer.max_duration=100000ba"]
+    places = [f"data.local={digits_shards}", f"trainer.save_folder={tmp_path / 'run'}", "data.num_workers=2"]
+    logger = f"loggers={{file: {{filename: '{log}', flush_interval: 1}}}}"
+    command = [sys.executable, "sit_composer/train.py", QUICKSTART, *tiny, *places, logger, "supervision.grace=100"]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=-3, stderr=-3)
+    try:
+        deadline = time.monotonic() + 200
+        while not (log.exists() and "time/batch: 5 " in log.read_text()):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(150) == 143
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert load_checkpoint(str(tmp_path / "run")).step >= 5
 
 
 def test_only_so_many_checkpoints_are_kept_also_over_resumes(run, tmp_path):
