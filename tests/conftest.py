@@ -24,6 +24,11 @@ ROOT = Path(__file__).parent.parent
 REFERENCE = Path(__file__).parent / "reference"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that fork come first: a process that has trained holds Composer's threads and a process group."""
+    items.sort(key=lambda item: item.path.name != "test_data.py")
+
+
 @pytest.fixture(scope="session")
 def reference():
     """Loads the reference vectors of a name."""

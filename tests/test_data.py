@@ -582,7 +582,7 @@ def test_pictures_of_many_sizes_make_batches_of_one(tmp_path):
     folder = write(tmp_path / "shards", columns, rows, spec, size_limit=1 << 16)
     got = gather(loader(None, folder, image_size=64, batch_size=5))
     assert got["image"].shape == (12, 3, 64, 64)
-    for image, _, index in zip(*got.values(), strict=True):
+    for image, index in zip(got["image"], got["index"], strict=True):
         theirs = adm_center_crop(Image.open(io.BytesIO(rows[index]["image"])), 64)
         assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - theirs).max() <= 1
     with pytest.raises(DataError, match="image_size"):
