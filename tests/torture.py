@@ -60,6 +60,18 @@ class Torture:
         log = self.log(name, attempt)
         return [int(n) for n in re.findall(r": time/batch: (\d+)", log.read_text())] if log.exists() else []
 
+    def await_moment(self, process: subprocess.Popen, name: str, attempt: int, rng: random.Random, start: int) -> None:
+        """Waits until some moment of the start, or until some batches after the first are done and a bit longer."""
+        if rng.random() < 0.2:
+            target, deadline = BATCHES + 1, time.monotonic() + rng.uniform(0, 15)
+        else:
+            target, deadline = start + rng.randint(1, 40), time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < deadline:
+            if max(self.batches(name, attempt), default=0) >= target:
+                time.sleep(rng.uniform(0, 0.5))
+                return
+            time.sleep(0.05)
+
     def run_to_its_end(self, name: str, attempt: int) -> None:
         process = self.start(name, attempt)
         try:
@@ -114,18 +126,15 @@ def torture(kills: int, ranks: int, fsdp: bool, seed: int, top: Path) -> list[st
         server.start()
         command = [sys.executable, "convert/to_mds.py", "digits", "--out", "s3://sit/shards"]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
-        begun = time.monotonic()
         run.run_to_its_end("whole", 0)
-        usual = time.monotonic() - begun
         whole, done, rounds = run.content("whole"), 0, 0
         while done < kills:  # a run that comes to its end between two kills is followed by another
             name, expected, attempt = f"killed{rounds}", 0, 0
             while done < kills and expected < BATCHES:
                 process = run.start(name, attempt)
                 try:
-                    process.wait(timeout=rng.uniform(0.2, 0.9) * usual)
-                except subprocess.TimeoutExpired:
-                    done += 1
+                    run.await_moment(process, name, attempt, rng, expected)
+                    done += process.poll() is None
                 finally:
                     kill(process)
                 seen = run.batches(name, attempt)
