@@ -147,7 +147,7 @@ class Config:
     precision: str = key("fp32, amp_bf16 or amp_fp16", "fp32")
     fsdp: FSDPConfig | None = key("sharded training (FSDP2); {} takes its defaults, null is DDP", None)
     supervision: SupervisionConfig = key("what keeps a run alive, and alone", SupervisionConfig())
-    trust_checkpoint: bool = key("unpickle what is resumed from, which can run code in it", False)
+    trust_checkpoint: bool = key("unpickle a checkpoint of one file whole, which can run code in it", False)
     trainer: dict[str, Any] = key("arguments of Composer's Trainer, by their names", {})
     algorithms: dict[str, Any] = key("Composer's algorithms: {name: arguments}", {})
     callbacks: dict[str, Any] = key("Composer's callbacks: {name: arguments}", {})

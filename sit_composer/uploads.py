@@ -36,7 +36,7 @@ class Uploads(Callback):
         self.saver: CheckpointSaver | None = None
         self.failure: StorageError | None = None
         self._seen = 0
-        self._jobs: queue.Queue[Callable[[], None]] = queue.Queue()
+        self._jobs: queue.Queue[Path | None] = queue.Queue()  # None: no more
         self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
         self._thread.start()
 
