@@ -6,7 +6,6 @@
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -252,24 +251,30 @@ def resident(sizes: dict, samples: int) -> None:
             optimizer.step()
             torch._foreach_lerp_(average, trained, 0.1)
 
+    def peak() -> int:  # not getrusage's, which begins at the peak of the process that started this one
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) * 1024
+
     train({**SMALL, "hidden_size": 16})  # what the libraries set up at first use
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     train(sizes)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    print(peak() - before)
 
 
 def main(data: str, cases: list[list[str]]) -> None:
-    """Trains each case with the real command, in microbatches of 4, and prints its measured and predicted bytes."""
+    """Trains each case with the real command, in microbatches of 4 at most, and prints its measured and predicted bytes."""
     from sit_composer import train
 
     torch.set_num_threads(1)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
     for overrides in cases:
         config = load_config(str(ROOT / "yamls/quickstart.yaml"), [*TINY, f"data.local={data}", *overrides])
         config.callbacks = {}
         config.trainer["device_train_microbatch_size"] = 4
         check(config)
         top = measured(lambda config=config: train.train(config))
-        guess = memory.memory(config, int(os.environ.get("WORLD_SIZE", 1)), 4, cuda=False).total
+        microbatch = min(4, config.data.global_batch_size // ranks)
+        guess = memory.memory(config, ranks, microbatch, cuda=False).total
         print("RESULT", json.dumps([overrides, top, guess]), flush=True)
 
 
