@@ -17,7 +17,7 @@ install: .venv/installed
 	touch $@
 
 quickstart: install
-	$(PYTHON) convert/to_mds.py digits --out $(RUN)/shards --resume
+	$(PYTHON) convert/to_mds.py digits --out $(RUN)/shards
 	.venv/bin/composer -n 1 sit_composer/train.py yamls/quickstart.yaml
 	$(PYTHON) -m sit_composer.sample $(RUN)/checkpoints --out $(RUN)/samples --npz $(RUN)/samples.npz \
 	    --classes 0,1,2,3,4,5,6,7,8,9 --per-class 50 --cfg-scale 1.5 --batch-size 100

@@ -2,13 +2,12 @@
 images. Scale and shift stay out of them: `spec.json` has those, and training applies them."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import closing
-from pathlib import Path
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from pixels import BadPicture, ahead, crop, read_file
+from pixels import BadPicture, Look, levels
 from sources import InputError, Sample
 from torch import Tensor
 
@@ -24,13 +23,18 @@ def default_dtype() -> str:
 class Latents:
     """Samples of kind ``latents``: ``moments`` and ``moments_flip``, float16 (2C, H, W), mean before deviation.
 
-    The same pictures, options, machine and libraries give the same bits.
+    The same pictures, options, kind of processor and libraries give the same bits; so a CPU computes on one thread.
 
     Args:
         vae: hub name or folder, as `KLAutoencoder` takes it; `spec.json` names it in the same words.
-        image_size: side in pixels to which pictures are cropped, as training does; None if all are squares of one size.
+        image_size: side in pixels of the pictures.
+        crop: whether they are cropped to it, as training does, or are all squares of that size.
         dtype: in which the encoder computes: float32, bfloat16 or float16. Moments are made float16 after.
         batch_size: pictures that are encoded at a time. Another one may change the last bits.
+
+    Attributes:
+        prepare: makes of a picture (`Sample.image`) what `rows` takes, and may run in another process.
+        preload: the modules that it needs.
 
     Raises:
         InputError: if the autoencoder cannot be loaded, or doesn't take such pictures.
@@ -42,7 +46,7 @@ class Latents:
         "label": "int",
     }
 
-    def __init__(self, vae: str, image_size: int | None, dtype: str, batch_size: int) -> None:
+    def __init__(self, vae: str, image_size: int, crop: bool, dtype: str, batch_size: int) -> None:
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.allow_tf32 = False  # float32 is to be float32; bfloat16 is as fast as ever
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,51 +54,56 @@ class Latents:
             self.encoder = KLAutoencoder(vae, self.device, getattr(torch, dtype), slice_size=batch_size)
         except UserError as error:
             raise InputError(f"--vae: {str(error).removeprefix('autoencoder.name: ')}") from None
+        if self.device == "cpu":
+            torch.set_num_threads(1)  # with others, sums come in another order, and the last bits differ
+        self.encoder.vae.to(memory_format=torch.channels_last)  # as convolutions want them
         self.batch_size = batch_size
-        self.channels = self.encoder.picture_channels
-        if self.channels not in (1, 3):
-            raise InputError(f"--vae: {vae!r} takes pictures of {self.channels} channels; it takes one of 1 or 3")
-        self.cropped = image_size is not None
+        channels = self.encoder.picture_channels
+        if channels not in (1, 3):
+            raise InputError(f"--vae: {vae!r} takes pictures of {channels} channels; it takes one of 1 or 3")
+        if image_size % self.encoder.spec.downsample:
+            times = self.encoder.spec.downsample
+            raise InputError(f"--image-size: got {image_size}; the autoencoder takes multiples of {times} pixels")
         self.image_size = image_size
-        if image_size is not None:
-            self._check_size(image_size)
+        self.prepare = partial(levels, channels=channels, image_size=image_size if crop else None)
+        self.preload = ["sit_composer.pictures"]
 
-    def rows(self, samples: Iterable[Sample]) -> Iterator[tuple[Sample, dict[str, Any] | BadPicture]]:
+    def rows(
+        self, pictures: Iterable[tuple[Sample, Any]]
+    ) -> Iterator[tuple[Sample, dict[str, Any] | BadPicture, Look | None]]:
         """Each sample with its columns but for the label, or with what is wrong with it; in the samples' order.
 
         Raises:
-            InputError: for pictures of several sizes without an ``image_size``; for more than a GPU's memory holds.
+            InputError: for a picture of another size; for more than a GPU's memory holds.
         """
-        batch: list[tuple[Sample, Tensor | BadPicture]] = []
+        batch: list[tuple[Sample, Any]] = []
         good = 0
-        # The next batch is decoded while this one is encoded.
-        with closing(ahead(self._decode, samples, self.batch_size)) as pictures:
-            for sample, picture in pictures:
-                if isinstance(picture, Tensor):
-                    self._check_picture(sample, picture)
-                    good += 1
-                batch.append((sample, picture))
-                if good == self.batch_size:
-                    yield from self._encode(batch)
-                    batch, good = [], 0
+        for sample, picture in pictures:
+            if not isinstance(picture, BadPicture):
+                self._check_size(sample, picture)
+                good += 1
+            batch.append((sample, picture))
+            if good == self.batch_size:
+                yield from self._encode(batch)
+                batch, good = [], 0
         yield from self._encode(batch)
 
-    def spec(self) -> dict[str, Any]:
-        """What `DataSpec` says of these latents."""
+    def spec(self, grey: bool, sizes: list[list[int]]) -> dict[str, Any]:
+        """What `DataSpec` says of these latents, whatever the pictures looked like."""
         spec = self.encoder.spec
         return {
             "kind": "latents", "channels": spec.channels, "image_size": self.image_size, "autoencoder": spec.as_dict(),
         }  # fmt: skip
 
-    def _decode(self, image: bytes | Path | None) -> Tensor:
-        return crop(read_file(image), self.channels, self.image_size if self.cropped else None)
-
     def _encode(
-        self, batch: list[tuple[Sample, Tensor | BadPicture]]
-    ) -> Iterator[tuple[Sample, dict[str, Any] | BadPicture]]:
-        encoded = iter(self._moments([picture for _, picture in batch if isinstance(picture, Tensor)]))
+        self, batch: list[tuple[Sample, Any]]
+    ) -> Iterator[tuple[Sample, dict[str, Any] | BadPicture, Look | None]]:
+        encoded = iter(
+            self._moments([torch.from_numpy(picture) for _, picture in batch if not isinstance(picture, BadPicture)])
+        )
+        look = (False, self.image_size, self.image_size)
         for sample, picture in batch:
-            yield sample, next(encoded) if isinstance(picture, Tensor) else picture
+            yield sample, picture if isinstance(picture, BadPicture) else next(encoded), look
 
     def _moments(self, pictures: list[Tensor]) -> list[dict[str, Any] | BadPicture]:
         """The columns of each of the pictures, uint8 (C, H, W) of one size."""
@@ -113,19 +122,13 @@ class Latents:
             return [row for picture in pictures for row in self._moments([picture])]
         return [_row(*both) for both in zip(straight, mirrored, strict=True)]
 
-    def _check_picture(self, sample: Sample, picture: Tensor) -> None:
+    def _check_size(self, sample: Sample, picture: np.ndarray) -> None:
         height, width = picture.shape[-2:]
-        if self.image_size is None and height == width:
-            self._check_size(width)
-            self.image_size = width
         if (height, width) != (self.image_size, self.image_size):
-            others = f", and others are {self.image_size}x{self.image_size}" if self.image_size else ""
-            raise InputError(f"{sample.where}: the picture is {width}x{height}{others}; say --image-size to crop them")
-
-    def _check_size(self, size: int) -> None:
-        if size % self.encoder.spec.downsample:
-            times = self.encoder.spec.downsample
-            raise InputError(f"--image-size: got {size}; the autoencoder takes multiples of {times} pixels")
+            raise InputError(
+                f"{sample.where}: the picture is {width}x{height}, and the first is {self.image_size}x"
+                f"{self.image_size}; say --image-size to crop them"
+            )
 
 
 def _row(moments: np.ndarray, moments_flip: np.ndarray) -> dict[str, Any] | BadPicture:

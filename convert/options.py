@@ -28,16 +28,21 @@ def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
     add("--vae", metavar="NAME", help="whose latents: an AutoencoderKL's name on the Hub, or its folder")
     add("--encode-dtype", choices=DTYPES, help="in which it computes (default: bfloat16 on a GPU, else float32)")
     add("--batch-size", metavar="N", type=_positive, help=f"pictures it encodes at a time (default: {BATCH_SIZE})")
-    existing = parser.add_mutually_exclusive_group()
-    existing.add_argument(
-        "--resume",
-        action="store_true",
-        help="do nothing if URI already holds the whole conversion of SOURCE with these options (its files are not "
-        "compared); start again if an interrupted one lies there",
+    add(
+        "--check",
+        choices=("decode", "header"),
+        help="of pictures that keep their bytes: decode each (the default), or "
+        "only read its header, a hundred times as fast",
     )
-    existing.add_argument(
-        "--overwrite", action="store_true", help="replace an earlier conversion once this one is whole"
+    add("--workers", metavar="N", type=_count, help="processes that decode; 0: none but this (default: one a core)")
+    add(
+        "--engine",
+        choices=("ray",),
+        help="convert on a Ray cluster, of this machine or RAY_ADDRESS's, with an actor a GPU",
     )
+    add("--streaming", action="store_true", help="read a Hugging Face data set without keeping a copy of it")
+    add("--log", metavar="FILE", help="add a line of JSON for each event")
+    add("--overwrite", action="store_true", help="replace what another conversion has made or begun there")
     return parser.parse_args(argv)
 
 
@@ -54,13 +59,26 @@ def what_is_made(args: argparse.Namespace) -> dict[str, Any]:
             raise InputError(f"--{name.replace('_', '-')} is for --latents")
     if args.quality is not None and (args.latents or args.image_size is None):
         raise InputError("--quality is of the pictures that --image-size makes, and not for --latents")
-    names = ("image_size", "quality", "vae", "encode_dtype")
-    return {name: value for name in names if (value := getattr(args, name)) is not None}
+    if args.check is not None and (args.latents or args.image_size is not None):
+        raise InputError("--check is of pictures that keep their bytes; with --image-size or --latents each is decoded")
+    if args.latents and args.batch_size is None:
+        args.batch_size = BATCH_SIZE
+    if args.engine == "ray" and args.workers is not None:
+        raise InputError("--workers is of the one process that converts without --engine ray, which has actors")
+    names = ("image_size", "quality", "vae", "encode_dtype", "batch_size")
+    made = {name: value for name in names if (value := getattr(args, name)) is not None}
+    return made | ({"check": "header"} if args.check == "header" else {})  # which decides what is left out
 
 
 def _quality(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 100:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 100")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
     return int(text)
 
 

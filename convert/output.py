@@ -1,236 +1,283 @@
 """Where a conversion goes: a folder, or a prefix of an object store; and what may already be there.
 
-A conversion is seen by nobody before it is whole. A folder is built beside its final place and then renamed; in an
-object store shards come first and `index.json` last. An earlier conversion stays until the new one is whole.
-Nothing that a conversion did not write is ever deleted.
+Beside the shards lie, until all is whole, `plan.json` and a `part.PPPPP.json` for each part whose shards are all there.
+Only then come `spec.json` and, last, `index.json`. A folder is made as FOLDER.partial, and renamed. An earlier
+conversion stays until the new one is whole, and what no conversion wrote is never deleted.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from plan import PLAN_NAME, Plan, changed_file, changes
+
+from sit_composer.run_folder import LocalFolder, S3Folder
 from sit_composer.spec import SPEC_NAME, DataSpec
 
 INDEX_NAME = "index.json"
 AGAIN = "again-"  # prefix of the shards that replace earlier ones in an object store, in turn with none
-SHARD = re.compile(rf"({AGAIN})?shard\.\d{{5,}}\.mds")
+SHARD = re.compile(rf"({AGAIN})?shard\.\d{{5,}}(\.\d{{5,}})?\.mds")
+PART = re.compile(r"part\.(\d{5,})\.json")
+SCRATCH = "scratch"  # a folder of shards that are being written
 
 
 class OutputError(Exception):
     """Why the output cannot be written there, and what to do: one line for the user."""
 
 
-class Place(Protocol):
-    """A place for one conversion. The order of calls is begin, then retire and end, or discard."""
-
-    uri: str
-    remote: str | None  # where finished files are to be uploaded; None if the local folder is all
-    prefix: str  # of shard names; known after `begin`
-
-    def listing(self) -> dict[str, int]:
-        """The names and bytes of all files there."""
-
-    def read(self, name: str) -> str:
-        """The text of one file there."""
-
-    def begin(self) -> Path:
-        """Clears what a killed run left and returns an empty local folder to write to."""
-
-    def retire(self) -> None:
-        """Called when all shards are there, before the spec and the index."""
-
-    def end(self) -> None:
-        """Puts the new conversion in the place of any earlier one."""
-
-    def discard(self) -> None:
-        """Removes all that was written since `begin`."""
-
-
-def open_place(out: str) -> Place:
-    """The place that ``--out`` names.
+class Output:
+    """The place that ``--out`` names. One process holds it (`begin` to `end`); others may `put` into it meanwhile.
 
     Raises:
-        OutputError: if it can be no output.
+        OutputError, StorageError: if it can be no output.
     """
-    if out.startswith("s3://"):
-        return Bucket(out)
-    if "://" in out or out.startswith("dbfs:/"):
-        raise OutputError(
-            f"{out}: choose a folder or s3://BUCKET/PREFIX; for other stores, convert to a folder and copy it"
-        )
-    return Folder(out)
-
-
-def is_done(place: Place, source: dict[str, Any], resume: bool, overwrite: bool) -> bool:
-    """Whether the place already holds the whole conversion of this source. False: it is free, or may be replaced.
-
-    Raises:
-        OutputError: if something else is there, or something that neither option allows to replace.
-    """
-    files = place.listing()
-    if not files:
-        return False
-    foreign = sorted(name for name in files if name not in (SPEC_NAME, INDEX_NAME) and not SHARD.fullmatch(name))
-    # Only a bucket can hold shards of ours without a spec: those of a killed run.
-    if foreign or (SPEC_NAME not in files and (INDEX_NAME in files or place.remote is None)):
-        which = ", ".join(foreign[:3]) or f"shards without {SPEC_NAME}"
-        raise OutputError(f"{place.uri} holds what this program did not write ({which}): choose another --out")
-    try:
-        spec = DataSpec.from_json(place.read(SPEC_NAME), f"{place.uri}/{SPEC_NAME}") if SPEC_NAME in files else None
-    except ValueError as error:
-        raise OutputError(f"{error}: choose another --out") from None
-    if overwrite:
-        return False
-    if not resume:
-        state = "a conversion" if INDEX_NAME in files else "an unfinished conversion"
-        raise OutputError(f"{place.uri} exists and holds {state}: choose another --out, or say --resume or --overwrite")
-    if spec is not None and spec.source != source:
-        keys = sorted(key for key in {*spec.source, *source} if spec.source.get(key) != source.get(key))
-        changes = "; ".join(f"{key} {spec.source.get(key)!r} there, {source.get(key)!r} now" for key in keys)
-        raise OutputError(f"{place.uri} is the conversion of something else ({changes}): --overwrite replaces it")
-    return INDEX_NAME in files and _is_whole(place, files)
-
-
-def _is_whole(place: Place, files: dict[str, int]) -> bool:
-    """Whether every shard that the index names is there with its size."""
-    try:
-        shards = [shard["raw_data"] for shard in json.loads(place.read(INDEX_NAME))["shards"]]
-        return all(files.get(shard["basename"]) == shard["bytes"] for shard in shards)
-    except (ValueError, KeyError, TypeError):
-        return False
-
-
-class Folder:
-    """A local folder, built as FOLDER.partial."""
-
-    remote = None
-    prefix = ""
 
     def __init__(self, out: str) -> None:
         self.uri = out
+        self.prefix = ""  # of shards' names
+        self.lock: int | None = None
+        self.path: Path | None = None  # of a folder; None for an object store
+        if out.startswith("s3://"):
+            self.store: LocalFolder | S3Folder = S3Folder(out)
+            name = hashlib.sha256(f"{out.rstrip('/')} {os.environ.get('S3_ENDPOINT_URL')}".encode()).hexdigest()[:16]
+            # By the output's name, so that what a killed run left there is found and removed.
+            self.scratch_root = Path(tempfile.gettempdir(), f"to_mds-{os.getuid()}-{name}")
+            return
+        if "://" in out or out.startswith("dbfs:/"):
+            raise OutputError(
+                f"{out}: choose a folder or s3://BUCKET/PREFIX; for other stores, convert to a folder and copy it"
+            )
         self.path = Path(out).expanduser().resolve()
-        self.partial = self.path.with_name(self.path.name + ".partial")
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"{out} is a file: choose another --out")
         if self.path.is_mount():
             raise OutputError(f"{out} is a mount point, which cannot be renamed: choose a folder inside it")
+        self.partial = self.path.with_name(self.path.name + ".partial")
+        self.store = LocalFolder(str(self.partial))
+        self.scratch_root = self.partial / SCRATCH
 
-    def listing(self) -> dict[str, int]:
-        return _list_folder(self.path)
+    # --- What is there ---
 
-    def read(self, name: str) -> str:
-        return (self.path / name).read_text(encoding="utf-8")
+    def is_done(self, source: dict[str, Any], overwrite: bool) -> bool:
+        """Whether the whole conversion of this source is there. False: the place is free, or may be replaced.
 
-    def begin(self) -> Path:
+        Raises:
+            OutputError: if something else is there.
+        """
+        files = _entries(self.path) if self.path else self.store.listing()
+        _refuse_foreign(self.uri, files)
+        if not files or (self.path is None and PLAN_NAME in files and INDEX_NAME not in files):
+            return False
+        text = self._read_final(SPEC_NAME)
+        if text is None:  # MDS shards of another program
+            raise OutputError(f"{self.uri} holds shards without {SPEC_NAME}, not this program's: choose another --out")
+        if overwrite:
+            return False
         try:
-            self.partial.mkdir(parents=True, exist_ok=True)
+            there = DataSpec.from_json(text, f"{self.uri}/{SPEC_NAME}").source
+        except ValueError as error:
+            raise OutputError(f"{error}: choose another --out") from None
+        if difference := changes(there, source):
+            raise OutputError(f"{self.uri} is another conversion ({difference}): --overwrite replaces it")
+        shards = self._shards_of_index(files)
+        if shards is None:
+            raise OutputError(f"{self.uri} is damaged: shards that its {INDEX_NAME} names are missing; say --overwrite")
+        # What a kill behind the index left.
+        self._final().delete([name for name in files if name not in {*shards, INDEX_NAME, SPEC_NAME}])
+        return True
+
+    def _shards_of_index(self, files: dict[str, int]) -> set[str] | None:
+        """The names of the index's shards, if all are there with their sizes."""
+        try:
+            shards = [shard["raw_data"] for shard in json.loads(self._read_final(INDEX_NAME) or "")["shards"]]
+            whole = all(files.get(shard["basename"]) == shard["bytes"] for shard in shards)
+            return {shard["basename"] for shard in shards} if whole else None
+        except (ValueError, KeyError, TypeError):
+            return None
+
+    def _final(self) -> LocalFolder | S3Folder:
+        return LocalFolder(str(self.path)) if self.path else self.store
+
+    def _read_final(self, name: str) -> str | None:
+        content = self._final().read(name)
+        return None if content is None else content.decode("utf-8", "replace")
+
+    # --- A conversion's course: begin, put, publish, end ---
+
+    def begin(self, plan: Plan, overwrite: bool) -> dict[int, dict[str, Any]]:
+        """Takes the place. Returns the records of those of the plan's parts that are finished, by number.
+
+        Raises:
+            OutputError: if another conversion is at work there, or has been begun under another plan.
+        """
+        self._take()
+        try:
+            files = _entries(self.partial) if self.path else self.store.listing()
+            files.pop(SCRATCH, None)
+            _refuse_foreign(self.store.uri, files)
+            there = self.store.read(PLAN_NAME)
+            if there is not None:
+                there = self._compare(json.loads(there), plan, overwrite)
+            if there is None:
+                self._clear(files)
+                self.prefix = self._new_prefix()
+                self.store.write(PLAN_NAME, _json({"prefix": self.prefix, **plan.record()}))
+                return {}
+            self.prefix = there["prefix"]
+            names = sorted(name for name in files if PART.fullmatch(name))
+            records = [json.loads(self.store.read(name)) for name in names]
+            return {record["part"]: record for record in records if _are_there(record["shards"], files)}
+        except ValueError:
+            raise OutputError(f"{self.store.uri} holds what this program did not write: choose another --out") from None
+
+    def _compare(self, there: dict[str, Any], plan: Plan, overwrite: bool) -> dict[str, Any] | None:
+        """The record of the plan that was begun there, if it is this plan; None to begin anew."""
+        now = plan.record()
+        if there.get("digest") == now["digest"]:
+            return there
+        if overwrite:
+            return None
+        difference = changes(there.get("source", {}), now["source"]) or "the source's files have changed"
+        raise OutputError(
+            f"{self.store.uri} is the beginning of another conversion ({difference}"
+            f"{changed_file(there.get('files'), plan.reading.files)}): --overwrite begins anew"
+        )
+
+    def _clear(self, files: dict[str, int]) -> None:
+        """Removes what an earlier attempt left. In an object store an earlier conversion lies there, too, and stays."""
+        keep = set() if self.path else {INDEX_NAME, SPEC_NAME} | self._named_shards()
+        self.store.delete([name for name in files if name not in keep])
+
+    def _named_shards(self) -> set[str]:
+        try:
+            index = json.loads(self._read_final(INDEX_NAME) or "{}")
+            return {shard["raw_data"]["basename"] for shard in index.get("shards", [])}
+        except (ValueError, KeyError, TypeError):
+            return set()
+
+    def _new_prefix(self) -> str:
+        earlier = self._named_shards() if self.path is None else set()
+        return AGAIN if any(name.startswith("shard.") for name in earlier) else ""
+
+    def _take(self) -> None:
+        place = self.partial if self.path else self.scratch_root
+        try:
+            place.mkdir(parents=True, exist_ok=True, mode=0o777 if self.path else 0o700)
         except OSError as error:
-            raise OutputError(f"cannot make {self.partial}: {error.strerror}") from error
-        self.lock = os.open(self.partial, os.O_RDONLY)
+            raise OutputError(f"cannot make {place}: {error.strerror}") from error
+        self.lock = os.open(place, os.O_RDONLY)
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
         except BlockingIOError:
-            os.close(self.lock)
-            raise OutputError(
-                f"another conversion is writing to {self.partial}: wait, or choose another --out"
-            ) from None
-        left = list(_list_folder(self.partial))
-        foreign = [name for name in left if name not in (SPEC_NAME, INDEX_NAME) and not SHARD.fullmatch(name)]
-        if foreign:
-            os.close(self.lock)
-            raise OutputError(f"{self.partial} holds what this program did not write ({foreign[0]}): move it away")
-        for name in left:
-            (self.partial / name).unlink()
-        return self.partial
+            raise OutputError(f"another conversion is writing to {self.uri}: wait, or choose another --out") from None
+        self._clear_scratch()
 
-    def retire(self) -> None:
-        pass
+    def _clear_scratch(self) -> None:
+        if self.path:
+            shutil.rmtree(self.scratch_root, ignore_errors=True)
+            return
+        for entry in self.scratch_root.iterdir():
+            shutil.rmtree(entry, ignore_errors=True)
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A new, empty local folder, from which files are `put`."""
+        self.scratch_root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder = Path(tempfile.mkdtemp(dir=self.scratch_root))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def put(self, file: Path) -> None:
+        """Moves a file there, under its own name. It appears whole, or not at all.
+
+        Raises:
+            StorageError, OSError: if it didn't arrive.
+        """
+        if self.path:
+            os.replace(file, self.partial / file.name)
+        else:
+            self.store.upload(file, file.name)
+            file.unlink()
+
+    def finish_part(self, record: dict[str, Any]) -> None:
+        """Notes that a part's shards are all there."""
+        self.store.write(f"part.{record['part']:05}.json", _json(record))
+
+    def publish(self, spec: DataSpec, records: list[dict[str, Any]]) -> None:
+        """Makes the conversion visible, in the place of any earlier one.
+
+        Raises:
+            OutputError: if a shard is not there with its size.
+        """
+        files = self.store.listing()
+        shards = [shard for record in records for shard in record["shards"]]
+        for shard in shards:
+            if not _are_there([shard], files):
+                name = shard["raw_data"]["basename"]
+                raise OutputError(f"{self.store.uri}/{name} has been lost since it was written: run it again")
+        index = json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode()
+        if self.path is None:
+            self.store.delete([INDEX_NAME, SPEC_NAME])  # the index first
+        self.store.write(SPEC_NAME, spec.to_json().encode())
+        self.store.write(INDEX_NAME, index)
+        if self.path:
+            self._clear_scratch()
+            _swap(self.partial, self.path)
+        named = {shard["raw_data"]["basename"] for shard in shards} | {INDEX_NAME, SPEC_NAME}
+        self._final().delete([name for name in files if name not in named])  # the plan and the parts, last
 
     def end(self) -> None:
-        if self.path.exists():
-            earlier = self.path.with_name(f"{self.path.name}.replaced-{os.getpid()}")
-            self.path.rename(earlier)
-            self.partial.rename(self.path)
-            shutil.rmtree(earlier, ignore_errors=True)
-        else:
-            self.partial.rename(self.path)
-        os.close(self.lock)
-
-    def discard(self) -> None:
-        shutil.rmtree(self.partial, ignore_errors=True)
-        os.close(self.lock)
+        """Lets go of the place. What is finished stays, for the next run."""
+        if self.lock is not None:
+            self._clear_scratch()
+            if self.path is None:
+                shutil.rmtree(self.scratch_root, ignore_errors=True)
+            elif self.partial.is_dir() and not any(self.partial.iterdir()):
+                self.partial.rmdir()
+            os.close(self.lock)
+            self.lock = None
 
 
-def _list_folder(folder: Path) -> dict[str, int]:
+def is_ours(name: str) -> bool:
+    """Whether conversions write files of that name."""
+    return name in (SPEC_NAME, INDEX_NAME, PLAN_NAME) or bool(SHARD.fullmatch(name) or PART.fullmatch(name))
+
+
+def _refuse_foreign(uri: str, files: Iterable[str]) -> None:
+    if foreign := sorted(name for name in files if not is_ours(name)):
+        raise OutputError(
+            f"{uri} holds what this program did not write ({', '.join(foreign[:3])}): choose another --out"
+        )
+
+
+def _entries(folder: Path) -> dict[str, int]:
+    """The names and bytes of all that a folder holds."""
     return {entry.name: entry.lstat().st_size for entry in folder.iterdir()} if folder.is_dir() else {}
 
 
-class Bucket:
-    """A prefix of an S3 bucket. S3_ENDPOINT_URL chooses another store than AWS, as it does for streaming."""
+def _are_there(shards: list[dict[str, Any]], files: dict[str, int]) -> bool:
+    return all(files.get(shard["raw_data"]["basename"]) == shard["raw_data"]["bytes"] for shard in shards)
 
-    def __init__(self, out: str) -> None:
-        import boto3
 
-        self.uri = self.remote = out.rstrip("/")
-        self.bucket, _, key = self.uri.removeprefix("s3://").partition("/")
-        self.folder = f"{key}/" if key else ""
-        with self._errors():
-            self.client = boto3.client("s3", endpoint_url=os.environ.get("S3_ENDPOINT_URL"))
+def _swap(partial: Path, path: Path) -> None:
+    """Renames a folder to the place of another, if there is one, which goes."""
+    earlier = path.with_name(f"{path.name}.replaced")
+    if path.exists():
+        shutil.rmtree(earlier, ignore_errors=True)  # of a run that was killed here
+        path.rename(earlier)
+    partial.rename(path)
+    shutil.rmtree(earlier, ignore_errors=True)
 
-    def listing(self) -> dict[str, int]:
-        with self._errors():
-            pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.folder)
-            objects = [found for page in pages for found in page.get("Contents", [])]
-        return {o["Key"].removeprefix(self.folder): o["Size"] for o in objects if o["Key"] != self.folder}
 
-    def read(self, name: str) -> str:
-        with self._errors():
-            return self.client.get_object(Bucket=self.bucket, Key=self.folder + name)["Body"].read().decode()
-
-    def begin(self) -> Path:
-        files = self.listing()
-        try:
-            shards = json.loads(self.read(INDEX_NAME))["shards"] if INDEX_NAME in files else []
-            self.earlier = [shard["raw_data"]["basename"] for shard in shards]
-        except (ValueError, KeyError, TypeError):
-            self.earlier = []
-        self._delete(name for name in files if SHARD.fullmatch(name) and name not in self.earlier)
-        self.prefix = AGAIN if any(name.startswith("shard.") for name in self.earlier) else ""
-        self.staging = Path(tempfile.mkdtemp(prefix="to_mds-"))
-        self.retired = False
-        return self.staging
-
-    def retire(self) -> None:
-        self.retired = True
-        self._delete([INDEX_NAME, SPEC_NAME])  # the index first
-
-    def end(self) -> None:
-        shutil.rmtree(self.staging, ignore_errors=True)
-        self._delete(self.earlier)
-
-    def discard(self) -> None:
-        shutil.rmtree(self.staging, ignore_errors=True)
-        with suppress(OutputError):  # the store may be why the conversion failed; the next one clears up
-            self._delete([INDEX_NAME, SPEC_NAME] if self.retired else [])
-            self._delete(name for name in self.listing() if SHARD.fullmatch(name) and name not in self.earlier)
-
-    def _delete(self, names: Iterable[str]) -> None:
-        with self._errors():
-            for name in names:
-                self.client.delete_object(Bucket=self.bucket, Key=self.folder + name)
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        try:
-            yield
-        except (BotoCoreError, ClientError, ValueError) as error:
-            raise OutputError(f"{self.uri}: {error}") from error
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, ensure_ascii=False) + "\n").encode()

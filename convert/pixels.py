@@ -4,24 +4,25 @@ Nothing heavy is imported before the first picture.
 """
 
 import io
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+import struct
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sources import Sample
 
 if TYPE_CHECKING:
+    from numpy import ndarray
     from PIL.Image import Image
     from torch import Tensor
 
-T = TypeVar("T")
 PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # other decoders of PIL are not for unknown files
 GREY = {"1", "L", "I", "I;16", "I;16B", "I;16L"}  # PIL's modes
 MAX_PIXELS = 1 << 26  # of a picture whose short side is resized, before it is cropped
+Look = tuple[bool, int, int]  # whether a picture is grey, its width and its height
 
 
 class BadPicture(Exception):
@@ -34,45 +35,114 @@ class Pixels:
     Args:
         image_size: side in pixels to which pictures are cropped, as training does; None keeps their bytes.
         quality: of the JPEG that a cropped picture becomes, 1 to 100; None makes a PNG, which loses nothing.
+        check: of pictures that keep their bytes: "decode" each, or only read its "header".
+
+    Attributes:
+        prepare: makes of a picture (`Sample.image`) what `rows` takes, and may run in another process.
+        preload: the modules that it needs.
     """
 
     columns: ClassVar[dict[str, str]] = {"image": "bytes", "label": "int"}
 
-    def __init__(self, image_size: int | None = None, quality: int | None = None) -> None:
-        self.image_size, self.quality = image_size, quality
-        self.modes: set[bool] = set()  # of the pictures seen so far: whether they are grey
-        self.sizes: set[tuple[int, int]] = set()
+    def __init__(self, image_size: int | None = None, quality: int | None = None, check: str = "decode") -> None:
+        self.image_size = image_size
+        if image_size is not None:
+            self.prepare, self.preload = (
+                partial(cropped, image_size=image_size, quality=quality),
+                ["sit_composer.pictures"],
+            )
+        else:
+            self.prepare = partial(checked, look=decoded if check == "decode" else glance)
+            self.preload = ["PIL.Image"]
 
-    def rows(self, samples: Iterable[Sample]) -> Iterator[tuple[Sample, dict[str, Any] | BadPicture]]:
+    def rows(
+        self, pictures: Iterable[tuple[Sample, Any]]
+    ) -> Iterator[tuple[Sample, dict[str, Any] | BadPicture, Look | None]]:
         """Each sample with its columns but for the label, or with what is wrong with it; in the samples' order."""
-        with closing(ahead(self._row, samples) if self.image_size else _now(self._row, samples)) as pictures:
-            for sample, picture in pictures:
-                if isinstance(picture, BadPicture):
-                    yield sample, picture
-                    continue
-                data, grey, size = picture
-                self.modes.add(grey)
-                self.sizes.add(size)
-                yield sample, {"image": data}
+        for sample, picture in pictures:
+            if isinstance(picture, BadPicture):
+                yield sample, picture, None
+            else:
+                data, look = picture
+                yield sample, {"image": sample.image if data is None else data}, look
 
-    def spec(self) -> dict[str, Any]:
-        """What `DataSpec` says of these pictures."""
-        width, height = next(iter(self.sizes))
-        one_size = width == height and len(self.sizes) == 1
-        channels = 1 if self.modes == {True} else 3
-        return {"kind": "pixels", "channels": channels, "image_size": width if one_size else None}
+    def spec(self, grey: bool, sizes: list[list[int]]) -> dict[str, Any]:
+        """What `DataSpec` says of pictures that are all grey or not, and have those (width, height)."""
+        square = len(sizes) == 1 and sizes[0][0] == sizes[0][1]
+        return {"kind": "pixels", "channels": 1 if grey else 3, "image_size": sizes[0][0] if square else None}
 
-    def _row(self, image: bytes | Path | None) -> tuple[bytes, bool, tuple[int, int]]:
-        """A picture's bytes, whether it is grey, and (width, height)."""
-        data = read_file(image)
-        if self.image_size is None:
-            with opened(data) as picture:
-                picture.load()  # to its last row
-                return data, picture.mode in GREY, picture.size
+
+def checked(image: bytes | Path | None, look: Any) -> tuple[bytes | None, Look]:
+    """A picture's bytes (None: those that it was given), and what ``look`` says of them."""
+    data = read_file(image)
+    return None if isinstance(image, bytes) else data, look(data)
+
+
+def decoded(data: bytes) -> Look:
+    """Decodes a picture to its last row.
+
+    Raises:
+        BadPicture: if it can't be.
+    """
+    with opened(data) as picture:
+        picture.load()
+        return picture.mode in GREY, *picture.size
+
+
+def glance(data: bytes) -> Look:
+    """Reads a picture's header, and looks whether its file has an end. A hundred times as fast as to decode it.
+
+    Raises:
+        BadPicture: if it has none, or is larger than PIL takes without a warning.
+    """
+    look = _glance_jpeg(data) if data[:2] == b"\xff\xd8" else _glance_png(data) if data[:4] == b"\x89PNG" else None
+    if look is None:  # another format, or an unusual one: PIL knows
         with opened(data) as picture:
-            grey = picture.mode in GREY
-        cropped = crop(data, 1 if grey else 3, self.image_size)
-        return encode(cropped, self.quality), grey, (self.image_size, self.image_size)
+            return picture.mode in GREY, *picture.size
+    if look[1] * look[2] > BOMB:
+        raise BadPicture(f"the picture has {look[1]}x{look[2]} pixels, over {BOMB}: it may be an attack")
+    return look
+
+
+BOMB = 89_478_485  # pixels; PIL's Image.MAX_IMAGE_PIXELS
+
+
+def _glance_jpeg(data: bytes) -> Look | None:
+    """Goes from segment to segment to the frame header (ITU-T T.81, B.2.2)."""
+    if data[-2:] != b"\xff\xd9" and b"\xff\xd9" not in data[-1024:]:  # some cameras and tools append a little
+        raise BadPicture("the picture does not decode: the JPEG file has no end, it is truncated")
+    at = 2
+    while at + 9 < len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width, channels = struct.unpack_from(">HHB", data, at + 5)
+            return (channels == 1, width, height) if height and width else None
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
+
+
+def _glance_png(data: bytes) -> Look | None:
+    """The first chunk (PNG specification, 11.2.1)."""
+    if b"IEND" not in data[-1024:]:
+        raise BadPicture("the picture does not decode: the PNG file has no end, it is truncated")
+    if data[12:16] != b"IHDR":
+        return None
+    width, height, _, colour = struct.unpack_from(">IIBB", data, 16)
+    return (colour == 0, width, height) if width and height else None
+
+
+def cropped(image: bytes | Path | None, image_size: int, quality: int | None) -> tuple[bytes, Look]:
+    """The file of a picture, cropped, and what it looks like."""
+    data = read_file(image)
+    with opened(data) as picture:
+        grey = picture.mode in GREY
+    levels = crop(data, 1 if grey else 3, image_size)
+    return encode(levels, quality), (grey, image_size, image_size)
+
+
+def levels(image: bytes | Path | None, channels: int, image_size: int | None) -> "ndarray":
+    """A picture as the encoder is to see it: uint8 (C, H, W), cropped to a square unless the size is None."""
+    return crop(read_file(image), channels, image_size).numpy()  # torch would pass it on in a file of its own
 
 
 def read_file(image: bytes | Path | None) -> bytes:
@@ -97,13 +167,16 @@ def opened(data: bytes) -> Iterator["Image"]:
     """The picture, by PIL; its pixels are not decoded yet.
 
     Raises:
-        BadPicture: if it is broken, or no picture; or, where Image.DecompressionBombWarning is an error, over 89
-            million pixels, so that it may be an attack. The body's exceptions become one too.
+        BadPicture: if it is broken, no picture, or over 89 million pixels, so that it may be an attack. The body's
+            exceptions become one too.
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data), formats=PICTURES) as picture:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = Image.open(io.BytesIO(data), formats=PICTURES)
+        with picture:
             yield picture
     except UnidentifiedImageError:
         kinds = ", ".join(PICTURES)
@@ -141,41 +214,3 @@ def encode(levels: "Tensor", quality: int | None) -> bytes:
     else:
         picture.save(file, "JPEG", quality=quality)
     return file.getvalue()
-
-
-def ahead(
-    function: Callable[[bytes | Path | None], T], samples: Iterable[Sample], count: int = 0
-) -> Iterator[tuple[Sample, T | BadPicture]]:
-    """Each sample with the function of its picture, or why that failed, in order. Threads work ahead of who reads.
-
-    ``count`` results more than the threads need are kept ready. Close it to end the threads.
-    """
-    threads = os.cpu_count() or 1
-    pool = ThreadPoolExecutor(threads)
-    waiting: deque[Any] = deque()
-    try:
-        for sample in samples:
-            waiting.append((sample, pool.submit(_attempt, function, sample.image)))
-            if len(waiting) > 2 * threads + count:
-                sample, future = waiting.popleft()
-                yield sample, future.result()
-        while waiting:
-            sample, future = waiting.popleft()
-            yield sample, future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _now(
-    function: Callable[[bytes | Path | None], T], samples: Iterable[Sample]
-) -> Iterator[tuple[Sample, T | BadPicture]]:
-    """As `ahead`, in this thread, and no sample is read before it is asked for."""
-    for sample in samples:
-        yield sample, _attempt(function, sample.image)
-
-
-def _attempt(function: Callable[[bytes | Path | None], T], image: bytes | Path | None) -> T | BadPicture:
-    try:
-        return function(image)
-    except BadPicture as error:
-        return error

@@ -3,7 +3,8 @@
     python convert/to_mds.py SOURCE --out URI
 
 SOURCE is one of
-  a Parquet or Arrow file, a folder of them, or a glob in quotes
+  a Parquet or Arrow file, a folder of them, or a glob in quotes; each also as s3://BUCKET/…
+  WebDataset tars, likewise
   a folder of pictures, SOURCE/CLASS/PICTURE
   a Hugging Face data set: a folder that `save_to_disk` wrote, or a name on the Hub
   the word digits: the 1,797 small pictures that scikit-learn ships
@@ -12,101 +13,198 @@ URI is a new folder, or s3://BUCKET/PREFIX (credentials as for boto3; S3_ENDPOIN
 The pictures' own bytes are kept, and each is decoded once to see that it can be. With --image-size they are cropped and
 encoded again; with --latents an autoencoder's latents are kept in their place. Labels are integers from 0, class names,
 or strings, which are numbered in sorted order. `spec.json` says what is inside, and `index.json`, written last of all,
-that it is whole. A run that fails or is interrupted leaves neither.
+that it is whole.
+
+A conversion that was stopped, however, goes on when the same command is run again; one that is done says so. The
+result is the same to the byte.
 """
 
+import os
 import signal
 import sys
-import warnings
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from itertools import islice
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from options import BATCH_SIZE, parse, what_is_made
-from output import OutputError, Place, is_done, open_place
-from pixels import BadPicture, Pixels
-from sources import InputError, Source, describe, open_source
+from options import parse, what_is_made
+from output import Output, OutputError
+from pipeline import Job, Tally, convert_parts
+from pixels import BadPicture, Pixels, levels
+from plan import Plan, identity
+from progress import Progress
+from sources import InputError, describe, plan_source, read_part
 
+from sit_composer.errors import UserError
 from sit_composer.spec import DataSpec
 
 if TYPE_CHECKING:
     from latents import Latents
 
 REASONS_SHOWN = 5
+SMALL = 2000  # pictures
+MAX_CLASSES = 1_000_000  # more means that the labels are none of classes
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 2 for bad input or output, 1 for a failing disk or network."""
     args = parse(argv, __doc__)
+    output = None
     try:
-        source = describe(args.source, args.format, args.image_column, args.label_column, args.split, args.config)
+        source = describe(
+            args.source,
+            args.format,
+            args.image_column,
+            args.label_column,
+            args.split,
+            args.config,
+            **({"streaming": True} if args.streaming else {}),
+        )
         if args.limit:
             source["limit"] = args.limit
         source |= what_is_made(args)
+        output = _open_output(args.out, source)
         if args.latents and args.encode_dtype is None:
             source["encode_dtype"] = _latents_module().default_dtype()
-        place = open_place(args.out)
-        _refuse_inside(place, source)
-        if is_done(place, source, args.resume, args.overwrite):
-            print(f"already converted: {args.out} holds this source, nothing to do")
-            return 0
-        if args.latents:
-            batch_size = args.batch_size or BATCH_SIZE
-            form = _latents_module().Latents(args.vae, args.image_size, source["encode_dtype"], batch_size)
-        else:
-            form = Pixels(args.image_size, args.quality)
-        spec, files = convert(open_source(source), source, place, form, args.limit, args.skip_bad)
+        return _convert(args, source, output)
     except (InputError, OutputError) as error:
         return _fail(2, error)
-    except OSError as error:
+    except (UserError, OSError) as error:  # of a disk or a store that fails
         return _fail(1, error)
     except KeyboardInterrupt:
-        return _fail(130, "interrupted; nothing was kept")
-    _report(spec, files, args.out)
+        return _fail(130, "interrupted; run the same command again to go on")
+    finally:
+        if output is not None:
+            output.end()
+
+
+def _open_output(out: str, source: dict[str, Any]) -> Output:
+    try:
+        output = Output(out)
+        if output.path and source["format"] == "imagefolder":
+            # Shards inside a folder of pictures would be one of its classes next time.
+            root = Path(source["path"]).resolve()
+            if root in output.path.parents:
+                raise OutputError(f"{out} is inside the source, {root}: choose another --out")
+        return output
+    except UserError as error:
+        raise OutputError(str(error)) from error
+
+
+def _convert(args: Any, source: dict[str, Any], output: Output) -> int:
+    reading = plan_source(source, args.limit)
+    if reading.files:
+        source["files"] = identity(reading.files)
+    plan = Plan(source, reading)
+    try:
+        if output.is_done(source, args.overwrite):
+            print(f"already converted: {args.out} holds this source, nothing to do")
+            return 0
+        records = output.begin(plan, args.overwrite)
+    except UserError as error:  # the store's first answer: an address or a credential is wrong
+        raise OutputError(str(error)) from error
+    kind, options = _form(args, plan)
+    job = Job(plan, kind(**options), output, args.skip_bad)
+    tally = Tally()
+    for record in records.values():
+        tally.merge(record)
+    done = sum(tally.counts.values()) + tally.skipped
+    if records:
+        print(f"goes on: {len(records)} of {len(reading.parts)} parts, {done} pictures, are done", file=sys.stderr)
+    progress = Progress(plan.rows, done, args.log)
+    try:
+        progress.log("start", source=source, out=args.out, parts=len(reading.parts), finished=len(records))
+        todo = [number for number in range(len(reading.parts)) if number not in records]
+        with _signals_wait():  # streaming takes seconds: only after all that can be wrong with the command
+            import shards  # noqa: F401
+        if args.engine == "ray":
+            try:
+                from ray_engine import convert_on_ray
+            except ModuleNotFoundError as error:
+                raise InputError(f"--engine ray: {error}; pip install 'sit-composer[ray]' brings it") from None
+            results = convert_on_ray(job, kind, options, todo)
+        else:
+            results = _here(job, args.workers, todo, progress)
+        for record in results:
+            records[record["part"]] = record
+            progress.log("part", part=record["part"], pictures=sum(record["counts"].values()))
+        spec = _spec(job, [records[number] for number in sorted(records)])
+        output.publish(spec, [records[number] for number in sorted(records)])
+        progress.log("end", samples=spec.samples, skipped=spec.skipped, **progress.rates())
+    except BaseException as error:
+        progress.log("error", error=" ".join(str(error).split()) or type(error).__name__)
+        raise
+    finally:
+        progress.close()
+    _report(spec, records, progress, args.out)
     return 0
 
 
-def convert(
-    opened: Source,
-    source: dict[str, Any],
-    place: Place,
-    form: "Pixels | Latents",
-    limit: int | None = None,
-    skip_bad: bool = False,
-) -> tuple[DataSpec, list[int]]:
-    """Writes the shards, the spec and the index of a source, or, on any exception, nothing.
+def _form(args: Any, plan: Plan) -> "tuple[type[Pixels | Latents], dict[str, Any]]":
+    """What becomes of pictures: a class, and its arguments."""
+    if not args.latents:
+        return Pixels, {"image_size": args.image_size, "quality": args.quality, "check": args.check or "decode"}
+    return _latents_module().Latents, {
+        "vae": args.vae,
+        "image_size": args.image_size or _first_size(plan, args.skip_bad),
+        "crop": args.image_size is not None,
+        "dtype": plan.source["encode_dtype"],
+        "batch_size": plan.source["batch_size"],
+    }
 
-    Args:
-        opened: the pictures.
-        source: where they come from and what was made of them, for the spec.
-        place: where they go to.
-        form: what becomes of a picture.
-        limit: stop after so many.
-        skip_bad: leave out those that do not decode or encode, instead of stopping.
 
-    Returns:
-        The spec, and the shards' sizes in bytes.
+def _first_size(plan: Plan, skip_bad: bool) -> int:
+    """The side of the source's first picture, which must be a square, as all others then."""
+    for part in plan.reading.parts:
+        for sample in read_part(plan.source, plan.reading, part):
+            try:
+                height, width = levels(sample.image, 3, None).shape[-2:]
+            except BadPicture as error:
+                if skip_bad:
+                    continue
+                raise InputError(f"{sample.where}: {error}; --skip-bad leaves out such pictures") from None
+            if height != width:
+                raise InputError(f"{sample.where}: the picture is {width}x{height}; say --image-size to crop them")
+            return width
+    raise InputError(f"{plan.source['path']}: no picture in it can be used")
+
+
+def _here(job: Job, workers: int | None, todo: list[int], progress: Progress) -> Iterator[dict[str, Any]]:
+    """Converts in this process, with others that decode."""
+    if workers is None:
+        small = job.plan.rows is not None and job.plan.rows <= SMALL  # to start processes would take longer
+        workers = 0 if small else os.cpu_count() or 1
+    return convert_parts(job, todo, workers, progress.picture)
+
+
+def _spec(job: Job, records: list[dict[str, Any]]) -> DataSpec:
+    """What the parts are together.
 
     Raises:
-        InputError: for a picture that does not decode or encode, or if none is left.
-        OutputError, OSError: if it cannot be written or uploaded.
+        InputError: if there is nothing in them, or labels are not classes.
     """
-    folder = place.begin()
-    try:
-        with _signals_wait():  # streaming takes seconds: only after all that can be wrong with the command
-            from shards import ShardWriter
-        with ShardWriter(form.columns, folder, place.remote, place.prefix) as writer:
-            spec = _write(writer, opened, source, form, limit, skip_bad)
-            writer.finish_shards()
-            place.retire()
-            writer.publish(spec)
-    except BaseException:
-        place.discard()
-        raise
-    place.end()
-    return spec, [shard["raw_data"]["bytes"] for shard in writer.shards]
+    tally = Tally()
+    for record in records:
+        tally.merge(record)
+    path, classes = job.plan.source["path"], job.plan.reading.classes
+    if not tally.counts:
+        if tally.skipped:
+            raise InputError(f"{path}: none of {tally.skipped} pictures can be used; the first: {tally.reasons[0]}")
+        raise InputError(f"{path} is empty")
+    if classes is None:  # integers, whose number was not known before
+        least, largest = min(tally.counts), max(tally.counts)
+        if least < 0 or largest >= MAX_CLASSES:
+            raise InputError(f"{path}: labels go from {least} to {largest}; they must be from 0 to {MAX_CLASSES - 1}")
+        classes = [str(label) for label in range(largest + 1)]
+    return DataSpec(
+        **job.form.spec(not tally.colour, tally.sizes),
+        num_classes=len(classes),
+        classes=classes,
+        class_counts=[tally.counts.get(label, 0) for label in range(len(classes))],
+        samples=sum(tally.counts.values()),
+        skipped=tally.skipped,
+        source=job.plan.source,
+    )
 
 
 @contextmanager
@@ -119,78 +217,26 @@ def _signals_wait() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, signals)
 
 
-def _write(
-    writer: Any,
-    opened: Source,
-    source: dict[str, Any],
-    form: "Pixels | Latents",
-    limit: int | None,
-    skip_bad: bool,
-) -> DataSpec:
-    """Writes the good samples of a source, and returns what they are."""
-    from PIL import Image
-    from tqdm import tqdm
-
-    counts = [0] * len(opened.classes)
-    reasons: list[str] = []
-    skipped = written = 0
-    total = min(opened.rows or limit, limit) if limit else opened.rows
-    samples = islice(opened.samples, None if skip_bad else limit)  # none is read in vain
-    progress = tqdm(total=total, unit="picture", disable=None)  # None: unless stderr is no terminal
-    with progress, warnings.catch_warnings(), closing(form.rows(samples)) as rows:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)  # here, as the filters are all threads'
-        for (where, _, label), row in rows:
-            if isinstance(row, BadPicture):
-                if not skip_bad:
-                    raise InputError(f"{where}: {row}; --skip-bad leaves out such pictures")
-                skipped += 1
-                reasons += [f"{where}: {row}"] if skipped <= REASONS_SHOWN else []
-                continue
-            writer.write({**row, "label": label})
-            counts[label] += 1
-            written += 1
-            progress.update()
-            if written == limit:
-                break
-    if skipped:
-        shown = "\n  ".join(reasons)
-        print(f"skipped {skipped} pictures (the first {len(reasons)} follow)\n  {shown}", file=sys.stderr)
-    if not written:
-        raise InputError(
-            f"{source['path']}: none of {skipped} pictures can be used" if skipped else f"{source['path']} is empty"
-        )
-    return DataSpec(
-        **form.spec(),
-        num_classes=len(opened.classes),
-        classes=opened.classes,
-        class_counts=counts,
-        samples=written,
-        skipped=skipped,
-        source=source,
-    )
-
-
 def _latents_module() -> Any:
     with _signals_wait():
         import latents
     return latents
 
 
-def _refuse_inside(place: Place, source: dict[str, Any]) -> None:
-    """Shards inside a folder of pictures would be one of its classes next time."""
-    if source["format"] == "imagefolder" and place.remote is None:
-        out, root = Path(place.uri).expanduser().resolve(), Path(source["path"]).resolve()
-        if root in out.parents:
-            raise OutputError(f"{place.uri} is inside the source, {root}: choose another --out")
-
-
-def _report(spec: DataSpec, files: list[int], out: str) -> None:
+def _report(spec: DataSpec, records: dict[int, dict[str, Any]], progress: Progress, out: str) -> None:
+    reasons = [reason for number in sorted(records) for reason in records[number]["reasons"]][:REASONS_SHOWN]
+    if spec.skipped:
+        shown = "\n  ".join(reasons)
+        print(f"skipped {spec.skipped} pictures (the first {len(reasons)} follow)\n  {shown}", file=sys.stderr)
     empty = [name for name, count in zip(spec.classes, spec.class_counts, strict=True) if not count]
     if empty:
         which = ", ".join(empty[:10]) + (", …" if len(empty) > 10 else "")
         print(f"warning: {len(empty)} of {spec.num_classes} classes have no picture: {which}", file=sys.stderr)
-    shards = f"{len(files)} shard{'s' * (len(files) != 1)}, {sum(files) / 1e6:.1f} MB"
-    print(f"{spec.samples} pictures, {spec.num_classes} classes, {spec.skipped} skipped; {shards}")
+    sizes = [shard["raw_data"]["bytes"] for record in records.values() for shard in record["shards"]]
+    shards = f"{len(sizes)} shard{'s' * (len(sizes) != 1)}, {sum(sizes) / 1e6:.1f} MB"
+    rates = progress.rates()
+    speed = f"{rates['seconds']:.1f} s, {rates['pictures'] / max(rates['seconds'], 1e-9):.0f} pictures/s"
+    print(f"{spec.samples} pictures, {spec.num_classes} classes, {spec.skipped} skipped; {shards}; {speed}")
     print(out)
 
 

@@ -22,6 +22,7 @@ from sit_composer.sit import SiT
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 REFERENCE = Path(__file__).parent / "reference"
+sys.path.insert(0, str(ROOT / "convert"))  # where to_mds.py finds its modules
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -55,6 +56,19 @@ def digits_shards(tmp_path_factory) -> Path:
     command = [sys.executable, "convert/to_mds.py", "digits", "--out", str(out)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
     return out
+
+
+@pytest.fixture
+def convert(capsys):
+    """Runs to_mds.py's command in this process, as streaming loads slowly: (exit code, stdout, stderr)."""
+    import to_mds
+
+    def convert(*arguments):
+        capsys.readouterr()
+        code = to_mds.main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return convert
 
 
 @pytest.fixture(scope="session")

@@ -46,18 +46,6 @@ def latent_options(source, out, vae):
     return [str(source), "--out", str(out), "--latents", "--vae", str(vae), "--encode-dtype", "float32"]
 
 
-@pytest.fixture
-def run(capsys):
-    """Runs the command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        code = to_mds.main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    return run
-
-
 def files(root):
     return [path for folder in sorted(root.iterdir()) for path in sorted(folder.iterdir())]
 
@@ -148,32 +136,32 @@ def test_a_network_trains_on_them_and_draws(latents, vae_folder, tmp_path):
 
 
 def test_a_second_run_writes_the_same_bytes_and_another_encoder_is_not_resumed(
-    pictures, latents, vae_folder, tmp_path, run
+    pictures, latents, vae_folder, tmp_path, convert
 ):
-    again = [*latent_options(pictures, tmp_path / "again", vae_folder), "--image-size", 16]
-    assert run(*again, "--batch-size", 4)[0] == 0
+    again = [*latent_options(pictures, tmp_path / "again", vae_folder), "--image-size", 16, "--batch-size", 4]
+    assert convert(*again)[0] == 0
     assert contents(tmp_path / "again") == contents(latents)
-    assert "already converted" in run(*again, "--resume")[1]
+    assert "already converted" in convert(*again)[1]
     for options, message in (
         (["--encode-dtype", "bfloat16"], "encode_dtype 'float32' there, 'bfloat16' now"),
         (["--vae", "some/other"], "now"),
         (["--image-size", 18], "image_size 16 there, 18 now"),
     ):
-        code, _, stderr = run(*again, "--resume", *options)
+        code, _, stderr = convert(*again, *options)
         assert code == 2
         assert message in stderr
 
 
-def test_the_dtype_is_the_encoders_own(pictures, latents, vae_folder, tmp_path, run):
+def test_the_dtype_is_the_encoders_own(pictures, latents, vae_folder, tmp_path, convert):
     out = tmp_path / "bfloat16"
-    code, _, stderr = run(*latent_options(pictures, out, vae_folder), "--image-size", 16, "--encode-dtype", "bfloat16")
+    code, _, stderr = convert(
+        *latent_options(pictures, out, vae_folder), "--image-size", 16, "--encode-dtype", "bfloat16"
+    )
     assert code == 0, stderr
     errors = [np.abs(a["moments"].astype(float) - b["moments"]) for a, b in zip(rows(out), rows(latents), strict=True)]
     assert 1e-3 < np.max(errors) < 0.2
     if not torch.cuda.is_available():
-        assert (
-            run(str(pictures), "--out", out, "--latents", "--vae", vae_folder, "--image-size", 16, "--resume")[0] == 2
-        )
+        assert convert(str(pictures), "--out", out, "--latents", "--vae", vae_folder, "--image-size", 16)[0] == 2
 
 
 def scaled(vae_folder, factor, out):
@@ -192,7 +180,7 @@ def scaled(vae_folder, factor, out):
     ("dtype", "message"),
     [("float32", "over 65504, float16's largest number"), ("float16", "in float16 to NaN or infinite values")],
 )
-def test_a_picture_whose_moments_overflow_is_named_or_left_out(pictures, vae_folder, tmp_path, run, dtype, message):
+def test_a_picture_whose_moments_overflow_is_named_or_left_out(pictures, vae_folder, tmp_path, convert, dtype, message):
     vae, paths = KLAutoencoder(vae_folder), files(pictures)
     levels = from_uint8(torch.stack([cropped(path) for path in paths]))
     means = torch.stack([vae.moments(side)[:, :4] for side in (levels, levels.flip(-1))], dim=1)
@@ -201,13 +189,13 @@ def test_a_picture_whose_moments_overflow_is_named_or_left_out(pictures, vae_fol
     broken = scaled(vae_folder, 65504 / (below * above) ** 0.5, tmp_path / "vae")  # one picture goes over
     options = [*latent_options(pictures, tmp_path / "out", broken), "--image-size", 16, "--batch-size", 4]
     options += ["--encode-dtype", dtype]
-    code, _, stderr = run(*options)
+    code, _, stderr = convert(*options)
     assert code == 2
     assert len(stderr.splitlines()) == 1
     assert stderr.startswith(f"error: {worst}: ")
     assert message in stderr
     assert sorted(os.listdir(tmp_path)) == ["vae"]
-    code, stdout, stderr = run(*options, "--skip-bad")
+    code, stdout, stderr = convert(*options, "--skip-bad")
     assert code == 0
     assert "9 pictures, 2 classes, 1 skipped" in stdout
     assert [row["label"] for row in rows(tmp_path / "out")] == [
@@ -215,7 +203,7 @@ def test_a_picture_whose_moments_overflow_is_named_or_left_out(pictures, vae_fol
     ]
 
 
-def test_bad_pictures_are_left_out_of_the_batches(pictures, latents, vae_folder, tmp_path, run):
+def test_bad_pictures_are_left_out_of_the_batches(pictures, latents, vae_folder, tmp_path, convert):
     root = tmp_path / "pictures"
     for number, path in enumerate(files(pictures)):
         folder = root / path.parent.name
@@ -224,10 +212,10 @@ def test_bad_pictures_are_left_out_of_the_batches(pictures, latents, vae_folder,
         if number % 3 == 1:
             (folder / f"{path.stem}-bad.png").write_bytes(path.read_bytes()[:60])
     options = [*latent_options(root, tmp_path / "out", vae_folder), "--image-size", 16, "--batch-size", 4]
-    code, _, stderr = run(*options)
+    code, _, stderr = convert(*options)
     assert code == 2
     assert "ant/2-bad.png: the picture does not decode" in stderr
-    assert run(*options, "--skip-bad")[0] == 0
+    assert convert(*options, "--skip-bad")[0] == 0
     spec = load_spec(None, str(tmp_path / "out"))
     assert (spec.samples, spec.skipped) == (10, 3)
     name = "shard.00000.mds"
@@ -235,14 +223,14 @@ def test_bad_pictures_are_left_out_of_the_batches(pictures, latents, vae_folder,
     assert (tmp_path / "out" / name).read_bytes() == (latents / name).read_bytes()
 
 
-def test_pictures_of_one_size_need_no_image_size(vae_folder, tmp_path, run):
-    assert run(*latent_options("digits", tmp_path / "out", vae_folder), "--limit", 5)[0] == 0
+def test_pictures_of_one_size_need_no_image_size(vae_folder, tmp_path, convert):
+    assert convert(*latent_options("digits", tmp_path / "out", vae_folder), "--limit", 5)[0] == 0
     spec = load_spec(None, str(tmp_path / "out"))
     assert (spec.image_size, spec.samples, spec.source["limit"]) == (8, 5, 5)
     assert rows(tmp_path / "out")[0]["moments"].shape == (8, 4, 4)
 
 
-def test_pictures_or_an_autoencoder_that_do_not_fit_are_refused_in_a_line(pictures, vae_folder, tmp_path, run):
+def test_pictures_or_an_autoencoder_that_do_not_fit_are_refused_in_a_line(pictures, vae_folder, tmp_path, convert):
     def made(width, height):
         root = tmp_path / f"{width}x{height}"
         (root / "all").mkdir(parents=True)
@@ -257,7 +245,7 @@ def test_pictures_or_an_autoencoder_that_do_not_fit_are_refused_in_a_line(pictur
         (pictures, tmp_path / "nowhere", [], "--vae: can't load an AutoencoderKL from"),
     ):
         before = sorted(os.listdir(tmp_path))
-        code, stdout, stderr = run(*latent_options(source, tmp_path / "out", vae), *options)
+        code, stdout, stderr = convert(*latent_options(source, tmp_path / "out", vae), *options)
         assert code == 2
         assert stdout == ""
         assert message in stderr

@@ -262,7 +262,7 @@ def resident(sizes: dict, samples: int) -> None:
 
 
 def main(data: str, cases: list[list[str]]) -> None:
-    """Trains each case with the real command, in microbatches of 4 at most, and prints its measured and predicted bytes."""
+    """Trains each case with the real command, in microbatches of 4 at most, and prints measured and predicted bytes."""
     from sit_composer import train
 
     torch.set_num_threads(1)

@@ -44,18 +44,6 @@ def encode(picture, format):
     return file.getvalue()
 
 
-@pytest.fixture
-def run(capsys):
-    """Runs the command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        code = to_mds.main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    return run
-
-
 def read(folder):
     """The spec, and (image, label) of every sample that the index names."""
     from streaming.base.format import reader_from_json
@@ -112,11 +100,11 @@ def test_digits_from_the_command_line_stream_back_as_scikit_learn_ships_them(tmp
     assert data[1796] == {"image": samples[-1][0], "label": 8}
 
 
-def test_parquet_folder_keeps_bytes_and_order(tmp_path, run, jpegs):
+def test_parquet_folder_keeps_bytes_and_order(tmp_path, convert, jpegs):
     # The second file has several row groups, and lies below the first in name only.
     write_parquet(tmp_path / "data" / "b.parquet", jpegs[:2], [0, 3])
     write_parquet(tmp_path / "data" / "a" / "z.parquet", jpegs[2:], [1, 1, 0, 3], row_group_size=1)
-    code, _, stderr = run(tmp_path / "data", "--out", tmp_path / "out")
+    code, _, stderr = convert(tmp_path / "data", "--out", tmp_path / "out")
     assert code == 0, stderr
     spec, samples = read(tmp_path / "out")
     assert samples == list(zip(jpegs[2:] + jpegs[:2], [1, 1, 0, 3, 0, 3], strict=True))
@@ -128,7 +116,7 @@ def test_parquet_folder_keeps_bytes_and_order(tmp_path, run, jpegs):
 
 
 @pytest.mark.parametrize("layout", ["file", "stream", "feather", "compressed"])
-def test_arrow_in_each_layout(tmp_path, run, jpegs, layout):
+def test_arrow_in_each_layout(tmp_path, convert, jpegs, layout):
     images = jpegs * 30  # more rows than are read at a time
     table = pa.table(
         {"x": list(range(180)), "image": images, "label": pa.array([k % 7 for k in range(180)], pa.int8())}
@@ -143,54 +131,54 @@ def test_arrow_in_each_layout(tmp_path, run, jpegs, layout):
         with make(str(path), table.schema, options=options) as writer:
             writer.write_table(table)
     (path.parent / "state.txt").write_text("not a table")
-    assert run(path.parent, "--out", tmp_path / "out")[0] == 0
+    assert convert(path.parent, "--out", tmp_path / "out")[0] == 0
     assert read(tmp_path / "out")[1] == [(image, k % 7) for k, image in enumerate(images)]
 
 
-def test_glob_takes_only_what_it_matches(tmp_path, run, jpegs):
+def test_glob_takes_only_what_it_matches(tmp_path, convert, jpegs):
     write_parquet(tmp_path / "train-0.parquet", jpegs[:2], [0, 1])
     write_parquet(tmp_path / "test-0.parquet", jpegs[2:4], [0, 1])
-    code, _, stderr = run(tmp_path, "--out", tmp_path / "out")
+    code, _, stderr = convert(tmp_path, "--out", tmp_path / "out")
     assert code == 2
     assert "several splits (test, train): give a glob" in stderr
-    assert run(f"{tmp_path}/train*", "--out", tmp_path / "out")[0] == 0
+    assert convert(f"{tmp_path}/train*", "--out", tmp_path / "out")[0] == 0
     assert [image for image, _ in read(tmp_path / "out")[1]] == jpegs[:2]
 
 
-def test_nested_column_and_limit(tmp_path, run, jpegs):
+def test_nested_column_and_limit(tmp_path, convert, jpegs):
     table = pa.table({"picture": [{"data": {"jpg": j}, "class": k} for k, j in enumerate(jpegs)]})
     pq.write_table(table, tmp_path / "t.parquet")
     columns = ("--image-column", "picture.data.jpg", "--label-column", "picture.class")
-    assert run(tmp_path / "t.parquet", "--out", tmp_path / "out", *columns, "--limit", 2)[0] == 0
+    assert convert(tmp_path / "t.parquet", "--out", tmp_path / "out", *columns, "--limit", 2)[0] == 0
     spec, samples = read(tmp_path / "out")
     assert samples == [(jpegs[0], 0), (jpegs[1], 1)]
     assert spec.num_classes == 6  # of the whole source, so that a sample of it trains the same network
     assert spec.source["limit"] == 2
 
 
-def test_struct_without_bytes_names_a_file_beside_the_table(tmp_path, run, jpegs):
+def test_struct_without_bytes_names_a_file_beside_the_table(tmp_path, convert, jpegs):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "1.jpg").write_bytes(jpegs[1])
     images = [{"bytes": jpegs[0], "path": "nowhere.jpg"}, {"bytes": None, "path": "pictures/1.jpg"}]
     pq.write_table(pa.table({"image": images, "label": [0, 1]}), tmp_path / "t.parquet")
-    assert run(tmp_path / "t.parquet", "--out", tmp_path / "out")[0] == 0
+    assert convert(tmp_path / "t.parquet", "--out", tmp_path / "out")[0] == 0
     assert read(tmp_path / "out")[1] == [(jpegs[0], 0), (jpegs[1], 1)]
 
 
 @pytest.mark.parametrize("type_", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
-def test_string_labels_are_numbered_in_the_order_of_their_names(tmp_path, run, jpegs, type_):
+def test_string_labels_are_numbered_in_the_order_of_their_names(tmp_path, convert, jpegs, type_):
     for file, rows in (("a", ["wolf", "ant"]), ("b", ["cat", "wolf"])):
         write_parquet(tmp_path / "d" / f"{file}.parquet", jpegs[:2], pa.array(rows).cast(type_))
-    assert run(tmp_path / "d", "--out", tmp_path / "out")[0] == 0
+    assert convert(tmp_path / "d", "--out", tmp_path / "out")[0] == 0
     spec, samples = read(tmp_path / "out")
     assert (spec.classes, spec.class_counts) == (["ant", "cat", "wolf"], [1, 1, 2])
     assert [label for _, label in samples] == [2, 0, 1, 2]
 
 
 @pytest.mark.parametrize("type_", [pa.int8(), pa.uint8(), pa.int32(), pa.uint64(), pa.int64()])
-def test_any_integer_type_is_a_label(tmp_path, run, jpegs, type_):
+def test_any_integer_type_is_a_label(tmp_path, convert, jpegs, type_):
     write_parquet(tmp_path / "t.parquet", jpegs[:3], pa.array([2, 0, 1], type_))
-    assert run(tmp_path / "t.parquet", "--out", tmp_path / "out")[0] == 0
+    assert convert(tmp_path / "t.parquet", "--out", tmp_path / "out")[0] == 0
     assert [label for _, label in read(tmp_path / "out")[1]] == [2, 0, 1]
 
 
@@ -209,15 +197,15 @@ def test_labels_are_either_all_classes_or_refused_by_row(tmp_path, labels):
         assert len(source.classes) == max(labels) + 1
 
 
-def test_without_labels(tmp_path, run, jpegs):
+def test_without_labels(tmp_path, convert, jpegs):
     pq.write_table(pa.table({"image": jpegs}), tmp_path / "t.parquet")
-    code, _, stderr = run(tmp_path / "t.parquet", "--out", tmp_path / "out")
+    code, _, stderr = convert(tmp_path / "t.parquet", "--out", tmp_path / "out")
     assert code == 2
     assert "has no column 'label'; its columns are: image" in stderr
-    assert run(tmp_path / "t.parquet", "--out", tmp_path / "out", "--label-column", "none")[0] == 0
+    assert convert(tmp_path / "t.parquet", "--out", tmp_path / "out", "--label-column", "none")[0] == 0
     write_folder(tmp_path / "loose", a=jpegs[:3])
     (tmp_path / "loose" / "x.jpg").write_bytes(jpegs[5])
-    assert run(tmp_path / "loose", "--out", tmp_path / "out2", "--label-column", "none")[0] == 0
+    assert convert(tmp_path / "loose", "--out", tmp_path / "out2", "--label-column", "none")[0] == 0
     for out, images in (("out", jpegs), ("out2", [*jpegs[:3], jpegs[5]])):
         spec, samples = read(tmp_path / out)
         assert samples == [(image, 0) for image in images]
@@ -242,39 +230,39 @@ def check_hf(out, jpegs, format):
     assert spec.source["format"] == format
 
 
-def test_hugging_face_data_set_saved_to_disk(tmp_path, run, jpegs, hf_rows):
+def test_hugging_face_data_set_saved_to_disk(tmp_path, convert, jpegs, hf_rows):
     hf_rows.save_to_disk(tmp_path / "saved")
-    assert run(tmp_path / "saved", "--out", tmp_path / "out")[0] == 0
+    assert convert(tmp_path / "saved", "--out", tmp_path / "out")[0] == 0
     check_hf(tmp_path / "out", jpegs, "hf")
     # Its files, read without the library; a cache of a transformed copy does not count.
     (tmp_path / "saved" / "cache-0123456789abcdef.arrow").write_bytes(b"")
-    assert run(tmp_path / "saved", "--out", tmp_path / "out2", "--format", "arrow")[0] == 0
+    assert convert(tmp_path / "saved", "--out", tmp_path / "out2", "--format", "arrow")[0] == 0
     check_hf(tmp_path / "out2", jpegs, "arrow")
-    code, _, stderr = run(tmp_path / "saved", "--out", tmp_path / "out3", "--split", "test")
+    code, _, stderr = convert(tmp_path / "saved", "--out", tmp_path / "out3", "--split", "test")
     assert code == 2
     assert "without splits: leave out --split" in stderr
 
 
-def test_hugging_face_splits(tmp_path, run, jpegs, hf_rows):
+def test_hugging_face_splits(tmp_path, convert, jpegs, hf_rows):
     import datasets
 
     datasets.DatasetDict(train=hf_rows.select([5, 4]), test=hf_rows).save_to_disk(tmp_path / "saved")
-    code, _, stderr = run(tmp_path / "saved", "--out", tmp_path / "out", "--split", "dev")
+    code, _, stderr = convert(tmp_path / "saved", "--out", tmp_path / "out", "--split", "dev")
     assert code == 2
     assert "has no split 'dev'; its splits are: train, test" in stderr
-    assert run(tmp_path / "saved", "--out", tmp_path / "test", "--split", "test")[0] == 0
+    assert convert(tmp_path / "saved", "--out", tmp_path / "test", "--split", "test")[0] == 0
     check_hf(tmp_path / "test", jpegs, "hf")
-    assert run(tmp_path / "saved", "--out", tmp_path / "train")[0] == 0
+    assert convert(tmp_path / "saved", "--out", tmp_path / "train")[0] == 0
     assert [image for image, _ in read(tmp_path / "train")[1]] == [jpegs[5], jpegs[4]]
 
 
-def test_hugging_face_data_set_as_parquet_keeps_its_class_names(tmp_path, run, jpegs, hf_rows):
+def test_hugging_face_data_set_as_parquet_keeps_its_class_names(tmp_path, convert, jpegs, hf_rows):
     hf_rows.to_parquet(tmp_path / "t.parquet")
-    assert run(tmp_path / "t.parquet", "--out", tmp_path / "out")[0] == 0
+    assert convert(tmp_path / "t.parquet", "--out", tmp_path / "out")[0] == 0
     check_hf(tmp_path / "out", jpegs, "parquet")
 
 
-def test_hugging_face_library_loads_what_it_knows(tmp_path, run, jpegs, hf_rows):
+def test_hugging_face_library_loads_what_it_knows(tmp_path, convert, jpegs, hf_rows):
     """load_dataset, which also takes names on the Hub, on a folder with two configurations."""
     folder = tmp_path / "repo"
     for name, rows in (("big", hf_rows), ("small", hf_rows.select([3]))):
@@ -282,19 +270,19 @@ def test_hugging_face_library_loads_what_it_knows(tmp_path, run, jpegs, hf_rows)
         rows.to_parquet(folder / name / "train-0.parquet")
     configs = "".join(f"- config_name: {n}\n  data_files: {n}/*.parquet\n" for n in ("big", "small"))
     (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
-    code, _, stderr = run(folder, "--out", tmp_path / "out", "--format", "hf")
+    code, _, stderr = convert(folder, "--out", tmp_path / "out", "--format", "hf")
     assert code == 2
     assert "big" in stderr
-    assert run(folder, "--out", tmp_path / "out", "--format", "hf", "--config", "big")[0] == 0
+    assert convert(folder, "--out", tmp_path / "out", "--format", "hf", "--config", "big")[0] == 0
     check_hf(tmp_path / "out", jpegs, "hf")
     pictures = write_folder(tmp_path / "pictures", ant=jpegs[:2], bee=jpegs[2:3])
-    assert run(pictures, "--out", tmp_path / "out2", "--format", "hf")[0] == 0
+    assert convert(pictures, "--out", tmp_path / "out2", "--format", "hf")[0] == 0
     spec, samples = read(tmp_path / "out2")
     assert sorted(samples) == sorted(zip(jpegs[:3], [0, 0, 1], strict=True))
     assert spec.classes == ["ant", "bee"]
 
 
-def test_image_folder_in_many_formats(tmp_path, run, jpegs):
+def test_image_folder_in_many_formats(tmp_path, convert, jpegs):
     root = write_folder(tmp_path / "pictures", wolf=[jpegs[0]], ant=[])
     photo = Image.open(io.BytesIO(jpegs[1]))
     files = {f"{f}.{f}": encode(photo, f.upper()) for f in ("png", "webp", "bmp", "gif", "tiff", "ppm")}
@@ -304,7 +292,7 @@ def test_image_folder_in_many_formats(tmp_path, run, jpegs):
     (root / "ant" / "notes.txt").write_text("not a picture")
     (root / "ant" / ".hidden.png").write_text("not a picture")
     (root / ".git").mkdir()
-    assert run(root, "--out", tmp_path / "out")[0] == 0
+    assert convert(root, "--out", tmp_path / "out")[0] == 0
     spec, samples = read(tmp_path / "out")
     assert samples == [(files[name], 0) for name in sorted(files)] + [(jpegs[0], 1)]
     assert (spec.classes, spec.class_counts, spec.channels) == (["ant", "wolf"], [7, 1], 3)
@@ -321,10 +309,10 @@ def test_image_folder_in_many_formats(tmp_path, run, jpegs):
         (["RGB"], [(9, 8)], 3, None),
     ],
 )
-def test_spec_says_whether_all_are_grey_and_of_one_square_size(tmp_path, run, modes, sizes, channels, image_size):
+def test_spec_says_whether_all_are_grey_and_of_one_square_size(tmp_path, convert, modes, sizes, channels, image_size):
     images = [encode(Image.new(mode, size), "PNG") for mode in modes for size in sizes]
     write_parquet(tmp_path / "t.parquet", images, [0] * len(images))
-    assert run(tmp_path / "t.parquet", "--out", tmp_path / "out")[0] == 0
+    assert convert(tmp_path / "t.parquet", "--out", tmp_path / "out")[0] == 0
     spec, _ = read(tmp_path / "out")
     assert (spec.channels, spec.image_size) == (channels, image_size)
 
@@ -522,10 +510,10 @@ def split_of_a_file(tmp_path, jpegs):
         split_of_a_file,
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, run, jpegs, case):
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, convert, jpegs, case):
     source, options, messages = case(tmp_path, jpegs)
     before = set(os.listdir(tmp_path))
-    code, stdout, stderr = run(source, "--out", tmp_path / "out", *options)
+    code, stdout, stderr = convert(source, "--out", tmp_path / "out", *options)
     assert code == 2
     assert stdout == ""
     error = stderr.splitlines()[-1]
@@ -536,12 +524,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, run, jpegs, case):
     assert set(os.listdir(tmp_path)) == before
 
 
-def test_class_label_outside_its_names_is_refused(tmp_path, run, hf_rows):
+def test_class_label_outside_its_names_is_refused(tmp_path, convert, hf_rows):
     table = pq.read_table(io.BytesIO(to_parquet(hf_rows)))
     for label, row in ((3, 4), (-1, 0)):
         labels = [label if k == row else 0 for k in range(6)]
         pq.write_table(table.set_column(1, table.schema.field(1), [labels]), tmp_path / "t.parquet")
-        code, _, stderr = run(tmp_path / "t.parquet", "--out", tmp_path / "out")
+        code, _, stderr = convert(tmp_path / "t.parquet", "--out", tmp_path / "out")
         assert code == 2
         assert f"row {row}: label {label} is not a class: they are 0 to 2" in stderr
 
@@ -552,22 +540,22 @@ def to_parquet(rows):
     return file.getvalue()
 
 
-def test_a_name_that_is_neither_here_nor_on_the_hub(tmp_path, run, monkeypatch):
+def test_a_name_that_is_neither_here_nor_on_the_hub(tmp_path, convert, monkeypatch):
     import datasets
     import huggingface_hub
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # asked for real, it tries for half a minute
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    code, _, stderr = run("nobody/nothing", "--out", tmp_path / "out")
+    code, _, stderr = convert("nobody/nothing", "--out", tmp_path / "out")
     assert code == 2
     assert "'nobody/nothing', neither a path here nor readable as a data set on the Hub" in stderr.splitlines()[-1]
     assert os.listdir(tmp_path) == []
 
 
-def test_skip_bad_leaves_out_and_counts(tmp_path, run, jpegs):
+def test_skip_bad_leaves_out_and_counts(tmp_path, convert, jpegs):
     images = [b"<html>", jpegs[0], None, jpegs[1], *[jpegs[2][:400]] * 6]
     write_parquet(tmp_path / "t.parquet", images, [0, 1, 0, 2] + [0] * 6)
-    code, stdout, stderr = run(tmp_path / "t.parquet", "--out", tmp_path / "out", "--skip-bad")
+    code, stdout, stderr = convert(tmp_path / "t.parquet", "--out", tmp_path / "out", "--skip-bad")
     assert code == 0
     assert "2 pictures, 3 classes, 8 skipped" in stdout
     assert "skipped 8 pictures" in stderr
@@ -590,9 +578,9 @@ def test_a_command_that_needs_no_library_waits_for_none(tmp_path, arguments):
 
 
 @pytest.mark.parametrize("limit", ["0", "-1", "1.5", "many"])
-def test_a_limit_is_a_positive_number(run, limit):
+def test_a_limit_is_a_positive_number(convert, limit):
     with pytest.raises(SystemExit, match="2"):
-        run("digits", "--out", "unused", f"--limit={limit}")
+        convert("digits", "--out", "unused", f"--limit={limit}")
 
 
 # --- output --------------------------------------------------------------------------------------------------------
@@ -608,49 +596,49 @@ def pictures(tmp_path, jpegs):
 
 
 @pytest.fixture
-def small_shards(run, monkeypatch):
+def small_shards(convert, monkeypatch):
     """Shards of about three small photographs."""
     import shards
 
     monkeypatch.setattr(shards, "SHARD_BYTES", 5000)
 
 
-def test_a_second_run_writes_the_same_bytes(tmp_path, run, pictures, small_shards):
-    assert run(pictures, "--out", tmp_path / "a")[0] == 0
-    assert run(pictures, "--out", tmp_path / "b")[0] == 0
+def test_a_second_run_writes_the_same_bytes(tmp_path, convert, pictures, small_shards):
+    assert convert(pictures, "--out", tmp_path / "a")[0] == 0
+    assert convert(pictures, "--out", tmp_path / "b")[0] == 0
     assert len(contents(tmp_path / "a")) > 3
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def test_an_output_that_exists_is_refused_resumed_or_overwritten(tmp_path, run, jpegs, pictures):
+def test_an_output_that_exists_is_refused_resumed_or_overwritten(tmp_path, convert, jpegs, pictures):
     out = tmp_path / "out"
     out.mkdir()  # an empty folder is as good as none
-    assert run(pictures, "--out", out)[0] == 0
+    assert convert(pictures, "--out", out)[0] == 0
     first = contents(out)
-    code, _, stderr = run(pictures, "--out", out)
+    code, _, stderr = convert(pictures, "--out", out)
     assert code == 2
     assert "exists and holds a conversion" in stderr
-    code, stdout, _ = run(pictures, "--out", out, "--resume")
+    code, stdout, _ = convert(pictures, "--out", out, "--resume")
     assert code == 0
     assert "already converted" in stdout
-    code, _, stderr = run(pictures, "--out", out, "--resume", "--limit", 2)
+    code, _, stderr = convert(pictures, "--out", out, "--resume", "--limit", 2)
     assert code == 2
     assert "limit None there, 2 now" in stderr
     assert contents(out) == first
 
-    assert run(pictures, "--out", out, "--overwrite", "--limit", 2)[0] == 0
+    assert convert(pictures, "--out", out, "--overwrite", "--limit", 2)[0] == 0
     assert read(out)[1] == [(jpegs[0], 0), (jpegs[1], 0)]
     (out / "shard.00000.mds").write_bytes(b"damaged")
-    assert run(pictures, "--out", out, "--resume", "--limit", 2)[0] == 0
+    assert convert(pictures, "--out", out, "--resume", "--limit", 2)[0] == 0
     assert read(out)[1] == [(jpegs[0], 0), (jpegs[1], 0)]
     assert sorted(os.listdir(tmp_path)) == ["out", "pictures"]
 
 
-def test_a_failed_overwrite_keeps_what_was_there(tmp_path, run, pictures):
-    assert run(pictures, "--out", tmp_path / "out")[0] == 0
+def test_a_failed_overwrite_keeps_what_was_there(tmp_path, convert, pictures):
+    assert convert(pictures, "--out", tmp_path / "out")[0] == 0
     first = contents(tmp_path / "out")
     (pictures / "bee" / "3.jpg").write_bytes(b"broken")
-    code, _, stderr = run(pictures, "--out", tmp_path / "out", "--overwrite")
+    code, _, stderr = convert(pictures, "--out", tmp_path / "out", "--overwrite")
     assert code == 2
     assert "bee/3.jpg" in stderr
     assert contents(tmp_path / "out") == first
@@ -659,21 +647,21 @@ def test_a_failed_overwrite_keeps_what_was_there(tmp_path, run, pictures):
 
 @pytest.mark.parametrize("option", [[], ["--resume"], ["--overwrite"]])
 @pytest.mark.parametrize("name", ["thesis.tex", "index.json", "shard.00000.mds"])
-def test_a_folder_of_other_files_is_never_replaced(tmp_path, run, pictures, option, name):
+def test_a_folder_of_other_files_is_never_replaced(tmp_path, convert, pictures, option, name):
     # An index or shards without spec.json are MDS data of another program.
     for folder in ("out", "other.partial"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / name).write_text("{}")
-    assert run(pictures, "--out", tmp_path / "out", *option)[0] == 2
+    assert convert(pictures, "--out", tmp_path / "out", *option)[0] == 2
     assert contents(tmp_path / "out") == {name: b"{}"}
     if name == "thesis.tex":
-        code, _, stderr = run(pictures, "--out", tmp_path / "other", *option)
+        code, _, stderr = convert(pictures, "--out", tmp_path / "other", *option)
         assert code == 2
         assert "other.partial" in stderr
         assert contents(tmp_path / "other.partial") == {name: b"{}"}
 
 
-def test_output_that_cannot_be(tmp_path, run, pictures):
+def test_output_that_cannot_be(tmp_path, convert, pictures):
     (tmp_path / "file").write_text("kept")
     cases = [
         (tmp_path / "file", "is a file"),
@@ -683,18 +671,18 @@ def test_output_that_cannot_be(tmp_path, run, pictures):
         ("gs://bucket/x", "choose a folder or s3://"),
     ]
     for out, message in cases:
-        code, _, stderr = run(pictures, "--out", out)
+        code, _, stderr = convert(pictures, "--out", out)
         assert code == 2
         assert message in stderr
     assert (tmp_path / "file").read_text() == "kept"
     assert sorted(os.listdir(pictures)) == ["ant", "bee"]
 
 
-def test_a_picture_larger_than_a_shard_leaves_no_empty_shard(tmp_path, run, pictures, monkeypatch):
+def test_a_picture_larger_than_a_shard_leaves_no_empty_shard(tmp_path, convert, pictures, monkeypatch):
     import shards
 
     monkeypatch.setattr(shards, "SHARD_BYTES", 500)
-    assert run(pictures, "--out", tmp_path / "out")[0] == 0
+    assert convert(pictures, "--out", tmp_path / "out")[0] == 0
     index = json.loads((tmp_path / "out" / "index.json").read_text())
     assert [shard["samples"] for shard in index["shards"]] == [1] * 6
     assert len(read(tmp_path / "out")[1]) == 6
@@ -717,7 +705,7 @@ class Pipe:
         return os.open(self.path, os.O_WRONLY)
 
 
-def test_ctrl_c_leaves_nothing(tmp_path, run, pictures, small_shards):
+def test_ctrl_c_leaves_nothing(tmp_path, convert, pictures, small_shards):
     pipe = Pipe(pictures / "bee" / "2.jpg")
     seen = []
 
@@ -730,7 +718,7 @@ def test_ctrl_c_leaves_nothing(tmp_path, run, pictures, small_shards):
     thread = threading.Thread(target=interrupt)
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # Composer, if a test used it, put in its own
     thread.start()
-    code, _, stderr = run(pictures, "--out", tmp_path / "out")
+    code, _, stderr = convert(pictures, "--out", tmp_path / "out")
     thread.join()
     signal.signal(signal.SIGINT, handler)
     assert code == 130
@@ -740,14 +728,14 @@ def test_ctrl_c_leaves_nothing(tmp_path, run, pictures, small_shards):
     assert sorted(os.listdir(tmp_path)) == ["pictures"]
 
 
-def test_a_killed_run_is_started_again_but_not_beside_a_living_one(tmp_path, run, jpegs, pictures):
+def test_a_killed_run_is_started_again_but_not_beside_a_living_one(tmp_path, convert, jpegs, pictures):
     pipe = Pipe(pictures / "ant" / "0.jpg")
     command = [sys.executable, SCRIPT, pictures, "--out", tmp_path / "out"]
     child = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         held = pipe.wait()
         (tmp_path / "out.partial" / "shard.00000.mds").write_bytes(b"half a sha")
-        code, _, stderr = run(pictures, "--out", tmp_path / "out")
+        code, _, stderr = convert(pictures, "--out", tmp_path / "out")
         assert code == 2
         assert "another conversion is writing to" in stderr
     finally:
@@ -757,7 +745,7 @@ def test_a_killed_run_is_started_again_but_not_beside_a_living_one(tmp_path, run
     assert os.listdir(tmp_path / "out.partial") == ["shard.00000.mds"]
     pipe.path.unlink()
     pipe.path.write_bytes(jpegs[0])
-    assert run(pictures, "--out", tmp_path / "out")[0] == 0
+    assert convert(pictures, "--out", tmp_path / "out")[0] == 0
     assert [image for image, _ in read(tmp_path / "out")[1]] == jpegs
     assert sorted(os.listdir(tmp_path)) == ["out", "pictures"]
 
@@ -798,9 +786,9 @@ def load(folder, image_size):
     return np.concatenate([batch["image"].numpy() for batch in loader])
 
 
-def test_cropped_pictures_are_those_that_training_would_crop(tmp_path, run, many_kinds):
-    assert run(many_kinds, "--out", tmp_path / "own")[0] == 0
-    code, stdout, stderr = run(many_kinds, "--out", tmp_path / "cropped", "--image-size", 16)
+def test_cropped_pictures_are_those_that_training_would_crop(tmp_path, convert, many_kinds):
+    assert convert(many_kinds, "--out", tmp_path / "own")[0] == 0
+    code, stdout, stderr = convert(many_kinds, "--out", tmp_path / "cropped", "--image-size", 16)
     assert code == 0, stderr
     assert "9 pictures, 1 classes, 0 skipped" in stdout
     spec, samples = read(tmp_path / "cropped")
@@ -811,17 +799,17 @@ def test_cropped_pictures_are_those_that_training_would_crop(tmp_path, run, many
     assert np.array_equal(own, cropped)
 
 
-def test_cropped_grey_pictures_stay_grey(tmp_path, run):
-    assert run("digits", "--out", tmp_path / "own", "--limit", 20)[0] == 0
-    assert run("digits", "--out", tmp_path / "cropped", "--limit", 20, "--image-size", 4)[0] == 0
+def test_cropped_grey_pictures_stay_grey(tmp_path, convert):
+    assert convert("digits", "--out", tmp_path / "own", "--limit", 20)[0] == 0
+    assert convert("digits", "--out", tmp_path / "cropped", "--limit", 20, "--image-size", 4)[0] == 0
     assert read(tmp_path / "cropped")[0].channels == 1
     assert np.array_equal(load(tmp_path / "own", 4), load(tmp_path / "cropped", None))
 
 
-def test_cropped_pictures_as_jpeg_have_the_quality_that_was_asked_for(tmp_path, run, many_kinds):
+def test_cropped_pictures_as_jpeg_have_the_quality_that_was_asked_for(tmp_path, convert, many_kinds):
     for quality in (50, 95):
-        assert run(many_kinds, "--out", tmp_path / f"{quality}", "--image-size", 16, "--quality", quality)[0] == 0
-    assert run(many_kinds, "--out", tmp_path / "png", "--image-size", 16)[0] == 0
+        assert convert(many_kinds, "--out", tmp_path / f"{quality}", "--image-size", 16, "--quality", quality)[0] == 0
+    assert convert(many_kinds, "--out", tmp_path / "png", "--image-size", 16)[0] == 0
     exact = [Image.open(io.BytesIO(image)) for image, _ in read(tmp_path / "png")[1]]
     for quality in (50, 95):
         spec, samples = read(tmp_path / f"{quality}")
@@ -832,16 +820,16 @@ def test_cropped_pictures_as_jpeg_have_the_quality_that_was_asked_for(tmp_path, 
             assert image == file.getvalue()
 
 
-def test_a_conversion_with_another_size_or_quality_is_not_resumed(tmp_path, run, many_kinds):
+def test_a_conversion_with_another_size_or_quality_is_not_resumed(tmp_path, convert, many_kinds):
     out = ("--out", tmp_path / "out", "--resume")
-    assert run(many_kinds, *out, "--image-size", 16, "--quality", 90)[0] == 0
-    assert "already converted" in run(many_kinds, *out, "--image-size", 16, "--quality", 90)[1]
+    assert convert(many_kinds, *out, "--image-size", 16, "--quality", 90)[0] == 0
+    assert "already converted" in convert(many_kinds, *out, "--image-size", 16, "--quality", 90)[1]
     for options, message in (
         (["--image-size", 8, "--quality", 90], "image_size 16 there, 8 now"),
         (["--image-size", 16], "quality 90 there, None now"),
         ([], "image_size 16 there, None now; quality 90 there, None now"),
     ):
-        code, _, stderr = run(many_kinds, *out, *options)
+        code, _, stderr = convert(many_kinds, *out, *options)
         assert code == 2
         assert message in stderr
 
@@ -856,15 +844,15 @@ def test_a_conversion_with_another_size_or_quality_is_not_resumed(tmp_path, run,
         (lambda good: encode(Image.new("1", (1, 60_000)), "PNG"), "1x60000, is too large with a short side of 48"),
     ],
 )
-def test_a_bad_picture_is_not_cropped_but_named_or_left_out(tmp_path, run, jpegs, bad, message):
+def test_a_bad_picture_is_not_cropped_but_named_or_left_out(tmp_path, convert, jpegs, bad, message):
     root = write_folder(tmp_path / "d", a=[*jpegs, jpegs[0], bad(jpegs[1]), *jpegs])
     before = sorted(os.listdir(tmp_path))
-    code, _, stderr = run(root, "--out", tmp_path / "out", "--image-size", 48)
+    code, _, stderr = convert(root, "--out", tmp_path / "out", "--image-size", 48)
     assert code == 2
     assert message in stderr
     assert len(stderr.splitlines()) == 1
     assert sorted(os.listdir(tmp_path)) == before
-    assert run(root, "--out", tmp_path / "out", "--image-size", 48, "--skip-bad", "--limit", 12)[0] == 0
+    assert convert(root, "--out", tmp_path / "out", "--image-size", 48, "--skip-bad", "--limit", 12)[0] == 0
     spec, samples = read(tmp_path / "out")
     assert (spec.samples, spec.skipped) == (12, 1)
     names = sorted(path.name for path in (root / "a").iterdir() if path.name != "7.jpg")[:12]
@@ -884,8 +872,8 @@ def test_a_bad_picture_is_not_cropped_but_named_or_left_out(tmp_path, run, jpegs
         (["--latents", "--vae", "x", "--image-size", "8", "--quality", "9"], "--quality is of the pictures"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(tmp_path, run, options, message):
-    code, _, stderr = run("digits", "--out", tmp_path / "out", *options)
+def test_options_that_do_not_go_together_are_refused(tmp_path, convert, options, message):
+    code, _, stderr = convert("digits", "--out", tmp_path / "out", *options)
     assert code == 2
     assert message in stderr
     assert len(stderr.splitlines()) == 1
@@ -910,32 +898,32 @@ def read_bucket(s3, prefix, folder):
     return read(folder)
 
 
-def test_s3(tmp_path, run, jpegs, pictures, s3, small_shards, temporary, monkeypatch):
+def test_s3(tmp_path, convert, jpegs, pictures, s3, small_shards, temporary, monkeypatch):
     expected = list(zip(jpegs, [0, 0, 0, 1, 1, 1], strict=True))
 
     # The same files as in a folder.
-    assert run(pictures, "--out", tmp_path / "out")[0] == 0
-    code, stdout, stderr = run(pictures, "--out", "s3://sit/a/b/")
+    assert convert(pictures, "--out", tmp_path / "out")[0] == 0
+    code, stdout, stderr = convert(pictures, "--out", "s3://sit/a/b/")
     assert code == 0, stderr
     assert stdout.splitlines()[-1] == "s3://sit/a/b/"
     assert s3.contents("a/b") == contents(tmp_path / "out")
 
     # What is there is refused, resumed, or replaced; a failure loses none of it.
-    assert run(pictures, "--out", "s3://sit/a/b")[0] == 2
-    code, stdout, _ = run(pictures, "--out", "s3://sit/a/b", "--resume")
+    assert convert(pictures, "--out", "s3://sit/a/b")[0] == 2
+    code, stdout, _ = convert(pictures, "--out", "s3://sit/a/b", "--resume")
     assert code == 0
     assert "already converted" in stdout
-    code, _, stderr = run(pictures, "--out", "s3://sit/a", "--overwrite")
+    code, _, stderr = convert(pictures, "--out", "s3://sit/a", "--overwrite")
     assert code == 2
     assert "b/index.json" in stderr
     (pictures / "bee" / "3.jpg").write_bytes(b"broken")
-    assert run(pictures, "--out", "s3://sit/a/b", "--overwrite")[0] == 2
+    assert convert(pictures, "--out", "s3://sit/a/b", "--overwrite")[0] == 2
     assert s3.contents("a/b") == contents(tmp_path / "out")
-    assert run(pictures, "--out", "s3://sit/new")[0] == 2
+    assert convert(pictures, "--out", "s3://sit/new")[0] == 2
     assert s3.contents("new") == {}
     (pictures / "bee" / "3.jpg").unlink()
     for times, prefix in enumerate(("again-shard", "shard")):
-        assert run(pictures, "--out", "s3://sit/a/b", "--overwrite", "--limit", 5)[0] == 0
+        assert convert(pictures, "--out", "s3://sit/a/b", "--overwrite", "--limit", 5)[0] == 0
         assert read_bucket(s3, "a/b", tmp_path / f"copy{times}")[1] == expected[:5]
         names = [name for name in s3.contents("a/b") if name.endswith(".mds")]
         assert names
@@ -951,9 +939,9 @@ def test_s3(tmp_path, run, jpegs, pictures, s3, small_shards, temporary, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(output.Bucket, "retire", interrupted)
-        assert run(pictures, "--out", "s3://sit/a/b", "--overwrite")[0] == 130
+        assert convert(pictures, "--out", "s3://sit/a/b", "--overwrite")[0] == 130
     assert not {"index.json", "spec.json"} & set(s3.contents("a/b"))
-    assert run(pictures, "--out", "s3://sit/a/b", "--resume")[0] == 0
+    assert convert(pictures, "--out", "s3://sit/a/b", "--resume")[0] == 0
     assert read_bucket(s3, "a/b", tmp_path / "copy2")[1] == expected
 
     # The store dies in the middle: no index. It comes back, and --resume begins again.
@@ -970,12 +958,12 @@ def test_s3(tmp_path, run, jpegs, pictures, s3, small_shards, temporary, monkeyp
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")  # fail quickly
     thread = threading.Thread(target=kill)
     thread.start()
-    code, _, stderr = run(pictures, "--out", "s3://sit/c")
+    code, _, stderr = convert(pictures, "--out", "s3://sit/c")
     thread.join()
     assert code == 1, stderr
     assert "an upload to s3://sit/c failed" in stderr.splitlines()[-1]
     assert os.listdir(temporary) == []
-    code, _, stderr = run(pictures, "--out", "s3://sit/c")
+    code, _, stderr = convert(pictures, "--out", "s3://sit/c")
     assert code == 2
     assert "Could not connect" in stderr
     monkeypatch.delenv("AWS_MAX_ATTEMPTS")
@@ -985,17 +973,17 @@ def test_s3(tmp_path, run, jpegs, pictures, s3, small_shards, temporary, monkeyp
     assert "index.json" not in left
     pipe.path.unlink()
     pipe.path.write_bytes(jpegs[5])
-    code, _, stderr = run(pictures, "--out", "s3://sit/c")
+    code, _, stderr = convert(pictures, "--out", "s3://sit/c")
     assert code == 2
     assert "unfinished conversion" in stderr
-    assert run(pictures, "--out", "s3://sit/c", "--resume")[0] == 0
+    assert convert(pictures, "--out", "s3://sit/c", "--resume")[0] == 0
     assert read_bucket(s3, "c", tmp_path / "copy")[1] == expected
-    code, _, stderr = run(pictures, "--out", "s3://no-such-bucket/c")
+    code, _, stderr = convert(pictures, "--out", "s3://no-such-bucket/c")
     assert code == 2
     assert "NoSuchBucket" in stderr or "does not exist" in stderr
 
 
-def test_shards_wait_for_a_slow_s3(tmp_path, run, jpegs, s3, temporary, monkeypatch, caplog):
+def test_shards_wait_for_a_slow_s3(tmp_path, convert, jpegs, s3, temporary, monkeypatch, caplog):
     import shards
 
     monkeypatch.setattr(shards, "SHARD_BYTES", 500)  # a shard for each picture
@@ -1016,7 +1004,7 @@ def test_shards_wait_for_a_slow_s3(tmp_path, run, jpegs, s3, temporary, monkeypa
 
     thread = threading.Thread(target=freeze)
     thread.start()
-    code, _, stderr = run(root, "--out", "s3://sit/slow")
+    code, _, stderr = convert(root, "--out", "s3://sit/slow")
     thread.join()
     assert code == 2
     assert "z.jpg" in stderr

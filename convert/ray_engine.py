@@ -1,0 +1,88 @@
+"""The parts of a conversion on a Ray cluster: an actor for each GPU, or for each core, does one whole part at a time.
+
+What a part becomes is what one process makes of it. Ray starts an actor anew if its process or its node dies, and gives
+its part to another; shards appear whole, so that a part that is done twice is no harm.
+
+Without RAY_ADDRESS, a cluster of this machine alone is started, and ended. The nodes of another need the project's
+dependencies, the source, the output and the credentials where this one has them; the code is sent to them.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+from output import Output, OutputError
+from pipeline import Job, convert_parts
+from pixels import Pixels
+from sources import InputError
+
+import sit_composer
+from sit_composer.errors import UserError
+
+ERRORS = {"InputError": InputError, "OutputError": OutputError}  # others are UserError
+
+
+class Converter:
+    """Does parts.
+
+    Args:
+        plan, skip_bad: the `Job`'s.
+        kind, options: the class of its form, and that one's arguments.
+        out, prefix: the output's address, and its `prefix`.
+    """
+
+    def __init__(
+        self, plan: ray.ObjectRef, kind: type, options: dict[str, Any], out: str, prefix: str, skip_bad: bool
+    ) -> None:
+        output = Output(out)
+        output.prefix = prefix
+        self.job = Job(ray.get(plan), kind(**options), output, skip_bad)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        """The records of the parts of a batch, as JSON; or what was wrong, and of which kind that is."""
+        try:
+            records = list(convert_parts(self.job, map(int, batch["part"]), 0, lambda sample, reason: None))
+            return {"kind": ["record"] * len(records), "content": list(map(json.dumps, records))}
+        except (InputError, OutputError, UserError, OSError) as error:
+            return {"kind": [type(error).__name__], "content": [str(error)]}
+
+
+def convert_on_ray(job: Job, kind: type, options: dict[str, Any], todo: list[int]) -> Iterator[dict[str, Any]]:
+    """Converts the parts of those numbers, and yields the record of each, in any order.
+
+    Args:
+        job: the conversion.
+        kind, options: the class of the job's form, and that one's arguments.
+        todo: the parts' numbers.
+
+    Raises:
+        InputError, OutputError, UserError: what an actor's `convert_parts` raised.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    out = str(job.output.path or job.output.uri)  # an actor has a working folder of its own
+    if os.path.exists(vae := options.get("vae", "")):
+        options = {**options, "vae": os.path.abspath(vae)}
+    here = Path(__file__).parent
+    code = {"working_dir": str(here), "py_modules": [str(Path(sit_composer.__file__).parent)]}
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", runtime_env=code)
+    try:
+        ray.data.DataContext.get_current().enable_progress_bars = os.isatty(2)
+        gpus = int(ray.cluster_resources().get("GPU", 0)) if kind is not Pixels else 0
+        actors = min(gpus or int(ray.cluster_resources()["CPU"]), len(todo))
+        rows = ray.data.from_items([{"part": number} for number in todo], override_num_blocks=len(todo)).map_batches(
+            Converter,
+            fn_constructor_args=(ray.put(job.plan), kind, options, out, job.output.prefix, job.skip_bad),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=actors),
+            num_gpus=1 if gpus else 0,
+            num_cpus=0 if gpus else 1,
+        )
+        for row in rows.iter_rows():
+            if row["kind"] != "record":
+                raise ERRORS.get(row["kind"], UserError)(row["content"])
+            yield json.loads(row["content"])
+    finally:
+        ray.shutdown()

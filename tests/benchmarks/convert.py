@@ -1,0 +1,192 @@
+"""How fast pictures become shards, against the least that could be done, and against the obvious loop.
+
+    python tests/benchmarks/convert.py [--pictures 2000] [--rounds 5] [--latents 24]
+
+Pictures are crops of scikit-learn's photographs, 500x375, as JPEG in a Parquet file. All sides run in this process,
+interleaved, with what they import loaded before; medians are printed.
+
+pixels: `to_mds.py`, against a loop that reads the Parquet file and gives every row to streaming's MDSWriter.
+latents: `to_mds.py --latents`, against datasets -> PIL -> ToTensor -> vae.encode, one picture and then its mirror image
+  at a time. The autoencoder is Stable Diffusion's in architecture, with weights as they begin; and how much of the time
+  the encoder is at work is measured.
+"""
+
+import argparse
+import io
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "convert")]
+SD = {
+    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "scaling_factor": 0.18215,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+}  # fmt: skip
+
+
+def make_table(path: Path, count: int) -> None:
+    """Photographs' random crops, 500×375, in row groups of 100 as the Hub's data sets have them."""
+    from sklearn.datasets import load_sample_images
+
+    photographs, rng, files = load_sample_images().images, np.random.default_rng(0), []
+    for number in range(count):
+        photograph = photographs[number % 2]
+        top, left = (
+            int(rng.integers(0, side - crop)) for side, crop in zip(photograph.shape, (375, 500), strict=False)
+        )
+        file = io.BytesIO()
+        Image.fromarray(photograph[top : top + 375, left : left + 500]).save(file, "JPEG", quality=90)
+        files.append(file.getvalue())
+    table = pa.table({"image": files, "label": rng.integers(0, 10, count)})
+    pq.write_table(table, path, row_group_size=100, compression="none")
+
+
+def raw(table: Path, out: Path) -> None:
+    """Reads rows, and writes them to MDS with hashes."""
+    from streaming import MDSWriter
+
+    with MDSWriter(out=str(out), columns={"image": "bytes", "label": "int"}, hashes=["xxh64"]) as writer:
+        for batch in pq.ParquetFile(table).iter_batches(64):
+            for row in batch.to_pylist():
+                writer.write(row)
+
+
+def ours(*options: str) -> Callable[[Path, Path], None]:
+    """`to_mds.py` with those options."""
+
+    def run(table: Path, out: Path) -> None:
+        import to_mds
+
+        with open(os.devnull, "w") as nothing:
+            streams, (sys.stdout, sys.stderr) = (sys.stdout, sys.stderr), (nothing, nothing)
+            try:
+                code = to_mds.main([str(table), "--out", str(out), *options])
+            finally:
+                sys.stdout, sys.stderr = streams
+        if code != 0:
+            raise SystemExit(f"to_mds.py {' '.join(options)} ended with {code}")
+
+    return run
+
+
+def obvious(vae: str, size: int) -> Callable[[Path, Path], None]:
+    """What one writes first: a picture at a time, and then its mirror image."""
+
+    def run(table: Path, out: Path) -> None:
+        import datasets
+        import torch
+        from diffusers import AutoencoderKL
+        from torchvision import transforms
+
+        datasets.disable_progress_bars()
+        model = AutoencoderKL.from_pretrained(vae).eval()
+        rows = datasets.load_dataset("parquet", data_files=str(table), split="train", cache_dir=str(out / "cache"))
+        rows = rows.cast_column("image", datasets.Image())
+        to_tensor = transforms.Compose([
+            transforms.Resize(size), transforms.CenterCrop(size), transforms.ToTensor(), transforms.Normalize(0.5, 0.5),
+        ])  # fmt: skip
+        with torch.no_grad():
+            for number, row in enumerate(rows):
+                picture = to_tensor(row["image"])[None]
+                sides = [model.encode(side).latent_dist for side in (picture, picture.flip(-1))]
+                moments = [torch.cat([side.mean, side.std], 1).half().numpy() for side in sides]
+                np.savez(out / f"{number}.npz", moments=moments[0], moments_flip=moments[1], label=row["label"])
+
+    return run
+
+
+def compare(sides: dict[str, Callable[[Path, Path], None]], table: Path, rounds: int, top: Path) -> dict[str, float]:
+    """Seconds of each side, the median of the rounds; the sides take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds + 1):
+        for name, side in sides.items():
+            with tempfile.TemporaryDirectory(dir=top) as folder:
+                start = time.perf_counter()
+                side(table, Path(folder, "out") if "to_mds" in name else Path(folder))
+                if turn:  # the first round only warms up
+                    seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def show(what: str, medians: dict[str, float], count: int) -> None:
+    """Prints a table; the ratio is to the first side."""
+    first = next(iter(medians.values()))
+    print(f"\n| {what} | pictures/s | ratio |\n| --- | ---: | ---: |")
+    for name, seconds in medians.items():
+        print(f"| {name} | {count / seconds:.1f} | {first / seconds:.2f} |")
+
+
+def busy(table: Path, vae: str, options: list[str], top: Path) -> float:
+    """The part of the time, from its first batch to the end of its last, for which the encoder computes."""
+    import latents
+
+    spans, moments = [], latents.KLAutoencoder.moments
+
+    def timed(self: latents.KLAutoencoder, pictures: object) -> object:
+        start = time.perf_counter()
+        result = moments(self, pictures)
+        spans.append((start, time.perf_counter()))
+        return result
+
+    latents.KLAutoencoder.moments = timed
+    try:
+        with tempfile.TemporaryDirectory(dir=top) as folder:
+            ours("--latents", "--vae", vae, *options)(table, Path(folder, "out"))
+    finally:
+        latents.KLAutoencoder.moments = moments
+    return sum(end - start for start, end in spans) / (spans[-1][1] - spans[0][0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--latents", type=int, default=24, help="pictures that are encoded; 0: none")
+    parser.add_argument("--image-size", type=int, default=256)
+    parser.add_argument("--tiny", action="store_true", help="with a small autoencoder, to try it out")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        top = Path(folder)
+        table = top / "pictures.parquet"
+        make_table(table, args.pictures)
+        cores = str(os.cpu_count())
+        sides = {
+            "pyarrow -> MDSWriter": raw,
+            "to_mds.py --check header --workers 0": ours("--check", "header", "--workers", "0"),
+            "to_mds.py --workers 0 (decodes each)": ours("--workers", "0"),
+            f"to_mds.py --workers {cores}": ours("--workers", cores),
+        }
+        show("pixels", compare(sides, table, args.rounds, top), args.pictures)
+        if not args.latents:
+            return
+        import torch
+        from diffusers import AutoencoderKL
+
+        torch.manual_seed(0)
+        smaller = {"block_out_channels": (32,) * 4, "norm_num_groups": 8, "layers_per_block": 1} if args.tiny else {}
+        vae = str(top / "vae")
+        AutoencoderKL(**{**SD, **smaller}).save_pretrained(vae)
+        small = top / "few.parquet"
+        make_table(small, args.latents)
+        crop = ["--image-size", str(args.image_size), "--batch-size", "8"]
+        options = ["--latents", "--vae", vae, *crop]
+        sides = {
+            "datasets -> PIL -> ToTensor -> vae.encode, one at a time": obvious(vae, args.image_size),
+            "to_mds.py --latents --workers 1": ours(*options, "--workers", "1"),
+        }
+        show("latents", compare(sides, small, args.rounds, top), args.latents)
+        print(f"\nthe encoder is at work {busy(small, vae, [*crop, '--workers', '1'], top):.1%} of the time")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""A conversion part by part: stopped anywhere, it goes on, and its bytes are those of one that wasn't."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from tests.conftest import ROOT
+from tests.test_to_mds import read
+
+import pipeline  # isort: skip
+import shards  # isort: skip
+import parts  # isort: skip
+
+ROWS = 600
+
+
+def png(picture) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> Path:
+    """600 digits in row groups of 25."""
+    digits = load_digits()
+    images = [png((picture * 15).astype("uint8")) for picture in digits.images[:ROWS]]
+    path = tmp_path_factory.mktemp("table") / "digits.parquet"
+    pq.write_table(pa.table({"image": images, "label": digits.target[:ROWS]}), path, row_group_size=25)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Parts of 25 pictures, shards of about ten."""
+    monkeypatch.setattr(parts, "PART", 25)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 3000)
+
+
+@pytest.fixture
+def whole(tmp_path, table, convert):
+    """The bytes of an undisturbed conversion in this process alone."""
+    assert convert(table, "--out", tmp_path / "whole", "--workers", 0)[0] == 0
+    return contents(tmp_path / "whole")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def finished(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("part.*.json"))
+
+
+def test_parts_have_shards_of_their_own_and_all_samples(tmp_path, whole):
+    names = [name for name in whole if name.endswith(".mds")]
+    assert {name.split(".")[1] for name in names} == {f"{part:05}" for part in range(24)}
+    assert sorted({*whole} - {*names}) == ["index.json", "spec.json"]
+    spec, samples = read(tmp_path / "whole")
+    digits = load_digits()
+    assert [label for _, label in samples] == digits.target[:ROWS].tolist()
+    assert spec.samples == ROWS
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_bytes_are_the_same_whatever_the_workers(tmp_path, table, convert, whole, workers):
+    code, _, stderr = convert(table, "--out", tmp_path / "out", "--workers", workers)
+    assert code == 0, stderr
+    assert contents(tmp_path / "out") == whole
+
+
+def test_killed_eight_times_it_comes_to_the_same_bytes(tmp_path, table, whole):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "tests.torture_convert", "8", "25", "3000", table, "--out", out]
+    done = subprocess.run([*command, "--workers", "0"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = [int(line.split()[2]) for line in done.stderr.splitlines() if line.startswith("goes on:")]
+    assert found == sorted(found)
+    assert found[-1] > 5  # it was killed in the middle, and what was finished stayed
+    assert contents(out) == whole
+    assert sorted(os.listdir(tmp_path)) == ["out", "whole"]
+
+
+def test_finished_parts_are_not_done_again(tmp_path, table, convert, whole, monkeypatch):
+    with stopped_after(5, monkeypatch):
+        convert(table, "--out", tmp_path / "out", "--workers", 0)
+    partial = tmp_path / "out.partial"
+    assert len(finished(partial)) == 5
+    assert not (partial / "index.json").exists()
+    (partial / "shard.00002.00001.mds").unlink()  # one of them has lost a shard
+    before = {name: os.stat(partial / name).st_mtime_ns for name in os.listdir(partial) if name.endswith(".mds")}
+    time.sleep(0.05)
+    code, _, stderr = convert(table, "--out", tmp_path / "out", "--workers", 0)
+    assert code == 0
+    assert "goes on: 4 of 24 parts, 100 pictures, are done" in stderr
+    after = {name: os.stat(tmp_path / "out" / name).st_mtime_ns for name in before}
+    again = {name.split(".")[1] for name in before if before[name] != after[name]}
+    assert again == {"00002"}
+    assert contents(tmp_path / "out") == whole
+
+
+@contextmanager
+def stopped_after(count, monkeypatch):
+    """The body's conversion ends, as by a SIGTERM, when that many parts are finished."""
+    noted, finish_part = [], pipeline.Output.finish_part
+
+    def note(self, record):
+        finish_part(self, record)
+        noted.append(record)
+        if len(noted) == count:
+            sys.exit(143)
+
+    with monkeypatch.context() as context:
+        context.setattr(pipeline.Output, "finish_part", note)
+        with pytest.raises(SystemExit, match="143"):
+            yield
+
+
+def test_a_second_run_says_done_and_changes_nothing(tmp_path, table, convert, whole):
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "whole").iterdir()}
+    code, stdout, _ = convert(table, "--out", tmp_path / "whole", "--workers", 2)
+    assert code == 0
+    assert "already converted" in stdout
+    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "whole").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--limit", "300"], "limit None there, 300 now"),
+        (["--image-size", "4"], "image_size None there, 4 now"),
+        (["--label-column", "none"], "label_column 'label' there, None now"),
+        ("touch", "the source's files have changed"),
+    ],
+)
+@pytest.mark.parametrize("state", ["finished", "begun"])
+def test_another_source_or_option_is_refused_and_named(tmp_path, table, convert, monkeypatch, change, said, state):
+    copy = tmp_path / "digits.parquet"
+    copy.write_bytes(table.read_bytes())
+    out = tmp_path / "out"
+    if state == "begun":
+        with stopped_after(3, monkeypatch):
+            convert(copy, "--out", out, "--workers", 0)
+    else:
+        assert convert(copy, "--out", out, "--workers", 0)[0] == 0
+    kept = out if state == "finished" else tmp_path / "out.partial"
+    before = contents(kept)
+    options = [] if change == "touch" else change
+    if change == "touch":
+        pq.write_table(pq.read_table(copy).slice(0, 500), copy, row_group_size=25)
+        said = said if state == "finished" else f"{said}: {copy} is another"
+    code, _, stderr = convert(copy, "--out", out, *options)
+    assert code == 2
+    assert said in stderr
+    assert "--overwrite" in stderr
+    assert contents(kept) == before
+    code, _, stderr = convert(copy, "--out", out, *options, "--overwrite", "--workers", 0)
+    assert code == 0, stderr
+    assert read(out)[0].samples == (500 if change == "touch" else 300 if "--limit" in change else ROWS)
+    assert sorted(os.listdir(tmp_path)) == ["digits.parquet", "out"]
+
+
+def test_an_error_keeps_what_is_finished_and_skip_bad_goes_on(tmp_path, convert):
+    digits = load_digits()
+    images = [png((picture * 15).astype("uint8")) for picture in digits.images[:200]]
+    images[130] = b"<html>404</html>"
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"image": images, "label": digits.target[:200]}), path, row_group_size=25)
+    log = tmp_path / "log.jsonl"
+    code, _, stderr = convert(path, "--out", tmp_path / "out", "--workers", 0, "--log", log)
+    assert code == 2
+    assert "t.parquet row 130" in stderr
+    assert "--skip-bad" in stderr
+    assert len(finished(tmp_path / "out.partial")) == 5
+    code, stdout, stderr = convert(path, "--out", tmp_path / "out", "--skip-bad", "--log", log)
+    assert code == 0
+    assert "goes on: 5 of 8 parts" in stderr
+    assert "199 pictures, 10 classes, 1 skipped" in stdout
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    kinds = ["start", *["part"] * 5, "error", "start", *["part"] * 3, "skipped", "end"]
+    assert sorted(event["event"] for event in events) == sorted(kinds)
+    skipped = next(event for event in events if event["event"] == "skipped")
+    assert "row 130" in skipped["reason"]
+    assert events[-1]["samples"] == 199
+    assert convert(path, "--out", tmp_path / "again", "--skip-bad")[0] == 0
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+
+
+def test_a_process_that_dies_is_one_line_and_the_next_run_goes_on(tmp_path, table, convert, whole, monkeypatch):
+    def kill_one(chunk, future):
+        os.kill(descendants(os.getpid())[-1], signal.SIGKILL)
+        return collect(chunk, future)
+
+    collect = pipeline._collect
+    with monkeypatch.context() as context:
+        context.setattr(pipeline, "_collect", kill_one)
+        code, _, stderr = convert(table, "--out", tmp_path / "out", "--workers", 1)
+    assert code == 2
+    assert stderr.splitlines()[-1].startswith("error: a process that decodes pictures was killed")
+    assert convert(table, "--out", tmp_path / "out", "--workers", 1)[0] == 0
+    assert contents(tmp_path / "out") == whole
+
+
+def test_a_killed_conversions_processes_end_with_it(tmp_path, table):
+    out = tmp_path / "out"
+    pipe = tmp_path / "log"
+    os.mkfifo(pipe)
+    command = [sys.executable, "convert/to_mds.py", table, "--out", out, "--workers", "2", "--log", pipe]
+    child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        with open(pipe) as log:  # it has all of the table's pictures in one part, and waits for nobody
+            assert json.loads(log.readline())["event"] == "start"
+            deadline = time.monotonic() + 60
+            while len(family := descendants(child.pid)) < 4:  # forkserver, resource tracker, two that decode
+                assert child.poll() is None
+                assert time.monotonic() < deadline
+            child.kill()
+            child.wait()
+        deadline = time.monotonic() + 10
+        while any(Path(f"/proc/{pid}").exists() for pid in family):
+            assert time.monotonic() < deadline, "they live on"
+            time.sleep(0.05)
+    finally:
+        child.kill()
+
+
+def descendants(pid: int) -> list[int]:
+    found = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in children.read_text().split():
+            found += [int(child), *descendants(int(child))]
+    return found
