@@ -1,120 +1,203 @@
-"""Pictures and labels out of Arrow tables: Parquet files, Arrow files, Hugging Face data sets.
+"""Pictures and labels out of Arrow tables: Parquet files, Arrow files, and (see `hf_source.py`) Hugging Face data sets.
 
-Each kind of table is a schema and a function that reads some columns of it batch by batch; the rest is the same for
-all. At no time is more in memory than one batch (of a Parquet file: one page of each column).
+Each kind of table is a schema and a function that reads some columns of some rows batch by batch; the rest is the same
+for all. At no time is more in memory than one batch (of a Parquet file: one page of each column).
 """
 
 import json
-import logging
-import sys
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from sources import InputError, Sample, Source, list_files
+from parts import MAX_CLASSES, InputError, Part, Sample, SourcePlan, cut, cut_off
+from source_files import check_same, fingerprint, list_files
 
 BATCH = 64  # rows
-MAX_CLASSES = 1_000_000  # more means that the column is not one of classes
+OPENED_AT_ONCE = 16  # files whose footers and labels are read
 
 
 @dataclass(frozen=True)
 class Table:
-    """One file, or one data set."""
+    """One file, or one data set.
 
-    name: str  # for errors
-    folder: Path  # that relative paths of pictures start from
+    Args:
+        name: for errors.
+        folder: that relative paths of pictures start from; None: they may be anywhere.
+        schema: of all columns.
+        lengths: of the groups of rows that it consists of; a reader can begin at each.
+        read: batches of some top-level columns, from a row on to before another, of so many rows if it has the choice.
+    """
+
+    name: str
+    folder: str | None
     schema: pa.Schema
-    rows: int | None
-    read: Callable[[list[str]], Iterator[pa.RecordBatch]]  # of top-level columns
+    lengths: list[int]
+    read: Callable[[list[str], int, int, int], Iterator[pa.RecordBatch]]
 
 
-def open_tables(description: dict[str, Any]) -> Source:
-    """Opens every table and reads through the labels.
+def plan_tables(description: dict[str, Any], limit: int | None) -> SourcePlan:
+    """Opens every file and reads through the labels.
 
     Raises:
         InputError: if one cannot be read, lacks a column, or has labels that are not classes.
     """
-    if description["format"] == "hf":
-        tables = [_data_set(**{key: description[key] for key in ("path", "split", "config")})]
-    else:
-        open_file = {"parquet": _parquet_file, "arrow": _arrow_file}[description["format"]]
-        tables = [open_file(path) for path in list_files(description["path"], description["format"])]
-    image, label = description["image_column"], description["label_column"]
-    for table in tables:
-        _check_image_type(table, image)
-    classes, numbers = (["all"], None) if label is None else _read_classes(tables, label)
-    rows = None if any(table.rows is None for table in tables) else sum(table.rows for table in tables)
-    return Source(classes, rows, _samples(tables, image, label, numbers))
+    names = list_files(description["path"], description["format"])
+
+    def plan(name: str) -> tuple[Table, Labels, dict[str, Any]]:
+        file = fingerprint(name)
+        table = _open(name, description)
+        return table, read_labels(table, description), file
+
+    with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
+        tables, labels, files = zip(*pool.map(plan, names), strict=True)
+    parts = [part for number, table in enumerate(tables) for part in cut(number, table.lengths)]
+    return SourcePlan(list(files), merge_classes(labels), cut_off(parts, limit))
 
 
-def _samples(tables: list[Table], image: str, label: str | None, numbers: dict[str, int] | None) -> Iterator[Sample]:
-    for table in tables:
-        for first, (images, *labels) in _batches(table, [image] if label is None else [image, label]):
-            values = labels[0].to_pylist() if labels else [0] * len(images)
-            for row, (picture, value) in enumerate(zip(images.to_pylist(), values, strict=True), first):
-                if isinstance(picture, dict):  # the struct of `datasets`: bytes, or else a path
-                    path = picture.get("path")
-                    picture = picture["bytes"] if picture["bytes"] is not None or not path else table.folder / path
-                yield Sample(f"{table.name} row {row}", picture, numbers[value] if numbers else value)
-
-
-def _read_classes(tables: list[Table], column: str) -> tuple[list[str], dict[str, int] | None]:
-    """Reads all labels. Returns the classes' names and, if labels are strings, the number of each.
+def read_tables(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iterator[Sample]:
+    """The pictures of a part.
 
     Raises:
-        InputError: naming the first row whose label is no class: null, negative, too large, not an integer or string.
+        InputError: if the file cannot be read, or has changed.
     """
-    kinds = {}  # what each table's labels are -> the first table with such
+    file = plan.files[part.file]
+    check_same(file, fingerprint(file["name"]))
+    table = _open(file["name"], description)
+    yield from samples(table, description, plan, part, lambda: check_same(file, fingerprint(file["name"])))
+
+
+def samples(
+    table: Table, description: dict[str, Any], plan: SourcePlan, part: Part, check: Callable[[], None]
+) -> Iterator[Sample]:
+    """The pictures of some rows. ``check`` is called before rows are taken from what was read, and at the end."""
+    image, label = description["image_column"], description["label_column"]
+    columns = [image] if label is None else [image, label]
+    numbers = {name: number for number, name in enumerate(plan.classes)}
+    for first, (images, *labels) in _batches(table, columns, part.start, part.stop, check):
+        values = labels[0].to_pylist() if labels else [0] * len(images)
+        for row, (picture, value) in enumerate(zip(images.to_pylist(), values, strict=True), first):
+            where = f"{table.name} row {row}"
+            if isinstance(picture, dict):  # the struct of `datasets`: bytes, or else a path
+                path = picture.get("path")
+                picture = picture["bytes"] if picture["bytes"] is not None or not path else _beside(table, path, where)
+            yield Sample(where, picture, numbers[value] if isinstance(value, str) else value)
+    check()
+
+
+def _beside(table: Table, path: str, where: str) -> Path:
+    """The file that a row of a table names. A table that came from elsewhere must not name any file of this machine."""
+    if table.folder is None:
+        return Path(path)
+    file = os.path.normpath(os.path.join(table.folder, path))
+    if not file.startswith(os.path.join(table.folder, "")):
+        raise InputError(f"{where}: the picture's path {path!r} leads out of {table.folder}, the table's folder")
+    return Path(file)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the labels of a table are: ``kind`` is the names of its classes, or "integers", "strings" or "none"."""
+
+    table: str
+    column: str | None
+    kind: tuple[str, ...] | str
+    strings: frozenset[str] = frozenset()
+    largest: int = -1
+
+
+def read_labels(table: Table, description: dict[str, Any]) -> Labels:
+    """Checks the columns of a table and reads all its labels.
+
+    Raises:
+        InputError: if it lacks a column, or the pictures are no bytes; or naming the first row whose label is no class:
+            null, negative, too large, not an integer or string.
+    """
+    _check_image_type(table, description["image_column"])
+    column = description["label_column"]
+    if column is None:
+        return Labels(table.name, None, "none")
+    type_, names = _find(table, column)[1:]
+    text = pa.types.is_string(type_) or pa.types.is_large_string(type_)
+    if not text and not pa.types.is_integer(type_):
+        raise InputError(f"labels must be integers or strings, but column {column!r} of {table.name} is {type_}")
+    kind = tuple(names) if names else "strings" if text else "integers"
+    limit = len(names) if names else MAX_CLASSES
     strings: set[str] = set()
     largest = -1
-    for table in tables:
-        type_, names = _find(table, column)[1:]
-        text = pa.types.is_string(type_) or pa.types.is_large_string(type_)
-        if not text and not pa.types.is_integer(type_):
-            raise InputError(f"labels must be integers or strings, but column {column!r} of {table.name} is {type_}")
-        kinds.setdefault(tuple(names) if names else "strings" if text else "integers", table.name)
-        limit = len(names) if names else MAX_CLASSES
-        for first, (labels,) in _batches(table, [column]):
-            if labels.null_count:
-                row = first + pc.index(pc.is_null(labels), True).as_py()
-                raise InputError(
-                    f"{table.name} row {row}: the label is null; say --label-column none to do without labels"
-                )
-            if text:
-                strings.update(pc.unique(labels).to_pylist())
-                continue
-            bounds = pc.min_max(labels)
-            for value in (bounds["min"].as_py(), bounds["max"].as_py()):
-                if not 0 <= value < limit:
-                    row = first + labels.to_pylist().index(value)
-                    raise InputError(f"{table.name} row {row}: label {value} is not a class: they are 0 to {limit - 1}")
-            largest = max(largest, bounds["max"].as_py())
-    if len(kinds) > 1:
-        raise InputError(f"column {column!r} has other classes in {list(kinds.values())[1]} than in {tables[0].name}")
-    kind = next(iter(kinds))
-    if kind == "strings":
-        classes = sorted(strings)
-        return classes, {name: number for number, name in enumerate(classes)}
-    return list(map(str, range(largest + 1))) if kind == "integers" else list(kind), None
+    for first, (labels,) in _batches(table, [column], 0, sum(table.lengths), size=64 * BATCH):
+        if labels.null_count:
+            row = first + pc.index(pc.is_null(labels), True).as_py()
+            raise InputError(f"{table.name} row {row}: the label is null; say --label-column none to do without labels")
+        if text:
+            strings.update(pc.unique(labels).to_pylist())
+            continue
+        bounds = pc.min_max(labels)
+        for value in (bounds["min"].as_py(), bounds["max"].as_py()):
+            if not 0 <= value < limit:
+                row = first + labels.to_pylist().index(value)
+                raise InputError(f"{table.name} row {row}: label {value} is not a class: they are 0 to {limit - 1}")
+        largest = max(largest, bounds["max"].as_py())
+    return Labels(table.name, column, kind, frozenset(strings), largest)
 
 
-def _batches(table: Table, columns: list[str]) -> Iterator[tuple[int, list[pa.Array]]]:
-    """Yields the columns a few rows at a time, with the number of the first of these rows."""
+def merge_classes(labels: tuple[Labels, ...]) -> list[str]:
+    """The classes' names, of all tables.
+
+    Raises:
+        InputError: if the tables differ in what their labels are.
+    """
+    first = labels[0]
+    for other in labels:
+        if other.kind != first.kind:
+            raise InputError(f"column {first.column!r} has other classes in {other.table} than in {first.table}")
+    if first.kind == "none":
+        return ["all"]
+    if first.kind == "strings":
+        return sorted(frozenset().union(*(table.strings for table in labels)))
+    return list(map(str, range(max(t.largest for t in labels) + 1))) if first.kind == "integers" else list(first.kind)
+
+
+def _batches(
+    table: Table,
+    columns: list[str],
+    start: int,
+    stop: int,
+    check: Callable[[], None] = lambda: None,
+    size: int = BATCH,
+) -> Iterator[tuple[int, list[pa.Array]]]:
+    """Yields the columns of rows from ``start`` to before ``stop``, a few at a time, and the number of the first."""
     paths = [_find(table, column)[0] for column in columns]
-    first = 0
-    with _reading(table.name):
-        for whole in table.read(list(dict.fromkeys(path[0] for path in paths))):
-            for start in range(0, whole.num_rows, BATCH):  # a batch of an Arrow file may be of any size
-                batch = whole.slice(start, BATCH)
+    with reading(table.name):
+        for whole in table.read(list(dict.fromkeys(path[0] for path in paths)), start, stop, size):
+            for begin in range(0, whole.num_rows, size):  # a batch of an Arrow file may be of any size
+                check()
+                batch = whole.slice(begin, size)
                 arrays = [batch.column(path[0]) for path in paths]
                 arrays = [pc.struct_field(a, p[1:]) if p[1:] else a for a, p in zip(arrays, paths, strict=True)]
-                yield first, [a.dictionary_decode() if pa.types.is_dictionary(a.type) else a for a in arrays]
-                first += batch.num_rows
+                yield start, [a.dictionary_decode() if pa.types.is_dictionary(a.type) else a for a in arrays]
+                start += batch.num_rows
+    if start != stop:
+        raise InputError(f"{table.name} ends at row {start}, before row {stop}")
+
+
+def between(batches: Iterator[pa.RecordBatch], start: int, stop: int) -> Iterator[pa.RecordBatch]:
+    """The rows from ``start`` to before ``stop`` of batches. None that follows is asked for."""
+    first = 0
+    for batch in batches:
+        last = first + batch.num_rows
+        if last > start and first < stop:
+            yield batch.slice(max(start - first, 0), min(stop, last) - max(start, first))
+        first = last
+        if first >= stop:
+            return
 
 
 def _find(table: Table, column: str) -> tuple[list[str], pa.DataType, list[str] | None]:
@@ -149,67 +232,59 @@ def _check_image_type(table: Table, column: str) -> None:
 
 
 @contextmanager
-def _reading(name: str) -> Iterator[None]:
+def reading(name: str) -> Iterator[None]:
+    """Errors of pyarrow become an InputError that names the file."""
     try:
         yield
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"cannot read {name}: {str(error).splitlines()[0]}") from error
 
 
-def _parquet_file(path: Path) -> Table:
+def _open(name: str, description: dict[str, Any]) -> Table:
+    with reading(name):
+        return {"parquet": _parquet_file, "arrow": _arrow_file}[description["format"]](name)
+
+
+def _parquet_file(name: str) -> Table:
     # Without the first two, pyarrow holds a whole row group, which some writers make of a whole file.
     options = {"pre_buffer": False, "buffer_size": 1 << 20, "page_checksum_verification": True}
+    with pq.ParquetFile(name, **options) as file:
+        lengths = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        schema = file.schema_arrow
 
-    def read(columns: list[str]) -> Iterator[pa.RecordBatch]:
-        with pq.ParquetFile(path, **options) as file:
-            yield from file.iter_batches(BATCH, columns=columns)
+    def read(columns: list[str], start: int, stop: int, size: int) -> Iterator[pa.RecordBatch]:
+        ends = list(accumulate(lengths))
+        groups = [k for k, end in enumerate(ends) if end > start and end - lengths[k] < stop]
+        if groups:
+            before = ends[groups[0]] - lengths[groups[0]]
+            with pq.ParquetFile(name, **options) as file:
+                batches = file.iter_batches(size, row_groups=groups, columns=columns)
+                yield from between(batches, start - before, stop - before)
 
-    with _reading(str(path)), pq.ParquetFile(path, **options) as file:
-        return Table(str(path), path.parent, file.schema_arrow, file.metadata.num_rows, read)
+    return Table(name, os.path.dirname(name), schema, lengths, read)
 
 
-def _arrow_file(path: Path) -> Table:
-    def read(columns: list[str]) -> Iterator[pa.RecordBatch]:
-        with pa.memory_map(str(path)) as file, _arrow_reader(file) as reader:
-            stream = isinstance(reader, pa.RecordBatchStreamReader)
-            for batch in reader if stream else map(reader.get_batch, range(reader.num_record_batches)):
+def _arrow_file(name: str) -> Table:
+    with _arrow_batches(name) as (schema, batches):
+        lengths = [batch.num_rows for batch in batches]
+
+    def read(columns: list[str], start: int, stop: int, size: int) -> Iterator[pa.RecordBatch]:
+        with _arrow_batches(name) as (_, batches):
+            for batch in between(batches, start, stop):
                 yield batch.select(columns)
 
-    with _reading(str(path)), pa.memory_map(str(path)) as file, _arrow_reader(file) as reader:
-        return Table(str(path), path.parent, reader.schema, None, read)
+    return Table(name, os.path.dirname(name), schema, lengths, read)
 
 
-def _arrow_reader(file: pa.MemoryMappedFile) -> pa.RecordBatchStreamReader | pa.RecordBatchFileReader:
+@contextmanager
+def _arrow_batches(name: str) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
     """Arrow has two layouts: the file, which starts with a magic word, and the stream, which `datasets` saves."""
-    magic = file.read(6)
-    file.seek(0)
-    return pa.ipc.open_file(file) if magic == b"ARROW1" else pa.ipc.open_stream(file)
-
-
-def _data_set(path: str, split: str | None, config: str | None) -> Table:
-    import datasets
-
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it logs each of five tries to reach the Hub
-    try:
-        if (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
-            data = datasets.load_from_disk(path)
-            if split is not None and split not in data:
-                raise InputError(f"{path} has no split {split!r}; its splits are: {', '.join(data)}")
-            data = data if split is None else data[split]
+    with pa.memory_map(name) as file:
+        magic = file.read(6)
+        file.seek(0)
+        if magic == b"ARROW1":
+            with pa.ipc.open_file(file) as reader:
+                yield reader.schema, map(reader.get_batch, range(reader.num_record_batches))
         else:
-            data = datasets.load_dataset(path, config, split=split)
-    except InputError:
-        raise
-    except Exception as error:  # of a dozen libraries underneath
-        where = path if Path(path).exists() else f"{path!r}, neither a path here nor readable as a data set on the Hub"
-        raise InputError(f"cannot load {where}: {' '.join(str(error).split())}") from error
-
-    def read(columns: list[str]) -> Iterator[pa.RecordBatch]:
-        # The arrow format hands out the stored bytes and decodes no picture.
-        for table in data.select_columns(columns).with_format("arrow").iter(BATCH):
-            yield from table.to_batches()
-
-    name = path if split is None else f"{path} ({split})"
-    return Table(name, Path(), data.features.arrow_schema, len(data), read)
+            with pa.ipc.open_stream(file) as reader:
+                yield reader.schema, iter(reader)

@@ -1,49 +1,23 @@
 """Finds out what SOURCE is, and yields its pictures with their labels, always in the same order.
 
-`describe` settles the format from names alone and needs only the standard library, so that a mistyped command fails at
-once; `open_source` reads. Tables (Parquet, Arrow, Hugging Face data sets) are read in `arrow_source.py`.
+`describe` settles the format from names alone, and for what is local it needs only the standard library, so that a
+mistyped command fails at once. `plan_source` reads footers and labels, and divides the source into parts; `read_part`
+reads one of them, in this process or on another machine. Each kind of source has a module with a function for each.
 """
 
 import glob
-import io
 import os
 import re
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from parts import InputError, Part, Sample, SourcePlan
+from source_files import expand, format_of, infer_format, list_files, walk
 
 FORMATS = ("parquet", "arrow", "hf", "imagefolder", "digits")
 TABLES = ("parquet", "arrow", "hf")  # those with columns
-SUFFIXES = dict.fromkeys((".parquet", ".pq"), "parquet")
-SUFFIXES |= dict.fromkeys((".arrow", ".feather", ".ipc"), "arrow")
-SUFFIXES |= dict.fromkeys(
-    (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"), "imagefolder"
-)
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-SPLIT = re.compile(r"(?:^|[/_.-])(train|test|validation|valid|val|dev)(?=[/_.-])")
-
-
-class InputError(Exception):
-    """What is wrong with the source, where, and what to do: one line for the user."""
-
-
-class Sample(NamedTuple):
-    """One picture of a source. ``where`` names its file, and its row (counted from 0) if the file is a table."""
-
-    where: str
-    image: bytes | Path | None  # the picture file's bytes, or where they lie; None if the row has none
-    label: int
-
-
-@dataclass
-class Source:
-    """An opened source: ``classes`` are those of all its rows; ``rows`` is None where counting would mean reading."""
-
-    classes: list[str]
-    rows: int | None
-    samples: Iterator[Sample]
 
 
 def describe(
@@ -87,45 +61,46 @@ def describe(
     return description
 
 
-def open_source(description: dict[str, Any]) -> Source:
-    """Opens what `describe` found. Labels are read through and checked here, before any picture is.
+def plan_source(description: dict[str, Any], limit: int | None = None) -> SourcePlan:
+    """Reads footers and labels of what `describe` found; the same plan each time, if the source is the same.
+
+    Args:
+        description: what `describe` returned.
+        limit: the parts are those of the first so many pictures only.
 
     Raises:
-        InputError: if it cannot be read, lacks a column, or has labels that are not classes. Iterating may raise too.
+        InputError: if it cannot be read, lacks a column, or has labels that are not classes.
     """
-    format, path = description["format"], description["path"]
-    if format in TABLES:
+    return _module(description, "plan")(description, limit)
+
+
+def read_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iterator[Sample]:
+    """The pictures of one part of a plan, in order. Nothing is kept between calls but what is read from.
+
+    No more is in memory than a few rows of a table (of a Parquet file: a page of each column), or one picture.
+
+    Raises:
+        InputError: if it cannot be read, or a file has changed since the plan was made.
+    """
+    return _module(description, "read")(description, plan, part)
+
+
+def _module(description: dict[str, Any], verb: str) -> Callable[..., Any]:
+    """The function of a format's module; only then is the module imported, and what it imports."""
+    format = description["format"]
+    if format in ("parquet", "arrow"):
         import arrow_source
 
-        return arrow_source.open_tables(description)
-    labelled = "label_column" not in description
+        return {"plan": arrow_source.plan_tables, "read": arrow_source.read_tables}[verb]
+    if format == "hf":
+        import hf_source
+
+        return {"plan": hf_source.plan_data_set, "read": hf_source.read_data_set}[verb]
+    import folder_source
+
     if format == "digits":
-        return _digits(labelled)
-    return _image_folder(Path(path)) if labelled else _loose_pictures(Path(path))
-
-
-def list_files(source: str, format: str) -> list[Path]:
-    """The table files that a path or a glob names, sorted.
-
-    Raises:
-        InputError: if there are none, or if they are of several splits.
-    """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        # cache-*.arrow are what `datasets` leaves of transformed copies beside the data that it saved.
-        files = [f for f in _walk(path) if SUFFIXES.get(f.suffix.lower()) == format]
-        files = [f for f in files if not f.name.startswith(("_", "cache-"))]
-        splits = {m[1] for f in files if (m := SPLIT.search(f.relative_to(path).as_posix()))}
-        if len(splits) > 1:
-            these = ", ".join(sorted(splits))
-            raise InputError(
-                f"{source} holds files of several splits ({these}): give a glob such as '{source}/**/train*'"
-            )
-    else:
-        files = [path] if path.is_file() else _glob(source)
-    if not files:
-        raise InputError(f"{source} holds no {format} file" if path.exists() else f"{source}: no such file or folder")
-    return files
+        return {"plan": folder_source.plan_digits, "read": folder_source.read_digits}[verb]
+    return {"plan": folder_source.plan_folder, "read": folder_source.read_folder}[verb]
 
 
 def _infer_format(source: str) -> str:
@@ -137,71 +112,10 @@ def _infer_format(source: str) -> str:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return "hf"  # `datasets` saved it
     if not path.exists() and not glob.has_magic(source):
-        if HUB_NAME.fullmatch(source) and path.suffix.lower() not in SUFFIXES:
+        if HUB_NAME.fullmatch(source) and format_of(source) is None:
             return "hf"
         raise InputError(f"{source}: no such file or folder")
-    if path.is_file() and SUFFIXES.get(path.suffix.lower()) == "imagefolder":
+    if path.is_file() and format_of(source) == "imagefolder":
         raise InputError(f"{source} is a single picture: give the folder that holds a folder for each class")
-    files = _walk(path) if path.is_dir() else [path] if path.is_file() else _glob(source)
-    found = Counter(SUFFIXES[f.suffix.lower()] for f in files if f.suffix.lower() in SUFFIXES)
-    if not found:
-        raise InputError(f"{source}: found no Parquet file, Arrow file or picture")
-    if len(found) > 1:
-        these = " and ".join(f"{name} ({count} files)" for name, count in sorted(found.items()))
-        raise InputError(f"{source} could be {these}: say which with --format")
-    return next(iter(found))
-
-
-def _walk(folder: Path) -> list[Path]:
-    """All files below a folder, sorted, but for hidden ones."""
-    files = []
-    for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(root, name) for name in names if not name.startswith(".")]
-    return sorted(files)
-
-
-def _glob(pattern: str) -> list[Path]:
-    return sorted(f for f in map(Path, glob.glob(os.path.expanduser(pattern), recursive=True)) if f.is_file())
-
-
-def _digits(labelled: bool) -> Source:
-    """scikit-learn's 1,797 digits, 8×8 grey with values 0 to 16, as 8-bit PNG."""
-    import numpy as np
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-
-    def samples() -> Iterator[Sample]:
-        for row, (picture, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-            png = io.BytesIO()
-            Image.fromarray(np.round(picture * (255 / 16)).astype(np.uint8)).save(png, "PNG")
-            yield Sample(f"digits row {row}", png.getvalue(), int(label) if labelled else 0)
-
-    classes = [str(name) for name in digits.target_names] if labelled else ["all"]
-    return Source(classes, len(digits.target), samples())
-
-
-def _image_folder(root: Path) -> Source:
-    """ROOT/CLASS/PICTURE; classes in the order of their names."""
-    folders = sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
-    pictures: list[tuple[Path, int]] = []
-    for label, folder in enumerate(folders):
-        for file in sorted(folder.iterdir()):
-            if file.is_dir() and not file.name.startswith("."):
-                raise InputError(
-                    f"{file} is a folder inside a class: give the folder whose own folders hold the pictures"
-                )
-            if SUFFIXES.get(file.suffix.lower()) == "imagefolder" and not file.name.startswith("."):
-                pictures.append((file, label))
-    if not pictures:
-        raise InputError(f"{root} holds no ROOT/CLASS/PICTURE; for pictures without classes say --label-column none")
-    samples = (Sample(str(file), file, label) for file, label in pictures)
-    return Source([folder.name for folder in folders], len(pictures), samples)
-
-
-def _loose_pictures(root: Path) -> Source:
-    """All pictures below a folder, unlabelled."""
-    pictures = [file for file in _walk(root) if SUFFIXES.get(file.suffix.lower()) == "imagefolder"]
-    return Source(["all"], len(pictures), (Sample(str(file), file, 0) for file in pictures))
+    files = walk(path) if path.is_dir() else [path] if path.is_file() else expand(source)
+    return infer_format(source, map(str, files))
