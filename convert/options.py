@@ -20,7 +20,7 @@ def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
     add("--label-column", metavar="NAME", help="of a table (default: label); 'none' for pictures without labels")
     add("--split", metavar="NAME", help="of a Hugging Face data set (default: train)")
     add("--config", metavar="NAME", help="of a Hugging Face data set that has several")
-    add("--limit", metavar="N", type=_positive, help="stop after N pictures")
+    add("--limit", metavar="N", type=_positive, help="convert the first N pictures of the source")
     add("--skip-bad", action="store_true", help="leave out pictures that do not decode or encode, and count them")
     add("--image-size", metavar="N", type=_positive, help="crop pictures to N x N pixels, as training does")
     add("--quality", metavar="Q", type=_quality, help="keep cropped pictures as JPEG, 1 to 100 (default: as PNG)")

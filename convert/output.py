@@ -13,13 +13,13 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from plan import PLAN_NAME, Plan, changed_file, changes
 
-from sit_composer.run_folder import LocalFolder, S3Folder
+from sit_composer.run_folder import LocalFolder, S3Folder, StorageError
 from sit_composer.spec import SPEC_NAME, DataSpec
 
 INDEX_NAME = "index.json"
@@ -69,6 +69,8 @@ class Output:
     def is_done(self, source: dict[str, Any], overwrite: bool) -> bool:
         """Whether the whole conversion of this source is there. False: the place is free, or may be replaced.
 
+        A ``source`` whose files aren't known yet is compared in the rest alone.
+
         Raises:
             OutputError: if something else is there.
         """
@@ -85,7 +87,7 @@ class Output:
             there = DataSpec.from_json(text, f"{self.uri}/{SPEC_NAME}").source
         except ValueError as error:
             raise OutputError(f"{error}: choose another --out") from None
-        if difference := changes(there, source):
+        if difference := changes(there, {"files": there["files"], **source} if "files" in there else source):
             raise OutputError(f"{self.uri} is another conversion ({difference}): --overwrite replaces it")
         shards = self._shards_of_index(files)
         if shards is None:
@@ -173,11 +175,13 @@ class Output:
             place.mkdir(parents=True, exist_ok=True, mode=0o777 if self.path else 0o700)
         except OSError as error:
             raise OutputError(f"cannot make {place}: {error.strerror}") from error
-        self.lock = os.open(place, os.O_RDONLY)
+        lock = os.open(place, os.O_RDONLY)
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
         except BlockingIOError:
+            os.close(lock)
             raise OutputError(f"another conversion is writing to {self.uri}: wait, or choose another --out") from None
+        self.lock = lock
         self._clear_scratch()
 
     def _clear_scratch(self) -> None:
@@ -237,9 +241,13 @@ class Output:
         self._final().delete([name for name in files if name not in named])  # the plan and the parts, last
 
     def end(self) -> None:
-        """Lets go of the place. What is finished stays, for the next run."""
+        """Lets go of the place. Finished parts stay, for the next run; if there is none, nothing does."""
         if self.lock is not None:
             self._clear_scratch()
+            with suppress(StorageError):  # the store may be why the conversion failed; the next one clears up
+                files = self.store.listing()
+                if PLAN_NAME in files and not (any(map(PART.fullmatch, files)) and any(map(SHARD.fullmatch, files))):
+                    self._clear(files)
             if self.path is None:
                 shutil.rmtree(self.scratch_root, ignore_errors=True)
             elif self.partial.is_dir() and not any(self.partial.iterdir()):

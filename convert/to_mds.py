@@ -92,11 +92,12 @@ def _open_output(out: str, source: dict[str, Any]) -> Output:
 
 
 def _convert(args: Any, source: dict[str, Any], output: Output) -> int:
-    reading = plan_source(source, args.limit)
-    if reading.files:
-        source["files"] = identity(reading.files)
-    plan = Plan(source, reading)
     try:
+        output.is_done(source, args.overwrite)  # what is no place for it is said before the source is read
+        reading = plan_source(source, args.limit)
+        if reading.files:
+            source["files"] = identity(reading.files)
+        plan = Plan(source, reading)
         if output.is_done(source, args.overwrite):
             print(f"already converted: {args.out} holds this source, nothing to do")
             return 0
@@ -111,12 +112,12 @@ def _convert(args: Any, source: dict[str, Any], output: Output) -> int:
     done = sum(tally.counts.values()) + tally.skipped
     if records:
         print(f"goes on: {len(records)} of {len(reading.parts)} parts, {done} pictures, are done", file=sys.stderr)
+    with _signals_wait():  # streaming takes seconds: only after all that can be wrong with the command
+        import shards  # noqa: F401
     progress = Progress(plan.rows, done, args.log)
     try:
         progress.log("start", source=source, out=args.out, parts=len(reading.parts), finished=len(records))
         todo = [number for number in range(len(reading.parts)) if number not in records]
-        with _signals_wait():  # streaming takes seconds: only after all that can be wrong with the command
-            import shards  # noqa: F401
         if args.engine == "ray":
             try:
                 from ray_engine import convert_on_ray
@@ -209,7 +210,10 @@ def _spec(job: Job, records: list[dict[str, Any]]) -> DataSpec:
 
 @contextmanager
 def _signals_wait() -> Iterator[None]:
-    """Signals wait until the body's imports are done: torch swallows an interrupt of its own import of numpy."""
+    """Signals wait until the body's imports are done: torch swallows an interrupt of its own import of numpy.
+
+    Only as long as this is the process's one thread: another, as a progress bar has, would take the signal.
+    """
     signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield

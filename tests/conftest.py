@@ -1,5 +1,6 @@
 """Fixtures that several tests share."""
 
+import io
 import json
 import os
 import random
@@ -15,12 +16,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads a process, in sever
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from sit_composer.sit import SiT
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
+ROWS = 600  # of the fixture `table`
 REFERENCE = Path(__file__).parent / "reference"
 sys.path.insert(0, str(ROOT / "convert"))  # where to_mds.py finds its modules
 
@@ -69,6 +72,27 @@ def convert(capsys):
         return code, *capsys.readouterr()
 
     return convert
+
+
+def png(picture) -> bytes:
+    """The file of a picture, given as an array."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def table(tmp_path_factory) -> Path:
+    """A Parquet file of 600 digits, in row groups of 25."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = [png((picture * 15).astype("uint8")) for picture in digits.images[:ROWS]]
+    path = tmp_path_factory.mktemp("table") / "digits.parquet"
+    pq.write_table(pa.table({"image": images, "label": digits.target[:ROWS]}), path, row_group_size=25)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """A conversion part by part: stopped anywhere, it goes on, and its bytes are those of one that wasn't."""
 
-import io
 import json
 import os
 import signal
@@ -13,33 +12,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 from sklearn.datasets import load_digits
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, ROWS, png
 from tests.test_to_mds import read
 
 import pipeline  # isort: skip
 import shards  # isort: skip
 import parts  # isort: skip
-
-ROWS = 600
-
-
-def png(picture) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
-    return file.getvalue()
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory) -> Path:
-    """600 digits in row groups of 25."""
-    digits = load_digits()
-    images = [png((picture * 15).astype("uint8")) for picture in digits.images[:ROWS]]
-    path = tmp_path_factory.mktemp("table") / "digits.parquet"
-    pq.write_table(pa.table({"image": images, "label": digits.target[:ROWS]}), path, row_group_size=25)
-    return path
 
 
 @pytest.fixture(autouse=True)

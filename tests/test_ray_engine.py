@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_conversion import contents, table  # noqa: F401 - a fixture
+from tests.test_conversion import contents
 
 import parts  # isort: skip
 import progress  # isort: skip
@@ -28,7 +28,11 @@ def workers() -> list[int]:
 
 
 def test_a_cluster_gives_the_bytes_of_one_process_though_a_worker_is_killed(
-    tmp_path, table, convert, monkeypatch, vae_folder  # noqa: F811
+    tmp_path,
+    table,
+    convert,
+    monkeypatch,
+    vae_folder,
 ):
     monkeypatch.setattr(parts, "PART", 25)
     killed = []
