@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from arrow_source import Labels, Table, merge_classes, read_labels, samples
 from parts import InputError, Part, Sample, SourcePlan, cut, cut_off
 from source_files import check_same, fingerprint
+from tables import Labels, Table, merge_classes, read_labels, samples
 
 
 def plan_data_set(description: dict[str, Any], limit: int | None) -> SourcePlan:
@@ -40,7 +40,9 @@ def read_data_set(description: dict[str, Any], plan: SourcePlan, part: Part) -> 
         for planned, file in zip(plan.files, now, strict=True):
             check_same(planned, file)
 
+    check()
     yield from samples(_table(description, data), description, plan, part, check)
+    check()
 
 
 def _open(description: dict[str, Any]) -> Any:
@@ -62,7 +64,7 @@ def _is_saved(path: Path) -> bool:
 def _table(description: dict[str, Any], data: Any) -> Table:
     def read(columns: list[str], start: int, stop: int, size: int) -> Iterator[pa.RecordBatch]:
         # The arrow format hands out the stored bytes and decodes no picture.
-        rows = data.select_columns(columns).select(range(start, stop)).with_format("arrow")
+        rows = data.select_columns(columns).select(range(start, min(stop, len(data)))).with_format("arrow")
         for table in rows.iter(size):
             yield from table.to_batches()
 

@@ -17,6 +17,8 @@ SUFFIXES |= dict.fromkeys((".tar", ".tgz", ".tar.gz"), "webdataset")
 SUFFIXES |= dict.fromkeys(
     (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"), "imagefolder"
 )
+SCHEME = "s3://"
+MAGIC = re.compile(r"[*?[]")  # of a glob
 SPLIT = re.compile(r"(?:^|[/_.-])(train|test|validation|valid|val|dev)(?=[/_.-])")
 
 
@@ -47,6 +49,10 @@ def list_files(source: str, format: str) -> list[str]:
     Raises:
         InputError: if there are none, or if they are of several splits.
     """
+    if source.startswith(SCHEME):
+        import remote
+
+        return remote.list_files_of(source, format)
     path = Path(source).expanduser()
     if path.is_dir():
         return of_one_split(source, str(path), [str(file) for file in walk(path)], format)
@@ -94,6 +100,10 @@ def fingerprint(name: str) -> dict[str, Any]:
     Raises:
         InputError: if it is not there.
     """
+    if name.startswith(SCHEME):
+        import remote
+
+        return remote.fingerprint(name)
     try:
         state = os.stat(name)
     except OSError as error:

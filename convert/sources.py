@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from parts import InputError, Part, Sample, SourcePlan
-from source_files import expand, format_of, infer_format, list_files, walk
+from source_files import SCHEME, expand, format_of, infer_format, list_files, walk
 
 FORMATS = ("parquet", "arrow", "hf", "imagefolder", "digits")
 TABLES = ("parquet", "arrow", "hf")  # those with columns
+REMOTE = ("parquet", "arrow")  # those that are read from s3://, too
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -33,20 +34,27 @@ def describe(
     Raises:
         InputError: if there is no such source, its format is in doubt, or an option does not apply to it.
     """
-    format = format or _infer_format(source)
+    is_remote = source.startswith(SCHEME)
+    source = SCHEME + source.removeprefix(SCHEME).rstrip("/") if is_remote else source
+    format = format or (_infer_remote_format(source) if is_remote else _infer_format(source))
     path = Path(source).expanduser()
+    if is_remote and format not in REMOTE:
+        raise InputError(
+            f"{source} is taken as {format}, which is not read from s3://, only {' and '.join(REMOTE)} are"
+        )
     if format == "digits" and source != "digits":
         raise InputError(f"--format digits takes the word 'digits' as its source, not {source!r}")
     if format == "imagefolder" and not path.is_dir():
         raise InputError(f"{source} is not a folder of pictures: no such folder")
-    if format in ("parquet", "arrow"):
+    if format in REMOTE and not is_remote:
         list_files(source, format)
     if format != "hf" and (split or config):
         raise InputError(f"--split and --config are for Hugging Face data sets; {source} is taken as {format}")
     if format not in TABLES and (image_column or label_column not in (None, "none")):
         raise InputError(f"columns are for tables; {source} is taken as {format}, whose only choice is no labels")
 
-    name = source if format == "digits" or (format == "hf" and not path.exists()) else os.path.abspath(path)
+    is_name = is_remote or format == "digits" or (format == "hf" and not path.exists())
+    name = source if is_name else os.path.abspath(path)
     description: dict[str, Any] = {"format": format, "path": name}
     if format in TABLES:
         description["image_column"] = image_column or "image"
@@ -82,7 +90,13 @@ def read_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iter
     Raises:
         InputError: if it cannot be read, or a file has changed since the plan was made.
     """
-    return _module(description, "read")(description, plan, part)
+    rows = 0
+    for sample in _module(description, "read")(description, plan, part):
+        rows += 1
+        yield sample
+    if part.rows not in (None, rows):
+        file = plan.files[part.file]["name"]
+        raise InputError(f"{file} changed since the conversion began: {part.rows} pictures then, {rows} now")
 
 
 def _module(description: dict[str, Any], verb: str) -> Callable[..., Any]:
@@ -101,6 +115,14 @@ def _module(description: dict[str, Any], verb: str) -> Callable[..., Any]:
     if format == "digits":
         return {"plan": folder_source.plan_digits, "read": folder_source.read_digits}[verb]
     return {"plan": folder_source.plan_folder, "read": folder_source.read_folder}[verb]
+
+
+def _infer_remote_format(source: str) -> str:
+    if format := format_of(source):
+        return format
+    import remote
+
+    return infer_format(source, remote.list_remote(source))
 
 
 def _infer_format(source: str) -> str:
