@@ -26,6 +26,7 @@ INDEX_NAME = "index.json"
 AGAIN = "again-"  # prefix of the shards that replace earlier ones in an object store, in turn with none
 SHARD = re.compile(rf"({AGAIN})?shard\.\d{{5,}}(\.\d{{5,}})?\.mds")
 PART = re.compile(r"part\.(\d{5,})\.json")
+HALF_WRITTEN = re.compile(r"\.(.+\.json)\.\d+")  # what a kill leaves of a file that was being written
 SCRATCH = "scratch"  # a folder of shards that are being written
 
 
@@ -258,6 +259,8 @@ class Output:
 
 def is_ours(name: str) -> bool:
     """Whether conversions write files of that name."""
+    if half := HALF_WRITTEN.fullmatch(name):
+        name = half[1]
     return name in (SPEC_NAME, INDEX_NAME, PLAN_NAME) or bool(SHARD.fullmatch(name) or PART.fullmatch(name))
 
 

@@ -218,7 +218,7 @@ def test_bad_pictures_are_left_out_of_the_batches(pictures, latents, vae_folder,
     assert convert(*options, "--skip-bad")[0] == 0
     spec = load_spec(None, str(tmp_path / "out"))
     assert (spec.samples, spec.skipped) == (10, 3)
-    name = "shard.00000.mds"
+    name = "shard.00000.00000.mds"
     # The same pictures in the same batches; beside the data, a shard has its size limit and columns alone.
     assert (tmp_path / "out" / name).read_bytes() == (latents / name).read_bytes()
 
@@ -239,10 +239,10 @@ def test_pictures_or_an_autoencoder_that_do_not_fit_are_refused_in_a_line(pictur
 
     for source, vae, options, message in (
         (pictures, vae_folder, [], "ant/0.png: the picture is 24x20; say --image-size"),
-        (pictures / "bee", vae_folder, ["--label-column", "none"], "others are 16x16; say --image-size"),
+        (pictures / "bee", vae_folder, ["--label-column", "none"], "17x33, and the first is 16x16; say --image-size"),
         (made(9, 9), vae_folder, [], "--image-size: got 9; the autoencoder takes multiples of 2 pixels"),
         (pictures, vae_folder, ["--image-size", 15], "--image-size: got 15; the autoencoder takes multiples of 2"),
-        (pictures, tmp_path / "nowhere", [], "--vae: can't load an AutoencoderKL from"),
+        (pictures, tmp_path / "nowhere", ["--image-size", 16], "--vae: can't load an AutoencoderKL from"),
     ):
         before = sorted(os.listdir(tmp_path))
         code, stdout, stderr = convert(*latent_options(source, tmp_path / "out", vae), *options)

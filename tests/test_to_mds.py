@@ -446,7 +446,7 @@ def test_a_killed_run_is_started_again_but_not_beside_a_living_one(tmp_path, con
     pipe.path.write_bytes(jpegs[0])
     code, _, stderr = convert(pictures, "--out", tmp_path / "out")
     assert code == 2
-    assert f"the source's files have changed: {pipe.path} is another" in stderr
+    assert f"the source's files have changed: {pipe.path.parent} is another" in stderr
     assert convert(pictures, "--out", tmp_path / "out", "--overwrite")[0] == 0
     assert [image for image, _ in read(tmp_path / "out")[1]] == jpegs
     assert sorted(os.listdir(tmp_path)) == ["out", "pictures"]
