@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -185,3 +186,28 @@ def s3(tmp_path_factory, monkeypatch) -> Iterator[SeaweedFS]:
         yield server
     finally:
         server.stop()
+
+
+class Disk:
+    """A file system of its own, of four megabytes."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def fill(self, free: int) -> None:
+        """Leaves that many bytes."""
+        with open(self.path / "filler", "wb") as filler:
+            filler.write(bytes(shutil.disk_usage(self.path).free - free))
+
+    def clear(self) -> None:
+        (self.path / "filler").unlink()
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Disk]:
+    path = tmp_path / "disk"
+    path.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)], capture_output=True).returncode:
+        pytest.skip("a small file system can't be mounted here: that takes root")
+    yield Disk(path)
+    subprocess.run(["umount", "--lazy", str(path)], check=True)

@@ -14,7 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.datasets import load_digits
 
+from sit_composer import run_folder
 from tests.conftest import ROOT, ROWS, png
+from tests.fault_proxy import FaultProxy
 from tests.test_to_mds import read
 
 import pipeline  # isort: skip
@@ -222,3 +224,83 @@ def descendants(pid: int) -> list[int]:
         for child in children.read_text().split():
             found += [int(child), *descendants(int(child))]
     return found
+
+
+# --- What an S3 or a disk does wrong ---
+
+
+@pytest.fixture
+def proxy(s3, monkeypatch):
+    """A proxy before the S3 that S3_ENDPOINT_URL names, and clients that try twice, and wait for a second only."""
+    for name, value in {"CONNECT_TIMEOUT": 1, "READ_TIMEOUT": 1, "ATTEMPTS": 2}.items():
+        monkeypatch.setattr(run_folder, name, value)
+    with FaultProxy(s3.url) as proxy:
+        monkeypatch.setenv("S3_ENDPOINT_URL", proxy.url)
+        yield proxy
+
+
+@pytest.mark.parametrize("kind", ["503", "cut", "stall"])
+def test_a_fault_of_s3_is_tried_again_and_then_one_line_and_the_next_run_goes_on(
+    tmp_path, table, convert, whole, s3, proxy, kind
+):
+    once = proxy.fault(kind, "PUT .*shard.00003.00000", times=1)
+    lasting = proxy.fault(kind, "PUT .*shard.00009.00000")
+    code, _, stderr = convert(table, "--out", "s3://sit/c", "--workers", 0)
+    assert code == 1
+    assert stderr.splitlines()[-1].startswith("error: s3://sit/c/shard.00009.00000.mds: ")
+    assert len(stderr.splitlines()) == 1
+    assert once.met == 1
+    assert lasting.met >= 2
+    there = s3.contents("c")
+    assert {"part.00003.json", "part.00008.json"} <= set(there)
+    assert not {"part.00009.json", "index.json", "spec.json"} & set(there)
+    proxy.heal()
+    code, _, stderr = convert(table, "--out", "s3://sit/c", "--workers", 0)
+    assert code == 0, stderr
+    assert "goes on: 9 of 24 parts" in stderr
+    assert s3.contents("c") == whole
+
+
+@pytest.mark.slow
+def test_killed_on_the_way_to_s3_it_comes_to_the_same_bytes(table, whole, s3):
+    command = [sys.executable, "-m", "tests.torture_convert", "6", "25", "3000", table, "--out", "s3://sit/k"]
+    done = subprocess.run([*command, "--workers", "0"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("goes on:") >= 3
+    assert s3.contents("k") == whole
+
+
+def test_a_shard_that_was_lost_from_s3_is_never_in_an_index(table, convert, whole, s3, monkeypatch):
+    lose = iter(["c/shard.00001.00000.mds"])
+
+    def publish(self, *args):
+        for key in lose:
+            s3.client.delete_object(Bucket="sit", Key=key)
+        return publishing(self, *args)
+
+    publishing = pipeline.Output.publish
+    monkeypatch.setattr(pipeline.Output, "publish", publish)
+    code, _, stderr = convert(table, "--out", "s3://sit/c", "--workers", 0)
+    assert code == 2
+    assert "s3://sit/c/shard.00001.00000.mds has been lost since it was written" in stderr
+    assert "index.json" not in s3.contents("c")
+    code, _, stderr = convert(table, "--out", "s3://sit/c", "--workers", 0)
+    assert code == 0, stderr
+    assert "goes on: 23 of 24 parts" in stderr
+    assert s3.contents("c") == whole
+
+
+def test_a_full_disk_is_one_line_and_the_next_run_goes_on(table, convert, whole, disk):
+    out = disk.path / "out"
+    disk.fill(60_000)
+    code, _, stderr = convert(table, "--out", out, "--workers", 0)
+    assert code == 1
+    assert len(stderr.splitlines()) == 1
+    assert "No space left on" in stderr
+    assert finished(disk.path / "out.partial")
+    assert not out.exists()
+    disk.clear()
+    code, _, stderr = convert(table, "--out", out, "--workers", 0)
+    assert code == 0, stderr
+    assert "goes on: " in stderr
+    assert contents(out) == whole

@@ -4,14 +4,11 @@ hang, a silent skip, or a run that starts from zero.
 Between the client and a real S3 stands a proxy that answers 503, cuts connections and stalls.
 """
 
-import shutil
 import signal
-import subprocess
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -332,31 +329,6 @@ def test_a_run_whose_shard_cannot_be_had_ends_with_one_line(run, proxy, shards, 
 
 
 # --- A full disk ---
-
-
-class Disk:
-    """A file system of its own, of four megabytes."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def fill(self, free: int) -> None:
-        """Leaves that many bytes."""
-        with open(self.path / "filler", "wb") as filler:
-            filler.write(bytes(shutil.disk_usage(self.path).free - free))
-
-    def clear(self) -> None:
-        (self.path / "filler").unlink()
-
-
-@pytest.fixture
-def disk(tmp_path) -> Iterator[Disk]:
-    path = tmp_path / "disk"
-    path.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)], capture_output=True).returncode:
-        pytest.skip("a small file system can't be mounted here: that takes root")
-    yield Disk(path)
-    subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
