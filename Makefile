@@ -25,8 +25,8 @@ quickstart: install
 	@echo $(RUN)/samples/grid.png
 
 test: install
-	$(PYTHON) -m pytest -m 'not slow'
+	$(PYTHON) -m pytest -n 2 --dist loadfile -m 'not slow'
 test-slow: install
-	$(PYTHON) -m pytest -m slow
+	$(PYTHON) -m pytest -n 2 --dist loadfile -m slow
 lint: install
 	.venv/bin/ruff format --check . && .venv/bin/ruff check .

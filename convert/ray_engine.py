@@ -61,7 +61,8 @@ def convert_on_ray(job: Job, kind: type, options: dict[str, Any], todo: list[int
     Raises:
         InputError, OutputError, UserError: what an actor's `convert_parts` raised.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     out = str(job.output.path or job.output.uri)  # an actor has a working folder of its own
     if os.path.exists(vae := options.get("vae", "")):
         options = {**options, "vae": os.path.abspath(vae)}

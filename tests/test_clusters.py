@@ -218,7 +218,7 @@ def test_run_sh_gives_the_ranks_their_numbers_and_the_first_failure_is_its_exit_
     fail, folder = stand_in("fail", NPROC_PER_NODE=2, **left_over)
     kill, _ = stand_in("kill", NPROC_PER_NODE=2, MASTER_PORT=31234)
     node, _ = stand_in("end", NPROC_PER_NODE=2, NNODES=3, NODE_RANK=2, MASTER_ADDR="head", MASTER_PORT=31234)
-    codes = [process.wait(120) for process in (fail, kill, node)]
+    codes = [process.wait(600) for process in (fail, kill, node)]
     assert codes == [7, 137, 0]
     *rank, address, port = (folder / "0").read_text().split()
     assert (rank, address) == (["0", "2", "0", "2", "0"], "127.0.0.1")
@@ -231,13 +231,13 @@ def test_run_sh_gives_the_ranks_their_numbers_and_the_first_failure_is_its_exit_
 @pytest.mark.slow
 def test_a_sigterm_reaches_each_rank_once_and_the_slow_one_is_waited_for(stand_in):
     process, folder = stand_in("wait", NPROC_PER_NODE=2)
-    until(lambda: all((folder / str(rank)).exists() for rank in (0, 1)), 120, "two ranks")
+    until(lambda: all((folder / str(rank)).exists() for rank in (0, 1)), 600, "two ranks")
     ranks = psutil.Process(process.pid).children()
     assert len(ranks) == 2
     os.kill(process.pid, signal.SIGTERM)
     time.sleep(1)
     os.kill(process.pid, signal.SIGTERM)  # again, as some schedulers do
-    assert process.wait(120) == 143, process.stdout.read()
+    assert process.wait(600) == 143, process.stdout.read()
     assert [(folder / f"{rank}.told").read_text() for rank in (0, 1)] == ["1", "1"]
     assert not any(rank.is_running() for rank in ranks)
 
@@ -291,7 +291,7 @@ def test_two_nodes_train_what_one_node_with_two_ranks_does(nodes, started, digit
         return ["bash", f"{ROOT}/yamls/clusters/run.sh", "yamls/quickstart.yaml", *TINY, *places, *run]
 
     one = started(command("", "one"), cwd=ROOT, env=environment(NPROC_PER_NODE=2))
-    assert one.wait(180) == 0, one.stdout.read()
+    assert one.wait(600) == 0, one.stdout.read()
     both = []
     for i, prefix in enumerate(nodes):
         place = tmp_path / f"node{i}"
@@ -301,7 +301,7 @@ def test_two_nodes_train_what_one_node_with_two_ranks_does(nodes, started, digit
         variables |= {"NNODES": 2, "NODE_RANK": i, "MASTER_ADDR": "10.77.0.1", "NPROC_PER_NODE": 1}
         both.append(started([*prefix, *command(str(i), "two")], cwd=ROOT, env=environment(**variables)))
     for node in both:
-        assert node.wait(180) == 0, node.stdout.read()
+        assert node.wait(600) == 0, node.stdout.read()
     for name in ("training", "ema"):
         expected, got = (load_checkpoint(str(tmp_path / run), name).weights for run in ("one", "two"))
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
@@ -395,7 +395,7 @@ def test_slurm_trains_requeues_what_a_sigterm_has_saved_and_lets_a_cancelled_job
         def state() -> str:
             return re.search(r"JobState=(\S+)", slurm("scontrol", "show", "job", job))[1]
 
-        until(lambda: state() == wanted, 180, f"{wanted}\n{log.read_text() if log.exists() else ''}")
+        until(lambda: state() == wanted, 600, f"{wanted}\n{log.read_text() if log.exists() else ''}")
 
     def saved() -> list[int]:
         return sorted(int(re.search(r"-ba(\d+)-", file.name)[1]) for file in folder.glob("ep*-rank0.pt"))
@@ -405,7 +405,7 @@ def test_slurm_trains_requeues_what_a_sigterm_has_saved_and_lets_a_cancelled_job
             file = tmp_path / f"batches-{restarts}"
             return [int(n) for n in re.findall(r"time/batch: (\d+)", file.read_text())] if file.exists() else []
 
-        until(lambda: len(batches()) > 5, 180, f"training\n{log.read_text() if log.exists() else ''}")
+        until(lambda: len(batches()) > 5, 600, f"training\n{log.read_text() if log.exists() else ''}")
         return batches()[0]
 
     job = submit(1_000_000)
