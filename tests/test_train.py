@@ -285,6 +285,17 @@ def test_a_second_run_beside_a_live_one_is_refused(run, tmp_path, capsys):
     assert run("trainer.max_duration=1ba") == 0
 
 
+def test_a_run_that_was_taken_for_dead_saves_no_more(run, tmp_path, monkeypatch, capsys):
+    def taken_over(self, state, logger):
+        if state.timestamp.batch == 10:
+            (tmp_path / "run" / "alive.json").write_text('{"owner": "successor"}')
+
+    monkeypatch.setattr(callbacks.RunRecord, "batch_end", taken_over, raising=False)
+    assert run("trainer.max_duration=20ba") == 2
+    assert "another run has taken this one for dead" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["alive.json", "config.yaml"]
+
+
 def test_a_planted_pickle_does_not_run(run, tmp_path, capsys):
     assert run("trainer.max_duration=10ba") == 0
     file, mark = tmp_path / "run" / "ep0-ba10-rank0.pt", tmp_path / "ran"
