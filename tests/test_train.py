@@ -244,6 +244,34 @@ def test_a_sigterm_saves_and_the_same_command_goes_on_to_the_bit(run, tmp_path, 
     assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
 
 
+@pytest.mark.parametrize("when", ["evaluation", "pictures"])
+def test_a_sigterm_in_an_evaluation_or_in_pictures_leaves_and_saves(
+    run, tmp_path, digits_shards, monkeypatch, capsys, when
+):
+    options = ["trainer.max_duration=10ba", "sample_grid={interval: 5ba, labels: [3], num_steps: 3, batch_size: 1}"]
+    options += [f"eval_data={{local: {digits_shards}, global_batch_size: 600, num_workers: 0}}"]
+    options += ["trainer.eval_interval=5ba", "supervision.grace=300"]
+    assert run(*options, folder="whole") == 0
+    calls, generate = [], callbacks.generate
+
+    def told(*_) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    if when == "evaluation":
+        monkeypatch.setattr(callbacks.RunRecord, "eval_batch_start", told, raising=False)
+    else:
+        monkeypatch.setattr(callbacks, "generate", lambda *args: told() or generate(*args))
+    assert run(*options) == 143
+    assert "told to end; saved" in capsys.readouterr().out
+    assert len(calls) == 2  # of three batches, of four pictures
+    assert sorted(path.name for path in (tmp_path / "run").glob("ep*")) == ["ep0-ba5-rank0.pt"]
+    monkeypatch.undo()
+    assert run(*options) == 0
+    assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
+
+
 @pytest.mark.slow
 def test_a_sigterm_to_every_process_of_a_run_saves_too(digits_shards, tmp_path):
     """As schedulers send it; torch's data workers would die of it, and the run of their death."""
