@@ -65,6 +65,7 @@ class Drawing:
         autoencoder: decodes them.
         weights: the average; None draws from the training weights.
         batch_size: pictures at a time on a rank.
+        before_each: called before each such batch, on all ranks; it may raise.
     """
 
     def __init__(
@@ -74,12 +75,14 @@ class Drawing:
         autoencoder: Autoencoder,
         weights: EMAWeights | None,
         batch_size: int = 64,
+        before_each: Callable[[], None] = lambda: None,
     ):
         self.labels = labels
         self.sampling = sampling
         self.autoencoder = autoencoder
         self.weights = weights
         self.batch_size = batch_size
+        self.before_each = before_each
 
     def __call__(self, state: State, process: Callable[[Tensor], Tensor]) -> Tensor:
         """What process makes of the pictures, uint8 (n, C, H, W), put together: a row a picture, on every rank."""
@@ -96,6 +99,7 @@ class Drawing:
         with torch.no_grad(), averaged, precision:
             guidance = Guidance(model.network, self.sampling.cfg_scale)
             for start in range(0, len(share), self.batch_size):
+                self.before_each()
                 indices = share[start : start + self.batch_size]
                 labels = [self.labels[i] for i in indices]
                 latents, _ = generate(guidance, model.transport, labels, indices, self.sampling)

@@ -61,6 +61,7 @@ class EMAWeights(Callback):
     def __init__(self) -> None:
         self.params: dict[str, Tensor] = {}  # name -> average, alike in place, sharding and dtype to the parameter
         self.loaded = False
+        self.swapped = False  # whether the model holds the average, and params the weights
         self._state: State | None = None
         self._trained: list[Tensor] = []  # the parameters that they are averages of, in the same order
 
@@ -70,7 +71,7 @@ class EMAWeights(Callback):
         self._state = state
         self._trained = list(trained.values())
         self.params = {name: p.detach().clone() for name, p in trained.items()}
-        self.loaded = False
+        self.loaded = self.swapped = False
 
     @torch.no_grad()
     def _local(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -100,6 +101,7 @@ class EMAWeights(Callback):
         copies = [p.clone() for p in weights]
         torch._foreach_copy_(weights, average)
         torch._foreach_copy_(average, copies)
+        self.swapped = not self.swapped
 
     @contextmanager
     def in_model(self) -> Iterator[None]:

@@ -23,11 +23,14 @@ PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>: be sent a signal when the parent die
 
 
 class Evicted(Exception):
-    """The run was told to end, and has saved."""
+    """The run was told to end: it has left training, and shall save."""
 
 
 class Eviction(Callback):
-    """After a SIGTERM: saves at the end of the batch, on all ranks at the same one, and ends the run.
+    """After a SIGTERM: leaves training for `save`, on all ranks at the same point.
+
+    That is the end of a batch, or a batch of an evaluation, or of pictures that are drawn. An evaluation or pictures
+    that were due after the last batch are left out then: the resumed run goes on with the next one.
 
     Args:
         grace: seconds that this may take; then the process ends as it is.
@@ -85,14 +88,31 @@ class Eviction(Callback):
             self._group = torch.distributed.new_group(backend="gloo")
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Saves and leaves, before an evaluation or pictures take the time that there is."""
+        """Leaves before an evaluation or pictures take the time that there is."""
         if self.lease is not None and self.lease.lost is not None:
             raise StorageError(self.lease.lost)
-        if self._agree():
-            if self.saver is not None:
-                self.saver._save_checkpoint(state, logger)
-            self.before_leaving()
+        self.leave_if_told()
+
+    def eval_batch_start(self, state: State, logger: Logger) -> None:
+        self.leave_if_told()
+
+    def leave_if_told(self) -> None:
+        """To be called by all ranks equally often.
+
+        Raises:
+            Evicted: on all of them, once one was told.
+        """
+        if self._training and self._agree():
             raise Evicted
+
+    def save(self, state: State, logger: Logger) -> None:
+        """Saves what was trained, after `Evicted`; the model must hold the training weights."""
+        saver = self.saver
+        if saver is not None:
+            saved = [(time.epoch, time.batch) for time in saver.all_saved_checkpoints_to_timestamp.values()]
+            if (state.timestamp.epoch, state.timestamp.batch) not in saved:
+                saver._save_checkpoint(state, logger)
+        self.before_leaving()
 
     def _agree(self) -> bool:
         # Ranks hear it at different moments. What they heard is summed while the next batch is computed, on the CPU, so

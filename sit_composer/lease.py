@@ -3,6 +3,10 @@
 A second run of the same name finds it beating, and is refused. After a kill it beats no more, and the next run takes it
 over: at once on the same machine, where the dead process is known to be dead, and after three missed beats elsewhere.
 A run that finds another's name in the file (it was cut off, and was taken for dead) stops, and writes no more.
+
+Each writes on the condition that the file is as it was read, so that two don't take over from the same one, and a beat
+doesn't undo a takeover. What remains: a process that stands still for three beats between a look at the file and the
+request behind it (see `Uploads`) makes that one request when it goes on.
 """
 
 import contextlib
@@ -53,15 +57,15 @@ class Lease:
             if now is not None and now != there:
                 raise self._refusal(now)
             there = now
-        self._write()
-        time.sleep(min(self.beat / 2, 1))  # two that start at once both write: the later one has it
+        taken = self._write(there)
+        time.sleep(min(self.beat / 2, 1))  # of two in a store that knows no conditions, the later one has it
         now = self.folder.read(NAME)
-        if self._owner(now) != self.owner:
+        if not taken or self._owner(now) != self.owner:
             raise self._refusal(now)
         self._thread.start()
 
-    def check(self) -> None:
-        """Makes sure, by a look at the folder, that it is held.
+    def check(self) -> bytes | None:
+        """Makes sure, by a look at the folder, that it is held; what the file holds.
 
         Raises:
             StorageError: if another run holds it.
@@ -74,6 +78,7 @@ class Lease:
                 )
         if self.lost is not None:
             raise StorageError(self.lost)
+        return now
 
     def release(self) -> None:
         """Lets go of it, so that the next run need not wait."""
@@ -83,23 +88,23 @@ class Lease:
             if self._thread.is_alive():  # the store doesn't answer
                 return
         with contextlib.suppress(StorageError):  # it will be taken for dead
-            self.check()
-            self.folder.delete([NAME])
+            self.folder.replace(NAME, self.check(), None)
 
     def _keep(self) -> None:
         while not self._ended.wait(self.beat):
             try:
-                self.check()
+                there = self.check()
                 if not self._ended.is_set():
-                    self._write()
+                    self._write(there)  # if another wrote meanwhile, the next look tells who
             except StorageError:
                 if self.lost is not None:
                     return
                 # A store that doesn't answer doesn't let another run take over either.
 
-    def _write(self) -> None:
+    def _write(self, there: bytes | None) -> bool:
         self._beats += 1
-        self.folder.write(NAME, json.dumps({**self._me, "beat": self.beat, "beats": self._beats}).encode())
+        content = json.dumps({**self._me, "beat": self.beat, "beats": self._beats}).encode()
+        return self.folder.replace(NAME, there, content)
 
     def _is_dead(self, content: bytes) -> bool:
         """Whether the holder is known to be dead: a process of this machine that isn't there any more."""

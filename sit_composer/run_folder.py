@@ -6,16 +6,17 @@ one if its metadata is there, written last, and every file that it names is, wit
 """
 
 import errno
+import fcntl
 import os
 import random
 import re
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 from sit_composer.errors import UserError
 
@@ -54,6 +55,12 @@ class RunFolder(Protocol):
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a small file, all of it or nothing."""
+
+    def replace(self, name: str, before: bytes | None, content: bytes | None) -> bool:
+        """Writes a small file if it holds ``before`` (None: isn't there); no content deletes it. Whether it did.
+
+        Of several that try so at once, one does.
+        """
 
     def delete(self, names: list[str]) -> None:
         """Deletes files; one that isn't there is no error."""
@@ -177,11 +184,34 @@ class LocalFolder:
 
     def write(self, name: str, content: bytes) -> None:
         with self._errors():
-            self._made |= not self.path.exists()
-            self.path.mkdir(parents=True, exist_ok=True)
+            self._make()
             temporary = self.path / f".{name}.{os.getpid()}"
             temporary.write_bytes(content)
             temporary.replace(self.path / name)
+
+    def replace(self, name: str, before: bytes | None, content: bytes | None) -> bool:
+        file = self.path / name
+        with self._errors():
+            if before is None:
+                self._make()
+            try:
+                if before is None:
+                    with open(file, "xb") as new:  # whose process may be killed here; then it is an empty one
+                        new.write(content)
+                else:
+                    with open(file, "rb") as old:
+                        _lock(old)
+                        # Who locks one that was just replaced has a file that isn't there any more.
+                        if not os.path.samestat(os.fstat(old.fileno()), file.stat()) or old.read() != before:
+                            return False
+                        self.delete([name]) if content is None else self.write(name, content)
+            except (FileExistsError, FileNotFoundError, BlockingIOError):
+                return False
+        return True
+
+    def _make(self) -> None:
+        self._made |= not self.path.exists()
+        self.path.mkdir(parents=True, exist_ok=True)
 
     def delete(self, names: list[str]) -> None:
         with self._errors():
@@ -202,6 +232,20 @@ class LocalFolder:
             yield
         except OSError as error:
             raise StorageError(f"{error.filename or self.uri}: {error.strerror or error}") from error
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Locks an open file; the system lets go when it is closed, also by a kill.
+
+    Raises:
+        BlockingIOError: if another process has it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # a file system without locks: then by the look alone
+        pass
 
 
 class S3Folder:
@@ -232,17 +276,27 @@ class S3Folder:
             objects = [found for page in pages for found in page.get("Contents", [])]
         return {found["Key"].removeprefix(self.prefix): found["Size"] for found in objects}
 
+    def before_writing(self, check: Callable[[], None]) -> None:
+        """Calls ``check`` before each request by which an object appears, also one made again; its errors end it."""
+        for operation in ("PutObject", "CompleteMultipartUpload"):
+            self.client.meta.events.register(f"request-created.s3.{operation}", lambda **_: check())
+
     def read(self, name: str) -> bytes | None:
+        found = self._get(name)
+        return None if found is None else found[0]
+
+    def _get(self, name: str) -> tuple[bytes, str] | None:
+        """Content and ETag, which stands for the content in conditions."""
         from botocore.exceptions import BotoCoreError
 
         with self._errors(f"{self.uri}/{name}"):
             for attempt in range(ATTEMPTS):
                 try:
-                    body = self.client.get_object(Bucket=self.bucket, Key=self.prefix + name)["Body"]
+                    answer = self.client.get_object(Bucket=self.bucket, Key=self.prefix + name)
                 except self.client.exceptions.NoSuchKey:
                     return None
                 try:
-                    return body.read()
+                    return answer["Body"].read(), answer["ETag"]
                 except BotoCoreError:  # cut off, or stalled, in the middle, where the client doesn't try again
                     if attempt == ATTEMPTS - 1:
                         raise
@@ -251,6 +305,33 @@ class S3Folder:
     def write(self, name: str, content: bytes) -> None:
         with self._errors(f"{self.uri}/{name}"):
             self.client.put_object(Bucket=self.bucket, Key=self.prefix + name, Body=content)
+
+    def replace(self, name: str, before: bytes | None, content: bytes | None) -> bool:
+        from botocore.exceptions import ClientError
+
+        condition = {"IfNoneMatch": "*"}
+        if before is not None:
+            found = self._get(name)
+            if found is None or found[0] != before:
+                return False
+            condition = {"IfMatch": found[1]}
+        action, body = (
+            (self.client.delete_object, {}) if content is None else (self.client.put_object, {"Body": content})
+        )
+        with self._errors(f"{self.uri}/{name}"):
+            try:
+                action(Bucket=self.bucket, Key=self.prefix + name, **body, **condition)
+            except ClientError as error:
+                code = error.response["Error"]["Code"]
+                if code == "NotImplemented":  # a store without conditions: then by the look alone
+                    action(Bucket=self.bucket, Key=self.prefix + name, **body)
+                elif code in ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"):
+                    return (
+                        self.read(name) == content
+                    )  # it may have been done, the answer lost, and been asked for again
+                else:
+                    raise
+        return True
 
     def upload(self, file: Path, name: str) -> None:
         """Uploads a file of any size; it appears when all of it is there."""

@@ -141,6 +141,8 @@ class Supervision:
         shutil.rmtree(self.staging / "resume", ignore_errors=True)
         saver = trainer._checkpoint_saver
         self.eviction.saver = saver
+        if saver is not None and self.uploads is None:  # Composer writes to the run's folder itself
+            saver._save_checkpoint = self._if_held(saver._save_checkpoint)
         if self.uploads is not None:
             self.uploads.saver = saver
             trainer.state.callbacks.append(self.uploads)  # behind the saver
@@ -149,6 +151,13 @@ class Supervision:
             trainer.state.callbacks.append(self.pruning)
         self.eviction.before_leaving = self.finish
         trainer.state.callbacks.append(self.eviction)
+
+    def _if_held(self, save: Callable[..., None]) -> Callable[..., None]:
+        def save_if_held(state: State, logger: Logger) -> None:
+            self.lease.check()
+            save(state, logger)
+
+        return save_if_held
 
     def finish(self) -> None:
         """Waits until all that was saved is where it belongs."""

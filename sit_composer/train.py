@@ -8,6 +8,7 @@ import os
 import pickle
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -190,7 +191,7 @@ def fit(config: Config, device: str, supervision: "Supervision") -> bool:
     (scheduler,) = build("scheduler", config.scheduler or {"constant": {}})
     if config.sample_grid is not None or config.frechet is not None:
         decoder = encoder or load_autoencoder(config.autoencoder.name, autoencoder.channels, device)
-        callbacks += quality(config, decoder, ema[0].weights if ema else None)
+        callbacks += quality(config, decoder, ema[0].weights if ema else None, supervision.eviction.leave_if_told)
     arguments = {"load_exclude_algorithms": excluded_algorithms(), **config.trainer, **resumption}
     if "progress_bar" not in arguments and not sys.stderr.isatty():  # a bar's thousand lines are no use in a file
         lines = {"progress_bar": False, "log_to_console": True, "console_log_interval": "100ba"}
@@ -227,10 +228,15 @@ def fit(config: Config, device: str, supervision: "Supervision") -> bool:
         if trainer.state.timestamp >= trainer.state.max_duration:
             say(f"{config.run_name} is trained: {int(trainer.state.timestamp.batch)} batches")
         else:
-            trainer.fit()
+            try:
+                trainer.fit()
+            except Evicted:
+                for average in ema:
+                    if average.weights.swapped:  # it left an evaluation in its middle
+                        average.weights.swap()
+                supervision.eviction.save(trainer.state, trainer.logger)
+                return False
             supervision.finish()
-    except Evicted:
-        return False
     except (OSError, RuntimeError, CheckpointException) as error:
         if not is_disk_full(error):
             raise
@@ -241,7 +247,9 @@ def fit(config: Config, device: str, supervision: "Supervision") -> bool:
     return True
 
 
-def quality(config: Config, autoencoder: "Autoencoder", weights: "EMAWeights | None") -> "list[Callback]":
+def quality(
+    config: Config, autoencoder: "Autoencoder", weights: "EMAWeights | None", before_each: Callable[[], None]
+) -> "list[Callback]":
     """The callbacks that draw pictures during training: to look at, and to measure."""
     import torch
     from composer.utils import dist, format_name_with_dist
@@ -254,7 +262,7 @@ def quality(config: Config, autoencoder: "Autoencoder", weights: "EMAWeights | N
 
     def drawing(section: DrawingConfig, labels: list[int]) -> Drawing:
         options = {name: getattr(section, name) for name in ("sampling_method", "num_steps", "cfg_scale", "seed")}
-        return Drawing(labels, Sampling(**options), autoencoder, weights, section.batch_size)
+        return Drawing(labels, Sampling(**options), autoencoder, weights, section.batch_size, before_each)
 
     callbacks = []
     grid, frechet, classes = config.sample_grid, config.frechet, config.model.num_classes

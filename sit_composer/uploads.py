@@ -21,6 +21,9 @@ from sit_composer.safe_load import load_metadata, sharded_files
 class Uploads(Callback):
     """Uploads each checkpoint while training goes on, one at a time, and prunes the old ones there.
 
+    The lease is looked at before each request by which a file appears: of a file in parts before the last request,
+    which puts them together, of a sharded checkpoint before the one that brings its metadata, its last file.
+
     Args:
         folder: where to.
         lease: must be held, or nothing more is written.
@@ -29,7 +32,8 @@ class Uploads(Callback):
     """
 
     def __init__(self, folder: S3Folder, lease: Lease, keep: int, patience: float):
-        self.folder = folder
+        self.folder = S3Folder(folder.uri)  # a client of its own, for the lease writes by the other
+        self.folder.before_writing(lease.check)
         self.lease = lease
         self.keep = keep
         self.patience = patience

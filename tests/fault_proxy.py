@@ -14,9 +14,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-SLOW_DOWN = (
-    b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-)
+ANSWERS = {
+    kind: f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
+    for kind, code, message in (
+        ("503", "SlowDown", "Please reduce your request rate."),
+        ("501", "NotImplemented", "A header you provided implies functionality that is not implemented."),
+    )
+}
 FOR_EVER = 1 << 30
 
 
@@ -25,8 +29,9 @@ class Fault:
     """What happens to the next ``times`` requests whose "METHOD /bucket/key?query" the pattern is found in.
 
     Args:
-        kind: "503"; "cut": the connection ends after ``after`` bytes of the body, sent or received; "stall": no answer
-            for ``seconds``, and then the right one.
+        kind: "503"; "501": not implemented; "lost": done, and the connection ends before the answer; "cut": the
+            connection ends after ``after`` bytes of the body, sent or received; "stall": no answer for ``seconds``,
+            and then the right one.
     """
 
     kind: str
@@ -112,8 +117,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.read(min(fault.after, length - 1))
             return self.cut()
         body = self.rfile.read(length)
-        if kind == "503":
-            return self.answer(503, [("Content-Type", "application/xml")], SLOW_DOWN)
+        if kind in ANSWERS:
+            return self.answer(int(kind), [("Content-Type", "application/xml")], ANSWERS[kind])
         connection = http.client.HTTPConnection(self.proxy.server, timeout=60)
         connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
         for name, value in self.headers.items():
@@ -122,6 +127,9 @@ class _Handler(BaseHTTPRequestHandler):
         connection.endheaders(body or None)
         response = connection.getresponse()
         content = response.read()
+        if kind == "lost":
+            connection.close()
+            return self.cut()
         hop = ("connection", "transfer-encoding", "keep-alive") + (
             () if self.command == "HEAD" else ("content-length",)
         )

@@ -189,6 +189,41 @@ def test_a_run_that_was_cut_off_from_the_store_writes_no_more_when_it_is_back(pr
     successor.release()
 
 
+@pytest.mark.parametrize("name", ["ep0-ba2-rank0.pt", "ep0-ba2/.metadata"])
+def test_an_upload_that_began_before_a_takeover_does_not_appear_after_it(proxy, s3, tmp_path, name):
+    """Of a file in two parts before they are put together; of a small one before the second attempt."""
+    from sit_composer.supervision import Uploads
+
+    folder = S3Folder("s3://sit/run")
+    zombie = Lease(folder, 60)
+    zombie.acquire()
+    uploads = Uploads(folder, zombie, keep=-1, patience=60)
+    file = tmp_path / "file"
+    file.write_bytes(b"x" * (9_200_000 if name.endswith(".pt") else 1000))
+    fault = proxy.fault(*(("stall", "PUT .*partNumber=2") if name.endswith(".pt") else ("503", "PUT .*metadata")))
+    fault.times, fault.seconds = 1, 0.5
+    upload = threading.Thread(target=lambda: pytest.raises(StorageError, uploads._put, file, name))
+    upload.start()
+    while not fault.met:
+        time.sleep(0.01)
+    s3.client.put_object(Bucket="sit", Key=f"run/{NAME}", Body=b'{"owner": "successor"}')
+    upload.join()
+    assert "took over" in zombie.lost
+    assert set(folder.listing()) == {NAME}
+    assert not s3.client.list_multipart_uploads(Bucket="sit").get("Uploads")
+    uploads.end()
+
+
+@pytest.mark.parametrize("kind", ["501", "lost"])
+def test_a_condition_that_the_store_does_not_know_or_whose_answer_is_lost_is_no_refusal(proxy, kind):
+    folder = S3Folder("s3://sit/run")
+    for before, content in ((None, b"1"), (b"1", b"2"), (b"2", None)):
+        fault = proxy.fault(kind, "(PUT|DELETE) .*file", times=1)
+        assert folder.replace("file", before, content)
+        assert fault.met == 1
+        assert folder.read("file") == content
+
+
 # --- A run whose checkpoints go to S3 ---
 
 WHOLE = {}

@@ -49,6 +49,8 @@ def two(digits_shards, tmp_path_factory, one) -> Path:
         top,
         *interruptions("ddp"),
         *interruptions("fsdp"),
+        "fsdp:told:13:told",
+        "fsdp:told:14",
         "ddp:up:14",
         "fsdp:down:4",
         "hsdp:whole:14",
@@ -89,6 +91,15 @@ def test_one_process_resumes_to_the_bit(one, moment):
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_two_ranks_resume_to_the_bit(two, way, moment):
     same_bits(two, way, moment)
+
+
+def test_two_ranks_of_which_one_was_told_to_end_in_an_evaluation_resume_to_the_bit(two):
+    whole, told = two / "fsdp" / "whole", two / "fsdp" / "told"
+    assert (told / "ep0-ba5" / METADATA).exists()
+    assert "metrics/eval/loss" not in Path(f"{told}-13.log").read_text()  # it was left in its middle
+    assert differences(content(whole), content(told)) == []
+    assert losses(whole, 14) == losses(told, 13, 14)
+    assert len(losses(told, 14)) == 9
 
 
 @pytest.mark.parametrize(("ranks", "way"), [(1, "ddp-compiled"), (2, "fsdp-compiled")])

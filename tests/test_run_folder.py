@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 
@@ -111,6 +113,37 @@ def test_a_checkpoint_is_fetched_whole(s3, tmp_path, shards):
         fetch_checkpoint(folder, "ep1-ba30", tmp_path / "there")
 
 
+def test_a_file_is_replaced_only_if_it_is_as_it_was_seen(folder):
+    assert not folder.replace("a", b"1", b"2")
+    assert folder.read("a") is None
+    assert folder.replace("a", None, b"1")
+    assert not folder.replace("a", None, b"2")
+    assert not folder.replace("a", b"0", b"2")
+    assert not folder.replace("a", b"0", None)
+    assert folder.read("a") == b"1"
+    assert folder.replace("a", b"1", b"2")
+    assert folder.read("a") == b"2"
+    assert folder.replace("a", b"2", None)
+    assert folder.listing() == {}
+
+
+@pytest.mark.parametrize("before", [None, b"before"])
+def test_of_several_that_replace_a_file_at_once_one_does(folder, before):
+    together = Barrier(8)
+
+    def attempt(name: str, content: bytes) -> bool:
+        together.wait()
+        return folder.replace(name, before, content)
+
+    with ThreadPoolExecutor(8) as pool:
+        for name in map(str, range(20)):
+            if before is not None:
+                folder.write(name, before)
+            contents = [b"%d" % i for i in range(8)]
+            done = list(pool.map(attempt, [name] * 8, contents))
+            assert [folder.read(name)] == [content for content, did in zip(contents, done, strict=True) if did]
+
+
 @pytest.mark.parametrize(
     ("uri", "secret", "said"),
     [
@@ -188,6 +221,37 @@ def test_a_run_that_was_taken_for_dead_writes_no_more(folder):
     zombie.release()
     assert json.loads(folder.read(NAME))["owner"] == "successor"
     assert os.getpid() not in [json.loads(folder.read(NAME)).get("pid")]
+
+
+def test_neither_a_beat_nor_letting_go_undoes_a_takeover(folder, monkeypatch):
+    """Between the zombie's look at the file and its request, the successor takes it over."""
+    zombie = Lease(folder, 30)
+    zombie.acquire()
+    seen = zombie.check()
+    folder.write(NAME, b"the successor's")
+    assert not zombie._write(seen)
+    assert folder.read(NAME) == b"the successor's"
+    monkeypatch.setattr(zombie, "check", lambda: seen)
+    zombie.release()
+    assert folder.read(NAME) == b"the successor's"
+
+
+def test_of_two_that_follow_a_dead_run_at_once_one_has_it(folder, monkeypatch):
+    """The first one to write, whenever they look."""
+    holder = json.dumps({"owner": "x", "host": "elsewhere", "pid": 1, "beat": 0.1}).encode()
+    folder.write(NAME, holder)
+    first, second = Lease(folder, BEAT), Lease(folder, BEAT)
+    follow = second._write
+
+    def write_late(there: bytes) -> bool:
+        first.acquire()
+        return follow(there)
+
+    monkeypatch.setattr(second, "_write", write_late)
+    with pytest.raises(StorageError, match="a run of this name is alive"):
+        second.acquire()
+    first.check()
+    first.release()
 
 
 # --- What is not ours to delete, or to follow ---

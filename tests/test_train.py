@@ -244,6 +244,34 @@ def test_a_sigterm_saves_and_the_same_command_goes_on_to_the_bit(run, tmp_path, 
     assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
 
 
+@pytest.mark.parametrize("when", ["evaluation", "pictures"])
+def test_a_sigterm_in_an_evaluation_or_in_pictures_leaves_and_saves(
+    run, tmp_path, digits_shards, monkeypatch, capsys, when
+):
+    options = ["trainer.max_duration=10ba", "sample_grid={interval: 5ba, labels: [3], num_steps: 3, batch_size: 1}"]
+    options += [f"eval_data={{local: {digits_shards}, global_batch_size: 600, num_workers: 0}}"]
+    options += ["trainer.eval_interval=5ba", "supervision.grace=300"]
+    assert run(*options, folder="whole") == 0
+    calls, generate = [], callbacks.generate
+
+    def told(*_) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    if when == "evaluation":
+        monkeypatch.setattr(callbacks.RunRecord, "eval_batch_start", told, raising=False)
+    else:
+        monkeypatch.setattr(callbacks, "generate", lambda *args: told() or generate(*args))
+    assert run(*options) == 143
+    assert "told to end; saved" in capsys.readouterr().out
+    assert len(calls) == 2  # of three batches, of four pictures
+    assert sorted(path.name for path in (tmp_path / "run").glob("ep*")) == ["ep0-ba5-rank0.pt"]
+    monkeypatch.undo()
+    assert run(*options) == 0
+    assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
+
+
 @pytest.mark.slow
 def test_a_sigterm_to_every_process_of_a_run_saves_too(digits_shards, tmp_path):
     """As schedulers send it; torch's data workers would die of it, and the run of their death."""
@@ -283,6 +311,17 @@ def test_a_second_run_beside_a_live_one_is_refused(run, tmp_path, capsys):
         holder.release()
     assert "a run of this name is alive" in capsys.readouterr().err
     assert run("trainer.max_duration=1ba") == 0
+
+
+def test_a_run_that_was_taken_for_dead_saves_no_more(run, tmp_path, monkeypatch, capsys):
+    def taken_over(self, state, logger):
+        if state.timestamp.batch == 10:
+            (tmp_path / "run" / "alive.json").write_text('{"owner": "successor"}')
+
+    monkeypatch.setattr(callbacks.RunRecord, "batch_end", taken_over, raising=False)
+    assert run("trainer.max_duration=20ba") == 2
+    assert "another run has taken this one for dead" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["alive.json", "config.yaml"]
 
 
 def test_a_planted_pickle_does_not_run(run, tmp_path, capsys):

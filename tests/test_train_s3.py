@@ -1,7 +1,10 @@
 """A run whose checkpoints go to object storage, a real one on loopback."""
 
+import tempfile
+
 import pytest
 
+from sit_composer import callbacks
 from sit_composer.checkpoint import load_checkpoint
 from sit_composer.run_folder import LocalFolder, S3Folder, fetch_checkpoint, newest
 from tests.test_train import bits, differences, run  # noqa: F401 - a fixture
@@ -48,6 +51,25 @@ def test_what_a_kill_left_in_s3_is_not_resumed_from(run, s3, tmp_path):  # noqa:
     assert run("trainer.max_duration=6ba", *REMOTE) == 0
     assert differences(bits(tmp_path / "whole"), fetched(tmp_path)) == []
     assert LocalFolder(str(tmp_path / "fetched")).is_whole("ep0-ba6-rank0.pt")
+
+
+def test_what_a_kill_left_on_the_disk_is_not_resumed_from(run, s3, tmp_path, monkeypatch):  # noqa: F811
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "disk"))
+    staging = []
+
+    def look(self, state, logger):
+        staging[:] = (tmp_path / "disk").glob("sit_composer-*")
+
+    monkeypatch.setattr(callbacks.RunRecord, "batch_end", look, raising=False)
+    assert run("trainer.max_duration=4ba", "data.flip=true", folder="whole") == 0
+    assert run("trainer.max_duration=2ba", *REMOTE) == 0
+    for name in ("resume/ep0-ba2-rank0.pt", "rank0/ep0-ba4-rank0.pt"):
+        (staging[0] / name).parent.mkdir(parents=True)
+        (staging[0] / name).write_bytes(b"stale")
+    assert run("trainer.max_duration=4ba", *REMOTE) == 0
+    assert differences(bits(tmp_path / "whole"), fetched(tmp_path)) == []
+    assert not staging[0].exists()
 
 
 def test_a_run_of_another_config_is_refused_from_s3_too(run, s3, capsys):  # noqa: F811

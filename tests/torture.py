@@ -2,9 +2,9 @@
 
     python -m tests.torture --kills 50 --ranks 2 --fsdp
 
-Every process of the run is killed with kill -9: while it starts, in a step, in a save, in an upload. In the end all
-that its last checkpoint holds must equal, bit for bit, that of a run which nobody killed; and each start must have gone
-on from the newest checkpoint that was whole when the one before was killed. Exit code 1 if not.
+Every process of the run is killed with kill -9: while it starts, in a step, in a save, in an upload, in turn. In the
+end all that its last checkpoint holds must equal, bit for bit, that of a run which nobody killed; and each start must
+have gone on from the newest checkpoint that was whole when the one before was killed. Exit code 1 if not.
 """
 
 import argparse
@@ -17,24 +17,30 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
-from sit_composer.run_folder import S3Folder, fetch_checkpoint, newest
+from sit_composer.run_folder import METADATA, LocalFolder, S3Folder, fetch_checkpoint, newest
 from tests.conftest import ROOT, SeaweedFS
+from tests.fault_proxy import FaultProxy
 
 ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "testkey", "AWS_SECRET_ACCESS_KEY": "testsecret", "AWS_DEFAULT_REGION": "us-east-1"}
 COMPOSER = str(Path(sys.executable).parent / "composer")
-BATCHES, INTERVAL = 160, 8
+BATCHES, INTERVAL = 80, 4
+MOMENTS = ("save", "start", "upload", "step")
+UPLOAD = re.compile(r"(PUT|POST) /sit/runs/\w+/ep")
 
 
 class Torture:
-    def __init__(self, top: Path, ranks: int, fsdp: bool):
-        self.top, self.ranks, self.fsdp = top, ranks, fsdp
+    def __init__(self, top: Path, ranks: int, fsdp: bool, proxy: FaultProxy):
+        self.top, self.ranks, self.fsdp, self.proxy = top, ranks, fsdp, proxy
+        self.startup = 15.0  # seconds to the first batch
 
     def start(self, name: str, attempt: int) -> subprocess.Popen:
         overrides = [
             f"run_name={name}", "data.remote=s3://sit/shards", f"data.local={self.top}/cache-{name}", "data.flip=true",
-            "data.global_batch_size=256", "model.hidden_size=32", "model.depth=2", "model.num_heads=2",
+            # A checkpoint of 9 MB, which one process uploads in two parts.
+            "model.hidden_size=128", "model.depth=2", "model.num_heads=2",
             f"trainer.max_duration={BATCHES}ba", f"trainer.save_interval={INTERVAL}ba",
             "trainer.progress_bar=false",
             "trainer.save_folder=s3://sit/runs/{run_name}", "callbacks={}",
@@ -43,6 +49,7 @@ class Torture:
             "supervision.heartbeat=2",
         ]  # fmt: skip
         command = [COMPOSER, "-n", str(self.ranks), "-m", "tests.ranks", "yamls/quickstart.yaml", *overrides]
+        self.temporary(name).mkdir(exist_ok=True)
         with open(self.top / f"{name}-{attempt}.out", "wb") as out:
             return subprocess.Popen(
                 [*command, *(["fsdp={}"] if self.fsdp else [])],
@@ -50,7 +57,16 @@ class Torture:
                 stdout=out,
                 stderr=out,
                 start_new_session=True,
+                env={**os.environ, "TMPDIR": str(self.temporary(name))},
             )
+
+    def temporary(self, name: str) -> Path:
+        """Where a run's checkpoints are until they are uploaded."""
+        return self.top / f"temporary-{name}"
+
+    def unsent(self, name: str) -> list[Path]:
+        """The checkpoints there, whole or not."""
+        return sorted(self.temporary(name).glob("sit_composer-*/rank0/ep*"))
 
     def log(self, name: str, attempt: int) -> Path:
         return self.top / f"{name}-{attempt}.log"
@@ -60,21 +76,47 @@ class Torture:
         log = self.log(name, attempt)
         return [int(n) for n in re.findall(r": time/batch: (\d+)", log.read_text())] if log.exists() else []
 
-    def await_moment(self, process: subprocess.Popen, name: str, attempt: int, rng: random.Random, start: int) -> None:
-        """Waits until some moment of the start, or until some batches after the first are done and a bit longer."""
-        if rng.random() < 0.2:
-            target, deadline = BATCHES + 1, time.monotonic() + rng.uniform(0, 15)
+    def await_moment(self, process: subprocess.Popen, name: str, attempt: int, moment: str, rng: random.Random) -> None:
+        """Waits until the run comes to such a moment, one of several, and into it by a random time."""
+        if moment == "start":
+            self.wait(process, lambda: False, rng.uniform(0, self.startup))
+            return
+        start = batch_of(newest(S3Folder(f"s3://sit/runs/{name}")))
+        target = start + rng.randint(1, 10)
+        self.wait(process, lambda: max(self.batches(name, attempt), default=0) >= target)
+        if moment == "step":
+            time.sleep(rng.uniform(0, 0.5))
+            return
+        before, asked = self.unsent(name), len(self.proxy.requests)
+        if moment == "save":
+            self.wait(process, lambda: set(self.unsent(name)) - set(before), pause=0.001)
+            time.sleep(rng.uniform(0, 0.02))
         else:
-            target, deadline = start + rng.randint(1, 40), time.monotonic() + 300
-        while process.poll() is None and time.monotonic() < deadline:
-            if max(self.batches(name, attempt), default=0) >= target:
-                time.sleep(rng.uniform(0, 0.5))
-                return
-            time.sleep(0.05)
+            self.wait(process, lambda: any(UPLOAD.match(r) for r in self.proxy.requests[asked:]), pause=0.001)
+            time.sleep(rng.uniform(0, 0.1))
+
+    def wait(self, process: subprocess.Popen, until, seconds: float = 300, pause: float = 0.05) -> None:
+        """Until something is so, the run has ended, or time is up."""
+        deadline = time.monotonic() + seconds
+        while process.poll() is None and time.monotonic() < deadline and not until():
+            time.sleep(pause)
+
+    def moment(self, name: str, attempt: int) -> str:
+        """In what the run was killed, by what it left."""
+        if not self.batches(name, attempt):
+            return "start"
+        for left in self.unsent(name):
+            if left.is_dir() and any(left.iterdir()):
+                return "upload" if (left / METADATA).exists() else "save"
+            if left.is_file():
+                return "upload" if LocalFolder(str(left.parent)).is_whole(left.name) else "save"
+        return "step"
 
     def run_to_its_end(self, name: str, attempt: int) -> None:
-        process = self.start(name, attempt)
+        process, before = self.start(name, attempt), time.monotonic()
         try:
+            self.wait(process, lambda: self.batches(name, attempt))
+            self.startup = time.monotonic() - before
             code = process.wait(timeout=600)
         finally:
             kill(process)
@@ -117,38 +159,42 @@ def torture(kills: int, ranks: int, fsdp: bool, seed: int, top: Path) -> list[st
     """What went wrong; nothing is what should."""
     from tests.test_train import differences
 
-    rng, faults = random.Random(seed), []
+    rng, faults, hit = random.Random(seed), [], Counter()
     (top / "s3").mkdir()
     server = SeaweedFS(top / "s3")
-    os.environ["S3_ENDPOINT_URL"] = server.url
-    run = Torture(top, ranks, fsdp)
     try:
         server.start()
-        command = [sys.executable, "convert/to_mds.py", "digits", "--out", "s3://sit/shards"]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
-        run.run_to_its_end("whole", 0)
-        whole, done, rounds = run.content("whole"), 0, 0
-        while done < kills:  # a run that comes to its end between two kills is followed by another
-            name, expected, attempt = f"killed{rounds}", 0, 0
-            while done < kills and expected < BATCHES:
-                process = run.start(name, attempt)
-                try:
-                    run.await_moment(process, name, attempt, rng, expected)
-                    done += process.poll() is None
-                finally:
-                    kill(process)
-                seen = run.batches(name, attempt)
-                if seen and seen[0] != expected:
-                    faults.append(f"{name}: start {attempt} went on from batch {seen[0]}, not from {expected}")
-                if seen and seen != list(range(seen[0], seen[0] + len(seen))):
-                    faults.append(f"{name}: start {attempt} skipped or repeated batches: {seen}")
-                expected, attempt = batch_of(newest(S3Folder(f"s3://sit/runs/{name}"))), attempt + 1
-                print(f"{name}, kill {done}: batches {seen[:1]} to {seen[-1:]}, checkpoint {expected}", flush=True)
-            run.run_to_its_end(name, attempt)
-            faults += [f"{name}: {entry} differs" for entry in differences(whole, run.content(name))]
-            rounds += 1
+        with FaultProxy(server.url) as proxy:  # it does nothing but tell when an upload begins
+            os.environ["S3_ENDPOINT_URL"] = proxy.url
+            run = Torture(top, ranks, fsdp, proxy)
+            command = [sys.executable, "convert/to_mds.py", "digits", "--out", "s3://sit/shards"]
+            subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+            run.run_to_its_end("whole", 0)
+            whole, rounds = run.content("whole"), 0
+            while hit.total() < kills:  # a run that comes to its end between two kills is followed by another
+                name, expected, attempt = f"killed{rounds}", 0, 0
+                while hit.total() < kills and expected < BATCHES:
+                    process = run.start(name, attempt)
+                    try:
+                        run.await_moment(process, name, attempt, MOMENTS[hit.total() % len(MOMENTS)], rng)
+                        alive = process.poll() is None
+                    finally:
+                        kill(process)
+                    hit.update([run.moment(name, attempt)] if alive else [])
+                    seen = run.batches(name, attempt)
+                    if seen and seen[0] != expected:
+                        faults.append(f"{name}: start {attempt} went on from batch {seen[0]}, not from {expected}")
+                    if seen and seen != list(range(seen[0], seen[0] + len(seen))):
+                        faults.append(f"{name}: start {attempt} skipped or repeated batches: {seen}")
+                    expected, attempt = batch_of(newest(S3Folder(f"s3://sit/runs/{name}"))), attempt + 1
+                    print(f"{name}: batches {seen[:1]} to {seen[-1:]}, checkpoint {expected}; {dict(hit)}", flush=True)
+                run.run_to_its_end(name, attempt)
+                faults += [f"{name}: {entry} differs" for entry in differences(whole, run.content(name))]
+                rounds += 1
     finally:
         server.stop()
+    if kills >= 5 * len(MOMENTS):
+        faults += [f"no kill came in the moment {moment!r}" for moment in MOMENTS if not hit[moment]]
     return faults
 
 

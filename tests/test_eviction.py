@@ -1,0 +1,23 @@
+import os
+import signal
+import time
+
+import pytest
+
+from sit_composer.eviction import Eviction
+from sit_composer.names import EVICTED
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_process_that_does_not_save_in_time_ends_by_itself(training):
+    """In training after the grace; before it at once."""
+    before, process = time.monotonic(), os.fork()
+    if process == 0:
+        eviction = Eviction(grace=3)
+        eviction.install()
+        eviction._training = training
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == EVICTED
+    assert (time.monotonic() - before >= 3) == training
