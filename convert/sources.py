@@ -28,6 +28,7 @@ def describe(
     label_column: str | None = None,
     split: str | None = None,
     config: str | None = None,
+    streaming: bool = False,
 ) -> dict[str, Any]:
     """Settles what a source is: its format, its absolute path or its name, and the columns and split to take.
 
@@ -48,6 +49,8 @@ def describe(
         list_files(source, format)
     if format != "hf" and (split or config):
         raise InputError(f"--split and --config are for Hugging Face data sets; {source} is taken as {format}")
+    if format != "hf" and streaming:
+        raise InputError(f"--streaming is for Hugging Face data sets (--format hf); {source} is taken as {format}")
     if format not in (*TABLES, "webdataset") and (image_column or label_column not in (None, "none")):
         raise InputError(f"columns are for tables; {source} is taken as {format}, whose only choice is no labels")
 
@@ -65,7 +68,10 @@ def describe(
         alone = (path / "state.json").is_file()  # save_to_disk of one Dataset, not of a DatasetDict
         if alone and split:
             raise InputError(f"{source} holds one data set without splits: leave out --split")
+        if streaming and (alone or (path / "dataset_dict.json").is_file()):
+            raise InputError(f"{source} is saved on a disk, and never read whole: leave out --streaming")
         description |= {"split": None if alone else split or "train", "config": config}
+        description |= {"streaming": True} if streaming else {}
     return description
 
 
