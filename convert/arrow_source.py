@@ -8,17 +8,18 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import remote
-from parts import Part, Sample, SourcePlan, cut, cut_off
+from parts import InputError, Part, Sample, SourcePlan, cut, cut_off
 from remote import reading
 from source_files import SCHEME, check_same, fingerprint, list_files
-from tables import Labels, Table, batches, merge_classes, read_labels, samples
+from tables import Labels, Table, batches, between, merge_classes, read_labels, samples
 
 OPENED_AT_ONCE = 16  # files whose footers and labels are read
 
@@ -85,16 +86,14 @@ def _is_remote(name: str) -> bool:
     return name.startswith(SCHEME)
 
 
-def _between(batches: Iterator[pa.RecordBatch], start: int, stop: int) -> Iterator[pa.RecordBatch]:
-    """The rows from ``start`` to before ``stop`` of batches. No batch that follows is read."""
-    first = 0
-    for batch in batches:
-        last = first + batch.num_rows
-        if last > start and first < stop:
-            yield batch.slice(max(start - first, 0), min(stop, last) - max(start, first))
-        first = last
-        if first >= stop:
-            return
+def _beside(folder: str, path: str) -> Path:
+    """The file that a row of a table names. A table that came from elsewhere must not name any file of this machine."""
+    if _is_remote(folder):
+        raise InputError(f"it names a file, {path!r}, in place of a picture's bytes: that is followed only here")
+    file = os.path.normpath(os.path.join(folder, path))
+    if not file.startswith(os.path.join(folder, "")):
+        raise InputError(f"the picture's path {path!r} leads out of {folder}, the table's folder")
+    return Path(file)
 
 
 def _parquet_file(name: str) -> Table:
@@ -116,9 +115,9 @@ def _parquet_file(name: str) -> Table:
             before = ends[groups[0]] - lengths[groups[0]]
             with open_file() as file, pq.ParquetFile(file, metadata=metadata, **options) as parquet:
                 batches = parquet.iter_batches(size, row_groups=groups, columns=columns)
-                yield from _between(batches, start - before, stop - before)
+                yield from between(batches, start - before, stop - before)
 
-    return Table(name, os.path.dirname(name), schema, lengths, read)
+    return Table(name, partial(_beside, os.path.dirname(name)), schema, lengths, read)
 
 
 def _arrow_file(name: str, column: str) -> Table:
@@ -137,10 +136,10 @@ def _arrow_file(name: str, column: str) -> Table:
         before = 0 if first == 0 else ends[first - 1]
         fields = [schema.get_field_index(column) for column in columns]
         with _arrow_batches(name, fields, first) as (_, batches, _):
-            for batch in _between(batches, start - before, stop - before):
+            for batch in between(batches, start - before, stop - before):
                 yield batch.select(columns)
 
-    return Table(name, os.path.dirname(name), schema, lengths, read)
+    return Table(name, partial(_beside, os.path.dirname(name)), schema, lengths, read)
 
 
 @contextmanager

@@ -134,8 +134,12 @@ def reading(name: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        message = re.split(r"[. ]*Detail: ", str(error))[0].strip().partition("\n")[0]
-        raise InputError(f"cannot read {name}: {message}") from error
+        raise InputError(f"cannot read {name}: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """What pyarrow says, without the traceback that it may have put behind it."""
+    return re.split(r"[. ]*Detail: ", str(error))[0].strip().partition("\n")[0]
 
 
 def _path(uri: str) -> str:

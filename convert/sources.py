@@ -15,9 +15,9 @@ from typing import Any
 from parts import InputError, Part, Sample, SourcePlan
 from source_files import SCHEME, expand, format_of, infer_format, list_files, walk
 
-FORMATS = ("parquet", "arrow", "hf", "imagefolder", "digits")
+FORMATS = ("parquet", "arrow", "webdataset", "hf", "imagefolder", "digits")
 TABLES = ("parquet", "arrow", "hf")  # those with columns
-REMOTE = ("parquet", "arrow")  # those that are read from s3://, too
+REMOTE = ("parquet", "arrow", "webdataset")  # those that are read from s3://, too
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -28,6 +28,7 @@ def describe(
     label_column: str | None = None,
     split: str | None = None,
     config: str | None = None,
+    streaming: bool = False,
 ) -> dict[str, Any]:
     """Settles what a source is: its format, its absolute path or its name, and the columns and split to take.
 
@@ -39,9 +40,7 @@ def describe(
     format = format or (_infer_remote_format(source) if is_remote else _infer_format(source))
     path = Path(source).expanduser()
     if is_remote and format not in REMOTE:
-        raise InputError(
-            f"{source} is taken as {format}, which is not read from s3://, only {' and '.join(REMOTE)} are"
-        )
+        raise InputError(f"{source} is taken as {format}, which is not read from s3://, only {', '.join(REMOTE)} are")
     if format == "digits" and source != "digits":
         raise InputError(f"--format digits takes the word 'digits' as its source, not {source!r}")
     if format == "imagefolder" and not path.is_dir():
@@ -50,7 +49,9 @@ def describe(
         list_files(source, format)
     if format != "hf" and (split or config):
         raise InputError(f"--split and --config are for Hugging Face data sets; {source} is taken as {format}")
-    if format not in TABLES and (image_column or label_column not in (None, "none")):
+    if format != "hf" and streaming:
+        raise InputError(f"--streaming is for Hugging Face data sets (--format hf); {source} is taken as {format}")
+    if format not in (*TABLES, "webdataset") and (image_column or label_column not in (None, "none")):
         raise InputError(f"columns are for tables; {source} is taken as {format}, whose only choice is no labels")
 
     is_name = is_remote or format == "digits" or (format == "hf" and not path.exists())
@@ -59,13 +60,18 @@ def describe(
     if format in TABLES:
         description["image_column"] = image_column or "image"
         description["label_column"] = label_column or "label"
+    if format == "webdataset":  # None: by its extension
+        description |= {"image_column": image_column, "label_column": label_column or "cls"}
     if label_column == "none":
         description["label_column"] = None
     if format == "hf":
         alone = (path / "state.json").is_file()  # save_to_disk of one Dataset, not of a DatasetDict
         if alone and split:
             raise InputError(f"{source} holds one data set without splits: leave out --split")
+        if streaming and (alone or (path / "dataset_dict.json").is_file()):
+            raise InputError(f"{source} is saved on a disk, and never read whole: leave out --streaming")
         description |= {"split": None if alone else split or "train", "config": config}
+        description |= {"streaming": True} if streaming else {}
     return description
 
 
@@ -106,6 +112,10 @@ def _module(description: dict[str, Any], verb: str) -> Callable[..., Any]:
         import arrow_source
 
         return {"plan": arrow_source.plan_tables, "read": arrow_source.read_tables}[verb]
+    if format == "webdataset":
+        import tar_source
+
+        return {"plan": tar_source.plan_tars, "read": tar_source.read_tars}[verb]
     if format == "hf":
         import hf_source
 

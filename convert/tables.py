@@ -5,7 +5,6 @@ than one batch.
 """
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from parts import MAX_CLASSES, InputError, Part, Sample, SourcePlan
 from remote import reading
-from source_files import SCHEME
 
 BATCH = 64  # rows
 
@@ -27,7 +25,7 @@ class Table:
 
     Args:
         name: for errors.
-        folder: that relative paths of pictures start from; None: they may be anywhere.
+        find: what a row means that has a picture's path and no bytes; or it raises an InputError.
         schema: of all columns.
         lengths: of the groups of rows that it consists of; a reader can begin at each. None: only at the first row, and
             the number of rows is not known.
@@ -35,7 +33,7 @@ class Table:
     """
 
     name: str
-    folder: str | None
+    find: Callable[[str], bytes | Path]
     schema: pa.Schema
     lengths: list[int] | None
     read: Callable[[list[str], int, int, int], Iterator[pa.RecordBatch]]
@@ -57,20 +55,17 @@ def samples(
             where = f"{table.name} row {row}"
             if isinstance(picture, dict):  # the struct of `datasets`: bytes, or else a path
                 path = picture.get("path")
-                picture = picture["bytes"] if picture["bytes"] is not None or not path else _beside(table, path, where)
+                picture = (
+                    picture["bytes"] if picture["bytes"] is not None or not path else _find_file(table, path, where)
+                )
             yield Sample(where, picture, numbers[value] if isinstance(value, str) else value)
 
 
-def _beside(table: Table, path: str, where: str) -> Path:
-    """The file that a row of a table names. A table that came from elsewhere must not name any file of this machine."""
-    if table.folder is None:
-        return Path(path)
-    if table.folder.startswith(SCHEME):
-        raise InputError(f"{where} names a file, {path!r}, in place of a picture's bytes: that is followed only here")
-    file = os.path.normpath(os.path.join(table.folder, path))
-    if not file.startswith(os.path.join(table.folder, "")):
-        raise InputError(f"{where}: the picture's path {path!r} leads out of {table.folder}, the table's folder")
-    return Path(file)
+def _find_file(table: Table, path: str, where: str) -> bytes | Path:
+    try:
+        return table.find(path)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -84,8 +79,10 @@ class Labels:
     largest: int | None = -1  # integer; None: not known
 
 
-def read_labels(table: Table, description: dict[str, Any]) -> Labels:
-    """Checks the columns of a table and reads all its labels.
+def read_labels(table: Table, description: dict[str, Any], or_strings: bool = True) -> Labels:
+    """Checks the columns of a table and reads all its labels, but no integers where that would mean reading all.
+
+    ``or_strings`` is whether labels may be strings.
 
     Raises:
         InputError: if it lacks a column, or the pictures are no bytes; or naming the first row whose label is no class:
@@ -99,6 +96,10 @@ def read_labels(table: Table, description: dict[str, Any]) -> Labels:
     text = pa.types.is_string(type_) or pa.types.is_large_string(type_)
     if not text and not pa.types.is_integer(type_):
         raise InputError(f"labels must be integers or strings, but column {column!r} of {table.name} is {type_}")
+    if text and not or_strings:
+        raise InputError(
+            f"column {column!r} of {table.name} is strings, which are numbered before: not with --streaming"
+        )
     kind = tuple(names) if names else "strings" if text else "integers"
     if table.lengths is None and not text:
         return Labels(table.name, column, kind, largest=None)
@@ -173,6 +174,18 @@ def batches(
                 arrays = [pc.struct_field(a, p[1:]) if p[1:] else a for a, p in zip(arrays, paths, strict=True)]
                 yield start, [a.dictionary_decode() if pa.types.is_dictionary(a.type) else a for a in arrays]
                 start += batch.num_rows
+
+
+def between(batches: Iterator[pa.RecordBatch], start: int, stop: int) -> Iterator[pa.RecordBatch]:
+    """The rows from ``start`` to before ``stop`` of batches. No batch that follows is read."""
+    first = 0
+    for batch in batches:
+        last = first + batch.num_rows
+        if last > start and first < stop:
+            yield batch.slice(max(start - first, 0), min(stop, last) - max(start, first))
+        first = last
+        if first >= stop:
+            return
 
 
 def _find(table: Table, column: str) -> tuple[list[str], pa.DataType, list[str] | None]:

@@ -1,8 +1,10 @@
 """Sources in an object store: a real one on loopback, and one whose network fails."""
 
 import io
+import random
 import re
 import sys
+import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,7 +20,7 @@ import parts  # noqa: E402
 import remote  # noqa: E402
 from sources import InputError, describe, plan_source, read_part  # noqa: E402
 
-IMAGES = [bytes([65 + k % 26]) * (2000 + k) for k in range(200)]
+IMAGES = [random.Random(k).randbytes(2000 + k) for k in range(200)]
 LABELS = [k % 7 for k in range(200)]
 
 
@@ -42,6 +44,17 @@ def as_arrow(table, make):
     file = io.BytesIO()
     with make(file, table.schema) as writer:
         writer.write_table(table, max_chunksize=7)
+    return file.getvalue()
+
+
+def as_tar(labels, mode="w"):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode=mode) as archive:
+        for number, label in enumerate(labels):
+            for extension, data in (("jpg", IMAGES[number]), ("cls", str(label).encode())):
+                member = tarfile.TarInfo(f"{number:03}.{extension}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
     return file.getvalue()
 
 
@@ -76,8 +89,14 @@ def test_tables_in_s3(put, monkeypatch):
     assert read("s3://sit/arrow/stream.arrow") == (None, both)
     assert read("s3://sit/arrow", 210) == (None, both + both[:10])
     assert plan_source(describe("s3://sit/arrow"), 210).parts[-1].rows == 10
-    assert read("s3://sit/names") == (["ant", "wolf"], [(IMAGES[0], 1), (IMAGES[1], 0)])
+    assert read("s3://sit/names", format="arrow") == (["ant", "wolf"], [(IMAGES[0], 1), (IMAGES[1], 0)])
     assert read("s3://sit/names", label_column="none") == (["all"], [(IMAGES[0], 0), (IMAGES[1], 0)])
+    put("tars/0.tar", as_tar(LABELS))
+    put("tars/1.tar.gz", as_tar(LABELS[:2], "w:gz"))
+    put("names/2.tar", as_tar(["wolf", "ant"]))
+    assert read("s3://sit/tars") == (None, both + both[:2])
+    assert read("s3://sit/tars", 201) == (None, both + both[:1])
+    assert read("s3://sit/names/*.tar") == (["ant", "wolf"], [(IMAGES[0], 1), (IMAGES[1], 0)])
     description = describe("s3://sit/d/b.parquet")
     assert description["path"] == "s3://sit/d/b.parquet"
     file = plan_source(description).files[0]
@@ -111,7 +130,7 @@ def test_what_is_wrong_with_a_source_in_s3(put, monkeypatch):
         ("s3://sit/cut/t.parquet", {}, "cannot read s3://sit/cut/t.parquet: Parquet magic bytes not found"),
         ("s3://sit/labels/t.arrow", {}, "labels/t.arrow row 199: label -5 is not a class"),
         ("s3://sit/labels/null.arrow", {}, "labels/null.arrow row 199: the label is null"),
-        ("s3://sit/path/t.parquet", {}, "path/t.parquet row 0 names a file, 'x.jpg', in place of a picture's bytes"),
+        ("s3://sit/path/t.parquet", {}, "path/t.parquet row 0: it names a file, 'x.jpg', in place of a picture's bytes"),
         ("s3://", {"format": "parquet"}, "a bucket's name must stand behind it"),
         ("s3://key:secret@bucket/t.parquet", {}, "credentials come from the environment"),
     ):
@@ -139,7 +158,7 @@ def test_an_object_that_changed_since_the_plan_is_refused(put):
             list(rest)
 
 
-@pytest.mark.parametrize("kind", ["parquet", "file", "stream"])
+@pytest.mark.parametrize("kind", ["parquet", "file", "stream", "tar", "tar.gz"])
 def test_a_store_that_fails_is_tried_again_and_then_named(put, s3, monkeypatch, kind):
     monkeypatch.setattr(remote, "LEAST", 10_000)
     monkeypatch.setattr(remote, "CHUNK", 20_000)
@@ -149,14 +168,17 @@ def test_a_store_that_fails_is_tried_again_and_then_named(put, s3, monkeypatch, 
         if kind == "parquet"
         else None
     )
+    if kind.startswith("tar"):
+        data = as_tar(LABELS, "w:gz" if kind == "tar.gz" else "w")
     data = data or as_arrow(table(), pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file)
-    put("t.data", data)
+    uri = f"s3://sit/t.{kind}"
+    put(f"t.{kind}", data)
     with FaultProxy(s3.url) as proxy:
         monkeypatch.setenv("S3_ENDPOINT_URL", proxy.url)
-        description = describe("s3://sit/t.data", "parquet" if kind == "parquet" else "arrow")
+        description = describe(uri, "arrow" if kind in ("file", "stream") else None)
         plan = plan_source(description)
         for fault, after in (("503", 0), ("cut", 500)):
-            proxy.fault(fault, "GET /sit/t.data", times=2, after=after)
+            proxy.fault(fault, f"GET /sit/t.{kind}", times=2, after=after)
             samples = [(s.image, s.label) for s in read_part(description, plan, plan.parts[0])]
             assert samples == list(zip(IMAGES, LABELS, strict=True))
             assert proxy.faults[-1].met == 2
@@ -164,7 +186,7 @@ def test_a_store_that_fails_is_tried_again_and_then_named(put, s3, monkeypatch, 
         for fault in ("503", "cut"):
             samples = read_part(description, plan, plan.parts[0])
             next(samples)
-            proxy.fault(fault, "GET /sit/t.data", after=500)
-            with pytest.raises(InputError, match=re.escape("cannot read s3://sit/t.data: AWS Error")):
+            proxy.fault(fault, f"GET /sit/t.{kind}", after=500)
+            with pytest.raises(InputError, match=f"cannot read {re.escape(uri)}: .*AWS Error"):
                 list(samples)
             proxy.heal()

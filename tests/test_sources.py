@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -288,6 +289,69 @@ def test_hugging_face_library_loads_what_it_knows(tmp_path, hf_rows):
     pictures = write_folder(tmp_path / "pictures", ant=PICTURES[:2], bee=PICTURES[2:3])
     classes, samples = read(pictures, format="hf")
     assert sorted(samples) == sorted(zip(PICTURES[:3], [0, 0, 1], strict=True))
+    assert classes == ["ant", "bee"]
+
+
+@pytest.fixture
+def streamed(tmp_path, hf_rows):
+    """A folder that `datasets` streams in two shards."""
+    (tmp_path / "repo").mkdir()
+    for number in range(2):
+        hf_rows.select(range(3 * number, 3 * number + 3)).to_parquet(tmp_path / "repo" / f"train-{number}.parquet")
+    return tmp_path / "repo"
+
+
+def test_hugging_face_data_set_is_streamed_shard_by_shard(tmp_path, streamed):
+    description = describe(str(streamed), "hf", streaming=True)
+    assert description["streaming"] is True
+    assert plan_source(description).parts == [Part(0, 0, None, None), Part(1, 0, None, None)]
+    assert read(streamed, format="hf", streaming=True) == HF
+    assert read(streamed, 4, format="hf", streaming=True) == (HF[0], HF[1][:4])
+    assert [part.rows for part in plan_source(description, 4).parts] == [3, 1]
+    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").rglob("*.arrow"))
+    with pytest.raises(InputError, match="--streaming is for Hugging Face data sets"):
+        describe(str(streamed), streaming=True)
+    with pytest.raises(InputError, match=r"shard 0 has no column 'no'; its columns are: image, image\.bytes"):
+        read(streamed, format="hf", streaming=True, label_column="no")
+
+
+def test_a_streamed_data_set_that_changed_since_the_plan_is_refused(streamed, hf_rows):
+    description = describe(str(streamed), "hf", streaming=True)
+    plan = plan_source(description)
+    hf_rows.select(range(2)).to_parquet(streamed / "train-1.parquet")
+    import hf_source
+
+    hf_source._load.cache_clear()  # as in another process
+    with pytest.raises(InputError, match="changed since the conversion began"):
+        list(read_part(description, plan, plan.parts[1]))
+
+
+def test_streamed_labels_are_checked_as_they_come(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    options = {"format": "hf", "streaming": True}
+    write_parquet(tmp_path / "repo" / "train.parquet", PICTURES[:3], [4, 0, 7])
+    assert read(tmp_path / "repo", **options) == (None, list(zip(PICTURES, [4, 0, 7], strict=False)))
+    write_parquet(tmp_path / "repo" / "train.parquet", PICTURES[:3], [4, 0, -7])
+    with pytest.raises(InputError, match="shard 0 row 2: label -7 is not a class"):
+        read(tmp_path / "repo", **options)
+    write_parquet(tmp_path / "repo" / "train.parquet", PICTURES[:3], ["a", "b", "c"])
+    with pytest.raises(InputError, match="strings, which are numbered before: not with --streaming"):
+        read(tmp_path / "repo", **options)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hugging_face_pictures_in_an_archive(tmp_path, monkeypatch, streaming):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    root = write_folder(tmp_path / "train", ant=PICTURES[:2], bee=PICTURES[2:3])
+    (tmp_path / "repo").mkdir()
+    shutil.make_archive(str(tmp_path / "repo" / "train"), "zip", tmp_path, "train")
+    shutil.rmtree(root)
+    classes, samples = read(tmp_path / "repo", format="hf", streaming=streaming)
+    assert sorted(image for image, _ in samples) == PICTURES[:3]
     assert classes == ["ant", "bee"]
 
 
