@@ -342,3 +342,13 @@ def test_a_broken_file_is_told_by_what_is_wrong_with_it(kind):
     with pytest.raises(pixels.BadPicture, match=told) as caught:
         load()
     assert "\n" not in str(caught.value)
+
+
+def test_the_benchmark_prints_its_table(capsys, monkeypatch):
+    from tests.benchmarks import crop
+
+    monkeypatch.setattr(crop, "SIZES", [(300, 260), (640, 520)])
+    assert crop.main(["--seconds", "0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines] == ["| picture", "| ---", "| 300 × 260", "| 640 × 520"]
+    assert all(line.endswith(("| 0 |", "| 1 |")) for line in lines[2:])
