@@ -167,8 +167,8 @@ def opened(data: bytes) -> Iterator["Image"]:
     """The picture, by PIL; its pixels are not decoded yet.
 
     Raises:
-        BadPicture: if it is broken, no picture, or over 89 million pixels, so that it may be an attack. The body's
-            exceptions become one too.
+        BadPicture: if it is broken, no picture, one of 32-bit numbers, which training refuses, or one of over 89
+            million pixels, so that it may be an attack. The body's exceptions become one too.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -177,6 +177,8 @@ def opened(data: bytes) -> Iterator["Image"]:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             picture = Image.open(io.BytesIO(data), formats=PICTURES)
         with picture:
+            if picture.mode == "F" or (picture.mode == "I" and picture.format == "TIFF"):  # as `decode_image` does
+                raise BadPicture("the picture's pixels are 32-bit numbers, and none is known to be white")
             yield picture
     except UnidentifiedImageError:
         kinds = ", ".join(PICTURES)

@@ -94,31 +94,11 @@ class CheckedStream(Stream):
         """
         text, uri = read_text(self.remote, self.local, INDEX_NAME, self.download_timeout, min(2, self.attempts))
         self.index_size = len(text)
-        shards = []
-        try:
-            for info in json.loads(text)["shards"]:
-                if info["format"] != "mds":
-                    raise ValueError(f"the format is {info['format']!r}, not 'mds'")
-                shard = reader_from_json(self.local, self.split, info)
-                shard.validate(allow_unsafe_types)
-                for file in shard_files(shard):
-                    # A name such as ../x would be written outside the cache.
-                    if os.path.isabs(file.basename) or ".." in Path(file.basename).parts:
-                        raise ValueError(f"the file name {file.basename!r} leads out of the folder")
-                columns = dict(zip(shard.column_names, shard.column_encodings, strict=True))
-                for name, encodings in COLUMNS[self.spec.kind].items():
-                    if not columns.get(name, "").startswith(encodings):
-                        wanted = f"a column {name!r} encoded as {' or '.join(encodings)}"
-                        raise DataError(f"{uri}: {self.spec.kind} need {wanted}; the columns there are {columns}")
-                if self.remote is None and (fault := self.fault(shard, hashes=False)):
-                    raise DataError(f"{fault}; restore it, or write the shards again")
-                shards.append(shard)
-            samples = sum(shard.samples for shard in shards)
-        except DataError:
-            raise
-        except Exception as error:
-            cause = f"{type(error).__name__}: {error}"
-            raise DataError(f"{uri} is not a whole and safe MDS index ({cause}); write the shards again") from error
+        shards = safe_shards(text, uri, self.local, self.spec.kind, allow_unsafe_types)
+        for shard in shards:
+            if self.remote is None and (fault := self.fault(shard, hashes=False)):
+                raise DataError(f"{fault}; restore it, or write the shards again")
+        samples = sum(shard.samples for shard in shards)
         if samples != self.spec.samples:
             raise DataError(f"{uri} lists {samples} samples, but {SPEC_NAME} says {self.spec.samples}: one is stale")
         if self.remote is not None:
@@ -139,18 +119,7 @@ class CheckedStream(Stream):
 
     def fault(self, shard: Reader, hashes: bool = True) -> str | None:
         """What is wrong with the shard's files here, or None."""
-        files = {os.path.join(self.local, file.basename): file for file in shard_files(shard)}
-        here = [path for path in files if os.path.exists(path)]  # the plain or the compressed one, or both
-        if not here:
-            return f"{next(iter(files))} is missing"
-        for path in here:
-            size, known = files[path].bytes, files[path].hashes
-            if os.path.getsize(path) != size:
-                return f"{path} has {os.path.getsize(path)} bytes; {INDEX_NAME} says {size}"
-            name = next((name for name in ("xxh64", *known) if name in known and is_hash(name)), None)
-            if hashes and name and get_hash(name, Path(path).read_bytes()) != known[name]:
-                return f"{path} has been changed: its {name} is not what {INDEX_NAME} says"
-        return None
+        return shard_fault(shard, self.local, hashes)
 
     def prepare_shard(self, shard: Reader) -> int:
         """Fetches (and decompresses) a shard and checks it; returns by how many bytes the cache grew.
@@ -203,6 +172,55 @@ def is_outage(error: Exception) -> bool:
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
         return status >= 500 or status in (408, 429)
     return isinstance(error, BotoCoreError | Boto3Error | HTTPError | ConnectionError | TimeoutError)
+
+
+def safe_shards(text: str, uri: str, folder: str, kind: str, allow_unsafe_types: bool = False) -> list[Reader]:
+    """The shards, to be in ``folder``, that the text of an index lists.
+
+    Raises:
+        DataError: naming the index's ``uri``, if it is malformed, unsafe, or without the columns of data of that kind.
+    """
+    shards = []
+    try:
+        for info in json.loads(text)["shards"]:
+            if info["format"] != "mds":
+                raise ValueError(f"the format is {info['format']!r}, not 'mds'")
+            shard = reader_from_json(folder, None, info)
+            shard.validate(allow_unsafe_types)
+            for file in shard_files(shard):
+                # A name such as ../x would be written outside the cache.
+                if os.path.isabs(file.basename) or ".." in Path(file.basename).parts:
+                    raise ValueError(f"the file name {file.basename!r} leads out of the folder")
+            columns = dict(zip(shard.column_names, shard.column_encodings, strict=True))
+            for name, encodings in COLUMNS[kind].items():
+                if not columns.get(name, "").startswith(encodings):
+                    wanted = f"a column {name!r} encoded as {' or '.join(encodings)}"
+                    raise DataError(f"{uri}: {kind} need {wanted}; the columns there are {columns}")
+            if not isinstance(shard.samples, int):
+                raise ValueError(f"the number of samples is {shard.samples!r}")
+            shards.append(shard)
+    except DataError:
+        raise
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}"
+        raise DataError(f"{uri} is not a whole and safe MDS index ({cause}); write the shards again") from error
+    return shards
+
+
+def shard_fault(shard: Reader, folder: str, hashes: bool = True) -> str | None:
+    """What is wrong with the shard's files in a folder, or None."""
+    files = {os.path.join(folder, file.basename): file for file in shard_files(shard)}
+    here = [path for path in files if os.path.exists(path)]  # the plain or the compressed one, or both
+    if not here:
+        return f"{next(iter(files))} is missing"
+    for path in here:
+        size, known = files[path].bytes, files[path].hashes
+        if os.path.getsize(path) != size:
+            return f"{path} has {os.path.getsize(path)} bytes; {INDEX_NAME} says {size}"
+        name = next((name for name in ("xxh64", *known) if name in known and is_hash(name)), None)
+        if hashes and name and get_hash(name, Path(path).read_bytes()) != known[name]:
+            return f"{path} has been changed: its {name} is not what {INDEX_NAME} says"
+    return None
 
 
 def shard_files(shard: Reader) -> list[Any]:

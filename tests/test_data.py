@@ -15,26 +15,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from streaming import MDSWriter
 from streaming.base.dataset import _ShardState
 
 from sit_composer.data import DataError, build_loader, coin, load_spec
-from sit_composer.pictures import center_crop, decode_image
 from sit_composer.randomness import sample_key
 from sit_composer.spec import DataSpec
+from tests.test_pictures import adm_center_crop, encode
 
 SAMPLES = 200
 DIGITS = load_digits()
-
-
-def encode(picture: Image.Image, kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, kind, **options)
-    return file.getvalue()
 
 
 def digit(index: int) -> np.ndarray:
@@ -539,40 +531,6 @@ def test_a_scheme_that_nobody_knows_raises(tmp_path):
 # --- Pictures ---
 
 
-def adm_center_crop(picture: Image.Image, size: int) -> np.ndarray:
-    """ADM's center_crop_arr, by PIL throughout."""
-    while min(*picture.size) >= 2 * size:
-        picture = picture.resize(tuple(side // 2 for side in picture.size), resample=Image.BOX)
-    scale = size / min(*picture.size)
-    picture = picture.resize(tuple(round(side * scale) for side in picture.size), resample=Image.BICUBIC)
-    array = np.array(picture)
-    top, left = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
-    return array[top : top + size, left : left + size]
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size", [8, 64, 213, 214, 256, 427, 512])
-@pytest.mark.parametrize("photograph", [0, 1])
-def test_the_crop_is_adms(photograph, size, channels):
-    """Of 427 x 640 photographs, halved first up to five times: at most 1 level of 255 off (2 where enlarged, at a few
-    pixels in a million), and 0.01 level on average; torchvision's bicubic filter rounds otherwise than PIL's."""
-    picture = Image.fromarray(load_sample_images().images[photograph]).convert("L" if channels == 1 else "RGB")
-    ours = center_crop(decode_image(encode(picture, "PNG"), channels), size)
-    theirs = adm_center_crop(picture, size).reshape(size, size, channels)
-    difference = np.abs(ours.permute(1, 2, 0).numpy().astype(int) - theirs.astype(int))
-    assert difference.max() <= (2 if size > 427 else 1)
-    assert difference.mean() < 0.01
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.integers(1, 100), st.integers(1, 100), st.integers(1, 100), st.sampled_from([1, 3]))
-def test_a_crop_of_any_picture_has_the_size_asked_for(height, width, size, channels):
-    image = torch.full((channels, height, width), 77, dtype=torch.uint8)
-    crop = center_crop(image, size)
-    assert crop.shape == (channels, size, size)
-    assert (crop == 77).all()
-
-
 def test_pictures_of_many_sizes_make_batches_of_one(tmp_path):
     photographs = [Image.fromarray(image) for image in load_sample_images().images]
     pictures = [photographs[i % 2].crop((0, 0, 100 + 17 * i, 300 - 13 * i)) for i in range(12)]
@@ -587,58 +545,6 @@ def test_pictures_of_many_sizes_make_batches_of_one(tmp_path):
         assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - theirs).max() <= 1
     with pytest.raises(DataError, match="image_size"):
         loader(None, folder)
-
-
-def decodes() -> dict[str, tuple[bytes, np.ndarray]]:
-    """Files of many kinds, and the RGB that each should give."""
-    photograph = Image.fromarray(load_sample_images().images[1]).resize((60, 40))
-    rgb = np.array(photograph)
-    grey = np.array(photograph.convert("L"))
-    alpha = photograph.copy()
-    alpha.putalpha(Image.fromarray(np.where(np.arange(60) < 30, 0, 255).astype(np.uint8) * np.ones((40, 1), np.uint8)))
-    over_white = np.where((np.arange(60) < 30)[:, None], 255, rgb)
-    palette = photograph.quantize(16)
-    p_rgb = np.array(palette.convert("RGB"))
-    hole = np.where(np.array(palette)[..., None] == 3, 255, p_rgb)
-    sixteen = Image.fromarray(grey.astype(np.uint16) * 257)
-    jpeg = encode(photograph, "JPEG", quality=95)
-    cmyk = encode(photograph.convert("CMYK"), "JPEG", quality=95)
-
-    def by_pil(data: bytes) -> np.ndarray:
-        return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
-
-    three = np.repeat(grey[..., None], 3, -1)
-    return {
-        "JPEG": (jpeg, by_pil(jpeg)),
-        "grey JPEG": (encode(photograph.convert("L"), "JPEG", quality=100), three),
-        "CMYK JPEG": (cmyk, by_pil(cmyk)),
-        "PNG": (encode(photograph, "PNG"), rgb),
-        "grey PNG": (encode(photograph.convert("L"), "PNG"), three),
-        "16-bit PNG": (encode(sixteen, "PNG"), three),
-        "1-bit PNG": (encode(Image.fromarray(grey > 99), "PNG"), np.where(three > 99, 255, 0)),
-        "RGBA PNG": (encode(alpha, "PNG"), over_white),
-        "LA PNG": (encode(alpha.convert("LA"), "PNG"), np.where((np.arange(60) < 30)[:, None], 255, three)),
-        "palette PNG": (encode(palette, "PNG"), p_rgb),
-        "palette PNG with transparency": (encode(palette, "PNG", transparency=3), hole),
-        "GIF": (encode(palette, "GIF"), p_rgb),
-        "BMP": (encode(photograph, "BMP"), rgb),
-        "WebP": (encode(photograph, "WEBP", lossless=True), rgb),
-        "TIFF": (encode(photograph, "TIFF"), rgb),
-    }
-
-
-@pytest.mark.parametrize("kind", decodes())
-def test_a_picture_of_any_kind_becomes_rgb_or_grey(kind):
-    data, wanted = decodes()[kind]
-    tolerance = 1 if kind == "grey JPEG" else 0
-    got = decode_image(data, 3)
-    assert got.dtype == torch.uint8
-    assert np.abs(got.permute(1, 2, 0).numpy().astype(int) - wanted).max() <= tolerance
-    grey = decode_image(data, 1)
-    luma = wanted @ [0.299, 0.587, 0.114]
-    assert grey.shape == (1, 40, 60)
-    # A JPEG's own luma has not been through RGB and its clipping.
-    assert np.abs(grey[0].numpy() - luma).mean() < 1
 
 
 # --- A real S3 ---
