@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from multiprocessing.connection import wait
@@ -80,7 +80,7 @@ class Job:
 
 
 def convert_parts(
-    job: Job, todo: Iterable[int], workers: int, on_picture: Callable[[Sample, str | None], None]
+    job: Job, todo: Iterable[int], workers: int, on_picture: Callable[[int, str | None], None]
 ) -> Iterator[dict[str, Any]]:
     """Converts the parts of those numbers, and yields the record of each when its shards are there.
 
@@ -88,7 +88,7 @@ def convert_parts(
         job: the conversion.
         todo: the parts' numbers.
         workers: processes that decode; 0: this one does.
-        on_picture: is told of each picture, and why it was left out if it was.
+        on_picture: is told of each picture its bytes, and why it was left out if it was.
 
     Raises:
         InputError: for a picture that can't be used, or a source that can't be read.
@@ -119,7 +119,7 @@ def _samples(plan: Plan, todo: Iterable[int]) -> Iterator[tuple[int, Sample | No
         yield part, None
 
 
-def _write(writer: Any, job: Job, group: Iterable[Prepared], on_picture: Callable[[Sample, str | None], None]) -> Tally:
+def _write(writer: Any, job: Job, group: Iterable[Prepared], on_picture: Callable[[int, str | None], None]) -> Tally:
     """Writes a part's good pictures."""
     tally = Tally()
     pictures = ((one.sample, one.result) for one in group if one.sample is not None)
@@ -130,12 +130,13 @@ def _write(writer: Any, job: Job, group: Iterable[Prepared], on_picture: Callabl
             reason = f"{sample.where}: {row}"
             tally.skipped += 1
             tally.reasons += [reason] if tally.skipped <= REASONS else []
-            on_picture(sample, reason)
+            on_picture(0, reason)
             continue
+        size = sum(memoryview(value).nbytes for value in row.values())
         row["label"] = sample.label
         writer.write(row)
         tally.add(sample.label, look)
-        on_picture(sample, None)
+        on_picture(size, None)
     return tally
 
 
@@ -152,7 +153,10 @@ class Deliveries:
     def __enter__(self) -> "Deliveries":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, InputError):  # what was done before the mistake is kept
+            with suppress(Exception):  # of which the mistake is to be told
+                deque(self.finished(wait=True), 0)
         self.pool.shutdown(wait=True, cancel_futures=True)
 
     def put(self, file: Path) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # other decoders of PIL are not for unknown files
 GREY = {"1", "L", "I", "I;16", "I;16B", "I;16L"}  # PIL's modes
+BOMB = 89_478_485  # pixels of a picture that may be an attack; PIL's Image.MAX_IMAGE_PIXELS
 MAX_PIXELS = 1 << 26  # of a picture whose short side is resized, before it is cropped
 Look = tuple[bool, int, int]  # whether a picture is grey, its width and its height
 
@@ -47,10 +48,8 @@ class Pixels:
     def __init__(self, image_size: int | None = None, quality: int | None = None, check: str = "decode") -> None:
         self.image_size = image_size
         if image_size is not None:
-            self.prepare, self.preload = (
-                partial(cropped, image_size=image_size, quality=quality),
-                ["sit_composer.pictures"],
-            )
+            self.prepare = partial(cropped, image_size=image_size, quality=quality)
+            self.preload = ["sit_composer.pictures"]
         else:
             self.prepare = partial(checked, look=decoded if check == "decode" else glance)
             self.preload = ["PIL.Image"]
@@ -102,9 +101,6 @@ def glance(data: bytes) -> Look:
     if look[1] * look[2] > BOMB:
         raise BadPicture(f"the picture has {look[1]}x{look[2]} pixels, over {BOMB}: it may be an attack")
     return look
-
-
-BOMB = 89_478_485  # pixels; PIL's Image.MAX_IMAGE_PIXELS
 
 
 def _glance_jpeg(data: bytes) -> Look | None:

@@ -5,8 +5,6 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
-from sources import Sample
-
 POSTFIX = 0.5  # seconds between two changes of the bar's end
 
 
@@ -26,16 +24,27 @@ class Progress:
         self.start = self.changed = time.monotonic()
         self.pictures = self.bytes = self.skipped = 0
 
-    def picture(self, sample: Sample, skipped: str | None) -> None:
-        """Counts a picture, and says why it was skipped if it was."""
+    def picture(self, size: int, skipped: str | None) -> None:
+        """Counts a picture, by the bytes that it takes in a shard, or by why it was skipped."""
         self.pictures += 1
-        self.bytes += len(sample.image) if isinstance(sample.image, bytes) else 0
+        self.bytes += size
         if skipped:
             self.skipped += 1
             self.log("skipped", reason=skipped)
         self.bar.update()
         if not self.bar.disable and time.monotonic() - self.changed > POSTFIX:
             self.show()
+
+    def part(self, record: dict[str, Any]) -> None:
+        """Counts the pictures of a part that was done elsewhere."""
+        count = sum(record["counts"].values()) + record["skipped"]
+        self.pictures += count
+        self.bytes += sum(shard["raw_data"]["bytes"] for shard in record["shards"])
+        self.skipped += record["skipped"]
+        for reason in record["reasons"]:
+            self.log("skipped", reason=reason)
+        self.bar.update(count)
+        self.show()
 
     def show(self) -> None:
         """Brings the end of the bar up to date."""
@@ -50,7 +59,7 @@ class Progress:
             print(json.dumps(line, ensure_ascii=False), file=self.log_file, flush=True)
 
     def rates(self) -> dict[str, Any]:
-        """Pictures, bytes read and seconds of this run."""
+        """Pictures, bytes written and seconds of this run."""
         return {"pictures": self.pictures, "bytes": self.bytes, "seconds": round(time.monotonic() - self.start, 3)}
 
     def close(self) -> None:

@@ -44,7 +44,7 @@ class Converter:
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         """The records of the parts of a batch, as JSON; or what was wrong, and of which kind that is."""
         try:
-            records = list(convert_parts(self.job, map(int, batch["part"]), 0, lambda sample, reason: None))
+            records = list(convert_parts(self.job, map(int, batch["part"]), 0, lambda size, skipped: None))
             return {"kind": ["record"] * len(records), "content": list(map(json.dumps, records))}
         except (InputError, OutputError, UserError, OSError) as error:
             return {"kind": [type(error).__name__], "content": [str(error)]}
@@ -70,7 +70,7 @@ def convert_on_ray(job: Job, kind: type, options: dict[str, Any], todo: list[int
     code = {"working_dir": str(here), "py_modules": [str(Path(sit_composer.__file__).parent)]}
     ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", runtime_env=code)
     try:
-        ray.data.DataContext.get_current().enable_progress_bars = os.isatty(2)
+        ray.data.DataContext.get_current().enable_progress_bars = False  # there is one that counts pictures
         gpus = int(ray.cluster_resources().get("GPU", 0)) if kind is not Pixels else 0
         actors = min(gpus or int(ray.cluster_resources()["CPU"]), len(todo))
         rows = ray.data.from_items([{"part": number} for number in todo], override_num_blocks=len(todo)).map_batches(

@@ -52,13 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     output = None
     try:
         source = describe(
-            args.source,
-            args.format,
-            args.image_column,
-            args.label_column,
-            args.split,
-            args.config,
-            **({"streaming": True} if args.streaming else {}),
+            args.source, args.format, args.image_column, args.label_column, args.split, args.config, args.streaming
         )
         if args.limit:
             source["limit"] = args.limit
@@ -123,11 +117,13 @@ def _convert(args: Any, source: dict[str, Any], output: Output) -> int:
                 from ray_engine import convert_on_ray
             except ModuleNotFoundError as error:
                 raise InputError(f"--engine ray: {error}; pip install 'sit-composer[ray]' brings it") from None
-            results = convert_on_ray(job, kind, options, todo)
+            results, elsewhere = convert_on_ray(job, kind, options, todo), True
         else:
-            results = _here(job, args.workers, todo, progress)
+            results, elsewhere = _here(job, args.workers, todo, progress), False
         for record in results:
             records[record["part"]] = record
+            if elsewhere:
+                progress.part(record)
             progress.log("part", part=record["part"], pictures=sum(record["counts"].values()))
         spec = _spec(job, [records[number] for number in sorted(records)])
         output.publish(spec, [records[number] for number in sorted(records)])
