@@ -19,7 +19,7 @@ import remote
 from parts import InputError, Part, Sample, SourcePlan, cut, cut_off
 from remote import reading
 from source_files import SCHEME, check_same, fingerprint, list_files
-from tables import Labels, Table, batches, between, merge_classes, read_labels, samples
+from tables import Labels, Rows, Table, batches, merge_classes, read_labels, samples
 
 OPENED_AT_ONCE = 16  # files whose footers and labels are read
 
@@ -109,13 +109,23 @@ def _parquet_file(name: str) -> Table:
     lengths = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     ends = list(accumulate(lengths))
 
+    resting: dict[tuple, Rows] = {}  # at most one: who stopped inside a row group, by where it goes on
+
+    def read_groups(columns: list[str], groups: list[int], size: int) -> Iterator[pa.RecordBatch]:
+        with open_file() as file, pq.ParquetFile(file, metadata=metadata, **options) as parquet:
+            yield from parquet.iter_batches(size, row_groups=groups, columns=columns)
+
     def read(columns: list[str], start: int, stop: int, size: int) -> Iterator[pa.RecordBatch]:
         groups = [k for k, end in enumerate(ends) if end > start and end - lengths[k] < stop]
-        if groups:
-            before = ends[groups[0]] - lengths[groups[0]]
-            with open_file() as file, pq.ParquetFile(file, metadata=metadata, **options) as parquet:
-                batches = parquet.iter_batches(size, row_groups=groups, columns=columns)
-                yield from between(batches, start - before, stop - before)
+        if not groups:
+            return
+        # To begin inside a row group is to read all of it that is before. The next part need not, if it is read next.
+        rows = resting.pop((*columns, start, size), None)
+        rows = rows or Rows(read_groups(columns, groups, size), ends[groups[0]] - lengths[groups[0]])
+        yield from rows.between(start, stop)
+        resting.clear()
+        if stop < ends[groups[-1]]:
+            resting[*columns, stop, size] = rows
 
     return Table(name, partial(_beside, os.path.dirname(name)), schema, lengths, read)
 
@@ -136,7 +146,7 @@ def _arrow_file(name: str, column: str) -> Table:
         before = 0 if first == 0 else ends[first - 1]
         fields = [schema.get_field_index(column) for column in columns]
         with _arrow_batches(name, fields, first) as (_, batches, _):
-            for batch in between(batches, start - before, stop - before):
+            for batch in Rows(batches, before).between(start, stop):
                 yield batch.select(columns)
 
     return Table(name, partial(_beside, os.path.dirname(name)), schema, lengths, read)

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 from parts import InputError, Part, Sample, SourcePlan, cut, cut_off
 from source_files import check_same, fingerprint
-from tables import Table, batches, between, merge_classes, read_labels, samples
+from tables import Rows, Table, batches, merge_classes, read_labels, samples
 
 
 def plan_data_set(description: dict[str, Any], limit: int | None) -> SourcePlan:
@@ -99,7 +99,7 @@ def _shard(description: dict[str, Any], data: Any, shard: int) -> Table:
     def read(columns: list[str], start: int, stop: int, size: int) -> Iterator[pa.RecordBatch]:
         rows = data.shard(data.num_shards, shard).select_columns(columns).with_format("arrow")
         try:
-            yield from between((batch for table in rows.iter(size) for batch in table.to_batches()), start, stop)
+            yield from Rows(batch for table in rows.iter(size) for batch in table.to_batches()).between(start, stop)
         except Exception as error:  # of a dozen libraries underneath
             raise InputError(f"cannot read {name}: {' '.join(str(error).split())}") from error
 

@@ -4,7 +4,7 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,11 @@ def list_files(source: str, format: str) -> list[str]:
         return remote.list_files_of(source, format)
     path = Path(source).expanduser()
     if path.is_dir():
-        return of_one_split(source, str(path), [str(file) for file in walk(path)], format)
-    files = [path] if path.is_file() else expand(source)
+        return of_one_split(source, str(path), walk(path), format)
+    files = [str(path)] if path.is_file() else expand(source)
     if not files:
         raise InputError(f"{source}: no such file or folder")
-    return [str(file) for file in files]
+    return files
 
 
 def of_one_split(source: str, folder: str, names: Iterable[str], format: str) -> list[str]:
@@ -69,7 +69,7 @@ def of_one_split(source: str, folder: str, names: Iterable[str], format: str) ->
         InputError: if there are none, or if they are of several splits.
     """
     # cache-*.arrow are what `datasets` leaves of transformed copies beside the data that it saved.
-    files = [name for name in names if format_of(name) == format]
+    files = sorted((name for name in names if format_of(name) == format), key=lambda name: name.split("/"))
     files = [name for name in files if not os.path.basename(name).startswith(("_", "cache-"))]
     if not files:
         raise InputError(f"{source} holds no {format} file")
@@ -80,18 +80,17 @@ def of_one_split(source: str, folder: str, names: Iterable[str], format: str) ->
     return files
 
 
-def walk(folder: Path) -> list[Path]:
-    """All files below a folder, sorted, but for hidden ones."""
-    files = []
+def walk(folder: Path) -> Iterator[str]:
+    """All files below a folder, in any order, but for hidden ones."""
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(root, name) for name in names if not name.startswith(".")]
-    return sorted(files)
+        yield from (os.path.join(root, name) for name in names if not name.startswith("."))
 
 
-def expand(pattern: str) -> list[Path]:
+def expand(pattern: str) -> list[str]:
     """The files that a glob matches, sorted."""
-    return sorted(f for f in map(Path, glob.glob(os.path.expanduser(pattern), recursive=True)) if f.is_file())
+    found = map(Path, glob.glob(os.path.expanduser(pattern), recursive=True))
+    return [str(file) for file in sorted(file for file in found if file.is_file())]
 
 
 def fingerprint(name: str) -> dict[str, Any]:

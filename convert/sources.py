@@ -149,5 +149,4 @@ def _infer_format(source: str) -> str:
         raise InputError(f"{source}: no such file or folder")
     if path.is_file() and format_of(source) == "imagefolder":
         raise InputError(f"{source} is a single picture: give the folder that holds a folder for each class")
-    files = walk(path) if path.is_dir() else [path] if path.is_file() else expand(source)
-    return infer_format(source, map(str, files))
+    return infer_format(source, walk(path) if path.is_dir() else [source] if path.is_file() else expand(source))

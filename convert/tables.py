@@ -176,16 +176,24 @@ def batches(
                 start += batch.num_rows
 
 
-def between(batches: Iterator[pa.RecordBatch], start: int, stop: int) -> Iterator[pa.RecordBatch]:
-    """The rows from ``start`` to before ``stop`` of batches. No batch that follows is read."""
-    first = 0
-    for batch in batches:
-        last = first + batch.num_rows
-        if last > start and first < stop:
-            yield batch.slice(max(start - first, 0), min(stop, last) - max(start, first))
-        first = last
-        if first >= stop:
-            return
+class Rows:
+    """Rows of batches, taken in turns. ``first`` is the number of the first row of the first batch."""
+
+    def __init__(self, batches: Iterator[pa.RecordBatch], first: int = 0) -> None:
+        self.batches, self.first = batches, first
+        self.rest: pa.RecordBatch | None = None  # of a batch that was taken in part; it begins with row ``first``
+
+    def between(self, start: int, stop: int) -> Iterator[pa.RecordBatch]:
+        """The rows from ``start`` to before ``stop``, and none further. The last turn must have ended before them."""
+        while self.first < stop:
+            batch = self.rest or next(self.batches, None)
+            if batch is None:
+                return
+            begin, end = max(start - self.first, 0), min(stop - self.first, batch.num_rows)
+            self.rest = batch.slice(end) if end < batch.num_rows else None
+            self.first += end
+            if begin < end:
+                yield batch.slice(begin, end - begin)
 
 
 def _find(table: Table, column: str) -> tuple[list[str], pa.DataType, list[str] | None]:

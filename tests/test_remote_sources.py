@@ -5,6 +5,7 @@ import random
 import re
 import sys
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -101,6 +102,27 @@ def test_tables_in_s3(put, monkeypatch):
     assert description["path"] == "s3://sit/d/b.parquet"
     file = plan_source(description).files[0]
     assert (file["name"], file["bytes"]) == ("s3://sit/d/b.parquet", len(as_parquet(table(), row_group_size=9)))
+
+
+def test_a_large_object_is_not_held_in_memory(put, monkeypatch):
+    monkeypatch.setattr(remote, "CHUNK", 1 << 20)
+    images = [random.Random(k).randbytes(100_000) for k in range(300)]
+    large = pa.table({"image": images, "label": [0] * 300})
+    put("t.parquet", as_parquet(large, use_dictionary=False, write_batch_size=4))
+    put("t.arrow", as_arrow(large, pa.ipc.new_stream))
+    for name in ("t.parquet", "t.arrow"):
+        description = describe(f"s3://sit/{name}")
+        plan = plan_source(description)
+        assert len(plan.parts) == 1
+        before = pa.total_allocated_bytes()
+        tracemalloc.start()
+        held = [
+            pa.total_allocated_bytes() - before + tracemalloc.get_traced_memory()[0]
+            for _ in read_part(description, plan, plan.parts[0])
+        ]
+        tracemalloc.stop()
+        assert len(held) == 300
+        assert max(held) < 20_000_000  # of 30: some copies of 64 rows, or of a batch of 7
 
 
 def test_what_is_wrong_with_a_source_in_s3(put, monkeypatch):

@@ -218,6 +218,25 @@ def test_without_labels(tmp_path, small_parts):
     assert read(tmp_path / "loose", label_column="none") == (["all"], [(PICTURES[k], 0) for k in order])
 
 
+def test_a_row_group_that_is_cut_is_read_once_if_its_parts_are_read_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "PART", 100)
+    path = write_parquet(tmp_path / "t.parquet", [b"%d" % k for k in range(1000)], [0] * 1000, row_group_size=950)
+    begun = []
+    iter_batches = pq.ParquetFile.iter_batches
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *a, **k: begun.append(k) or iter_batches(*a, **k))
+    description = describe(str(path))
+    plan = plan_source(description)
+    assert len(plan.parts) == 11
+    begun.clear()
+    rows = [[int(s.image) for s in read_part(description, plan, part)] for part in plan.parts]
+    assert [row for part in rows for row in part] == list(range(1000))
+    assert len(begun) == 2
+    # In any other order, and where one is left in the middle, parts are the same.
+    next(read_part(description, plan, plan.parts[3]))
+    for number in (4, 3, 3, 4, 10, 0):
+        assert [int(s.image) for s in read_part(description, plan, plan.parts[number])] == rows[number]
+
+
 def test_a_large_row_group_is_not_held_in_memory(tmp_path):
     rng = np.random.default_rng(0)
     images = [rng.bytes(100_000) for _ in range(400)]
