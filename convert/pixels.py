@@ -206,7 +206,7 @@ def encode(levels: "Tensor", quality: int | None) -> bytes:
     from PIL import Image
 
     file = io.BytesIO()
-    picture = Image.fromarray(levels[0].numpy() if len(levels) == 1 else levels.permute(1, 2, 0).numpy())
+    picture = Image.fromarray(levels[0].numpy() if len(levels) == 1 else levels.permute(1, 2, 0).contiguous().numpy())
     if quality is None:
         picture.save(file, "PNG")
     else:

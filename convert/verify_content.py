@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 from pixels import BadPicture, crop, read_file
 from torch import Tensor
 
@@ -32,6 +34,8 @@ class PixelCheck:
         self.tiles: list[tuple[Tensor, str]] = []
         self.seen = 0
         self.pool = ThreadPoolExecutor(os.cpu_count() or 1)
+        # The filters are all threads': where `opened` sets it in one, another may take it back.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
 
     def check(self, rows: Rows) -> None:
         for (where, row), fault in zip(rows, self.pool.map(self._fault, rows), strict=True):
@@ -180,8 +184,6 @@ def _caption(spec: DataSpec, row: dict[str, Any]) -> str:
 
 def _write_grid(tiles: list[tuple[Tensor, str]], path: Path, columns: int) -> bool:
     """Writes uint8 (C, TILE, TILE) pictures with their captions as a PNG."""
-    from PIL import Image, ImageDraw
-
     if not tiles:
         return False
     step, line = TILE + 4, TILE + CAPTION + 4
