@@ -25,17 +25,8 @@ from sit_composer.checks import CONFIG, check_same_config
 from sit_composer.config import Config, ConfigError
 from sit_composer.eviction import Eviction
 from sit_composer.lease import Lease
-from sit_composer.run_folder import (
-    RunFolder,
-    S3Folder,
-    StorageError,
-    checkpoints,
-    clear_incomplete,
-    fetch_checkpoint,
-    newest,
-    open_run_folder,
-    prune,
-)
+from sit_composer.run_folder import checkpoints, clear_incomplete, fetch_checkpoint, newest, prune
+from sit_composer.storage import RunFolder, S3Folder, StorageError, open_run_folder
 from sit_composer.uploads import Uploads
 
 

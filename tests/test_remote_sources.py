@@ -130,7 +130,11 @@ def test_what_is_wrong_with_a_source_in_s3(put, monkeypatch):
         ("s3://sit/cut/t.parquet", {}, "cannot read s3://sit/cut/t.parquet: Parquet magic bytes not found"),
         ("s3://sit/labels/t.arrow", {}, "labels/t.arrow row 199: label -5 is not a class"),
         ("s3://sit/labels/null.arrow", {}, "labels/null.arrow row 199: the label is null"),
-        ("s3://sit/path/t.parquet", {}, "path/t.parquet row 0: it names a file, 'x.jpg', in place of a picture's bytes"),
+        (
+            "s3://sit/path/t.parquet",
+            {},
+            "path/t.parquet row 0: it names a file, 'x.jpg', in place of a picture's bytes",
+        ),
         ("s3://", {"format": "parquet"}, "a bucket's name must stand behind it"),
         ("s3://key:secret@bucket/t.parquet", {}, "credentials come from the environment"),
     ):

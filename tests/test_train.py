@@ -18,8 +18,8 @@ from PIL import Image
 from sit_composer import callbacks, evaluate, sample, train
 from sit_composer.checkpoint import load_checkpoint
 from sit_composer.lease import Lease
-from sit_composer.run_folder import LocalFolder
 from sit_composer.sit import SiT
+from sit_composer.storage import LocalFolder
 from tests.conftest import ROOT
 from tests.judge_digits import judge
 

@@ -1,7 +1,8 @@
 import pytest
 
 from sit_composer.lease import Lease
-from sit_composer.run_folder import S3Folder, StorageError, newest
+from sit_composer.run_folder import newest
+from sit_composer.storage import S3Folder, StorageError
 from sit_composer.uploads import Uploads
 from tests.test_run_folder import BEAT, shards  # noqa: F401 - a fixture
 
