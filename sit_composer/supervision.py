@@ -62,10 +62,9 @@ class Supervision:
         self.lease.check()  # also that every rank sees the same folder
         self.eviction.lease = self.lease
         name = _from_rank_0(self._find)
-        arguments: dict[str, Any] = {"save_overwrite": self.resumes or self.config.trainer.get("save_overwrite", False)}
-        # Composer counts anew at each start, and deletes the newest, too. It is done here.
         keep = self.config.trainer.get("save_num_checkpoints_to_keep", -1)
-        arguments["save_num_checkpoints_to_keep"] = -1
+        # Composer counts anew at each start, and deletes the newest, too. It is done here.
+        arguments: dict[str, Any] = {"save_num_checkpoints_to_keep": -1}
         if isinstance(self.folder, S3Folder):
             if dist.get_local_rank() == 0:
                 shutil.rmtree(self.staging, ignore_errors=True)

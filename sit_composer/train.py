@@ -243,7 +243,7 @@ def fit(config: Config, device: str, supervision: "Supervision") -> bool:
         where = getattr(error, "filename", None) or resumption.get("save_folder") or supervision.uri
         raise StorageError(f"{where}: no space left on the disk; with some, the same command resumes") from error
     finally:
-        trainer.close()
+        trainer.engine.close()  # trainer.close() then waits for all ranks, of which this one alone may have failed
     return True
 
 

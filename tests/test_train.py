@@ -99,7 +99,7 @@ def test_evaluation_is_logged_and_leaves_the_training_bits_alone(run, tmp_path, 
     logger = f"loggers={{file: {{filename: '{log}'}}}}"
     assert run("trainer.max_duration=10ba", "trainer.eval_interval=5ba", shards, logger) == 0
     assert "metrics/eval/loss" in log.read_text()
-    assert differences(bits(tmp_path / "whole")["model"], bits(tmp_path / "run")["model"]) == []
+    assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
 
 
 def test_sample_grids_are_drawn_and_leave_the_training_bits_alone(run, tmp_path):
