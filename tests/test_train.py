@@ -330,7 +330,7 @@ def test_a_planted_pickle_does_not_run(run, tmp_path, capsys):
     content = torch.load(file, weights_only=False)
     for place, poison in (
         ("seed", Planted(mark)),
-        ("algorithms", [("BlurPool", {"repr": f"__doc__ or open('{mark}', 'w')"})]),
+        ("algorithms", [("BlurPool", {"repr": f"__name__ and open('{mark}', 'w')"})]),
     ):
         planted = {**content, "state": {**content["state"], place: poison}}
         torch.save(planted, file)
