@@ -5,6 +5,7 @@ Between the client and a real S3 stands a proxy that answers 503, cuts connectio
 """
 
 import signal
+import subprocess
 import tempfile
 import threading
 import time
@@ -17,9 +18,10 @@ from sit_composer.lease import NAME, Lease
 from sit_composer.run_folder import newest
 from sit_composer.storage import LocalFolder, S3Folder, StorageError
 from sit_composer.stream import DataError, load_spec
+from tests.conftest import ROOT
 from tests.fault_proxy import FaultProxy
 from tests.test_data import LOADERS, SAMPLES, gather, loader, write_digits
-from tests.test_train import bits, differences, run  # noqa: F401 - a fixture
+from tests.test_train import COMPOSER, QUICKSTART, bits, differences, run  # noqa: F401 - a fixture
 from tests.test_train_s3 import FOLDER, REMOTE, fetched
 
 pytestmark = pytest.mark.slow  # minutes, of real outages
@@ -262,6 +264,18 @@ def test_a_run_whose_uploads_fail_for_good_ends_with_one_line(run, proxy, capsys
     assert last_error(capsys).startswith(f"error: {FOLDER}/ep0-ba2-rank0.pt: ")
     proxy.heal()
     assert set(S3Folder(FOLDER).listing()) == {"config.yaml"}  # and it let go
+
+
+def test_uploads_that_fail_on_one_rank_of_two_end_the_run(proxy, digits_shards):
+    """The other one waits for it, until the launcher ends it."""
+    signal.alarm(500)
+    proxy.fault("503", "(PUT|POST) .*ep0-ba2/__1_")
+    tiny = ["model.hidden_size=32", "model.depth=1", "model.num_heads=2", f"data.local={digits_shards}", "fsdp={}"]
+    times = ["trainer.max_duration=100000ba", "supervision.patience=3", "supervision.grace=5"]
+    command = [COMPOSER, "-n", "2", "-m", "tests.ranks", QUICKSTART, *tiny, *times, *REMOTE]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 2
+    assert f"error: {FOLDER}/ep0-ba2/__1_0.distcp: " in done.stdout + done.stderr
 
 
 def test_a_run_whose_store_is_broken_never_starts_from_zero(run, proxy, capsys, monkeypatch, tmp_path, whole):  # noqa: F811
