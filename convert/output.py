@@ -19,8 +19,8 @@ from typing import Any
 
 from plan import PLAN_NAME, Plan, changed_file, changes
 
-from sit_composer.run_folder import LocalFolder, S3Folder, StorageError
 from sit_composer.spec import SPEC_NAME, DataSpec
+from sit_composer.storage import LocalFolder, S3Folder, StorageError
 
 INDEX_NAME = "index.json"
 AGAIN = "again-"  # prefix of the shards that replace earlier ones in an object store, in turn with none

@@ -29,9 +29,10 @@ from torch import Tensor
 
 from sit_composer.autoencoder import AutoencoderSpec
 from sit_composer.names import SIZES, choose
-from sit_composer.run_folder import CHECKPOINT, METADATA, LocalFolder, S3Folder, fetch_checkpoint, newest
+from sit_composer.run_folder import CHECKPOINT, METADATA, fetch_checkpoint, newest
 from sit_composer.safe_load import CheckpointError, load_file, load_sharded
 from sit_composer.sit import SiT
+from sit_composer.storage import LocalFolder, S3Folder
 from sit_composer.transport import Transport
 
 WEIGHTS = ("ema", "training")

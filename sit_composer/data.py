@@ -18,8 +18,8 @@ from streaming.base.dataset import _ShardState
 
 from sit_composer.pictures import center_crop, decode_image
 from sit_composer.randomness import sample_key
-from sit_composer.run_folder import is_disk_full
 from sit_composer.spec import SPEC_NAME, DataSpec
+from sit_composer.storage import is_disk_full
 from sit_composer.stream import CheckedStream, DataError, load_spec, source
 
 __all__ = ["DataError", "SitDataset", "build_loader", "load_spec"]

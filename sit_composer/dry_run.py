@@ -189,7 +189,7 @@ def _autoencoder(config: Config) -> str:
 
 
 def _save_folder(uri: str) -> str:
-    from sit_composer.run_folder import S3Folder, open_run_folder
+    from sit_composer.storage import S3Folder, open_run_folder
 
     folder = open_run_folder(uri)
     if isinstance(folder, S3Folder):
@@ -217,7 +217,8 @@ def _save_folder(uri: str) -> str:
 
 
 def _earlier(config: Config) -> str:
-    from sit_composer.run_folder import checkpoints, newest, open_run_folder
+    from sit_composer.run_folder import checkpoints, newest
+    from sit_composer.storage import open_run_folder
 
     folder = open_run_folder(save_folder(config))
     found = list(checkpoints(folder))

@@ -17,7 +17,7 @@ from composer.utils import dist
 
 from sit_composer.lease import Lease
 from sit_composer.names import EVICTED
-from sit_composer.run_folder import StorageError
+from sit_composer.storage import StorageError
 
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>: be sent a signal when the parent dies
 

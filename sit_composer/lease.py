@@ -18,7 +18,7 @@ import time
 import uuid
 from pathlib import Path
 
-from sit_composer.run_folder import RunFolder, StorageError
+from sit_composer.storage import RunFolder, StorageError
 
 NAME = "alive.json"
 MISSED = 3  # beats after which a holder counts as dead

@@ -16,8 +16,8 @@ from streaming.base.storage import CloudDownloader
 from streaming.base.util import retry as retrying
 
 from sit_composer.errors import UserError
-from sit_composer.run_folder import is_disk_full
 from sit_composer.spec import SPEC_NAME, DataSpec
+from sit_composer.storage import is_disk_full
 
 INDEX_NAME = "index.json"
 OUTAGE = 300  # seconds after which an attempt to fetch a shard is the last

@@ -25,17 +25,8 @@ from sit_composer.checks import CONFIG, check_same_config
 from sit_composer.config import Config, ConfigError
 from sit_composer.eviction import Eviction
 from sit_composer.lease import Lease
-from sit_composer.run_folder import (
-    RunFolder,
-    S3Folder,
-    StorageError,
-    checkpoints,
-    clear_incomplete,
-    fetch_checkpoint,
-    newest,
-    open_run_folder,
-    prune,
-)
+from sit_composer.run_folder import checkpoints, clear_incomplete, fetch_checkpoint, newest, prune
+from sit_composer.storage import RunFolder, S3Folder, StorageError, open_run_folder
 from sit_composer.uploads import Uploads
 
 
@@ -71,10 +62,9 @@ class Supervision:
         self.lease.check()  # also that every rank sees the same folder
         self.eviction.lease = self.lease
         name = _from_rank_0(self._find)
-        arguments: dict[str, Any] = {"save_overwrite": self.resumes or self.config.trainer.get("save_overwrite", False)}
-        # Composer counts anew at each start, and deletes the newest, too. It is done here.
         keep = self.config.trainer.get("save_num_checkpoints_to_keep", -1)
-        arguments["save_num_checkpoints_to_keep"] = -1
+        # Composer counts anew at each start, and deletes the newest, too. It is done here.
+        arguments: dict[str, Any] = {"save_num_checkpoints_to_keep": -1}
         if isinstance(self.folder, S3Folder):
             if dist.get_local_rank() == 0:
                 shutil.rmtree(self.staging, ignore_errors=True)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from sit_composer.autoencoder import Autoencoder
     from sit_composer.ema import EMAWeights
-    from sit_composer.run_folder import RunFolder
+    from sit_composer.storage import RunFolder
     from sit_composer.supervision import Supervision
 
 
@@ -120,10 +120,10 @@ def fit(config: Config, device: str, supervision: "Supervision") -> bool:
     from sit_composer.ema import EMA
     from sit_composer.eviction import Evicted
     from sit_composer.model import ComposerSiT
-    from sit_composer.run_folder import StorageError, is_disk_full
     from sit_composer.safe_load import guard_composer
     from sit_composer.sharding import parallelism
     from sit_composer.sit import SiT
+    from sit_composer.storage import StorageError, is_disk_full
     from sit_composer.supervision import excluded_algorithms
     from sit_composer.transport import Transport
 
@@ -243,7 +243,7 @@ def fit(config: Config, device: str, supervision: "Supervision") -> bool:
         where = getattr(error, "filename", None) or resumption.get("save_folder") or supervision.uri
         raise StorageError(f"{where}: no space left on the disk; with some, the same command resumes") from error
     finally:
-        trainer.close()
+        trainer.engine.close()  # trainer.close() then waits for all ranks, of which this one alone may have failed
     return True
 
 

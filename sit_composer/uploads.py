@@ -14,8 +14,9 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from sit_composer.lease import Lease
-from sit_composer.run_folder import METADATA, S3Folder, StorageError, prune
+from sit_composer.run_folder import METADATA, prune
 from sit_composer.safe_load import load_metadata, sharded_files
+from sit_composer.storage import S3Folder, StorageError
 
 
 class Uploads(Callback):

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.datasets import load_digits
 
-from sit_composer import run_folder
+from sit_composer import storage
 from tests.conftest import ROOT, ROWS, png
 from tests.fault_proxy import FaultProxy
 from tests.test_to_mds import read
@@ -233,7 +233,7 @@ def descendants(pid: int) -> list[int]:
 def proxy(s3, monkeypatch):
     """A proxy before the S3 that S3_ENDPOINT_URL names, and clients that try twice, and wait for a second only."""
     for name, value in {"CONNECT_TIMEOUT": 1, "READ_TIMEOUT": 1, "ATTEMPTS": 2}.items():
-        monkeypatch.setattr(run_folder, name, value)
+        monkeypatch.setattr(storage, name, value)
     with FaultProxy(s3.url) as proxy:
         monkeypatch.setenv("S3_ENDPOINT_URL", proxy.url)
         yield proxy

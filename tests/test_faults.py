@@ -5,6 +5,7 @@ Between the client and a real S3 stands a proxy that answers 503, cuts connectio
 """
 
 import signal
+import subprocess
 import tempfile
 import threading
 import time
@@ -12,13 +13,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from sit_composer import run_folder, stream
+from sit_composer import storage, stream
 from sit_composer.lease import NAME, Lease
-from sit_composer.run_folder import LocalFolder, S3Folder, StorageError, newest
+from sit_composer.run_folder import newest
+from sit_composer.storage import LocalFolder, S3Folder, StorageError
 from sit_composer.stream import DataError, load_spec
+from tests.conftest import ROOT
 from tests.fault_proxy import FaultProxy
 from tests.test_data import LOADERS, SAMPLES, gather, loader, write_digits
-from tests.test_train import bits, differences, run  # noqa: F401 - a fixture
+from tests.test_train import COMPOSER, QUICKSTART, bits, differences, run  # noqa: F401 - a fixture
 from tests.test_train_s3 import FOLDER, REMOTE, fetched
 
 pytestmark = pytest.mark.slow  # minutes, of real outages
@@ -45,8 +48,8 @@ def never_hangs(request) -> Iterator[None]:
 @pytest.fixture
 def proxy(s3, monkeypatch) -> Iterator[FaultProxy]:
     """A proxy before the S3 that S3_ENDPOINT_URL names, and clients that wait for a second only."""
-    monkeypatch.setattr(run_folder, "CONNECT_TIMEOUT", 1)
-    monkeypatch.setattr(run_folder, "READ_TIMEOUT", 1)
+    monkeypatch.setattr(storage, "CONNECT_TIMEOUT", 1)
+    monkeypatch.setattr(storage, "READ_TIMEOUT", 1)
     with FaultProxy(s3.url) as proxy:
         monkeypatch.setenv("S3_ENDPOINT_URL", proxy.url)
         yield proxy
@@ -97,7 +100,7 @@ def test_a_request_that_fails_for_a_while_is_made_again(proxy, folder, tmp_path,
 
 @EACH_KIND
 def test_a_store_that_stays_broken_is_one_line_that_names_what_was_asked_for(proxy, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(run_folder, "ATTEMPTS", 2)
+    monkeypatch.setattr(storage, "ATTEMPTS", 2)
     (tmp_path / "file").write_bytes(bytes(range(256)) * 36_000)
     folder = S3Folder("s3://sit/runs/f")
     folder.upload(tmp_path / "file", "large")
@@ -124,7 +127,7 @@ def test_the_store_checks_signatures_behind_the_proxy_too(proxy, monkeypatch):
 
 def test_the_patience_of_the_product_is_minutes_and_no_more():
     """A request to a store that stalls for ever, with its backoff."""
-    worst = run_folder.ATTEMPTS * max(run_folder.CONNECT_TIMEOUT, run_folder.READ_TIMEOUT) + 1 + 2 + 4 + 8 + 16
+    worst = storage.ATTEMPTS * max(storage.CONNECT_TIMEOUT, storage.READ_TIMEOUT) + 1 + 2 + 4 + 8 + 16
     assert 60 < worst < 300
 
 
@@ -132,7 +135,7 @@ def test_the_patience_of_the_product_is_minutes_and_no_more():
 
 
 def test_beats_that_fail_for_a_while_do_not_end_a_run(proxy, s3, monkeypatch):
-    monkeypatch.setattr(run_folder, "ATTEMPTS", 1)
+    monkeypatch.setattr(storage, "ATTEMPTS", 1)
     lease = Lease(S3Folder("s3://sit/run"), 0.2)
     lease.acquire()
     for kind in KINDS:
@@ -166,7 +169,7 @@ def test_letting_go_does_not_wait_for_a_store_that_stalls(proxy):
 def test_a_run_that_was_cut_off_from_the_store_writes_no_more_when_it_is_back(proxy, s3, tmp_path, monkeypatch):
     from sit_composer.supervision import Uploads
 
-    monkeypatch.setattr(run_folder, "ATTEMPTS", 1)
+    monkeypatch.setattr(storage, "ATTEMPTS", 1)
     folder = S3Folder("s3://sit/run")
     cut_off = Lease(folder, 0.3)
     cut_off.acquire()
@@ -253,7 +256,7 @@ def test_a_run_through_faults_of_all_kinds_equals_one_without(run, proxy, tmp_pa
 
 @pytest.mark.parametrize("kind", ["503", pytest.param("cut", marks=pytest.mark.slow), "stall"])
 def test_a_run_whose_uploads_fail_for_good_ends_with_one_line(run, proxy, capsys, monkeypatch, kind):  # noqa: F811
-    monkeypatch.setattr(run_folder, "ATTEMPTS", 2)
+    monkeypatch.setattr(storage, "ATTEMPTS", 2)
     proxy.fault(kind, r"(PUT|POST) .*ep0-ba2", after=1000)
     before = time.monotonic()
     assert run("trainer.max_duration=400ba", *REMOTE, "supervision.patience=3") == 2
@@ -263,8 +266,20 @@ def test_a_run_whose_uploads_fail_for_good_ends_with_one_line(run, proxy, capsys
     assert set(S3Folder(FOLDER).listing()) == {"config.yaml"}  # and it let go
 
 
+def test_uploads_that_fail_on_one_rank_of_two_end_the_run(proxy, digits_shards):
+    """The other one waits for it, until the launcher ends it."""
+    signal.alarm(500)
+    proxy.fault("503", "(PUT|POST) .*ep0-ba2/__1_")
+    tiny = ["model.hidden_size=32", "model.depth=1", "model.num_heads=2", f"data.local={digits_shards}", "fsdp={}"]
+    times = ["trainer.max_duration=100000ba", "supervision.patience=3", "supervision.grace=5"]
+    command = [COMPOSER, "-n", "2", "-m", "tests.ranks", QUICKSTART, *tiny, *times, *REMOTE]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 2
+    assert f"error: {FOLDER}/ep0-ba2/__1_0.distcp: " in done.stdout + done.stderr
+
+
 def test_a_run_whose_store_is_broken_never_starts_from_zero(run, proxy, capsys, monkeypatch, tmp_path, whole):  # noqa: F811
-    monkeypatch.setattr(run_folder, "ATTEMPTS", 2)
+    monkeypatch.setattr(storage, "ATTEMPTS", 2)
     assert run("trainer.max_duration=2ba", *REMOTE) == 0
     before = {name: size for name, size in S3Folder(FOLDER).listing().items() if name != NAME}
     capsys.readouterr()
@@ -391,15 +406,15 @@ def test_torchs_own_words_for_a_full_disk_are_known(disk, tmp_path):
         disk.fill(60_000)
         with pytest.raises(BaseException, match=r"\S") as caught:  # torch's CheckpointException is no Exception
             write(disk.path / str(number))
-        assert run_folder.is_disk_full(caught.value), caught.value
+        assert storage.is_disk_full(caught.value), caught.value
         disk.clear()
         write(tmp_path / str(number))
     (tmp_path / "cut").write_bytes((tmp_path / "0").read_bytes()[:-500])
     for error in (RuntimeError("unexpected"), FileNotFoundError(2, "not there")):
-        assert not run_folder.is_disk_full(error)
+        assert not storage.is_disk_full(error)
     with pytest.raises(RuntimeError, match="PytorchStreamReader") as caught:
         torch.load(tmp_path / "cut")
-    assert not run_folder.is_disk_full(caught.value)
+    assert not storage.is_disk_full(caught.value)
 
 
 def test_a_full_disk_under_the_checkpoints_is_one_line_and_a_rerun_resumes(run, disk, capsys, tmp_path, whole):  # noqa: F811

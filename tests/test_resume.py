@@ -9,8 +9,9 @@ import torch
 from PIL import Image, ImageChops
 
 from sit_composer.checkpoint import load_checkpoint
-from sit_composer.run_folder import LocalFolder, newest
+from sit_composer.run_folder import newest
 from sit_composer.safe_load import METADATA, load_file, load_metadata, load_sharded
+from sit_composer.storage import LocalFolder
 from tests.conftest import ROOT
 from tests.test_train import COMPOSER, differences
 

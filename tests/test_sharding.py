@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from composer.core import Precision
@@ -5,7 +7,12 @@ from composer.distributed.prepare_distributed import parallelize_composer_model
 from composer.utils import dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from sit_composer import callbacks
+from sit_composer.autoencoder import load_autoencoder
+from sit_composer.callbacks import Drawing
 from sit_composer.config import FSDPConfig
+from sit_composer.ema import EMAWeights
+from sit_composer.generate import Sampling
 from sit_composer.model import ComposerSiT
 from sit_composer.sharding import parallelism
 from sit_composer.transport import Transport
@@ -30,6 +37,30 @@ def test_the_network_sees_exact_times_and_latents_in_bfloat16_too(mixed_precisio
         sharded = model(data)
     assert seen["t"].dtype == seen["x"].dtype == torch.float32
     torch.testing.assert_close(sharded, replicated, rtol=2e-2, atol=1e-2)
+
+
+def test_pictures_are_drawn_from_weights_that_are_gathered_in_bfloat16(monkeypatch):
+    """Without autocast, as Composer calls callbacks, they would meet float32. Composer has it on a GPU alone."""
+    monkeypatch.setattr("composer.distributed.prepare_distributed._validate_precision", lambda *_: None)  # a CPU
+    casts = {Precision.AMP_BF16: torch.bfloat16}
+    monkeypatch.setattr(callbacks, "get_precision_context", lambda p: torch.autocast("cpu", casts[p]))
+    dist.initialize_dist("cpu")
+    model, weights = ComposerSiT(small_network(in_channels=1), Transport(), SPEC), EMAWeights()
+    state = SimpleNamespace(model=model, precision=Precision.AMP_BF16)
+    drawing = Drawing([0, 1, 2], Sampling(cfg_scale=1.5, num_steps=5), load_autoencoder(None, 1, "cpu"), weights, 2)
+    weights.start(state)
+    exact = drawing(state, lambda pictures: pictures)  # replicated weights are drawn from in float32
+    config = parallelism(FSDPConfig())["fsdp"]
+    config.device_mesh = init_device_mesh("cpu", (1,))
+    parallelize_composer_model(model, None, config, Precision.AMP_BF16)
+    weights.start(state)
+    for _ in range(2):  # and again, once gathered weights were left behind
+        rounded = drawing(state, lambda pictures: pictures)
+        difference = (rounded.int() - exact.int()).abs()
+        assert rounded.dtype == torch.uint8
+        assert difference.float().mean() < 1
+        assert difference.max() > 0  # it was bfloat16
+    assert not weights.swapped
 
 
 def test_a_block_is_the_unit_of_sharding():

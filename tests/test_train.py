@@ -18,8 +18,8 @@ from PIL import Image
 from sit_composer import callbacks, evaluate, sample, train
 from sit_composer.checkpoint import load_checkpoint
 from sit_composer.lease import Lease
-from sit_composer.run_folder import LocalFolder
 from sit_composer.sit import SiT
+from sit_composer.storage import LocalFolder
 from tests.conftest import ROOT
 from tests.judge_digits import judge
 
@@ -99,7 +99,7 @@ def test_evaluation_is_logged_and_leaves_the_training_bits_alone(run, tmp_path, 
     logger = f"loggers={{file: {{filename: '{log}'}}}}"
     assert run("trainer.max_duration=10ba", "trainer.eval_interval=5ba", shards, logger) == 0
     assert "metrics/eval/loss" in log.read_text()
-    assert differences(bits(tmp_path / "whole")["model"], bits(tmp_path / "run")["model"]) == []
+    assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
 
 
 def test_sample_grids_are_drawn_and_leave_the_training_bits_alone(run, tmp_path):
@@ -330,7 +330,7 @@ def test_a_planted_pickle_does_not_run(run, tmp_path, capsys):
     content = torch.load(file, weights_only=False)
     for place, poison in (
         ("seed", Planted(mark)),
-        ("algorithms", [("BlurPool", {"repr": f"__doc__ or open('{mark}', 'w')"})]),
+        ("algorithms", [("BlurPool", {"repr": f"__name__ and open('{mark}', 'w')"})]),
     ):
         planted = {**content, "state": {**content["state"], place: poison}}
         torch.save(planted, file)

@@ -6,7 +6,8 @@ import pytest
 
 from sit_composer import callbacks
 from sit_composer.checkpoint import load_checkpoint
-from sit_composer.run_folder import LocalFolder, S3Folder, fetch_checkpoint, newest
+from sit_composer.run_folder import fetch_checkpoint, newest
+from sit_composer.storage import LocalFolder, S3Folder
 from tests.test_train import bits, differences, run  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.slow

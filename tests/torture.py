@@ -20,7 +20,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from sit_composer.run_folder import METADATA, LocalFolder, S3Folder, fetch_checkpoint, newest
+from sit_composer.run_folder import METADATA, fetch_checkpoint, newest
+from sit_composer.storage import LocalFolder, S3Folder
 from tests.conftest import ROOT, SeaweedFS
 from tests.fault_proxy import FaultProxy
 
