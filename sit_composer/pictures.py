@@ -1,10 +1,11 @@
 """Pictures as their files have them, decoded and cropped to uint8 tensors.
 
-The crop is ADM's `center_crop_arr`: PIL's BOX filter halves a picture while its short side is twice the target or more,
-PIL's BICUBIC makes the short side the target, and the centre is kept. PIL computes a row of the whole picture, then a
-column, a value at a time. Here the halves come from PIL's `reduce`, which is exact, and the bicubic filter from torch's
-`embedding_bag`, a vectorised sum of weighted rows, for the pixels alone that the crop keeps. (torchvision's own resize
-of uint8 is faster still, but is two levels off in a few values of a million: it rounds the weights to 16 bits.)
+The crop is ADM's `center_crop_arr`, to the bit: PIL's BOX filter halves a picture while its short side is twice the
+target or more, PIL's BICUBIC makes the short side the target, and the centre is kept. PIL goes from value to value.
+Here the halves come from its faster `reduce`, and the bicubic filter is PIL's integer arithmetic in torch's vectorised
+`embedding_bag`, on the pixels alone that the crop keeps. All sums are exact, so that no machine rounds otherwise.
+(torchvision's resize is faster still. But it rounds weights to 16 bits, and so is a level off in 4 values of 1,000, and
+in some pictures two.)
 """
 
 import io
@@ -13,13 +14,15 @@ from functools import lru_cache
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.nn.functional import embedding_bag
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as tvf
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # PIL's other decoders are not for unknown files
 
 
-def decode_image(data: bytes, channels: int) -> torch.Tensor:
+def decode_image(data: bytes, channels: int) -> Tensor:
     """Decodes a picture's file to uint8 (channels, H, W): grey if ``channels`` is 1, RGB if 3.
 
     What is transparent shows white; 16 bits a channel become the upper 8; an animation gives its first frame; a
@@ -52,11 +55,8 @@ def decode_image(data: bytes, channels: int) -> torch.Tensor:
         return tvf.pil_to_tensor(picture.convert("L" if channels == 1 else "RGB"))
 
 
-def center_crop(image: torch.Tensor, size: int) -> torch.Tensor:
-    """Resizes the short side of uint8 (C, H, W) to ``size`` and crops the centre, as ADM does: (C, size, size).
-
-    A value is ADM's but for the last bit of a float32: one in some ten thousand is a level of 255 off.
-    """
+def center_crop(image: Tensor, size: int) -> Tensor:
+    """Resizes the short side of uint8 (C, H, W) to ``size`` and crops the centre, as ADM does: (C, size, size)."""
     channels, *lengths = image.shape
     if lengths == [size, size]:
         return image
@@ -76,7 +76,7 @@ def center_crop(image: torch.Tensor, size: int) -> torch.Tensor:
     return _weighted_sums(image.transpose(1, 2), *down[1:])
 
 
-def _halve(image: torch.Tensor, times: int) -> torch.Tensor:
+def _halve(image: Tensor, times: int) -> Tensor:
     """Halves both sides of uint8 (C, H, W) so many times, as PIL's BOX filter does to the bit."""
     if not times:
         return image
@@ -92,12 +92,12 @@ def _halve(image: torch.Tensor, times: int) -> torch.Tensor:
 
 
 @lru_cache(128)
-def _filter(n: int, out: int, size: int, channels: int) -> tuple[slice, torch.Tensor, torch.Tensor]:
+def _filter(n: int, out: int, size: int, channels: int) -> tuple[slice, Tensor, Tensor, Tensor]:
     """PIL's bicubic filter from ``n`` pixels to the ``size`` in the middle of ``out``.
 
     Returns:
         Which of the n it needs; and of each of the channels' outputs, for `_weighted_sums`, the inputs' numbers among
-        these and their weights, (channels · size, taps) both.
+        these and their weights, 2 ** 22 in all: the upper bits and the lower 11. (channels · size, taps) each.
     """
     scale = n / out
     stretch = max(scale, 1.0)  # of the filter, which averages where the picture shrinks
@@ -105,21 +105,26 @@ def _filter(n: int, out: int, size: int, channels: int) -> tuple[slice, torch.Te
     first = np.maximum((centers - 2 * stretch + 0.5).astype(int), 0)
     last = np.minimum((centers + 2 * stretch + 0.5).astype(int), n) - 1
     taps = first[:, None] + np.arange((last - first).max() + 1)  # (size, taps)
-    x = np.abs(taps + 0.5 - centers[:, None]) / stretch
-    weights = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, ((2.5 - 0.5 * x) * x - 4) * x + 2, 0))
+    x = np.abs((taps - centers[:, None] + 0.5) * (1 / stretch))
+    weights = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, (((x - 5) * x + 8) * x - 4) * -0.5, 0))
     weights[taps > last[:, None]] = 0
-    weights /= weights.sum(1, keepdims=True)
-    weights = np.round(weights * 2**22) / 2**22  # as PIL does
+    weights /= weights.cumsum(1)[:, -1:]  # summed in PIL's order
+    weights = np.trunc(weights * 2**22 + np.copysign(0.5, weights)).astype(int)
     taps = np.minimum(taps, last[:, None]) - first[0]
     kept = slice(int(first[0]), int(last[-1]) + 1)
     taps = np.concatenate([taps + channel * (kept.stop - kept.start) for channel in range(channels)])
-    return kept, torch.from_numpy(taps), torch.from_numpy(weights).float().repeat(channels, 1)
+    upper, lower = (torch.from_numpy(part).float().repeat(channels, 1) for part in (weights >> 11, weights & 2047))
+    return kept, torch.from_numpy(taps).int(), upper / 2**11, lower / 2**11
 
 
-def _weighted_sums(image: torch.Tensor, taps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Sums of weighted rows of uint8 (C, N, L), rounded to uint8 (C, M, L), as `_filter` says for C · M of them."""
+def _weighted_sums(image: Tensor, taps: Tensor, upper: Tensor, lower: Tensor) -> Tensor:
+    """Sums of weighted rows of uint8 (C, N, L), rounded to uint8 (C, M, L), as `_filter` says for C · M of them.
+
+    A float32 has 24 bits, and PIL's sums take 31: so there are two, and both are exact.
+    """
     channels, _, length = image.shape
     table = image.to(torch.float32, memory_format=torch.contiguous_format).view(-1, length)
-    sums = torch.nn.functional.embedding_bag(taps, table, mode="sum", per_sample_weights=weights)
-    levels = sums.add_(0.5).clamp_(0, 255.5).numpy().astype(np.uint8)  # torch's own conversion is slower
+    carried = embedding_bag(taps, table, mode="sum", per_sample_weights=lower).floor_()
+    sums = embedding_bag(taps, table, mode="sum", per_sample_weights=upper).add_(carried, alpha=1 / 2**11)
+    levels = sums.add_(0.5).clamp_(0, 255).numpy().astype(np.uint8)  # torch's own conversion is slower
     return torch.from_numpy(levels).view(channels, -1, length)

@@ -47,7 +47,7 @@ def adm_center_crop(picture: Image.Image, size: int) -> np.ndarray:
 
 
 def differences(levels: np.ndarray, size: int) -> np.ndarray:
-    """How far the crop of levels, uint8 (H, W, C), is from ADM's."""
+    """How many levels of 255 the crop of uint8 (H, W, C) is from ADM's."""
     ours = center_crop(torch.from_numpy(levels).permute(2, 0, 1), size).permute(1, 2, 0).numpy()
     theirs = adm_center_crop(Image.fromarray(levels.squeeze(-1) if levels.shape[-1] == 1 else levels), size)
     return np.abs(ours.astype(int) - theirs.reshape(ours.shape))
@@ -57,12 +57,10 @@ def differences(levels: np.ndarray, size: int) -> np.ndarray:
 @pytest.mark.parametrize("size", [8, 64, 213, 214, 256, 300, 427, 512])
 @pytest.mark.parametrize("photograph", [0, 1])
 def test_the_crop_is_adms(photograph, size, channels):
-    """Of 427 x 640 photographs, halved first up to five times, or enlarged."""
+    """To the bit: of 427 x 640 photographs, halved first up to five times, or enlarged."""
     picture = Image.fromarray(load_sample_images().images[photograph]).convert("L" if channels == 1 else "RGB")
     for side in (picture, picture.transpose(Image.Transpose.TRANSPOSE)):
-        off = differences(np.array(side).reshape(side.height, side.width, channels), size)
-        assert off.max() <= 1
-        assert off.mean() < 1e-3
+        assert not differences(np.array(side).reshape(side.height, side.width, channels), size).any()
 
 
 def made(kind: str, height: int, width: int, channels: int, seed: int) -> np.ndarray:
@@ -70,7 +68,7 @@ def made(kind: str, height: int, width: int, channels: int, seed: int) -> np.nda
     if kind == "noise":
         return random.integers(0, 256, (height, width, channels), dtype=np.uint8)
     coarse = random.choice([0, 255], (height // 5 + 1, width // 5 + 1, channels)).astype(np.uint8)
-    if kind == "stripes":  # rows that are alike, whose errors would add up
+    if kind == "stripes":  # rows that are alike; here sums of float32 are two levels off, as their errors add up
         coarse[:] = coarse[:1]
     return coarse.repeat(5, 0).repeat(5, 1)[:height, :width]
 
@@ -84,19 +82,17 @@ def made(kind: str, height: int, width: int, channels: int, seed: int) -> np.nda
     st.sampled_from([1, 3]),
     st.integers(0, 1 << 30),
 )
-def test_the_crop_of_any_picture_is_within_a_level_of_adms(kind, height, width, size, channels, seed):
+def test_the_crop_of_any_picture_is_adms_to_the_bit(kind, height, width, size, channels, seed):
     assume(size**2 * max(height, width) < 1e6 * min(height, width))  # ADM's makes all of a long and thin one
     off = differences(made(kind, height, width, channels, seed), size)
     assert off.shape == (size, size, channels)
-    assert off.max() <= 1
+    assert not off.any()
 
 
+@pytest.mark.parametrize("kind", ["noise", "blocks", "stripes"])
 @pytest.mark.parametrize("shape", [(300, 400), (375, 500), (150, 200), (280, 280), (1027, 771)])
-def test_a_value_that_is_not_adms_is_rare(shape):
-    """torchvision's resize fails this: it is off in 4 values of 1,000, and in 5 of a million by 2 levels."""
-    off = np.concatenate([differences(made("noise", *shape, 3, seed), 256) for seed in range(4)])
-    assert off.max() <= 1
-    assert off.mean() < 1e-4
+def test_no_value_of_a_hundred_thousand_is_another(shape, kind):
+    assert not any(differences(made(kind, *shape, 3, seed), 256).any() for seed in range(4))
 
 
 def test_a_long_and_thin_picture_takes_little_memory():
@@ -351,4 +347,4 @@ def test_the_benchmark_prints_its_table(capsys, monkeypatch):
     assert crop.main(["--seconds", "0"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in lines] == ["| picture", "| ---", "| 300 × 260", "| 640 × 520"]
-    assert all(line.endswith(("| 0 |", "| 1 |")) for line in lines[2:])
+    assert all(line.endswith(" | 0 |") for line in lines[2:])
