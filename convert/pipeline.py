@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from multiprocessing.connection import wait
@@ -80,14 +80,14 @@ class Job:
 
 
 def convert_parts(
-    job: Job, todo: Iterable[int], workers: int, on_picture: Callable[[int, str | None], None]
+    job: Job, todo: Iterable[int], decoders: "Decoders", on_picture: Callable[[int, str | None], None]
 ) -> Iterator[dict[str, Any]]:
     """Converts the parts of those numbers, and yields the record of each when its shards are there.
 
     Args:
         job: the conversion.
         todo: the parts' numbers.
-        workers: processes that decode; 0: this one does.
+        decoders: who decodes pictures.
         on_picture: is told of each picture its bytes, and why it was left out if it was.
 
     Raises:
@@ -100,7 +100,7 @@ def convert_parts(
     with (
         job.output.scratch() as scratch,
         Deliveries(job.output) as deliveries,
-        closing(ahead(job.form.prepare, samples, workers, job.form.preload)) as prepared,
+        closing(ahead(job.form.prepare, samples, decoders)) as prepared,
     ):
         for part, group in groupby(prepared, key=lambda one: one.part):
             folder = scratch / str(part)
@@ -185,29 +185,52 @@ class Deliveries:
             yield record
 
 
+class Decoders:
+    """Processes that prepare pictures. They end with this one, also when that is killed.
+
+    Args:
+        workers: how many; 0: this one prepares pictures itself.
+        preload: modules that they need.
+    """
+
+    def __init__(self, workers: int, preload: list[str]) -> None:
+        self.workers = workers
+        self.pool = None
+        if workers:
+            context = multiprocessing.get_context("forkserver")  # to fork this one, with its threads, could hang
+            context.set_forkserver_preload(preload)  # loaded once, for all
+            self.pool = ProcessPoolExecutor(workers, context, _begin_worker)
+
+    def __enter__(self) -> "Decoders":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+
+
 def ahead(
-    function: Callable[[Any], Any], samples: Iterable[tuple[int, Sample | None]], workers: int, preload: list[str]
+    function: Callable[[Any], Any], samples: Iterable[tuple[int, Sample | None]], decoders: Decoders
 ) -> Iterator[Prepared]:
     """Each sample with the function of its picture, or with what is wrong with that, in order.
 
-    Processes, which need the modules ``preload``, work ahead of who reads. Close it to end them.
+    The decoders work ahead of who reads.
 
     Raises:
         InputError: if one of them dies.
     """
-    if not workers:
+    if decoders.pool is None:
         for part, sample in samples:
             yield Prepared(part, sample, None if sample is None else _attempt(function, sample.image))
         return
     waiting: deque[tuple[list[tuple[int, Sample | None]], Future[list[Any]]]] = deque()
-    with _processes(workers, preload) as pool:
-        for chunk in _chunks(samples):
-            pictures = [sample.image for _, sample in chunk if sample is not None]
-            waiting.append((chunk, pool.submit(_attempts, function, pictures)))
-            if len(waiting) > AHEAD * workers:
-                yield from _collect(*waiting.popleft())
-        while waiting:
+    for chunk in _chunks(samples):
+        pictures = [sample.image for _, sample in chunk if sample is not None]
+        waiting.append((chunk, decoders.pool.submit(_attempts, function, pictures)))
+        if len(waiting) > AHEAD * decoders.workers:
             yield from _collect(*waiting.popleft())
+    while waiting:
+        yield from _collect(*waiting.popleft())
 
 
 def _chunks(samples: Iterable[tuple[int, Sample | None]]) -> Iterator[list[tuple[int, Sample | None]]]:
@@ -230,18 +253,6 @@ def _collect(chunk: list[tuple[int, Sample | None]], future: "Future[list[Any]]"
         ) from None
     for part, sample in chunk:
         yield Prepared(part, sample, None if sample is None else next(results))
-
-
-@contextmanager
-def _processes(workers: int, preload: list[str]) -> Iterator[ProcessPoolExecutor]:
-    """Processes that end with this one, also when that is killed."""
-    context = multiprocessing.get_context("forkserver")  # to fork this one, with its threads, could hang
-    context.set_forkserver_preload(preload)  # loaded once, for all
-    pool = ProcessPoolExecutor(workers, context, _begin_worker)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _begin_worker() -> None:

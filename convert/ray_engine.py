@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.data
 from output import Output, OutputError
-from pipeline import Job, convert_parts
+from pipeline import Decoders, Job, convert_parts
 from pixels import Pixels
 from sources import InputError
 
@@ -32,19 +33,28 @@ class Converter:
         plan, skip_bad: the `Job`'s.
         kind, options: the class of its form, and that one's arguments.
         out, prefix: the output's address, and its `prefix`.
+        workers: processes of its own that decode.
     """
 
     def __init__(
-        self, plan: ray.ObjectRef, kind: type, options: dict[str, Any], out: str, prefix: str, skip_bad: bool
+        self,
+        plan: ray.ObjectRef,
+        kind: type,
+        options: dict[str, Any],
+        out: str,
+        prefix: str,
+        skip_bad: bool,
+        workers: int,
     ) -> None:
         output = Output(out)
         output.prefix = prefix
         self.job = Job(ray.get(plan), kind(**options), output, skip_bad)
+        self.decoders = Decoders(workers, self.job.form.preload)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         """The records of the parts of a batch, as JSON; or what was wrong, and of which kind that is."""
         try:
-            records = list(convert_parts(self.job, map(int, batch["part"]), 0, lambda size, skipped: None))
+            records = list(convert_parts(self.job, map(int, batch["part"]), self.decoders, lambda size, skipped: None))
             return {"kind": ["record"] * len(records), "content": list(map(json.dumps, records))}
         except (InputError, OutputError, UserError, OSError) as error:
             return {"kind": [type(error).__name__], "content": [str(error)]}
@@ -61,6 +71,8 @@ def convert_on_ray(job: Job, kind: type, options: dict[str, Any], todo: list[int
     Raises:
         InputError, OutputError, UserError: what an actor's `convert_parts` raised.
     """
+    if not todo:
+        return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     out = str(job.output.path or job.output.uri)  # an actor has a working folder of its own
@@ -71,19 +83,23 @@ def convert_on_ray(job: Job, kind: type, options: dict[str, Any], todo: list[int
     ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", runtime_env=code)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False  # there is one that counts pictures
-        gpus = int(ray.cluster_resources().get("GPU", 0)) if kind is not Pixels else 0
-        actors = min(gpus or int(ray.cluster_resources()["CPU"]), len(todo))
+        resources = ray.cluster_resources()
+        gpus = int(resources.get("GPU", 0)) if kind is not Pixels else 0
+        cpus = max(1, int(resources["CPU"]) // gpus) if gpus else 1  # of an actor
+        workers = cpus if gpus else 0
         rows = ray.data.from_items([{"part": number} for number in todo], override_num_blocks=len(todo)).map_batches(
             Converter,
-            fn_constructor_args=(ray.put(job.plan), kind, options, out, job.output.prefix, job.skip_bad),
+            fn_constructor_args=(ray.put(job.plan), kind, options, out, job.output.prefix, job.skip_bad, workers),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=actors),
+            compute=ray.data.ActorPoolStrategy(size=min(gpus or int(resources["CPU"]), len(todo))),
             num_gpus=1 if gpus else 0,
-            num_cpus=0 if gpus else 1,
+            num_cpus=cpus,
         )
         for row in rows.iter_rows():
             if row["kind"] != "record":
                 raise ERRORS.get(row["kind"], UserError)(row["content"])
             yield json.loads(row["content"])
+    except ray.exceptions.RayError as error:  # not ours: its nodes, its memory, its object store
+        raise UserError(f"--engine ray: {str(error).strip().splitlines()[-1]}") from error
     finally:
         ray.shutdown()

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from options import parse, what_is_made
 from output import Output, OutputError
-from pipeline import Job, Tally, convert_parts
+from pipeline import Decoders, Job, Tally, convert_parts
 from pixels import BadPicture, Pixels, levels
 from plan import Plan, identity
 from progress import Progress
@@ -171,7 +171,8 @@ def _here(job: Job, workers: int | None, todo: list[int], progress: Progress) ->
     if workers is None:
         small = job.plan.rows is not None and job.plan.rows <= SMALL  # to start processes would take longer
         workers = 0 if small else os.cpu_count() or 1
-    return convert_parts(job, todo, workers, progress.picture)
+    with Decoders(workers, job.form.preload) as decoders:
+        yield from convert_parts(job, todo, decoders, progress.picture)
 
 
 def _spec(job: Job, records: list[dict[str, Any]]) -> DataSpec:
