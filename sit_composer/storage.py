@@ -9,6 +9,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -231,20 +232,18 @@ class S3Folder:
             if found is None or found[0] != before:
                 return False
             condition = {"IfMatch": found[1]}
-        action, body = (
-            (self.client.delete_object, {}) if content is None else (self.client.put_object, {"Body": content})
-        )
+        where = {"Bucket": self.bucket, "Key": self.prefix + name}
+        action = self.client.delete_object if content is None else partial(self.client.put_object, Body=content)
         with self._errors(f"{self.uri}/{name}"):
             try:
-                action(Bucket=self.bucket, Key=self.prefix + name, **body, **condition)
+                action(**where, **condition)
             except ClientError as error:
                 code = error.response["Error"]["Code"]
                 if code == "NotImplemented":  # a store without conditions: then by the look alone
-                    action(Bucket=self.bucket, Key=self.prefix + name, **body)
+                    action(**where)
                 elif code in ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"):
-                    return (
-                        self.read(name) == content
-                    )  # it may have been done, the answer lost, and been asked for again
+                    # It may have been done, the answer lost, and been asked for again.
+                    return self.read(name) == content
                 else:
                     raise
         return True
