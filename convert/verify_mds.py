@@ -17,6 +17,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from sit_composer.spec import SPEC_NAME, DataSpec
 
 if TYPE_CHECKING:
     from streaming.base.format import Reader
+    from streaming.base.storage import CloudDownloader
     from verify_content import LatentCheck, PixelCheck
 
 SHARD = re.compile(r"(again-)?shard\.[\d.]+\.mds")
@@ -178,15 +180,22 @@ def _read_shard(uri: str, shard: "Reader", files: dict[str, int], faults: Faults
 
 def fetch(uri: str, path: Path) -> str | None:
     """Copies a file of an object store; returns what is wrong if it can't, after some attempts."""
-    from streaming.base.storage import CloudDownloader
     from streaming.base.util import retry
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        retry(num_attempts=ATTEMPTS)(lambda: CloudDownloader.direct_download(uri, str(path)))()
+        retry(num_attempts=ATTEMPTS)(lambda: _downloader().download(uri, str(path), 60))()
     except Exception as error:  # boto's, urllib's and the disk's
         return f"cannot read {uri} ({type(error).__name__}: {error})"
     return None
+
+
+@cache
+def _downloader() -> "CloudDownloader":
+    """One for all files: each has connections of its own."""
+    from streaming.base.storage import CloudDownloader
+
+    return CloudDownloader.get("s3://")
 
 
 def _rows(shard: "Reader", data: bytes) -> Iterator[dict[str, Any]]:
