@@ -57,13 +57,13 @@ def decode_image(data: bytes, channels: int) -> Tensor:
 
 def center_crop(image: Tensor, size: int) -> Tensor:
     """Resizes the short side of uint8 (C, H, W) to ``size`` and crops the centre, as ADM does: (C, size, size)."""
-    channels, *lengths = image.shape
+    lengths = list(image.shape[1:])
     if lengths == [size, size]:
         return image
     halvings = max(0, (min(lengths) // size).bit_length() - 1)
     halved = [length >> halvings for length in lengths]
     scale = size / min(halved)
-    down, across = (_filter(n, round(n * scale), size, channels) for n in halved)
+    down, across = (_filter(n, round(n * scale), size) for n in halved)
     # Cut off what the crop doesn't need before the work. The halves of an odd length are no pairs of pixels.
     whole = [length % (1 << halvings) for length in lengths]
     rows, columns = (
@@ -72,8 +72,11 @@ def center_crop(image: Tensor, size: int) -> Tensor:
     )
     image = _halve(image[:, rows, columns], halvings)
     image = image[:, down[0] if whole[0] else slice(None), across[0] if whole[1] else slice(None)]
-    image = _weighted_sums(image.transpose(1, 2), *across[1:])  # (C, size, rows): the columns first, as PIL does
-    return _weighted_sums(image.transpose(1, 2), *down[1:])
+    crop = torch.empty(len(image), size, size, dtype=torch.uint8)
+    for channel, levels in zip(crop, image, strict=True):  # one after another stay in a core's cache
+        levels = _weighted_sums(levels.T, *across[1:])  # (size, rows): the columns first, as PIL does
+        channel.copy_(_weighted_sums(levels.T, *down[1:]))
+    return crop
 
 
 def _halve(image: Tensor, times: int) -> Tensor:
@@ -92,12 +95,12 @@ def _halve(image: Tensor, times: int) -> Tensor:
 
 
 @lru_cache(128)
-def _filter(n: int, out: int, size: int, channels: int) -> tuple[slice, Tensor, Tensor, Tensor]:
+def _filter(n: int, out: int, size: int) -> tuple[slice, Tensor, Tensor, Tensor]:
     """PIL's bicubic filter from ``n`` pixels to the ``size`` in the middle of ``out``.
 
     Returns:
-        Which of the n it needs; and of each of the channels' outputs, for `_weighted_sums`, the inputs' numbers among
-        these and their weights, 2 ** 22 in all: the upper bits and the lower 11. (channels · size, taps) each.
+        Which of the n it needs; and of each output, for `_weighted_sums`, the inputs' numbers among these and their
+        weights, 2 ** 22 in all: the upper bits and the lower 11, as 2 ** -11 of them. (size, taps) each.
     """
     scale = n / out
     stretch = max(scale, 1.0)  # of the filter, which averages where the picture shrinks
@@ -112,19 +115,16 @@ def _filter(n: int, out: int, size: int, channels: int) -> tuple[slice, Tensor, 
     weights = np.trunc(weights * 2**22 + np.copysign(0.5, weights)).astype(int)
     taps = np.minimum(taps, last[:, None]) - first[0]
     kept = slice(int(first[0]), int(last[-1]) + 1)
-    taps = np.concatenate([taps + channel * (kept.stop - kept.start) for channel in range(channels)])
-    upper, lower = (torch.from_numpy(part).float().repeat(channels, 1) for part in (weights >> 11, weights & 2047))
+    upper, lower = (torch.from_numpy(part).float() for part in (weights >> 11, weights & 2047))
     return kept, torch.from_numpy(taps).int(), upper / 2**11, lower / 2**11
 
 
-def _weighted_sums(image: Tensor, taps: Tensor, upper: Tensor, lower: Tensor) -> Tensor:
-    """Sums of weighted rows of uint8 (C, N, L), rounded to uint8 (C, M, L), as `_filter` says for C · M of them.
+def _weighted_sums(levels: Tensor, taps: Tensor, upper: Tensor, lower: Tensor) -> Tensor:
+    """Sums of weighted rows of uint8 (N, L), rounded to uint8 (M, L), as `_filter` says for M of them.
 
     A float32 has 24 bits, and PIL's sums take 31: so there are two, and both are exact.
     """
-    channels, _, length = image.shape
-    table = image.to(torch.float32, memory_format=torch.contiguous_format).view(-1, length)
+    table = levels.to(torch.float32, memory_format=torch.contiguous_format)
     carried = embedding_bag(taps, table, mode="sum", per_sample_weights=lower).floor_()
     sums = embedding_bag(taps, table, mode="sum", per_sample_weights=upper).add_(carried, alpha=1 / 2**11)
-    levels = sums.add_(0.5).clamp_(0, 255).numpy().astype(np.uint8)  # torch's own conversion is slower
-    return torch.from_numpy(levels).view(channels, -1, length)
+    return torch.from_numpy(sums.add_(0.5).clamp_(0, 255).numpy().astype(np.uint8))  # torch's conversion is slower
