@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 RUN := runs/quickstart
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install quickstart test test-slow lint
+.PHONY: install quickstart test test-slow bench lint
 .DELETE_ON_ERROR:
 
 install: .venv/installed
@@ -28,5 +28,8 @@ test: install
 	$(PYTHON) -m pytest -n 2 --dist loadfile -m 'not slow'
 test-slow: install
 	$(PYTHON) -m pytest -n 2 --dist loadfile -m slow
+bench: install
+	$(PYTHON) tests/benchmarks/crop.py
+	$(PYTHON) tests/benchmarks/convert.py --latents 0
 lint: install
 	.venv/bin/ruff format --check . && .venv/bin/ruff check .

@@ -1,6 +1,6 @@
 """How fast pictures become shards, against the least that could be done, and against the obvious loop.
 
-    python tests/benchmarks/convert.py [--pictures 2000] [--rounds 5] [--latents 24]
+    python tests/benchmarks/convert.py [--pictures 2000] [--rounds 5] [--latents 24] [--image-size 256]
 
 Pictures are crops of scikit-learn's photographs, 500x375, as JPEG in a Parquet file. All sides run in this process,
 interleaved, with what they import loaded before; medians are printed.
@@ -149,7 +149,7 @@ def busy(table: Path, vae: str, options: list[str], top: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=2000)
+    parser.add_argument("--pictures", type=int, default=2000, help="pictures whose bytes are kept; 0: none")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--latents", type=int, default=24, help="pictures that are encoded; 0: none")
     parser.add_argument("--image-size", type=int, default=256)
@@ -157,16 +157,17 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         top = Path(folder)
-        table = top / "pictures.parquet"
-        make_table(table, args.pictures)
-        cores = str(os.cpu_count())
-        sides = {
-            "pyarrow -> MDSWriter": raw,
-            "to_mds.py --check header --workers 0": ours("--check", "header", "--workers", "0"),
-            "to_mds.py --workers 0 (decodes each)": ours("--workers", "0"),
-            f"to_mds.py --workers {cores}": ours("--workers", cores),
-        }
-        show("pixels", compare(sides, table, args.rounds, top), args.pictures)
+        if args.pictures:
+            table = top / "pictures.parquet"
+            make_table(table, args.pictures)
+            cores = str(os.cpu_count())
+            sides = {
+                "pyarrow -> MDSWriter": raw,
+                "to_mds.py --check header --workers 0": ours("--check", "header", "--workers", "0"),
+                "to_mds.py --workers 0 (decodes each)": ours("--workers", "0"),
+                f"to_mds.py --workers {cores}": ours("--workers", cores),
+            }
+            show("pixels", compare(sides, table, args.rounds, top), args.pictures)
         if not args.latents:
             return
         import torch
