@@ -4,6 +4,7 @@ hang, a silent skip, or a run that starts from zero.
 Between the client and a real S3 stands a proxy that answers 503, cuts connections and stalls.
 """
 
+import os
 import signal
 import subprocess
 import tempfile
@@ -266,16 +267,32 @@ def test_a_run_whose_uploads_fail_for_good_ends_with_one_line(run, proxy, capsys
     assert set(S3Folder(FOLDER).listing()) == {"config.yaml"}  # and it let go
 
 
-def test_uploads_that_fail_on_one_rank_of_two_end_the_run(proxy, digits_shards):
+FAILS_ON_RANK_1 = """
+import os, sys
+from sit_composer.callbacks import RunRecord
+from sit_composer.storage import StorageError
+from tests.ranks import train
+
+def fail(self, state, logger):
+    if os.environ["RANK"] == "1" and state.timestamp.batch == 3:
+        raise StorageError("what only this rank met")
+
+RunRecord.batch_end = fail
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_an_error_on_one_rank_of_two_ends_the_run(digits_shards, tmp_path):
     """The other one waits for it, until the launcher ends it."""
-    signal.alarm(500)
-    proxy.fault("503", "(PUT|POST) .*ep0-ba2/__1_")
+    signal.alarm(400)
+    (tmp_path / "script.py").write_text(FAILS_ON_RANK_1)
     tiny = ["model.hidden_size=32", "model.depth=1", "model.num_heads=2", f"data.local={digits_shards}", "fsdp={}"]
-    times = ["trainer.max_duration=100000ba", "supervision.patience=3", "supervision.grace=5"]
-    command = [COMPOSER, "-n", "2", "-m", "tests.ranks", QUICKSTART, *tiny, *times, *REMOTE]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 2
-    assert f"error: {FOLDER}/ep0-ba2/__1_0.distcp: " in done.stdout + done.stderr
+    options = [f"trainer.save_folder={tmp_path / 'run'}", "supervision.grace=5"]
+    command = [COMPOSER, "-n", "2", str(tmp_path / "script.py"), QUICKSTART, *tiny, *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0  # the launcher's is that of rank 0, which it ended
+    assert "error: what only this rank met" in done.stdout + done.stderr
 
 
 def test_a_run_whose_store_is_broken_never_starts_from_zero(run, proxy, capsys, monkeypatch, tmp_path, whole):  # noqa: F811

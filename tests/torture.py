@@ -66,8 +66,9 @@ class Torture:
         return self.top / f"temporary-{name}"
 
     def unsent(self, name: str) -> list[Path]:
-        """The checkpoints there, whole or not."""
-        return sorted(self.temporary(name).glob("sit_composer-*/rank0/ep*"))
+        """Rank 0's files of checkpoints there, whole or not."""
+        place = self.temporary(name)
+        return [*place.glob("sit_composer-*/rank0/ep*.pt"), *place.glob("sit_composer-*/rank0/ep*/*")]
 
     def log(self, name: str, attempt: int) -> Path:
         return self.top / f"{name}-{attempt}.log"
@@ -107,10 +108,10 @@ class Torture:
         if not self.batches(name, attempt):
             return "start"
         for left in self.unsent(name):
-            if left.is_dir() and any(left.iterdir()):
-                return "upload" if (left / METADATA).exists() else "save"
-            if left.is_file():
-                return "upload" if LocalFolder(str(left.parent)).is_whole(left.name) else "save"
+            whole = (
+                left.with_name(METADATA).exists() if self.fsdp else LocalFolder(str(left.parent)).is_whole(left.name)
+            )
+            return "upload" if whole else "save"
         return "step"
 
     def run_to_its_end(self, name: str, attempt: int) -> None:
