@@ -49,11 +49,11 @@ def test_an_idx_file_is_read_as_it_was_written(tmp_path, shape):
     ("content", "message"),
     [
         (b"not gzip", "can't be read"),
-        (gzip.compress(b"\0\0\x08\x01\0\0\0\x05abcdefgh")[:-9], "can't be read"),
-        (gzip.compress(b""), "not an IDX file"),
-        (gzip.compress(b"\0\0\x0d\x01\0\0\0\x01abcd"), "not an IDX file of bytes"),  # floats
-        (gzip.compress(b"\0\0\x08\x01\0\0\0\x05abcd"), "not an IDX file"),  # one short
-        (gzip.compress(b"\0\0\x08\x03\0\0\0\x05\0\0"), "not an IDX file"),  # ends in its sizes
+        (gzip.compress(b"\0\0\x08\x01\0\0\0\x05abcdefgh", mtime=0)[:-9], "can't be read"),
+        (gzip.compress(b"", mtime=0), "not an IDX file"),
+        (gzip.compress(b"\0\0\x0d\x01\0\0\0\x01abcd", mtime=0), "not an IDX file of bytes"),  # floats
+        (gzip.compress(b"\0\0\x08\x01\0\0\0\x05abcd", mtime=0), "not an IDX file"),  # one short
+        (gzip.compress(b"\0\0\x08\x03\0\0\0\x05\0\0", mtime=0), "not an IDX file"),  # ends in its sizes
     ],
 )
 def test_another_file_is_refused_by_its_name(tmp_path, content, message):
