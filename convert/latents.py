@@ -82,7 +82,7 @@ class Latents:
             if not isinstance(picture, BadPicture):
                 self._check_size(sample, picture)
                 good += 1
-            batch.append((sample, picture))
+            batch.append((sample._replace(image=None), picture))
             if good == self.batch_size:
                 yield from self._encode(batch)
                 batch, good = [], 0

@@ -6,6 +6,7 @@ conversion stays until the new one is whole, and what no conversion wrote is nev
 """
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -45,6 +46,7 @@ class Output:
         self.uri = out
         self.prefix = ""  # of shards' names
         self.lock: int | None = None
+        self.begun = False  # what lies there is this conversion's, and not yet published
         self.path: Path | None = None  # of a folder; None for an object store
         if out.startswith("s3://"):
             self.store: LocalFolder | S3Folder = S3Folder(out)
@@ -93,8 +95,10 @@ class Output:
         shards = self._shards_of_index(files)
         if shards is None:
             raise OutputError(f"{self.uri} is damaged: shards that its {INDEX_NAME} names are missing; say --overwrite")
-        # What a kill behind the index left.
-        self._final().delete([name for name in files if name not in {*shards, INDEX_NAME, SPEC_NAME}])
+        if PLAN_NAME in files and self._plan_of(self._final()).get("source") == there:  # a kill behind the index
+            with suppress(OutputError):  # or a run that is just there
+                self._take()
+                _delete(self._final(), files, {*shards, INDEX_NAME, SPEC_NAME})
         return True
 
     def _shards_of_index(self, files: dict[str, int]) -> set[str] | None:
@@ -105,6 +109,15 @@ class Output:
             return {shard["basename"] for shard in shards} if whole else None
         except (ValueError, KeyError, TypeError):
             return None
+
+    @staticmethod
+    def _plan_of(store: LocalFolder | S3Folder) -> dict[str, Any]:
+        """The record of the plan that lies there; empty if none that can be read does."""
+        try:
+            content = json.loads(store.read(PLAN_NAME) or "{}")
+        except ValueError:
+            return {}
+        return content if isinstance(content, dict) else {}
 
     def _final(self) -> LocalFolder | S3Folder:
         return LocalFolder(str(self.path)) if self.path else self.store
@@ -122,24 +135,28 @@ class Output:
             OutputError: if another conversion is at work there, or has been begun under another plan.
         """
         self._take()
-        try:
-            files = _entries(self.partial) if self.path else self.store.listing()
+        files = _entries(self.partial) if self.path else self.store.listing()
+        if self.path and PLAN_NAME in files:
             files.pop(SCRATCH, None)
-            _refuse_foreign(self.store.uri, files)
-            there = self.store.read(PLAN_NAME)
-            if there is not None:
-                there = self._compare(json.loads(there), plan, overwrite)
-            if there is None:
-                self._clear(files)
-                self.prefix = self._new_prefix()
-                self.store.write(PLAN_NAME, _json({"prefix": self.prefix, **plan.record()}))
-                return {}
-            self.prefix = there["prefix"]
-            names = sorted(name for name in files if PART.fullmatch(name))
-            records = [json.loads(self.store.read(name)) for name in names]
-            return {record["part"]: record for record in records if _are_there(record["shards"], files)}
-        except ValueError:
-            raise OutputError(f"{self.store.uri} holds what this program did not write: choose another --out") from None
+        _refuse_foreign(self.store.uri, files)
+        if self.path and files and PLAN_NAME not in files:
+            raise OutputError(f"{self.store.uri} holds shards, but no {PLAN_NAME} of a conversion: move it away")
+        there = self._compare(self._plan_of(self.store), plan, overwrite) if PLAN_NAME in files else None
+        self.begun = True
+        self._clear_scratch()
+        if there is None:
+            self._clear(files)
+            self.prefix = self._new_prefix()
+            self.store.write(PLAN_NAME, _json({"prefix": self.prefix, **plan.record()}))
+            return {}
+        self.prefix = there["prefix"]
+        records = {}
+        for name in filter(PART.fullmatch, sorted(files)):
+            with suppress(ValueError):  # a power cut may leave an empty one
+                record = json.loads(self.store.read(name))
+                if _are_there(record["shards"], files):
+                    records[record["part"]] = record
+        return records
 
     def _compare(self, there: dict[str, Any], plan: Plan, overwrite: bool) -> dict[str, Any] | None:
         """The record of the plan that was begun there, if it is this plan; None to begin anew."""
@@ -156,8 +173,7 @@ class Output:
 
     def _clear(self, files: dict[str, int]) -> None:
         """Removes what an earlier attempt left. In an object store an earlier conversion lies there, too, and stays."""
-        keep = set() if self.path else {INDEX_NAME, SPEC_NAME} | self._named_shards()
-        self.store.delete([name for name in files if name not in keep])
+        _delete(self.store, files, set() if self.path else {INDEX_NAME, SPEC_NAME} | self._named_shards())
 
     def _named_shards(self) -> set[str]:
         try:
@@ -183,7 +199,6 @@ class Output:
             os.close(lock)
             raise OutputError(f"another conversion is writing to {self.uri}: wait, or choose another --out") from None
         self.lock = lock
-        self._clear_scratch()
 
     def _clear_scratch(self) -> None:
         if self.path:
@@ -235,26 +250,32 @@ class Output:
             self.store.delete([INDEX_NAME, SPEC_NAME])  # the index first
         self.store.write(SPEC_NAME, spec.to_json().encode())
         self.store.write(INDEX_NAME, index)
+        self._clear_scratch()
         if self.path:
-            self._clear_scratch()
+            for folder in (self.partial, self.path):  # since it began, somebody may have put something there
+                _refuse_foreign(str(folder), _entries(folder))
             _swap(self.partial, self.path)
+        self.begun = False
         named = {shard["raw_data"]["basename"] for shard in shards} | {INDEX_NAME, SPEC_NAME}
-        self._final().delete([name for name in files if name not in named])  # the plan and the parts, last
+        _delete(self._final(), files, named)
 
     def end(self) -> None:
         """Lets go of the place. Finished parts stay, for the next run; if there is none, nothing does."""
-        if self.lock is not None:
+        if self.lock is None:
+            return
+        if self.begun:
             self._clear_scratch()
             with suppress(StorageError):  # the store may be why the conversion failed; the next one clears up
                 files = self.store.listing()
-                if PLAN_NAME in files and not (any(map(PART.fullmatch, files)) and any(map(SHARD.fullmatch, files))):
+                if not (any(map(PART.fullmatch, files)) and any(map(SHARD.fullmatch, files))):
                     self._clear(files)
-            if self.path is None:
-                shutil.rmtree(self.scratch_root, ignore_errors=True)
-            elif self.partial.is_dir() and not any(self.partial.iterdir()):
+        if self.path is None:
+            shutil.rmtree(self.scratch_root, ignore_errors=True)
+        elif self.begun or not self.path.exists():
+            with suppress(OSError):  # unless it is empty
                 self.partial.rmdir()
-            os.close(self.lock)
-            self.lock = None
+        os.close(self.lock)
+        self.lock = None
 
 
 def is_ours(name: str) -> bool:
@@ -271,6 +292,11 @@ def _refuse_foreign(uri: str, files: Iterable[str]) -> None:
         )
 
 
+def _delete(store: LocalFolder | S3Folder, names: Iterable[str], keep: set[str]) -> None:
+    """Deletes those of the names that are a conversion's, but for some; the plan last, as it tells whose they are."""
+    store.delete(sorted((name for name in names if is_ours(name) and name not in keep), key=PLAN_NAME.__eq__))
+
+
 def _entries(folder: Path) -> dict[str, int]:
     """The names and bytes of all that a folder holds."""
     return {entry.name: entry.lstat().st_size for entry in folder.iterdir()} if folder.is_dir() else {}
@@ -281,14 +307,16 @@ def _are_there(shards: list[dict[str, Any]], files: dict[str, int]) -> bool:
 
 
 def _swap(partial: Path, path: Path) -> None:
-    """Renames a folder to the place of another, if there is one, which goes."""
-    earlier = path.with_name(f"{path.name}.replaced")
+    """Renames a folder to the place of another conversion, if there is one, which goes."""
+    earlier = path.with_name(f"{path.name}.replaced-{os.getpid()}")
     if path.exists():
-        shutil.rmtree(earlier, ignore_errors=True)  # of a run that was killed here
         path.rename(earlier)
     partial.rename(path)
-    shutil.rmtree(earlier, ignore_errors=True)
+    for folder in path.parent.glob(f"{glob.escape(path.name)}.replaced-*"):  # also of runs that were killed here
+        names = _entries(folder)
+        if SPEC_NAME in names and all(map(is_ours, names)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _json(content: Any) -> bytes:
-    return (json.dumps(content, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(content) + "\n").encode()

@@ -6,13 +6,14 @@ What a part becomes depends on the plan alone: not on the processes, nor on whic
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, takewhile
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -122,7 +123,8 @@ def _samples(plan: Plan, todo: Iterable[int]) -> Iterator[tuple[int, Sample | No
 def _write(writer: Any, job: Job, group: Iterable[Prepared], on_picture: Callable[[int, str | None], None]) -> Tally:
     """Writes a part's good pictures."""
     tally = Tally()
-    pictures = ((one.sample, one.result) for one in group if one.sample is not None)
+    # No further than the part's end: what is behind that may be the next one's mistake.
+    pictures = ((one.sample, one.result) for one in takewhile(lambda one: one.sample is not None, group))
     for sample, row, look in job.form.rows(pictures):
         if isinstance(row, BadPicture):
             if not job.skip_bad:
@@ -224,22 +226,32 @@ def ahead(
             yield Prepared(part, sample, None if sample is None else _attempt(function, sample.image))
         return
     waiting: deque[tuple[list[tuple[int, Sample | None]], Future[list[Any]]]] = deque()
-    for chunk in _chunks(samples):
-        pictures = [sample.image for _, sample in chunk if sample is not None]
-        waiting.append((chunk, decoders.pool.submit(_attempts, function, pictures)))
-        if len(waiting) > AHEAD * decoders.workers:
-            yield from _collect(*waiting.popleft())
+    mistake = None
+    try:
+        for chunk in _chunks(samples):
+            pictures = [sample.image for _, sample in chunk if sample is not None]
+            waiting.append((chunk, decoders.pool.submit(_attempts, function, pictures)))
+            if len(waiting) > AHEAD * decoders.workers:
+                yield from _collect(*waiting.popleft())
+    except InputError as error:  # those before it come first
+        mistake = error
     while waiting:
         yield from _collect(*waiting.popleft())
+    if mistake is not None:
+        raise mistake
 
 
 def _chunks(samples: Iterable[tuple[int, Sample | None]]) -> Iterator[list[tuple[int, Sample | None]]]:
     chunk = []
-    for one in samples:
-        chunk.append(one)
-        if len(chunk) == CHUNK:
-            yield chunk
-            chunk = []
+    try:
+        for one in samples:
+            chunk.append(one)
+            if len(chunk) == CHUNK:
+                yield chunk
+                chunk = []
+    except InputError:
+        yield chunk
+        raise
     if chunk:
         yield chunk
 
@@ -257,7 +269,8 @@ def _collect(chunk: list[tuple[int, Sample | None]], future: "Future[list[Any]]"
 
 def _begin_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; this process's end is its parent's to say
-    os.environ["OMP_NUM_THREADS"] = "1"  # there are as many processes as cores
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)  # there are as many processes as cores
     parent = multiprocessing.parent_process()
 
     def end_with_parent() -> None:

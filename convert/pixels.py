@@ -121,7 +121,7 @@ def _glance_png(data: bytes) -> Look | None:
     """The first chunk (PNG specification, 11.2.1)."""
     if b"IEND" not in data[-1024:]:
         raise BadPicture("the picture does not decode: the PNG file has no end, it is truncated")
-    if data[12:16] != b"IHDR":
+    if data[12:16] != b"IHDR" or len(data) < 26:
         return None
     width, height, _, colour = struct.unpack_from(">IIBB", data, 16)
     return (colour == 0, width, height) if width and height else None
@@ -179,7 +179,7 @@ def opened(data: bytes) -> Iterator["Image"]:
     except UnidentifiedImageError:
         kinds = ", ".join(PICTURES)
         raise BadPicture(f"not a picture ({kinds}): it starts with {data[:12]!r}") from None
-    except BadPicture:
+    except (BadPicture, MemoryError):
         raise
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error and more
         raise BadPicture(f"the picture does not decode: {error}") from None

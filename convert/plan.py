@@ -7,6 +7,7 @@ plan that it began with, which lies beside its parts.
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from sources import SourcePlan
@@ -49,6 +50,16 @@ def identity(files: list[dict[str, Any]]) -> dict[str, Any]:
     """The identity of files: how many they are, their bytes, and a digest of their names, sizes and times."""
     sizes = [file.get("bytes") for file in files]
     return {"count": len(files), "bytes": None if None in sizes else sum(sizes), "digest": digest(files)}
+
+
+def folder_digest(folder: str) -> str:
+    """A digest of the names and the contents of an autoencoder's files."""
+    files = sorted(file for file in Path(folder).rglob("*") if file.suffix in (".json", ".safetensors"))
+    hashes = []
+    for file in files:
+        with open(file, "rb") as opened:
+            hashes.append([str(file.relative_to(folder)), hashlib.file_digest(opened, "sha256").hexdigest()])
+    return digest(hashes)
 
 
 def digest(content: Any) -> str:

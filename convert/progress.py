@@ -5,6 +5,8 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
+from sources import InputError
+
 POSTFIX = 0.5  # seconds between two changes of the bar's end
 
 
@@ -19,7 +21,10 @@ class Progress:
     def __init__(self, total: int | None, done: int, log: str | None) -> None:
         from tqdm import tqdm
 
-        self.log_file = open(log, "a", encoding="utf-8") if log else None  # noqa: SIM115 - closed in `close`
+        try:
+            self.log_file = open(log, "a", encoding="utf-8") if log else None  # noqa: SIM115 - closed in `close`
+        except OSError as error:
+            raise InputError(f"--log: cannot write to {log}: {error.strerror}") from error
         self.bar = tqdm(total=total, initial=done, unit=" pictures", disable=None)  # None: unless stderr is no terminal
         self.start = self.changed = time.monotonic()
         self.pictures = self.bytes = self.skipped = 0
@@ -56,7 +61,7 @@ class Progress:
         """Adds a line to the log."""
         if self.log_file:
             line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **details}
-            print(json.dumps(line, ensure_ascii=False), file=self.log_file, flush=True)
+            print(json.dumps(line), file=self.log_file, flush=True)
 
     def rates(self) -> dict[str, Any]:
         """Pictures, bytes written and seconds of this run."""

@@ -9,6 +9,7 @@ dependencies, the source, the output and the credentials where this one has them
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ import sit_composer
 from sit_composer.errors import UserError
 
 ERRORS = {"InputError": InputError, "OutputError": OutputError}  # others are UserError
+
+
+RETRIES = 3  # of an actor that dies: a picture that ends it would do so for ever
 
 
 class Converter:
@@ -80,12 +84,15 @@ def convert_on_ray(job: Job, kind: type, options: dict[str, Any], todo: list[int
         options = {**options, "vae": os.path.abspath(vae)}
     here = Path(__file__).parent
     code = {"working_dir": str(here), "py_modules": [str(Path(sit_composer.__file__).parent)]}
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", runtime_env=code)
+    handler = signal.getsignal(signal.SIGTERM)
     try:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", runtime_env=code)
+        signal.signal(signal.SIGTERM, handler)  # ray has set its own
         ray.data.DataContext.get_current().enable_progress_bars = False  # there is one that counts pictures
         resources = ray.cluster_resources()
         gpus = int(resources.get("GPU", 0)) if kind is not Pixels else 0
-        cpus = max(1, int(resources["CPU"]) // gpus) if gpus else 1  # of an actor
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+        cpus = max(1, int(min(node.get("CPU", 0) // node["GPU"] for node in nodes))) if gpus else 1  # of an actor
         workers = cpus if gpus else 0
         rows = ray.data.from_items([{"part": number} for number in todo], override_num_blocks=len(todo)).map_batches(
             Converter,
@@ -94,12 +101,14 @@ def convert_on_ray(job: Job, kind: type, options: dict[str, Any], todo: list[int
             compute=ray.data.ActorPoolStrategy(size=min(gpus or int(resources["CPU"]), len(todo))),
             num_gpus=1 if gpus else 0,
             num_cpus=cpus,
+            max_restarts=RETRIES,
+            max_task_retries=RETRIES,
         )
         for row in rows.iter_rows():
             if row["kind"] != "record":
                 raise ERRORS.get(row["kind"], UserError)(row["content"])
             yield json.loads(row["content"])
-    except ray.exceptions.RayError as error:  # not ours: its nodes, its memory, its object store
+    except (ray.exceptions.RayError, RuntimeError, ValueError, KeyError) as error:  # its address, nodes, memory, …
         raise UserError(f"--engine ray: {str(error).strip().splitlines()[-1]}") from error
     finally:
         ray.shutdown()

@@ -66,6 +66,8 @@ def describe(
         description["label_column"] = None
     if format == "hf":
         alone = (path / "state.json").is_file()  # save_to_disk of one Dataset, not of a DatasetDict
+        if config and (alone or (path / "dataset_dict.json").is_file()):
+            raise InputError(f"{source} is saved on a disk, without configs: leave out --config")
         if alone and split:
             raise InputError(f"{source} holds one data set without splits: leave out --split")
         if streaming and (alone or (path / "dataset_dict.json").is_file()):

@@ -23,7 +23,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from options import parse, what_is_made
 from output import Output, OutputError
 from pipeline import Decoders, Job, Tally, convert_parts
 from pixels import BadPicture, Pixels, levels
-from plan import Plan, identity
+from plan import Plan, folder_digest, identity
 from progress import Progress
 from sources import InputError, describe, plan_source, read_part
 
@@ -60,11 +60,15 @@ def main(argv: list[str] | None = None) -> int:
         output = _open_output(args.out, source)
         if args.latents and args.encode_dtype is None:
             source["encode_dtype"] = _latents_module().default_dtype()
+        if args.latents and os.path.isdir(args.vae):
+            source["vae_digest"] = folder_digest(args.vae)  # other weights may come to lie there
         return _convert(args, source, output)
     except (InputError, OutputError) as error:
         return _fail(2, error)
     except (UserError, OSError) as error:  # of a disk or a store that fails
         return _fail(1, error)
+    except MemoryError:
+        return _fail(1, "out of memory: run it again, with fewer --workers")
     except KeyboardInterrupt:
         return _fail(130, "interrupted; run the same command again to go on")
     finally:
@@ -88,16 +92,16 @@ def _open_output(out: str, source: dict[str, Any]) -> Output:
 def _convert(args: Any, source: dict[str, Any], output: Output) -> int:
     try:
         output.is_done(source, args.overwrite)  # what is no place for it is said before the source is read
-        reading = plan_source(source, args.limit)
-        if reading.files:
-            source["files"] = identity(reading.files)
-        plan = Plan(source, reading)
-        if output.is_done(source, args.overwrite):
-            print(f"already converted: {args.out} holds this source, nothing to do")
-            return 0
-        records = output.begin(plan, args.overwrite)
     except UserError as error:  # the store's first answer: an address or a credential is wrong
         raise OutputError(str(error)) from error
+    reading = plan_source(source, args.limit)
+    if reading.files:
+        source["files"] = identity(reading.files)
+    plan = Plan(source, reading)
+    if output.is_done(source, args.overwrite):
+        print(f"already converted: {args.out} holds this source, nothing to do")
+        return 0
+    records = output.begin(plan, args.overwrite)
     kind, options = _form(args, plan)
     job = Job(plan, kind(**options), output, args.skip_bad)
     tally = Tally()
@@ -120,11 +124,12 @@ def _convert(args: Any, source: dict[str, Any], output: Output) -> int:
             results, elsewhere = convert_on_ray(job, kind, options, todo), True
         else:
             results, elsewhere = _here(job, args.workers, todo, progress), False
-        for record in results:
-            records[record["part"]] = record
-            if elsewhere:
-                progress.part(record)
-            progress.log("part", part=record["part"], pictures=sum(record["counts"].values()))
+        with closing(results):  # before the output is let go of
+            for record in results:
+                records[record["part"]] = record
+                if elsewhere:
+                    progress.part(record)
+                progress.log("part", part=record["part"], pictures=sum(record["counts"].values()))
         spec = _spec(job, [records[number] for number in sorted(records)])
         output.publish(spec, [records[number] for number in sorted(records)])
         progress.log("end", samples=spec.samples, skipped=spec.skipped, **progress.rates())
@@ -170,7 +175,7 @@ def _here(job: Job, workers: int | None, todo: list[int], progress: Progress) ->
     """Converts in this process, with others that decode."""
     if workers is None:
         small = job.plan.rows is not None and job.plan.rows <= SMALL  # to start processes would take longer
-        workers = 0 if small else os.cpu_count() or 1
+        workers = 0 if small else len(os.sched_getaffinity(0))
     with Decoders(workers, job.form.preload) as decoders:
         yield from convert_parts(job, todo, decoders, progress.picture)
 

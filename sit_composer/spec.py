@@ -35,7 +35,7 @@ class DataSpec:
 
     def to_json(self) -> str:
         """The text of `spec.json`."""
-        return json.dumps({"version": SPEC_VERSION, **dataclasses.asdict(self)}, indent=1, ensure_ascii=False) + "\n"
+        return json.dumps({"version": SPEC_VERSION, **dataclasses.asdict(self)}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "DataSpec":

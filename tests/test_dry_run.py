@@ -92,7 +92,7 @@ def test_s3_is_written_and_read_and_left_as_it_was(dry, s3, digits_shards, monke
     code, out = dry(*options)
     assert code == 0, out
     assert "ok: wrote and deleted" in line(out, "trainer.save_folder")
-    assert "s3://sit/shards/shard.00000.mds" in line(out, "data")
+    assert "s3://sit/shards/shard.00000.00000.mds" in line(out, "data")
     assert s3.keys("runs") == []
     assert not (tmp_path / "cache").exists()
 
