@@ -76,7 +76,7 @@ def prepare(source: Path, out: Path) -> None:
         parquet = out / f"{name}.parquet"
         if not parquet.exists():
             write_parquet(*read_pictures(source, prefix), parquet)
-        run(sys.executable, ROOT / "convert/to_mds.py", parquet, "--out", out / name, "--resume", *limit)
+        run(sys.executable, ROOT / "convert/to_mds.py", parquet, "--out", out / name, *limit)
     classifier = out / "classifier.pt"
     if not classifier.exists():
         train_classifier(*read_pictures(source, "train"), classifier)
