@@ -1,7 +1,9 @@
 """Pictures as shards of latents keep them: an autoencoder's mean and standard deviation, of them and of their mirror
 images. Scale and shift stay out of them: `spec.json` has those, and training applies them."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, ClassVar
 
@@ -14,6 +16,10 @@ from torch import Tensor
 from sit_composer.autoencoder import KLAutoencoder, from_uint8
 from sit_composer.errors import UserError
 
+GPU_BATCH = 32  # pictures
+CPU_BATCH = 32 * 32 * 32  # pixels: more at a time leave the caches
+Row = tuple[Sample, dict[str, Any] | BadPicture, Look | None]
+
 
 def default_dtype() -> str:
     """What an encoder computes in if it isn't told: bfloat16 on a GPU, float32 without one."""
@@ -23,14 +29,16 @@ def default_dtype() -> str:
 class Latents:
     """Samples of kind ``latents``: ``moments`` and ``moments_flip``, float16 (2C, H, W), mean before deviation.
 
-    The same pictures, options, kind of processor and libraries give the same bits; so a CPU computes on one thread.
+    The same pictures, options, kind of processor and libraries give the same bits; so a CPU computes a batch on one
+    thread, and as many batches at a time as it has cores. A GPU computes one while the next is on its way.
 
     Args:
         vae: hub name or folder, as `KLAutoencoder` takes it; `spec.json` names it in the same words.
         image_size: side in pixels of the pictures.
         crop: whether they are cropped to it, as training does, or are all squares of that size.
         dtype: in which the encoder computes: float32, bfloat16 or float16. Moments are made float16 after.
-        batch_size: pictures that are encoded at a time. Another one may change the last bits.
+        batch_size: pictures that are encoded at a time; None: what is fast. Another one may change the last bits.
+        cores: of a CPU, that encode.
 
     Attributes:
         prepare: makes of a picture (`Sample.image`) what `rows` takes, and may run in another process.
@@ -46,18 +54,22 @@ class Latents:
         "label": "int",
     }
 
-    def __init__(self, vae: str, image_size: int, crop: bool, dtype: str, batch_size: int) -> None:
+    def __init__(self, vae: str, image_size: int, crop: bool, dtype: str, batch_size: int | None, cores: int) -> None:
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.allow_tf32 = False  # float32 is to be float32; bfloat16 is as fast as ever
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if batch_size is None:
+            batch_size = GPU_BATCH if self.device == "cuda" else min(GPU_BATCH, max(1, CPU_BATCH // image_size**2))
         try:
             self.encoder = KLAutoencoder(vae, self.device, getattr(torch, dtype), slice_size=batch_size)
         except UserError as error:
             raise InputError(f"--vae: {str(error).removeprefix('autoencoder.name: ')}") from None
-        if self.device == "cpu":
-            torch.set_num_threads(1)  # with others, sums come in another order, and the last bits differ
         self.encoder.vae.to(memory_format=torch.channels_last)  # as convolutions want them
+        if self.device == "cuda":
+            torch.cuda.synchronize()  # before other streams read the weights
         self.batch_size = batch_size
+        self.at_once = 2 if self.device == "cuda" else cores
+        self.pool = ThreadPoolExecutor(self.at_once, initializer=self._begin_thread)
         channels = self.encoder.picture_channels
         if channels not in (1, 3):
             raise InputError(f"--vae: {vae!r} takes pictures of {channels} channels; it takes one of 1 or 3")
@@ -68,14 +80,26 @@ class Latents:
         self.prepare = partial(levels, channels=channels, image_size=image_size if crop else None)
         self.preload = ["sit_composer.pictures"]
 
-    def rows(
-        self, pictures: Iterable[tuple[Sample, Any]]
-    ) -> Iterator[tuple[Sample, dict[str, Any] | BadPicture, Look | None]]:
+    def rows(self, pictures: Iterable[tuple[Sample, Any]]) -> Iterator[Row]:
         """Each sample with its columns but for the label, or with what is wrong with it; in the samples' order.
 
         Raises:
             InputError: for a picture of another size; for more than a GPU's memory holds.
         """
+        encoding: deque[Future[list[Row]]] = deque()
+        try:
+            for batch in self._batches(pictures):
+                encoding.append(self.pool.submit(self._encode, batch))
+                if len(encoding) > self.at_once:  # one waits, so that none has to
+                    yield from encoding.popleft().result()
+            while encoding:
+                yield from encoding.popleft().result()
+        finally:
+            for future in encoding:
+                future.cancel()
+
+    def _batches(self, pictures: Iterable[tuple[Sample, Any]]) -> Iterator[list[tuple[Sample, Any]]]:
+        """Batches of as many good pictures each, with the bad ones among them."""
         batch: list[tuple[Sample, Any]] = []
         good = 0
         for sample, picture in pictures:
@@ -84,9 +108,10 @@ class Latents:
                 good += 1
             batch.append((sample._replace(image=None), picture))
             if good == self.batch_size:
-                yield from self._encode(batch)
+                yield batch
                 batch, good = [], 0
-        yield from self._encode(batch)
+        if batch:
+            yield batch
 
     def spec(self, grey: bool, sizes: list[list[int]]) -> dict[str, Any]:
         """What `DataSpec` says of these latents, whatever the pictures looked like."""
@@ -95,15 +120,19 @@ class Latents:
             "kind": "latents", "channels": spec.channels, "image_size": self.image_size, "autoencoder": spec.as_dict(),
         }  # fmt: skip
 
-    def _encode(
-        self, batch: list[tuple[Sample, Any]]
-    ) -> Iterator[tuple[Sample, dict[str, Any] | BadPicture, Look | None]]:
-        encoded = iter(
-            self._moments([torch.from_numpy(picture) for _, picture in batch if not isinstance(picture, BadPicture)])
-        )
+    def _begin_thread(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.set_stream(torch.cuda.Stream())  # else each thread would wait for the other's batch, too
+        else:
+            torch.set_num_threads(1)  # with others, sums come in another order, and the last bits differ
+
+    def _encode(self, batch: list[tuple[Sample, Any]]) -> list[Row]:
+        good = [torch.from_numpy(picture) for _, picture in batch if not isinstance(picture, BadPicture)]
+        encoded = iter(self._moments(good))
         look = (False, self.image_size, self.image_size)
-        for sample, picture in batch:
-            yield sample, picture if isinstance(picture, BadPicture) else next(encoded), look
+        return [
+            (sample, picture if isinstance(picture, BadPicture) else next(encoded), look) for sample, picture in batch
+        ]
 
     def _moments(self, pictures: list[Tensor]) -> list[dict[str, Any] | BadPicture]:
         """The columns of each of the pictures, uint8 (C, H, W) of one size."""

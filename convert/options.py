@@ -6,7 +6,6 @@ from typing import Any
 from sources import FORMATS, InputError
 
 DTYPES = ("float32", "bfloat16", "float16")
-BATCH_SIZE = 32
 
 
 def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
@@ -27,7 +26,7 @@ def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
     add("--latents", action="store_true", help="keep the pictures' latents, and those of their mirror images")
     add("--vae", metavar="NAME", help="whose latents: an AutoencoderKL's name on the Hub, or its folder")
     add("--encode-dtype", choices=DTYPES, help="in which it computes (default: bfloat16 on a GPU, else float32)")
-    add("--batch-size", metavar="N", type=_positive, help=f"pictures it encodes at a time (default: {BATCH_SIZE})")
+    add("--batch-size", metavar="N", type=_positive, help="pictures it encodes at a time (default: 32, fewer on a CPU)")
     add(
         "--check",
         choices=("decode", "header"),
@@ -61,8 +60,6 @@ def what_is_made(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError("--quality is of the pictures that --image-size makes, and not for --latents")
     if args.check is not None and (args.latents or args.image_size is not None):
         raise InputError("--check is of pictures that keep their bytes; with --image-size or --latents each is decoded")
-    if args.latents and args.batch_size is None:
-        args.batch_size = BATCH_SIZE
     if args.engine == "ray" and args.workers is not None:
         raise InputError("--workers is of the one process that converts without --engine ray, which has actors")
     names = ("image_size", "quality", "vae", "encode_dtype", "batch_size")

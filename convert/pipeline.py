@@ -103,13 +103,18 @@ def convert_parts(
         Deliveries(job.output) as deliveries,
         closing(ahead(job.form.prepare, samples, decoders)) as prepared,
     ):
-        for part, group in groupby(prepared, key=lambda one: one.part):
-            folder = scratch / str(part)
-            with PartWriter(job.form.columns, folder, part, job.output.prefix, deliveries.put) as writer:
-                tally = _write(writer, job, group, on_picture)
-                shards = writer.end()
-            deliveries.end_part({"part": part, "shards": shards, **vars(tally)})
-            yield from deliveries.finished()  # those whose shards have arrived, while the next is on its way
+        try:
+            for part, group in groupby(prepared, key=lambda one: one.part):
+                folder = scratch / str(part)
+                with PartWriter(job.form.columns, folder, part, job.output.prefix, deliveries.put) as writer:
+                    tally = _write(writer, job, group, on_picture)
+                    shards = writer.end()
+                deliveries.end_part({"part": part, "shards": shards, **vars(tally)})
+                yield from deliveries.finished()  # those whose shards have arrived, while the next is on its way
+        except InputError:
+            with suppress(Exception):  # the mistake is to be told
+                yield from deliveries.finished(wait=True)  # what was done before it is kept
+            raise
         yield from deliveries.finished(wait=True)
 
 
@@ -155,10 +160,7 @@ class Deliveries:
     def __enter__(self) -> "Deliveries":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, InputError):  # what was done before the mistake is kept
-            with suppress(Exception):  # of which the mistake is to be told
-                deque(self.finished(wait=True), 0)
+    def __exit__(self, *_: object) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
 
     def put(self, file: Path) -> None:

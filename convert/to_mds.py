@@ -151,7 +151,8 @@ def _form(args: Any, plan: Plan) -> "tuple[type[Pixels | Latents], dict[str, Any
         "image_size": args.image_size or _first_size(plan, args.skip_bad),
         "crop": args.image_size is not None,
         "dtype": plan.source["encode_dtype"],
-        "batch_size": plan.source["batch_size"],
+        "batch_size": args.batch_size,
+        "cores": 1 if args.engine == "ray" else len(os.sched_getaffinity(0)),  # ray has an actor for each
     }
 
 

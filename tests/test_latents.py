@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -150,6 +151,23 @@ def test_a_second_run_writes_the_same_bytes_and_another_encoder_is_not_resumed(
         code, _, stderr = convert(*again, *options)
         assert code == 2
         assert message in stderr
+
+
+@pytest.mark.parametrize("cores", [2, 5])
+def test_any_number_of_cores_gives_the_same_bits_in_the_same_order(pictures, vae_folder, cores):
+    from latents import Latents
+    from sources import Sample
+
+    def rows(cores):
+        form = Latents(str(vae_folder), 16, True, "float32", 2, cores)
+        samples = [Sample(str(path), None, 0) for path in files(pictures)] * 3
+        prepared = ((sample, form.prepare(Path(sample.where))) for sample in samples)
+        return [
+            (sample.where, row["moments"].tobytes(), row["moments_flip"].tobytes())
+            for sample, row, _ in form.rows(prepared)
+        ]
+
+    assert rows(cores) == rows(1)
 
 
 def test_the_dtype_is_the_encoders_own(pictures, latents, vae_folder, tmp_path, convert):
