@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from plan import PLAN_NAME, Plan, changed_file, changes
+from plan import LATE, PLAN_NAME, Plan, changed_file, changes
 
 from sit_composer.spec import SPEC_NAME, DataSpec
 from sit_composer.storage import LocalFolder, S3Folder, StorageError
@@ -72,7 +72,7 @@ class Output:
     def is_done(self, source: dict[str, Any], overwrite: bool) -> bool:
         """Whether the whole conversion of this source is there. False: the place is free, or may be replaced.
 
-        A ``source`` whose files aren't known yet is compared in the rest alone.
+        A ``source`` that hasn't been looked into yet is compared in the rest alone.
 
         Raises:
             OutputError: if something else is there.
@@ -90,7 +90,7 @@ class Output:
             there = DataSpec.from_json(text, f"{self.uri}/{SPEC_NAME}").source
         except ValueError as error:
             raise OutputError(f"{error}: choose another --out") from None
-        if difference := changes(there, {"files": there["files"], **source} if "files" in there else source):
+        if difference := changes(there, {key: there[key] for key in LATE if key in there} | source):
             raise OutputError(f"{self.uri} is another conversion ({difference}): --overwrite replaces it")
         shards = self._shards_of_index(files)
         if shards is None:

@@ -6,13 +6,15 @@ plan that it began with, which lies beside its parts.
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sources import SourcePlan
+from sources import InputError, SourcePlan
 
 PLAN_NAME = "plan.json"
+LATE = ("files", "vae_digest", "vae_commit")  # what a source has only when it has been looked into
 FILES_NAMED = 1000  # of more files, a plan keeps only what they are together
 
 
@@ -50,6 +52,31 @@ def identity(files: list[dict[str, Any]]) -> dict[str, Any]:
     """The identity of files: how many they are, their bytes, and a digest of their names, sizes and times."""
     sizes = [file.get("bytes") for file in files]
     return {"count": len(files), "bytes": None if None in sizes else sum(sizes), "digest": digest(files)}
+
+
+def vae_identity(vae: str) -> dict[str, str]:
+    """What tells an autoencoder from another that may come to lie under its name: a folder's digest, or a commit.
+
+    Raises:
+        InputError: if it is no folder, and not in the Hub's cache, and the Hub can't be asked.
+    """
+    if os.path.isdir(vae):
+        return {"vae_digest": folder_digest(vae)}
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    reached = True
+    for file in ("config.json", "vae/config.json"):  # an autoencoder's, or a pipeline's
+        try:
+            path = hf_hub_download(vae, file, local_files_only=not reached)  # .../snapshots/COMMIT/config.json
+            return {"vae_commit": Path(path).parents[file.count("/")].name}
+        except LocalEntryNotFoundError:
+            reached = False
+        except Exception:  # loading it will tell what is wrong
+            continue
+    if not reached:
+        raise InputError(f"--vae: {vae!r} is no folder here, and the Hub, which may have it, can't be reached")
+    return {}
 
 
 def folder_digest(folder: str) -> str:

@@ -31,7 +31,7 @@ from options import parse, what_is_made
 from output import Output, OutputError
 from pipeline import Decoders, Job, Tally, convert_parts
 from pixels import BadPicture, Pixels, levels
-from plan import Plan, folder_digest, identity
+from plan import Plan, identity, vae_identity
 from progress import Progress
 from sources import InputError, describe, plan_source, read_part
 
@@ -60,8 +60,6 @@ def main(argv: list[str] | None = None) -> int:
         output = _open_output(args.out, source)
         if args.latents and args.encode_dtype is None:
             source["encode_dtype"] = _latents_module().default_dtype()
-        if args.latents and os.path.isdir(args.vae):
-            source["vae_digest"] = folder_digest(args.vae)  # other weights may come to lie there
         return _convert(args, source, output)
     except (InputError, OutputError) as error:
         return _fail(2, error)
@@ -97,6 +95,8 @@ def _convert(args: Any, source: dict[str, Any], output: Output) -> int:
     reading = plan_source(source, args.limit)
     if reading.files:
         source["files"] = identity(reading.files)
+    if args.latents:
+        source |= vae_identity(args.vae)
     plan = Plan(source, reading)
     if output.is_done(source, args.overwrite):
         print(f"already converted: {args.out} holds this source, nothing to do")

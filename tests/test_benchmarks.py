@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import re
 import struct
 import subprocess
 import sys
@@ -136,3 +137,16 @@ def test_a_whole_run_and_what_is_done_is_skipped(tmp_path):
     assert "logit-normal-0" in outputs[0].splitlines()
     assert "logit-normal-0" not in outputs[1].splitlines()
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_conversion_is_compared_with_plain_loops():
+    options = ["--pictures", "20", "--rounds", "1", "--latents", "40", "--vae", "tiny", "--image-size", "16"]
+    command = [sys.executable, str(ROOT / "tests/benchmarks/convert.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rates = re.findall(r"^\| (.*) \| ([\d.]+) \| ([\d.]+) \|$", done.stdout, re.MULTILINE)
+    assert len(rates) == 6
+    assert all(float(rate) > 0 for _, rate, _ in rates)
+    busy = re.search(r"the encoders are at work ([\d.]+)% of the time", done.stdout)
+    assert 0 < float(busy[1]) <= 100

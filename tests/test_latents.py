@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -151,6 +152,27 @@ def test_a_second_run_writes_the_same_bytes_and_another_encoder_is_not_resumed(
         code, _, stderr = convert(*again, *options)
         assert code == 2
         assert message in stderr
+
+
+def test_an_autoencoder_that_changes_on_the_hub_is_another_one(pictures, vae_folder, tmp_path, convert, monkeypatch):
+    """From the Hub's own cache, laid out as huggingface_hub does, so that no network is needed."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    cached, commits = tmp_path / "cache" / "models--someone--pipeline", ["0" * 40, "1" * 40]
+    for commit in commits:
+        shutil.copytree(vae_folder, cached / "snapshots" / commit / "vae")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commits[0])
+    command = [*latent_options(pictures, tmp_path / "out", "someone/pipeline"), "--image-size", 16]
+    code, _, stderr = convert(*command)
+    assert code == 0, stderr
+    assert load_spec(None, str(tmp_path / "out")).source["vae_commit"] == commits[0]
+    assert "already converted" in convert(*command)[1]
+    (cached / "refs" / "main").write_text(commits[1])
+    code, _, stderr = convert(*command)
+    assert (code, f"vae_commit '{commits[0]}' there, '{commits[1]}' now" in stderr) == (2, True)
+    code, _, stderr = convert(*latent_options(pictures, tmp_path / "new", "someone/else"), "--image-size", 16)
+    assert (code, "--vae: 'someone/else' is no folder here, and the Hub" in stderr) == (2, True)
 
 
 @pytest.mark.parametrize("cores", [2, 5])

@@ -126,7 +126,7 @@ def show(what: str, medians: dict[str, float], count: int) -> None:
     first = next(iter(medians.values()))
     print(f"\n| {what} | pictures/s | ratio |\n| --- | ---: | ---: |")
     for name, seconds in medians.items():
-        print(f"| {name} | {count / seconds:.3g} | {first / seconds:.2f} |")
+        print(f"| {name} | {count / seconds:.2f} | {first / seconds:.2f} |")
 
 
 def busy(table: Path, vae: str, options: list[str], top: Path) -> float:
