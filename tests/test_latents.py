@@ -175,13 +175,21 @@ def test_an_autoencoder_that_changes_on_the_hub_is_another_one(pictures, vae_fol
     assert (code, "--vae: 'someone/else' is no folder here, and the Hub" in stderr) == (2, True)
 
 
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("cores", [2, 5])
-def test_any_number_of_cores_gives_the_same_bits_in_the_same_order(pictures, vae_folder, cores):
+def test_any_number_of_cores_gives_the_same_bits_in_the_same_order(pictures, vae_folder, cores, two_threads):
     from latents import Latents
     from sources import Sample
 
     def rows(cores):
         form = Latents(str(vae_folder), 16, True, "float32", 2, cores)
+        assert torch.cuda.is_available() or form.pool.submit(torch.get_num_threads).result() == 1
         samples = [Sample(str(path), None, 0) for path in files(pictures)] * 3
         prepared = ((sample, form.prepare(Path(sample.where))) for sample in samples)
         return [
