@@ -55,15 +55,31 @@ def read_folder(description: dict[str, Any], plan: SourcePlan, part: Part) -> It
         InputError: if one has changed.
     """
     labelled = "label_column" not in description
+    for file, names in _folders(description, plan, part):
+        folder = Path(plan.files[file]["name"])
+        for name in names:
+            yield Sample(str(folder / name), folder / name, file if labelled else 0)
+
+
+def check_folder(description: dict[str, Any], plan: SourcePlan, part: Part) -> None:
+    """Looks again, when a part's pictures have been read, whether its folders have changed.
+
+    Raises:
+        InputError: if one has.
+    """
+    for _ in _folders(description, plan, part):
+        pass
+
+
+def _folders(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iterator[tuple[int, list[str]]]:
+    """A part's folders, by their numbers, with its pictures in them."""
     begin, left = part.start, part.rows
     for file in range(part.file, len(plan.files)):
         if not left:
             break
-        folder = Path(plan.files[file]["name"])
-        names, now = _list(folder, labelled)
+        names, now = _list(Path(plan.files[file]["name"]), "label_column" not in description)
         check_same(plan.files[file], now)
-        for name in names[begin : begin + left]:
-            yield Sample(str(folder / name), folder / name, file if labelled else 0)
+        yield file, names[begin : begin + left]
         left -= min(left, len(names) - begin)
         begin = 0
 

@@ -1,6 +1,7 @@
 """Pictures as shards of latents keep them: an autoencoder's mean and standard deviation, of them and of their mirror
 images. Scale and shift stay out of them: `spec.json` has those, and training applies them."""
 
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,7 @@ from sit_composer.autoencoder import KLAutoencoder, from_uint8
 from sit_composer.errors import UserError
 
 GPU_BATCH = 32  # pictures
+BYTES_PER_PIXEL = 6 * 4 * 128  # about, of what an encoder of 128 channels keeps at a time
 CPU_BATCH = 32 * 32 * 32  # pixels: more at a time leave the caches
 Row = tuple[Sample, dict[str, Any] | BadPicture, Look | None]
 
@@ -64,11 +66,14 @@ class Latents:
             self.encoder = KLAutoencoder(vae, self.device, getattr(torch, dtype), slice_size=batch_size)
         except UserError as error:
             raise InputError(f"--vae: {str(error).removeprefix('autoencoder.name: ')}") from None
+        except RuntimeError as error:  # of a GPU that others have filled
+            raise UserError(f"--vae: can't be moved to the {self.device}: {str(error).splitlines()[0]}") from None
         self.encoder.vae.to(memory_format=torch.channels_last)  # as convolutions want them
         if self.device == "cuda":
             torch.cuda.synchronize()  # before other streams read the weights
         self.batch_size = batch_size
-        self.at_once = 2 if self.device == "cuda" else cores
+        memory = batch_size * image_size**2 * BYTES_PER_PIXEL
+        self.at_once = 2 if self.device == "cuda" else max(1, min(cores, _free_memory() // memory))
         self.pool = ThreadPoolExecutor(self.at_once, initializer=self._begin_thread)
         channels = self.encoder.picture_channels
         if channels not in (1, 3):
@@ -143,8 +148,10 @@ class Latents:
             straight, mirrored = (
                 self.encoder.moments(from_uint8(side)).half().cpu().numpy() for side in (levels, levels.flip(-1))
             )
-        except torch.OutOfMemoryError:
-            raise InputError(f"--batch-size: got {self.batch_size}; it takes fewer, on this GPU's memory") from None
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
+            raise InputError(f"--batch-size: got {self.batch_size}; it takes fewer, for this memory") from None
         except UserError as error:  # some are not finite, and it doesn't say whose
             if len(pictures) == 1:
                 return [BadPicture(str(error))]
@@ -158,6 +165,11 @@ class Latents:
                 f"{sample.where}: the picture is {width}x{height}, and the first is {self.image_size}x"
                 f"{self.image_size}; say --image-size to crop them"
             )
+
+
+def _free_memory() -> int:
+    """Bytes of this machine that are free."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _row(moments: np.ndarray, moments_flip: np.ndarray) -> dict[str, Any] | BadPicture:

@@ -12,8 +12,8 @@ def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
     """Parses the command line; ``doc`` is what --help begins with."""
     parser = argparse.ArgumentParser("to_mds.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="what to convert")
-    add("--out", metavar="URI", required=True, help="where to")
+    add("source", metavar="SOURCE", type=_given, help="what to convert")
+    add("--out", metavar="URI", type=_given, required=True, help="where to")
     add("--format", choices=FORMATS, help="what SOURCE is (default: by its files' names)")
     add("--image-column", metavar="NAME", help="of a table; dots go into structs (default: image)")
     add("--label-column", metavar="NAME", help="of a table (default: label); 'none' for pictures without labels")
@@ -24,7 +24,7 @@ def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
     add("--image-size", metavar="N", type=_positive, help="crop pictures to N x N pixels, as training does")
     add("--quality", metavar="Q", type=_quality, help="keep cropped pictures as JPEG, 1 to 100 (default: as PNG)")
     add("--latents", action="store_true", help="keep the pictures' latents, and those of their mirror images")
-    add("--vae", metavar="NAME", help="whose latents: an AutoencoderKL's name on the Hub, or its folder")
+    add("--vae", metavar="NAME", type=_given, help="whose latents: an AutoencoderKL's name on the Hub, or its folder")
     add("--encode-dtype", choices=DTYPES, help="in which it computes (default: bfloat16 on a GPU, else float32)")
     add("--batch-size", metavar="N", type=_positive, help="pictures it encodes at a time (default: 32, fewer on a CPU)")
     add(
@@ -71,6 +71,12 @@ def _quality(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 100:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 100")
     return int(text)
+
+
+def _given(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
 
 
 def _count(text: str) -> int:

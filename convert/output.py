@@ -98,6 +98,10 @@ class Output:
         if PLAN_NAME in files and self._plan_of(self._final()).get("source") == there:  # a kill behind the index
             with suppress(OutputError):  # or a run that is just there
                 self._take()
+                if self.path:
+                    _remove_replaced(self.path)
+                    with suppress(OSError):  # unless it is empty
+                        self.partial.rmdir()
                 _delete(self._final(), files, {*shards, INDEX_NAME, SPEC_NAME})
         return True
 
@@ -153,7 +157,7 @@ class Output:
         records = {}
         for name in filter(PART.fullmatch, sorted(files)):
             with suppress(ValueError):  # a power cut may leave an empty one
-                record = json.loads(self.store.read(name))
+                record = json.loads(self.store.read(name) or "")
                 if _are_there(record["shards"], files):
                     records[record["part"]] = record
         return records
@@ -312,6 +316,11 @@ def _swap(partial: Path, path: Path) -> None:
     if path.exists():
         path.rename(earlier)
     partial.rename(path)
+    _remove_replaced(path)
+
+
+def _remove_replaced(path: Path) -> None:
+    """Removes the conversions that the one there has replaced."""
     for folder in path.parent.glob(f"{glob.escape(path.name)}.replaced-*"):  # also of runs that were killed here
         names = _entries(folder)
         if SPEC_NAME in names and all(map(is_ours, names)):

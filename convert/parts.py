@@ -14,6 +14,12 @@ class InputError(Exception):
     """What is wrong with the source, where, and what to do: one line for the user."""
 
 
+def no_such_file(source: str) -> InputError:
+    """That there is nothing, for `raise`."""
+    braces = "; braces are not expanded, but a glob is, such as 'shard-*.tar'" if "{" in source else ""
+    return InputError(f"{source}: no such file or folder{braces}")
+
+
 class Sample(NamedTuple):
     """One picture of a source. ``where`` names its file, and its row (counted from 0) if the file is a table."""
 
@@ -54,6 +60,11 @@ class SourcePlan:
     files: list[dict[str, Any]]
     classes: list[str] | None
     parts: list[Part]
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Classes of those names, sorted; by number if all are whole numbers, so that 0 to 11 stay what they are."""
+    return sorted(names, key=(lambda name: (int(name), name)) if all(map(str.isdecimal, names)) else None)
 
 
 def cut(file: int, lengths: Iterable[int], start: int = 0) -> list[Part]:

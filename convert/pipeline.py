@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from output import Output
 from pixels import BadPicture, Pixels
 from plan import Plan
-from sources import InputError, Sample, read_part
+from sources import InputError, Sample, check_part, read_part
 
 if TYPE_CHECKING:
     from latents import Latents
@@ -109,6 +109,7 @@ def convert_parts(
                 with PartWriter(job.form.columns, folder, part, job.output.prefix, deliveries.put) as writer:
                     tally = _write(writer, job, group, on_picture)
                     shards = writer.end()
+                check_part(job.plan.source, job.plan.reading, job.plan.reading.parts[part])
                 deliveries.end_part({"part": part, "shards": shards, **vars(tally)})
                 yield from deliveries.finished()  # those whose shards have arrived, while the next is on its way
         except InputError:
@@ -290,4 +291,4 @@ def _attempt(function: Callable[[Any], Any], image: Any) -> Any:
     try:
         return function(image)
     except BadPicture as error:
-        return error
+        return BadPicture(str(error))  # without the traceback, which holds the picture

@@ -6,6 +6,7 @@ plan that it began with, which lies beside its parts.
 
 import hashlib
 import json
+import logging
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,6 +66,7 @@ def vae_identity(vae: str) -> dict[str, str]:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it logs each of five tries to reach the Hub
     reached = True
     for file in ("config.json", "vae/config.json"):  # an autoencoder's, or a pipeline's
         try:
@@ -97,10 +99,18 @@ def digest(content: Any) -> str:
 def changes(there: dict[str, Any], now: dict[str, Any]) -> str:
     """What is different in two plans' ``source``, in words; empty if nothing is."""
     return "; ".join(
-        "the source's files have changed" if key == "files" else f"{key} {there.get(key)!r} there, {now.get(key)!r} now"
+        _files_change(there.get(key), now.get(key))
+        if key == "files"
+        else f"{key} {there.get(key)!r} there, {now.get(key)!r} now"
         for key in sorted({*there, *now})
         if there.get(key) != now.get(key)
     )
+
+
+def _files_change(there: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
+    """Of two `identity`s."""
+    same = there and now and (there["count"], there["bytes"]) == (now["count"], now["bytes"])
+    return "the source's files have changed" + (": not in size, but in name or time" if same else "")
 
 
 def changed_file(there: list[dict[str, Any]] | None, now: list[dict[str, Any]]) -> str:

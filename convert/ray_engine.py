@@ -80,8 +80,6 @@ def convert_on_ray(job: Job, kind: type, options: dict[str, Any], todo: list[int
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     out = str(job.output.path or job.output.uri)  # an actor has a working folder of its own
-    if os.path.exists(vae := options.get("vae", "")):
-        options = {**options, "vae": os.path.abspath(vae)}
     here = Path(__file__).parent
     code = {"working_dir": str(here), "py_modules": [str(Path(sit_composer.__file__).parent)]}
     handler = signal.getsignal(signal.SIGTERM)

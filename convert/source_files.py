@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from parts import InputError
+from parts import InputError, no_such_file
 
 SUFFIXES = dict.fromkeys((".parquet", ".pq"), "parquet")
 SUFFIXES |= dict.fromkeys((".arrow", ".feather", ".ipc"), "arrow")
@@ -58,7 +58,7 @@ def list_files(source: str, format: str) -> list[str]:
         return of_one_split(source, str(path), walk(path), format)
     files = [str(path)] if path.is_file() else expand(source)
     if not files:
-        raise InputError(f"{source}: no such file or folder")
+        raise no_such_file(source)
     return files
 
 
@@ -76,7 +76,10 @@ def of_one_split(source: str, folder: str, names: Iterable[str], format: str) ->
     splits = {match[1] for name in files if (match := SPLIT.search(name.removeprefix(folder).lstrip("/")))}
     if len(splits) > 1:
         these = ", ".join(sorted(splits))
-        raise InputError(f"{source} holds files of several splits ({these}): give a glob such as '{source}/**/train*'")
+        raise InputError(
+            f"{source} holds files of several splits ({these}): give a glob such as '{source}/**/train*', or say "
+            "--format hf and --split"
+        )
     return files
 
 
@@ -90,7 +93,7 @@ def walk(folder: Path) -> Iterator[str]:
 def expand(pattern: str) -> list[str]:
     """The files that a glob matches, sorted."""
     found = map(Path, glob.glob(os.path.expanduser(pattern), recursive=True))
-    return [str(file) for file in sorted(file for file in found if file.is_file())]
+    return [str(file) for file in sorted({file for file in found if file.is_file()})]
 
 
 def fingerprint(name: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from parts import InputError, Part, Sample, SourcePlan
+from parts import InputError, Part, Sample, SourcePlan, no_such_file
 from source_files import SCHEME, expand, format_of, infer_format, list_files, walk
 
 FORMATS = ("parquet", "arrow", "webdataset", "hf", "imagefolder", "digits")
@@ -107,6 +107,20 @@ def read_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iter
         raise InputError(f"{file} changed since the conversion began: {part.rows} pictures then, {rows} now")
 
 
+def check_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> None:
+    """Sees, behind a part's last picture, that none of them has changed since the plan was made.
+
+    Only pictures in folders can have: the others were looked at when the last was read.
+
+    Raises:
+        InputError: if one has.
+    """
+    if description["format"] == "imagefolder":
+        import folder_source
+
+        folder_source.check_folder(description, plan, part)
+
+
 def _module(description: dict[str, Any], verb: str) -> Callable[..., Any]:
     """The function of a format's module; only then is the module imported, and what it imports."""
     format = description["format"]
@@ -148,7 +162,7 @@ def _infer_format(source: str) -> str:
     if not path.exists() and not glob.has_magic(source):
         if HUB_NAME.fullmatch(source) and format_of(source) is None:
             return "hf"
-        raise InputError(f"{source}: no such file or folder")
+        raise no_such_file(source)
     if path.is_file() and format_of(source) == "imagefolder":
         raise InputError(f"{source} is a single picture: give the folder that holds a folder for each class")
     return infer_format(source, walk(path) if path.is_dir() else [source] if path.is_file() else expand(source))

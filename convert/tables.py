@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from parts import MAX_CLASSES, InputError, Part, Sample, SourcePlan
+from parts import MAX_CLASSES, InputError, Part, Sample, SourcePlan, in_order
 from remote import reading
 
 BATCH = 64  # rows
@@ -146,7 +146,7 @@ def merge_classes(labels: tuple[Labels, ...]) -> list[str] | None:
     if first.kind == "none":
         return ["all"]
     if first.kind == "strings":
-        return sorted(frozenset().union(*(table.strings for table in labels)))
+        return in_order(frozenset().union(*(table.strings for table in labels)))
     if first.kind != "integers":
         return list(first.kind)
     largest = [table.largest for table in labels]

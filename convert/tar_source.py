@@ -15,7 +15,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from parts import MAX_CLASSES, InputError, Part, Sample, SourcePlan, cut_off
+from parts import MAX_CLASSES, InputError, Part, Sample, SourcePlan, cut_off, in_order
 from source_files import SCHEME, SUFFIXES, check_same, fingerprint, list_files
 
 PICTURES = {suffix.removeprefix(".") for suffix, format in SUFFIXES.items() if format == "imagefolder"}
@@ -47,7 +47,7 @@ def plan_tars(description: dict[str, Any], limit: int | None) -> SourcePlan:
             classes = None
         else:
             counts, labels = zip(*pool.map(partial(_count, description=description), names), strict=True)
-            classes = sorted(frozenset().union(*labels))
+            classes = in_order(frozenset().union(*labels))
     parts = [Part(number, 0, None, count) for number, count in enumerate(counts) if count != 0]
     return SourcePlan(files, classes, cut_off(parts, limit, lambda part, most: _count(names[part.file], None, most)[0]))
 
@@ -171,9 +171,15 @@ def _groups(name: str, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Gro
         while (member := tar.next()) is not None:
             tar.members.clear()  # tarfile keeps them all, which would fill the memory
             match = NAME.fullmatch(member.name)
-            if not member.isreg() or match is None:
+            if match is None or not (member.isreg() or member.islnk() or member.issym()):
                 continue
             key, extension = match[1], match[2].lower()
+            if not member.isreg():
+                if wanted(extension):
+                    raise InputError(
+                        f"{name}: {member.name} is a link; make the tar with --hard-dereference and --dereference"
+                    )
+                continue
             if key != current:
                 if current is not None:
                     yield current, group

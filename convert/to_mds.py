@@ -49,6 +49,8 @@ MAX_CLASSES = 1_000_000  # more means that the labels are none of classes
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 2 for bad input or output, 1 for a failing disk or network."""
     args = parse(argv, __doc__)
+    if args.vae and os.path.isdir(args.vae):
+        args.vae = os.path.abspath(args.vae)  # as `spec.json` will be read elsewhere
     output = None
     try:
         source = describe(
@@ -234,7 +236,7 @@ def _report(spec: DataSpec, records: dict[int, dict[str, Any]], progress: Progre
     reasons = [reason for number in sorted(records) for reason in records[number]["reasons"]][:REASONS_SHOWN]
     if spec.skipped:
         shown = "\n  ".join(reasons)
-        print(f"skipped {spec.skipped} pictures (the first {len(reasons)} follow)\n  {shown}", file=sys.stderr)
+        print(f"skipped {spec.skipped} picture{'s' * (spec.skipped != 1)}; the first:\n  {shown}", file=sys.stderr)
     empty = [name for name, count in zip(spec.classes, spec.class_counts, strict=True) if not count]
     if empty:
         which = ", ".join(empty[:10]) + (", …" if len(empty) > 10 else "")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from pixels import BadPicture, crop, read_file
+from pixels import BadPicture, crop, glance, read_file
 from torch import Tensor
 
 from sit_composer.errors import UserError
@@ -58,6 +58,8 @@ class PixelCheck:
             height, width = crop(read_file(row[1]["image"]), self.spec.channels, None).shape[-2:]
         except BadPicture as error:
             return str(error)
+        if self.spec.channels == 1 and not glance(row[1]["image"])[0]:
+            return f"the picture has colours; {SPEC_NAME} says 1 channel"
         size = self.spec.image_size
         if size is not None and (height, width) != (size, size):
             return f"the picture is {width}x{height}; {SPEC_NAME} says {size}x{size}"

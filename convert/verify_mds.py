@@ -95,9 +95,13 @@ def verify(args: argparse.Namespace, faults: Faults) -> list[str]:
         if SHARD.fullmatch(name) and name not in listed:
             faults.add(f"{args.uri}/{name} is not in {INDEX_NAME}: delete it, or convert again")
     samples = sum(shard.samples for shard in shards)
+    if not samples:
+        faults.add(f"{args.uri}/{INDEX_NAME} lists no sample")
     if samples != spec.samples or sum(spec.class_counts) != spec.samples:
         counted = sum(spec.class_counts)
         faults.add(f"{INDEX_NAME} lists {samples} samples; {SPEC_NAME} says {spec.samples}, and {counted} by class")
+    if len(set(spec.classes)) < len(spec.classes):
+        faults.add(f"{SPEC_NAME} names a class twice")
     content = _content(spec, args, faults)
     counts = _read_all(args.uri, shards, files, spec, content, args.sample, faults)
     report = [_inventory(spec, shards)]
@@ -164,6 +168,8 @@ def _read_shard(uri: str, shard: "Reader", files: dict[str, int], faults: Faults
     if name not in files:
         faults.add(f"{uri}/{name} is missing")
         return None
+    if not shard.raw_data.hashes:
+        faults.add(f"{uri}/{name} has no hash in the index: what changed in it cannot be seen")
     if not uri.startswith("s3://"):
         fault, folder = shard_fault(shard, uri), uri
         if not fault:

@@ -251,7 +251,7 @@ def check_data(config: Config, spec: DataSpec, section: str = "data") -> None:
         )
     if spec.kind == "latents":
         theirs = spec.autoencoder or {}
-        if config.autoencoder.name != theirs.get("name"):
+        if not _same_place(config.autoencoder.name, theirs["name"]):
             raise ConfigError(
                 f"autoencoder.name: got {config.autoencoder.name}; {where} was made with {theirs.get('name')}"
             )
@@ -264,6 +264,13 @@ def check_data(config: Config, spec: DataSpec, section: str = "data") -> None:
         check_latents(config, spec.channels, 1, spec.image_size, section)  # enlarged only if data.image_size says so
     elif config.autoencoder.name is None:
         check_latents(config, spec.channels, 1, data.image_size or model.input_size, section)
+
+
+def _same_place(name: str | None, other: str) -> bool:
+    """Whether two names are of one autoencoder: one on the Hub, or one folder, from here or from the root."""
+    return name == other or (
+        name is not None and os.path.isdir(name) and os.path.realpath(name) == os.path.realpath(other)
+    )
 
 
 def check_latents(config: Config, channels: int, downsample: int, image_size: int, section: str = "data") -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 SPEC_NAME = "spec.json"
 SPEC_VERSION = 1
+AUTOENCODER = {"name": [str], "channels": [int], "downsample": [int], "scale": [int, float], "shift": [int, float]}
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,32 @@ class DataSpec:
             if version != SPEC_VERSION:
                 raise ValueError(f"is of version {version}; this program reads version {SPEC_VERSION}")
             spec = cls(**content)
+            spec._check_types()
             if spec.kind not in ("pixels", "latents"):
                 raise ValueError(f"has kind {spec.kind!r}, which is neither 'pixels' nor 'latents'")
-            if (
-                spec.kind == "latents"
-                and not {"name", "scale", "shift", "channels", "downsample"} <= (spec.autoencoder or {}).keys()
-            ):
+            if spec.kind == "latents" and spec.autoencoder is None:
                 raise ValueError("has latents, but not the autoencoder that they are of")
             if not len(spec.classes) == len(spec.class_counts) == spec.num_classes:
                 raise ValueError(f"names {len(spec.classes)} classes, not the {spec.num_classes} of num_classes")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{where} {error if 'is of' in str(error) else f'is not a shard spec: {error}'}") from None
         return spec
+
+    def _check_types(self) -> None:
+        counts = {name: getattr(self, name) for name in ("channels", "num_classes", "samples", "skipped")}
+        counts |= {f"class_counts[{i}]": count for i, count in enumerate(self.class_counts)}
+        if self.image_size is not None:
+            counts["image_size"] = self.image_size
+        for name, count in counts.items():
+            if type(count) is not int or count < 0:
+                raise ValueError(f"{name} is {count!r}, not a whole number")
+        if not all(isinstance(name, str) for name in self.classes):
+            raise ValueError("a class's name is no text")
+        if self.kind == "pixels" and self.channels not in (1, 3):
+            raise ValueError(f"pictures have {self.channels} channels, not 1 or 3")
+        if not isinstance(self.source, dict):
+            raise ValueError(f"source is {self.source!r}")
+        if self.autoencoder is not None:
+            for name, types in AUTOENCODER.items():
+                if type(value := self.autoencoder.get(name)) not in types:
+                    raise ValueError(f"the autoencoder's {name} is {value!r}")

@@ -191,6 +191,8 @@ def safe_shards(text: str, uri: str, folder: str, kind: str, allow_unsafe_types:
                 # A name such as ../x would be written outside the cache.
                 if os.path.isabs(file.basename) or ".." in Path(file.basename).parts:
                     raise ValueError(f"the file name {file.basename!r} leads out of the folder")
+                if type(file.bytes) is not int:
+                    raise ValueError(f"the number of {file.basename}'s bytes is {file.bytes!r}")
             columns = dict(zip(shard.column_names, shard.column_encodings, strict=True))
             for name, encodings in COLUMNS[kind].items():
                 if not columns.get(name, "").startswith(encodings):

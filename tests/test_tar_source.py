@@ -16,6 +16,7 @@ CONVERT = Path(__file__).parents[1] / "convert"
 sys.path.insert(0, str(CONVERT))
 
 import tar_source  # noqa: E402
+from parts import in_order  # noqa: E402
 from sources import InputError, describe, plan_source, read_part  # noqa: E402
 
 
@@ -79,6 +80,25 @@ def test_names_are_numbered_in_sorted_order_and_counted(tmp_path):
     assert read(tmp_path) == (["7", "ant", "cat", "wolf"], [(b"x", 3), (b"x", 1), (b"x", 2), (b"x", 0)])
     assert [part.rows for part in plan_source(describe(str(tmp_path))).parts] == [2, 2]
     assert read(tmp_path, 1) == (["7", "ant", "cat", "wolf"], [(b"x", 3)])
+
+
+@given(st.sets(st.integers(0, 10**6), min_size=1), st.sets(st.text(), max_size=3))
+def test_names_that_are_all_numbers_are_in_their_order(numbers, others):
+    assert in_order(set(map(str, numbers))) == [str(number) for number in sorted(numbers)]
+    mixed = {*map(str, numbers), "n", *others}
+    assert in_order(mixed) == sorted(mixed)
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_a_sample_that_is_a_link_is_not_left_out(tmp_path, kind):
+    with tarfile.open(tmp_path / "t.tar", "w") as archive:
+        for name, link in (("a.jpg", None), ("b.jpg", "a.jpg")):
+            info = tarfile.TarInfo(name)
+            info.size = 0 if link else 1
+            info.type, info.linkname = (kind, link) if link else (tarfile.REGTYPE, "")
+            archive.addfile(info, None if link else io.BytesIO(b"x"))
+    with pytest.raises(InputError, match=r"t\.tar: b\.jpg is a link; make the tar with --hard-dereference and"):
+        read(tmp_path / "t.tar", label_column="none")
 
 
 @pytest.mark.parametrize(("labels", "classes"), [([2, 0], None), (["b", "a"], ["a", "b"])])

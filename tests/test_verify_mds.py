@@ -212,6 +212,18 @@ BROKEN = {
     "no index": (lambda folder: (folder / "index.json").unlink(), ["index.json is missing: the conversion was not"]),
     "no spec": (lambda folder: (folder / "spec.json").unlink(), ["spec.json is missing: the conversion was not"]),
     "half an index": (lambda folder: (folder / "index.json").write_text('{"shards": ['), ["index.json is not a whole"]),
+    "a text for a count": (change_spec(samples="20"), ["spec.json is not a shard spec: samples is '20', not a whole"]),
+    "texts for counts": (change_spec(class_counts=["7", 7, 6]), ["class_counts[0] is '7', not a whole number"]),
+    "a number for a class": (change_spec(classes=["ant", "bee", 3]), ["a class's name is no text"]),
+    "no source": (change_spec(source=None), ["source is None"]),
+    "a class twice": (change_spec(classes=["ant", "bee", "ant"]), ["spec.json names a class twice"]),
+    "seven channels": (change_spec(channels=7), ["pictures have 7 channels, not 1 or 3"]),
+    "one channel": (change_spec(channels=1), ["the picture has colours; spec.json says 1 channel"] * 20),
+    "a text for bytes": (change_index(lambda index: index[0]["raw_data"].update(bytes="x")), ["bytes is 'x'"]),
+    "a hash less": (
+        change_index(lambda index: index[0]["raw_data"].update(hashes={})),
+        ["shard.00000.mds has no hash in the index"],
+    ),
     "half a spec": (lambda folder: (folder / "spec.json").write_text("{"), ["spec.json is not a shard spec"]),
     "a name that leads out": (
         change_index(lambda index: index[0]["raw_data"].update(basename="../x")),
