@@ -1,9 +1,10 @@
 """Hugging Face data sets: saved to disk, or what `load_dataset` loads, from a folder or the Hub; whole or streamed."""
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ def _table(description: dict[str, Any], data: Any) -> Table:
         for table in rows.iter(size):
             yield from table.to_batches()
 
-    return Table(_name(description), _find, data.features.arrow_schema, [1] * len(data), read)
+    find = partial(_find, description["path"])
+    return Table(_name(description), find, data.features.arrow_schema, [1] * len(data), read)
 
 
 def _shard(description: dict[str, Any], data: Any, shard: int) -> Table:
@@ -103,20 +105,38 @@ def _shard(description: dict[str, Any], data: Any, shard: int) -> Table:
         except Exception as error:  # of a dozen libraries underneath
             raise InputError(f"cannot read {name}: {' '.join(str(error).split())}") from error
 
-    return Table(name, _find, data.features.arrow_schema, None, read)
+    return Table(name, partial(_find, description["path"]), data.features.arrow_schema, None, read)
 
 
-def _find(path: str) -> bytes | Path:
-    """A picture that a data set keeps as a file of its own, here or inside an archive or on the Hub."""
+def _find(source: str, path: str) -> bytes | Path:
+    """A picture that a data set keeps as a file of its own, here or inside an archive or on the Hub.
+
+    Raises:
+        InputError: if it cannot be read; or if it lies neither on the Hub nor in the data set's folder nor in a cache
+            of theirs: a data set that came from elsewhere must name no other file of this machine or its network.
+    """
+    from datasets import config
+    from datasets.utils.file_utils import xopen
+    from huggingface_hub import constants
+
+    place = path.rpartition("::")[2]  # of the archive, if it is in one
+    if not place.startswith(("hf://", constants.ENDPOINT + "/")):
+        folders = (source, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE)
+        if "://" in place or not any(_is_below(place, str(folder)) for folder in folders):
+            raise InputError(f"the picture's path {path!r} leads out of the data set {source}")
     if "://" not in path:
         return Path(path)
-    from datasets.utils.file_utils import xopen
 
     try:
         with xopen(path, "rb") as file:
             return file.read()
     except Exception as error:
         raise InputError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+
+
+def _is_below(path: str, folder: str) -> bool:
+    ways = (os.path.abspath, os.path.realpath)
+    return os.path.abspath(path).startswith(tuple(os.path.join(way(folder), "") for way in ways))
 
 
 @lru_cache(maxsize=1)  # parts after the first need not load it again

@@ -1,7 +1,6 @@
 """Pictures as shards of latents keep them: an autoencoder's mean and standard deviation, of them and of their mirror
 images. Scale and shift stay out of them: `spec.json` has those, and training applies them."""
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from pixels import BadPicture, Look, levels
+from psutil import virtual_memory
 from sources import InputError, Sample
 from torch import Tensor
 
@@ -23,9 +23,14 @@ CPU_BATCH = 32 * 32 * 32  # pixels: more at a time leave the caches
 Row = tuple[Sample, dict[str, Any] | BadPicture, Look | None]
 
 
+def default_device() -> str:
+    """What an encoder computes on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def default_dtype() -> str:
     """What an encoder computes in if it isn't told: bfloat16 on a GPU, float32 without one."""
-    return "bfloat16" if torch.cuda.is_available() else "float32"
+    return "bfloat16" if default_device() == "cuda" else "float32"
 
 
 class Latents:
@@ -59,7 +64,7 @@ class Latents:
     def __init__(self, vae: str, image_size: int, crop: bool, dtype: str, batch_size: int | None, cores: int) -> None:
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.allow_tf32 = False  # float32 is to be float32; bfloat16 is as fast as ever
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = default_device()
         if batch_size is None:
             batch_size = GPU_BATCH if self.device == "cuda" else min(GPU_BATCH, max(1, CPU_BATCH // image_size**2))
         try:
@@ -73,7 +78,7 @@ class Latents:
             torch.cuda.synchronize()  # before other streams read the weights
         self.batch_size = batch_size
         memory = batch_size * image_size**2 * BYTES_PER_PIXEL
-        self.at_once = 2 if self.device == "cuda" else max(1, min(cores, _free_memory() // memory))
+        self.at_once = 2 if self.device == "cuda" else max(1, min(cores, virtual_memory().available // memory))
         self.pool = ThreadPoolExecutor(self.at_once, initializer=self._begin_thread)
         channels = self.encoder.picture_channels
         if channels not in (1, 3):
@@ -165,11 +170,6 @@ class Latents:
                 f"{sample.where}: the picture is {width}x{height}, and the first is {self.image_size}x"
                 f"{self.image_size}; say --image-size to crop them"
             )
-
-
-def _free_memory() -> int:
-    """Bytes of this machine that are free."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _row(moments: np.ndarray, moments_flip: np.ndarray) -> dict[str, Any] | BadPicture:

@@ -60,8 +60,10 @@ def main(argv: list[str] | None = None) -> int:
             source["limit"] = args.limit
         source |= what_is_made(args)
         output = _open_output(args.out, source)
-        if args.latents and args.encode_dtype is None:
-            source["encode_dtype"] = _latents_module().default_dtype()
+        if args.latents:
+            latents = _latents_module()
+            source["device"] = latents.default_device()  # another kind of processor gives other bits
+            source["encode_dtype"] = args.encode_dtype or latents.default_dtype()
         return _convert(args, source, output)
     except (InputError, OutputError) as error:
         return _fail(2, error)

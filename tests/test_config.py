@@ -199,6 +199,20 @@ def test_data_that_does_not_fit_the_network_is_refused(overrides, changes, messa
     assert message in str(error.value)
 
 
+def test_one_folder_of_an_autoencoder_has_many_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vae").mkdir()
+    other = {
+        "kind": "latents",
+        "channels": 4,
+        "autoencoder": LATENTS | {"name": str(tmp_path / "vae"), "downsample": 1},
+    }
+    for name in ("vae", "./vae", f"{tmp_path}/vae"):
+        check_data(configure(f"autoencoder.name={name}", "model.in_channels=4"), spec(**other))
+    with pytest.raises(ConfigError, match=r"autoencoder\.name: got \./no; .* was made with .*/vae"):
+        check_data(configure("autoencoder.name=./no", "model.in_channels=4"), spec(**other))
+
+
 def test_data_that_fits_passes():
     check_data(configure(), spec())
 

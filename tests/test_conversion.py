@@ -9,6 +9,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,7 +20,9 @@ from tests.conftest import ROOT, ROWS, png
 from tests.fault_proxy import FaultProxy
 from tests.test_to_mds import read
 
+import output  # isort: skip
 import pipeline  # isort: skip
+import pixels  # isort: skip
 import shards  # isort: skip
 import parts  # isort: skip
 from parts import InputError  # isort: skip
@@ -331,6 +334,38 @@ def test_a_conversion_named_partial_is_not_the_beginning_of_another(tmp_path, ta
     assert code == 2
     assert "move it away" in stderr
     assert contents(tmp_path / "out.partial") == before
+
+
+def test_what_was_replaced_goes_though_a_kill_left_it(tmp_path, table, convert, monkeypatch):
+    def killed(path):
+        raise KeyboardInterrupt
+
+    assert convert(table, "--out", tmp_path / "out")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(output, "_remove_replaced", killed)
+        assert convert(table, "--out", tmp_path / "out", "--limit", 60, "--overwrite")[0] == 130
+    assert [name for name in os.listdir(tmp_path) if name.startswith("out.replaced-")]
+    assert "already converted" in convert(table, "--out", tmp_path / "out", "--limit", 60)[1]
+    assert sorted(os.listdir(tmp_path)) == ["out"]
+    assert len(read(tmp_path / "out")[1]) == 60
+
+
+@pytest.mark.parametrize("change", [lambda path: path.write_bytes(b"other"), Path.unlink])
+def test_pictures_that_change_before_they_are_read_are_seen(tmp_path, convert, monkeypatch, change):
+    (tmp_path / "d" / "ant").mkdir(parents=True)
+    files = [png(np.full((8, 8), number, np.uint8)) for number in range(10)]
+    for number, file in enumerate(files):
+        (tmp_path / "d" / "ant" / f"{number}.png").write_bytes(file)
+
+    def decoded_late(data, decoded=pixels.decoded):
+        if data == files[0]:
+            change(tmp_path / "d" / "ant" / "9.png")
+        return decoded(data)
+
+    monkeypatch.setattr(pixels, "decoded", decoded_late)
+    code, _, stderr = convert(tmp_path / "d", "--out", tmp_path / "out", "--skip-bad")
+    assert (code, f"{tmp_path}/d/ant changed since the conversion began" in stderr) == (2, True)
+    assert sorted(os.listdir(tmp_path)) == ["d"]
 
 
 def test_a_folder_that_only_looks_like_a_replaced_one_stays(tmp_path, table, convert):

@@ -280,6 +280,25 @@ def test_hugging_face_data_set_saved_to_disk(tmp_path, hf_rows, small_parts):
         describe(str(tmp_path / "saved"), split="test")
 
 
+def test_a_glob_names_a_file_once(tmp_path):
+    write_parquet(tmp_path / "a" / "b" / "t.parquet", PICTURES[:2], [0, 1])
+    assert read(f"{tmp_path}/**/**/*.parquet")[1] == [(PICTURES[0], 0), (PICTURES[1], 1)]
+    with pytest.raises(InputError, match="no such file or folder; braces are not expanded, but a glob is"):
+        read(f"{tmp_path}/t-{{0..2}}.parquet")
+
+
+@pytest.mark.parametrize("path", ["{}/secret.png", "{}/saved/../secret.png", "http://127.0.0.1:9/secret.png"])
+def test_a_hugging_face_data_set_takes_no_file_from_elsewhere(tmp_path, path):
+    import datasets
+
+    (tmp_path / "secret.png").write_bytes(PICTURES[0])
+    whole, other = {"bytes": PICTURES[0], "path": None}, {"bytes": None, "path": path.format(tmp_path)}
+    rows = {"image": [whole, other], "label": [0, 0]}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
+    with pytest.raises(InputError, match=r"row 1: the picture's path .*secret.png' leads out of the data set"):
+        read(tmp_path / "saved")
+
+
 def test_hugging_face_splits(tmp_path, hf_rows):
     import datasets
 

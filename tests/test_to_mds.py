@@ -282,6 +282,13 @@ def test_a_limit_is_a_positive_number(convert, limit):
         convert("digits", "--out", "unused", f"--limit={limit}")
 
 
+@pytest.mark.parametrize("option", ["--out", "--vae"])
+def test_an_empty_name_is_refused(convert, capsys, option):
+    with pytest.raises(SystemExit, match="2"):
+        convert("digits", "--out", "unused", f"{option}=")
+    assert f"argument {option}: it is empty" in capsys.readouterr().err
+
+
 # --- output --------------------------------------------------------------------------------------------------------
 
 

@@ -331,12 +331,12 @@ LATENTS = {
     "one side alike": (
         spoiled(lambda rows: [row.update(moments_flip=row["moments"]) for row in rows]),
         {},
-        ["the mirrored moments are the straight ones again"],
+        ["20 samples' mirrored moments are the straight ones again"],
     ),
     "turned moments": (
         spoiled(lambda rows: [row.update(moments_flip=row["moments"][..., ::-1].copy()) for row in rows]),
         {},
-        ["the mirrored moments are the straight ones turned round"],
+        ["20 samples' mirrored moments are the straight ones turned round"],
     ),
     "one side larger": (
         spoiled(lambda rows: [row.update(moments_flip=row["moments"] * np.float16(1.5)) for row in rows]),
