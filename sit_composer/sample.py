@@ -205,12 +205,11 @@ def run(args: argparse.Namespace) -> None:
                     write_json({**settings, **(before + drawn).means()}, out / SETTINGS)
         works = [drawn] * ranks
         if ranks > 1:
+            # The last that ranks say to each other. The group is not destroyed: while that holds the GIL, Gloo's thread
+            # may want it to free what was gathered, and both wait for ever (seen with torch 2.7.0).
             dist.all_gather_object(works, drawn)
         if rank == 0:
             write_json({**settings, **sum(works, before).means()}, out / SETTINGS)
-    if ranks > 1:
-        dist.barrier()
-        dist.destroy_process_group()
     if rank == 0:
         pictures = read_pictures(out, len(labels))
         if args.npz:
