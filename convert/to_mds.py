@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from options import parse, what_is_made
 from output import Output, OutputError
+from parts import MAX_CLASSES
 from pipeline import Decoders, Job, Tally, convert_parts
 from pixels import BadPicture, Pixels, levels
 from plan import Plan, identity, vae_identity
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
 REASONS_SHOWN = 5
 SMALL = 2000  # pictures
-MAX_CLASSES = 1_000_000  # more means that the labels are none of classes
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -124,7 +124,7 @@ class SeaweedFS:
         self.ports = free_ports(5)
         self.url = f"http://127.0.0.1:{self.ports[0]}"
 
-    def start(self):
+    def start(self, attempts=5):
         import boto3
         from botocore.config import Config
 
@@ -145,9 +145,11 @@ class SeaweedFS:
                 self.ready = True
                 return
             except Exception as error:
-                if self.process.poll() is not None and not self.ready:  # a test beside this one has taken a port
+                if (
+                    self.process.poll() is not None and not self.ready and attempts > 1
+                ):  # a test beside this one has taken a port
                     self._choose_ports()
-                    return self.start()
+                    return self.start(attempts - 1)
                 if time.monotonic() > deadline:
                     raise RuntimeError(f"SeaweedFS did not start: {(self.folder / 'log').read_text()}") from error
                 time.sleep(0.1)

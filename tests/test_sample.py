@@ -125,7 +125,7 @@ def test_two_ranks_draw_what_one_draws_and_count_for_both(draw, checkpoints, tmp
     composer = os.path.join(os.path.dirname(sys.executable), "composer")
     out = tmp_path / "two"
     command = [composer, "-n", "2", "-m", "sit_composer.sample", str(checkpoints), "--out", str(out), *options]
-    done = subprocess.run([*command, "--batch-size", "2"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([*command, "--batch-size", "2"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     for name, content in pictures(tmp_path / "out").items():
         with Image.open(io.BytesIO(content)) as a, Image.open(out / name) as b:
