@@ -145,9 +145,8 @@ class SeaweedFS:
                 self.ready = True
                 return
             except Exception as error:
-                if (
-                    self.process.poll() is not None and not self.ready and attempts > 1
-                ):  # a test beside this one has taken a port
+                # A test beside this one may have taken a port.
+                if self.process.poll() is not None and not self.ready and attempts > 1:
                     self._choose_ports()
                     return self.start(attempts - 1)
                 if time.monotonic() > deadline:
