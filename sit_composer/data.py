@@ -6,6 +6,7 @@ makes tensors of a sample, and `build_loader` batches. Pictures stay uint8; the 
 """
 
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 from streaming import StreamingDataLoader, StreamingDataset
+from streaming.base.constant import TICK
 from streaming.base.dataset import _ShardState
 
 from sit_composer.pictures import center_crop, decode_image
@@ -84,6 +86,9 @@ class SitDataset(StreamingDataset):
                     raise DataError(f"{local}: no space left on the disk for copies of {remote}") from error
                 if not (collision and attempts_left):
                     raise DataError(f"cannot stream {remote or local}: {error}") from error
+        least = self.stream.index_size + max(shard.get_max_size() for shard in self.shards)
+        if self.cache_limit and self.cache_limit < least:
+            raise DataError(f"cache_limit: {self.cache_limit} bytes don't hold the index and a shard, {least} bytes")
         # What was here before this run is checked by each process when it first touches it.
         self.unchecked = set(np.flatnonzero(self._shard_states.numpy() == _ShardState.LOCAL).tolist())
         # A job killed before its first batch leaves shared memory for which the next is refused ("Reused local
@@ -136,23 +141,62 @@ class SitDataset(StreamingDataset):
             self.prepare_shard(shard_id)
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Fetches a shard; if ``blocking``, until it is here or this process's own attempt has failed."""
+        """Fetches a shard; if ``blocking``, until it is here or this process's own attempt has failed.
+
+        In place of the stock method, which counts a shard toward ``cache_limit`` only when it is here, so that several
+        that are fetched at a time exceed the limit, and which leaves one that failed PREPARING, waited for for ever.
+        """
+        if not blocking and shard_id in self.prefetch_failed:
+            return
         if not blocking and not self.cache_limit and self._shard_states[shard_id] == _ShardState.LOCAL:
-            return  # the stock method would take a file lock, for every sample that is prefetched
-        while not (shard_id in self.prefetch_failed and not blocking):
-            try:
-                super().prepare_shard(shard_id, blocking)
-            except Exception as error:
-                # The stock method leaves it PREPARING, and everyone waiting for ever.
-                self._shard_states[shard_id] = _ShardState.REMOTE
-                if blocking:
-                    where = self.stream.where(self.shards[shard_id])
-                    if is_disk_full(error):
-                        raise DataError(f"{self.stream.local}: no space left on the disk for {where}") from error
-                    raise DataError(f"cannot read the shard {where}: {type(error).__name__}: {error}") from error
+            return  # without the file lock, for every sample that is prefetched
+        while (state := self._claim(shard_id)) == _ShardState.PREPARING:
+            if not blocking:
+                return
+            time.sleep(TICK)
+        if state == _ShardState.LOCAL:
+            return
+        shard = self.shards[shard_id]
+        grown = 0
+        try:
+            grown = self.stream.prepare_shard(shard)
+            state = _ShardState.LOCAL
+        except Exception as error:
+            if not blocking:
                 self.prefetch_failed.add(shard_id)  # get_item() will try again, and raise
-            if not blocking or self._shard_states[shard_id] == _ShardState.LOCAL:
-                break
+                return
+            where = self.stream.where(shard)
+            if is_disk_full(error):
+                raise DataError(f"{self.stream.local}: no space left on the disk for {where}") from error
+            raise DataError(f"cannot read the shard {where}: {type(error).__name__}: {error}") from error
+        finally:
+            with FileLock(self._cache_filelock_path):
+                self.cache_usage += grown - shard.get_max_size()
+                self._shard_access_times[shard_id] = time.time_ns()
+                self._shard_states[shard_id] = state
+
+    def _claim(self, shard_id: int) -> _ShardState:
+        """LOCAL: the shard is here. REMOTE: it is now this process's to fetch, with room set aside for it. PREPARING:
+        another process fetches it, or what is being fetched takes all the room."""
+        shard = self.shards[shard_id]
+        states = self._shard_states.numpy()
+        with FileLock(self._cache_filelock_path):
+            if states[shard_id] == _ShardState.LOCAL:
+                if (Path(self.stream.local) / shard.file_pairs[0][0].basename).is_file():
+                    self._shard_access_times[shard_id] = time.time_ns()
+                    return _ShardState.LOCAL
+                if self.stream.remote is not None:  # a job was killed before it had decompressed the shard
+                    self._evict_shard(shard_id)
+            elif states[shard_id] == _ShardState.PREPARING:
+                return _ShardState.PREPARING
+            room = shard.get_max_size()
+            while self.cache_limit and self.cache_usage + room > self.cache_limit:
+                if _ShardState.LOCAL not in states:
+                    return _ShardState.PREPARING
+                self._evict_coldest_shard()
+            self.cache_usage += room
+            states[shard_id] = _ShardState.PREPARING
+            return _ShardState.REMOTE
 
     # A shard that fails in the background makes the stock epoch end early, or hang; one that a cache_limit evicts at
     # the wrong moment makes it hang as well: the samples wait for a "ready" thread, which waits for ever. Here the

@@ -10,6 +10,8 @@ import shutil
 import signal
 import socket
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +21,12 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from streaming import MDSWriter
 from streaming.base.dataset import _ShardState
+from streaming.base.format import Reader
 
 from sit_composer.data import DataError, build_loader, coin, load_spec
 from sit_composer.randomness import sample_key
 from sit_composer.spec import DataSpec
+from sit_composer.stream import CheckedStream
 from tests.test_pictures import adm_center_crop, encode
 
 SAMPLES = 200
@@ -361,6 +365,42 @@ def test_a_tight_cache_limit_neither_hangs_nor_shortens_an_epoch(digits, tmp_pat
     assert sum(file.stat().st_size for file in (tmp_path / "cache").glob("*.mds")) <= limit
     with pytest.raises(DataError, match="Cache limit"):
         loader(digits, tmp_path / "other", cache_limit=max(sizes))
+
+
+@pytest.mark.parametrize("compression", [None, "zstd:3"])
+def test_shards_that_are_fetched_at_the_same_time_stay_within_the_cache_limit(tmp_path, compression):
+    shards = write_digits(tmp_path / "shards", compression=compression, hashes=["xxh64"])
+    files = [file.stat().st_size for file in shards.glob("*.mds*")]
+    dataset = loader(shards, tmp_path / "cache").dataset
+    limit = 4 * max(shard.get_max_size() for shard in dataset.shards) + (shards / "index.json").stat().st_size
+    dataset = loader(shards, tmp_path / "limited", cache_limit=limit).dataset
+    assert len(files) > 6
+    most = 0
+
+    def fetch(shard: Reader) -> int:
+        nonlocal most
+        grown = CheckedStream.prepare_shard(dataset.stream, shard)
+        time.sleep(0.2)  # until all threads have begun
+        most = max(most, cached())
+        return grown
+
+    def cached() -> int:
+        return sum(file.stat().st_size for file in list((tmp_path / "limited").glob("*.mds*")) if file.exists())
+
+    dataset.stream.prepare_shard = fetch
+    with ThreadPoolExecutor(len(files)) as threads:
+        for blocking in (False, True):
+            list(threads.map(dataset.prepare_shard, range(len(files)), [blocking] * len(files)))
+    assert 0 < most <= limit
+    assert cached() + dataset.stream.index_size == dataset.cache_usage <= limit
+    assert sorted(dataset[index]["index"] for index in range(SAMPLES)) == list(range(SAMPLES))
+
+
+def test_a_cache_limit_without_room_for_the_index_and_a_shard_is_refused(tmp_path):
+    shards = write_digits(tmp_path / "shards", size_limit=400)
+    index = (shards / "index.json").stat().st_size
+    with pytest.raises(DataError, match=r"cache_limit: .* don't hold the index and a shard"):
+        loader(shards, tmp_path / "cache", cache_limit=index + 10)
 
 
 def test_a_cache_limit_never_deletes_local_data(digits, tmp_path):
