@@ -123,8 +123,8 @@ class SampleGrid(Callback):
         self.drawing = drawing
         self.folder = folder
 
-    def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        if not self.due(state, Event.BATCH_CHECKPOINT):
+    def batch_checkpoint(self, state: State, logger: Logger, event: Event = Event.BATCH_CHECKPOINT) -> None:
+        if not self.due(state, event):
             return
         levels = self.drawing(state, lambda pictures: pictures).cpu()  # (N, C, H, W)
         if dist.get_global_rank() != 0:
@@ -136,6 +136,9 @@ class SampleGrid(Callback):
             arrays = levels.permute(0, 2, 3, 1).numpy()
             pictures = [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else np.ascontiguousarray(a)) for a in arrays]
             write_grid(pictures, self.drawing.labels, Path(self.folder) / f"ba{batch:07d}.png")
+
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        self.batch_checkpoint(state, logger, Event.EPOCH_CHECKPOINT)
 
 
 class FrechetDistance(Callback):
@@ -167,8 +170,8 @@ class FrechetDistance(Callback):
         self.file = file
         self.values: dict[str, float] = {}  # batch -> distance
 
-    def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        if not self.due(state, Event.BATCH_CHECKPOINT):
+    def batch_checkpoint(self, state: State, logger: Logger, event: Event = Event.BATCH_CHECKPOINT) -> None:
+        if not self.due(state, event):
             return
         features = self.drawing(state, self.features).cpu().numpy()  # (N, D)
         distance: list[float | None] = [None]
@@ -187,6 +190,9 @@ class FrechetDistance(Callback):
             what = {name: getattr(self.drawing.sampling, name) for name in names}
             what |= {"pictures": len(self.drawing.labels), "features": self.extractor.identity}
             write_json({**what, "frechet_distance": self.values}, Path(self.file))
+
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        self.batch_checkpoint(state, logger, Event.EPOCH_CHECKPOINT)
 
     def features(self, pictures: Tensor) -> Tensor:
         """Features (n, D) of pictures (n, C, H, W)."""

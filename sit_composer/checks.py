@@ -37,9 +37,11 @@ FIXED_TRAINER_KEYS = {  # what resuming, uploading and pruning rely on
     "save_filename", "save_latest_filename", "save_ignore_keys", "num_concurrent_uploads", "upload_timeout_in_seconds",
     "load_object_store", "load_exclude_algorithms",
 }  # fmt: skip
-SECRET = re.compile(r"(api_?key|token|secret|password)$", re.IGNORECASE)
+SECRET = re.compile(r"((api|access|private|account)_?key(_?id)?|token)$|secret|passw(or)?d|passphrase|credential", re.I)
+ADDRESS = re.compile(r"://([^/\s]*|[^/\s:@]*:(?!\d+/)\S*)@")  # with a user, and perhaps a password that has a slash
 CONFIG = "config.yaml"  # the resolved one, beside a run's checkpoints
 TIME = re.compile(r"\d+(\.\d+)?(ep|ba|sp|tok|sec|dur|iter)?")
+DRAWING_TIME = re.compile(r"[1-9]\d*(ba|ep|sp)|0?\.\d*[1-9]\d*dur")
 
 
 def check(config: Config) -> None:
@@ -113,9 +115,9 @@ def check(config: Config) -> None:
 
 def check_no_credentials(value: Any, name: str = "") -> None:
     """Refuses an address with a password in it, which the saved config, loggers and error messages would repeat."""
-    if isinstance(value, str) and SECRET.search(name):
+    if isinstance(value, str | int | float) and not isinstance(value, bool) and SECRET.search(name):
         raise ConfigError(f"{name}: a secret, which the saved config would repeat; give it by the environment")
-    if isinstance(value, str) and re.search(r"://[^/\s]*@", value):
+    if isinstance(value, str) and ADDRESS.search(value):
         raise ConfigError(f"{name}: an address with credentials in it; give them by the environment")
     if dataclasses.is_dataclass(value):
         value = vars(value)
@@ -156,8 +158,9 @@ def check_model(model: ModelConfig) -> None:
 def check_drawing(config: Config, section: str) -> None:
     """Checks what pictures are drawn with during training."""
     drawing: DrawingConfig = getattr(config, section)
-    if not TIME.fullmatch(drawing.interval):
-        raise ConfigError(f"{section}.interval: got {drawing.interval!r}; it takes a time, such as 1000ba")
+    if not DRAWING_TIME.fullmatch(drawing.interval):
+        takes = "a time in batches, epochs, samples or parts of the run, such as 1000ba, 5ep, 100000sp or 0.1dur"
+        raise ConfigError(f"{section}.interval: got {drawing.interval!r}; it takes {takes}")
     # Ranks that hold shards of one network must call it equally often, and an adaptive solver decides by its batch.
     methods = ODE_METHODS if config.fsdp is None else FIXED_STEP_METHODS
     choose(f"{section}.sampling_method", drawing.sampling_method, methods)

@@ -118,7 +118,7 @@ class SitDataset(StreamingDataset):
             moments = row["moments_flip" if flip else "moments"]
             if moments.ndim != 3 or moments.shape[0] != 2 * self.spec.channels:
                 raise ValueError(f"moments are {moments.shape}, but {SPEC_NAME} says {self.spec.channels} channels")
-            sample = {"moments": torch.tensor(moments)}
+            sample = {"moments": torch.from_numpy(moments.copy())}
         label = int(row["label"])
         if not 0 <= label < self.spec.num_classes:
             raise ValueError(f"label {label}, but {SPEC_NAME} has {self.spec.num_classes} classes")
@@ -161,6 +161,7 @@ class SitDataset(StreamingDataset):
         try:
             grown = self.stream.prepare_shard(shard)
             state = _ShardState.LOCAL
+            self.prefetch_failed.discard(shard_id)
         except Exception as error:
             if not blocking:
                 self.prefetch_failed.add(shard_id)  # get_item() will try again, and raise
@@ -190,10 +191,15 @@ class SitDataset(StreamingDataset):
             elif states[shard_id] == _ShardState.PREPARING:
                 return _ShardState.PREPARING
             room = shard.get_max_size()
-            while self.cache_limit and self.cache_usage + room > self.cache_limit:
-                if _ShardState.LOCAL not in states:
+            if self.cache_limit:
+                coming = np.flatnonzero(states == _ShardState.PREPARING)
+                taken = self.stream.index_size + sum(self.shards[other].get_max_size() for other in coming)
+                if taken + room > self.cache_limit:
                     return _ShardState.PREPARING
-                self._evict_coldest_shard()
+                while self.cache_usage + room > self.cache_limit and _ShardState.LOCAL in states:
+                    self._evict_coldest_shard()
+                if self.cache_usage + room > self.cache_limit:  # somebody else has deleted files
+                    self.cache_usage = taken
             self.cache_usage += room
             states[shard_id] = _ShardState.PREPARING
             return _ShardState.REMOTE
@@ -239,11 +245,16 @@ class SitLoader(StreamingDataLoader):
         try:
             yield from super().__iter__()
         except Exception:
-            # Left to the garbage collector, they are waited for five seconds each before the program ends.
-            if self._iterator is not None:
-                self._iterator._shutdown_workers()
-                self._iterator = None
+            self.stop()  # left to the garbage collector, they are waited for five seconds each
             raise
+
+    def stop(self) -> None:
+        """Ends the workers. Before the program ends this must be called: Python would wait for them for ever."""
+        iterator, self._iterator = self._iterator, None
+        if iterator is not None:
+            iterator._shutdown_workers()
+            for worker in iterator._workers:
+                worker.kill()  # one that waits for a store, and is deaf to the SIGTERM that it has been sent
 
 
 def build_loader(

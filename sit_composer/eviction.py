@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -34,10 +35,12 @@ class Eviction(Callback):
 
     Args:
         grace: seconds that this may take; then the process ends as it is.
+        timeout: seconds for which a rank waits for the others, of which one may wait for a store.
     """
 
-    def __init__(self, grace: float):
+    def __init__(self, grace: float, timeout: float):
         self.grace = grace
+        self.timeout = timedelta(seconds=timeout)
         self.saver: CheckpointSaver | None = None
         self.before_leaving: Callable[[], None] = lambda: None
         self.lease: Lease | None = None
@@ -85,7 +88,7 @@ class Eviction(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         self._training = True
         if dist.get_world_size() > 1:
-            self._group = torch.distributed.new_group(backend="gloo")
+            self._group = torch.distributed.new_group(backend="gloo", timeout=self.timeout)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Leaves before an evaluation or pictures take the time that there is."""

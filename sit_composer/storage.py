@@ -5,10 +5,11 @@ import fcntl
 import os
 import random
 import re
+import stat
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Protocol
@@ -88,8 +89,10 @@ class LocalFolder:
             for folder, _, names in os.walk(self.path):
                 for name in names:
                     file = Path(folder, name)
-                    if file.is_file() and not file.is_symlink():
-                        sizes[file.relative_to(self.path).as_posix()] = file.stat().st_size
+                    with suppress(FileNotFoundError):  # one that a live run has just renamed or pruned
+                        state = file.lstat()
+                        if stat.S_ISREG(state.st_mode):
+                            sizes[file.relative_to(self.path).as_posix()] = state.st_size
         return sizes
 
     def read(self, name: str) -> bytes | None:
@@ -140,8 +143,12 @@ class LocalFolder:
                     parent.rmdir()
 
     def is_whole(self, name: str) -> bool:
-        with self._errors(), open(self.path / name, "rb") as file:  # opened here: is_zipfile hides why it can't
-            return zipfile.is_zipfile(file)
+        with self._errors():
+            try:
+                with open(self.path / name, "rb") as file:  # opened here: is_zipfile hides why it can't
+                    return zipfile.is_zipfile(file)
+            except FileNotFoundError:  # a live run has just pruned it
+                return False
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

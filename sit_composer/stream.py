@@ -217,11 +217,14 @@ def shard_fault(shard: Reader, folder: str, hashes: bool = True) -> str | None:
         return f"{next(iter(files))} is missing"
     for path in here:
         size, known = files[path].bytes, files[path].hashes
-        if os.path.getsize(path) != size:
-            return f"{path} has {os.path.getsize(path)} bytes; {INDEX_NAME} says {size}"
         name = next((name for name in ("xxh64", *known) if name in known and is_hash(name)), None)
-        if hashes and name and get_hash(name, Path(path).read_bytes()) != known[name]:
-            return f"{path} has been changed: its {name} is not what {INDEX_NAME} says"
+        try:
+            if (found := os.path.getsize(path)) != size:
+                return f"{path} has {found} bytes; {INDEX_NAME} says {size}"
+            if hashes and name and get_hash(name, Path(path).read_bytes()) != known[name]:
+                return f"{path} has been changed: its {name} is not what {INDEX_NAME} says"
+        except FileNotFoundError:  # another process has evicted the shard just now
+            return f"{path} is missing"
     return None
 
 

@@ -31,18 +31,22 @@ from sit_composer.uploads import Uploads
 
 
 class Supervision:
-    """Holds a run's folder from its start to its end. Every rank makes one, and calls it in the same order."""
+    """Holds a run's folder from its start to its end. Every rank makes one, and calls it in the same order.
 
-    def __init__(self, config: Config):
+    ``timeout`` is for how many seconds a rank waits for the others.
+    """
+
+    def __init__(self, config: Config, timeout: float):
         self.config = config
         self.resumes = bool(config.trainer.get("autoresume"))
         uri = config.trainer.get("save_folder")
         self.uri = format_name_with_dist(uri, config.run_name) if uri else None
         self.folder: RunFolder | None = open_run_folder(self.uri) if self.uri else None
-        self.eviction = Eviction(config.supervision.grace)
+        self.eviction = Eviction(config.supervision.grace, timeout)
         self.uploads: Uploads | None = None
         self.pruning: Pruning | None = None
         self.lease: Lease | None = None
+        self._outdated: list[str] = []  # files of an earlier run that this one is to replace
         # In temporary storage, by the run's name, so that what a killed run left there is found and removed.
         name = hashlib.sha256(f"{self.uri} {dist.get_node_rank()}".encode()).hexdigest()[:16]
         self.staging = Path(tempfile.gettempdir(), f"sit_composer-{os.getuid()}-{name}")
@@ -68,7 +72,12 @@ class Supervision:
         if isinstance(self.folder, S3Folder):
             if dist.get_local_rank() == 0:
                 shutil.rmtree(self.staging, ignore_errors=True)
-                self.staging.mkdir(mode=0o700)
+                try:
+                    self.staging.mkdir(mode=0o700)
+                except OSError as error:
+                    raise StorageError(
+                        f"{self.staging}: {error.strerror}; TMPDIR names another place for it"
+                    ) from error
             dist.barrier()
             place = self.staging / f"rank{dist.get_global_rank()}"
             arguments["save_folder"] = str(place)
@@ -99,7 +108,7 @@ class Supervision:
             return newest(self.folder)
         if found and self.config.trainer.get("save_overwrite"):
             # What was there has later batches, and would be taken for newer than what is to come.
-            self.folder.delete([file for files in found.values() for file in files])
+            self._outdated = [file for files in found.values() for file in files]
         elif found:
             raise ConfigError(
                 f"trainer.save_folder: {self.uri} holds checkpoints ({list(found)[-1]}); trainer.autoresume=true goes "
@@ -129,6 +138,8 @@ class Supervision:
     def attach(self, trainer: Trainer) -> None:
         """Called with the trainer, which has loaded the checkpoint."""
         shutil.rmtree(self.staging / "resume", ignore_errors=True)
+        if self._outdated:  # of rank 0; not before all is there that the new run needs
+            self.folder.delete(self._outdated)
         saver = trainer._checkpoint_saver
         self.eviction.saver = saver
         if saver is not None and self.uploads is None:  # Composer writes to the run's folder itself

@@ -73,10 +73,9 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except UserError as error:
         if os.environ.get("RANK", "0") != "0" and "torch" not in sys.modules:
-            # All ranks have the same to say. Let rank 0 say it: the launcher ends the others when the first one exits,
-            # and would make rank 0's "terminated" its own exit code.
+            # All ranks of a node have the same to say. Let rank 0 say it: the launcher ends the others when the first
+            # one exits, and would make rank 0's "terminated" its own exit code. Another node may have its own mistake.
             time.sleep(60)
-            return 2
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -100,7 +99,7 @@ def train(config: Config) -> bool:
     # Longer than what one rank may wait for a store while the others wait for it; Composer's default is five minutes.
     timeout = config.trainer.get("dist_timeout", max(1800.0, 2 * config.supervision.patience))
     dist.initialize_dist("gpu" if device == "cuda" else "cpu", timeout)
-    supervision = Supervision(config)
+    supervision = Supervision(config, timeout)
     try:
         return fit(config, device, supervision)
     finally:
@@ -142,6 +141,11 @@ def fit(config: Config, device: str, supervision: "Supervision") -> bool:
         }
     if latents is not None:
         autoencoder = AutoencoderSpec(**latents.autoencoder)
+        for spec in specs.values():
+            if spec.kind == "latents":  # check_data looks at the names, of which one may be spelled in two ways
+                other = AutoencoderSpec(**{**spec.autoencoder, "name": autoencoder.name})
+                if other != autoencoder:
+                    raise ConfigError(f"eval_data.local: its latents are of {other}, data's of {autoencoder}")
         if encoder is not None and encoder.spec != autoencoder:
             raise ConfigError(f"autoencoder.name: {encoder.spec} is not what the latents are of, {autoencoder}")
     else:
@@ -174,7 +178,10 @@ def fit(config: Config, device: str, supervision: "Supervision") -> bool:
     network = SiT(**network_arguments(config.model))
     transport = Transport(**vars(config.transport))
     model = ComposerSiT(network, transport, autoencoder, encoder)
-    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], **vars(config.optimizer))
+    # One pass over the weights. The scaler of amp_fp16 would have it divide the gradients, too: never tried with FSDP2.
+    fused = config.precision != "amp_fp16"
+    trained = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, **vars(config.optimizer), fused=fused)
 
     # --- Composer ---
     ema = [EMA(config.ema.decay)] if config.ema is not None else []
@@ -243,6 +250,8 @@ def fit(config: Config, device: str, supervision: "Supervision") -> bool:
         where = getattr(error, "filename", None) or resumption.get("save_folder") or supervision.uri
         raise StorageError(f"{where}: no space left on the disk; with some, the same command resumes") from error
     finally:
+        for loader in loaders.values():
+            loader.stop()  # Composer stops those of the training alone
         trainer.engine.close()  # trainer.close() then waits for all ranks, of which this one alone may have failed
     return True
 

@@ -26,7 +26,7 @@ from streaming.base.format import Reader
 from sit_composer.data import DataError, build_loader, coin, load_spec
 from sit_composer.randomness import sample_key
 from sit_composer.spec import DataSpec
-from sit_composer.stream import CheckedStream
+from sit_composer.stream import CheckedStream, shard_fault
 from tests.test_pictures import adm_center_crop, encode
 
 SAMPLES = 200
@@ -401,6 +401,45 @@ def test_a_cache_limit_without_room_for_the_index_and_a_shard_is_refused(tmp_pat
     index = (shards / "index.json").stat().st_size
     with pytest.raises(DataError, match=r"cache_limit: .* don't hold the index and a shard"):
         loader(shards, tmp_path / "cache", cache_limit=index + 10)
+
+
+def test_a_cache_that_somebody_else_empties_is_filled_again(digits, tmp_path):
+    limit = 5 * max(file.stat().st_size for file in digits.glob("*.mds"))
+    batches = loader(digits, tmp_path / "cache", cache_limit=limit)
+    for _ in range(3):
+        assert len(gather(batches)["index"]) == SAMPLES
+        for file in (tmp_path / "cache").glob("*.mds"):
+            file.unlink()
+
+
+def test_no_shard_is_evicted_for_one_that_finds_no_room_yet(digits, tmp_path):
+    limit = 4 * max(file.stat().st_size for file in digits.glob("*.mds")) + (digits / "index.json").stat().st_size
+    dataset = loader(digits, tmp_path / "cache", cache_limit=limit).dataset
+    dataset.prepare_shard(0)
+    dataset._shard_states.numpy()[1:5] = _ShardState.PREPARING  # as by other processes
+    dataset.prepare_shard(5, blocking=False)
+    assert dataset._shard_states[5] == _ShardState.REMOTE
+    assert dataset._shard_states[0] == _ShardState.LOCAL
+
+
+def test_a_shard_that_came_late_is_prefetched_again_in_the_next_epoch(tmp_path):
+    shards = write_digits(tmp_path / "shards")
+    dataset = loader(shards, tmp_path / "cache").dataset
+    away = shards / "shard.00001.mds"
+    away.rename(tmp_path / "away")
+    dataset.prepare_shard(1, blocking=False)
+    assert dataset.prefetch_failed == {1}
+    (tmp_path / "away").rename(away)
+    dataset.prepare_shard(1)
+    assert dataset.prefetch_failed == set()
+
+
+def test_a_shard_that_is_evicted_while_it_is_checked_is_missing(digits, tmp_path, monkeypatch):
+    shards = shutil.copytree(digits, tmp_path / "shards")
+    shard = loader(None, shards).dataset.shards[1]
+    size = os.path.getsize
+    monkeypatch.setattr(os.path, "getsize", lambda path: os.unlink(path) or size(path))
+    assert str(shard_fault(shard, str(shards))).endswith("shard.00001.mds is missing")
 
 
 def test_a_cache_limit_never_deletes_local_data(digits, tmp_path):

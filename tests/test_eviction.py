@@ -13,7 +13,7 @@ def test_a_process_that_does_not_save_in_time_ends_by_itself(training):
     """In training after the grace; before it at once."""
     before, process = time.monotonic(), os.fork()
     if process == 0:
-        eviction = Eviction(grace=3)
+        eviction = Eviction(grace=3, timeout=60)
         eviction.install()
         eviction._training = training
         os.kill(os.getpid(), signal.SIGTERM)
@@ -29,7 +29,7 @@ def test_a_rank_hears_that_its_launcher_was_killed():
     if launcher == 0:
         if os.fork() == 0:
             os.environ["LOCAL_RANK"] = "0"
-            Eviction(grace=3).install()
+            Eviction(grace=3, timeout=60).install()
             os.write(writing, b"listens")
         time.sleep(60)
         os._exit(1)

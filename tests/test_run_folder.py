@@ -289,3 +289,19 @@ def test_the_order_is_by_batch_and_then_by_epoch(folder):
         put(folder, name)
     ordered = ["ep0-ba7-rank0.pt", "ep1-ba7-rank0.pt", "ep2-ba9-rank0.pt", "ep0-ba10-rank0.pt"]
     assert list(checkpoints(folder)) == ordered
+
+
+def test_a_file_that_vanishes_while_a_folder_is_listed_is_not_there(tmp_path, monkeypatch):
+    """As the lease's own of a live run, or a checkpoint that it prunes."""
+    for name in ("kept", "gone"):
+        (tmp_path / name).write_bytes(b"1234")
+    walk = os.walk
+
+    def walk_and_delete(path):
+        for found in walk(path):
+            (tmp_path / "gone").unlink(missing_ok=True)
+            yield found
+
+    monkeypatch.setattr(os, "walk", walk_and_delete)
+    assert LocalFolder(str(tmp_path)).listing() == {"kept": 4}
+    assert not LocalFolder(str(tmp_path)).is_whole("gone")

@@ -1,5 +1,6 @@
 """The training command, on the digits' shards: run in this process, so that Composer is imported once."""
 
+import contextlib
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from sit_composer.sit import SiT
 from sit_composer.storage import LocalFolder
 from tests.conftest import ROOT
 from tests.judge_digits import judge
+from tests.test_data import write
 
 QUICKSTART = str(ROOT / "yamls" / "quickstart.yaml")
 COMPOSER = os.path.join(os.path.dirname(sys.executable), "composer")
@@ -116,6 +118,13 @@ def test_sample_grids_are_drawn_and_leave_the_training_bits_alone(run, tmp_path)
     out = tmp_path / "out"
     assert sample.main([str(tmp_path / "run"), "--out", str(out), "--sampling-method", "heun", *options]) == 0
     assert (out / "grid.png").read_bytes() == grids[1].read_bytes()
+
+
+@pytest.mark.parametrize(("interval", "drawn"), [("1ep", [28, 56]), ("40ba", [40, 56]), ("0.25dur", [14, 28, 42, 56])])
+def test_a_grid_is_drawn_at_each_interval_and_at_the_end(run, tmp_path, interval, drawn):
+    grid = f"sample_grid={{interval: {interval}, labels: [3], num_steps: 2}}"
+    assert run("trainer.max_duration=2ep", grid) == 0
+    assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == [f"ba{n:07}.png" for n in drawn]
 
 
 @pytest.fixture
@@ -272,6 +281,39 @@ def test_a_sigterm_in_an_evaluation_or_in_pictures_leaves_and_saves(
     assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_a_run_ends_with_workers_for_its_evaluation_too(digits_shards, tmp_path, told):
+    """Its process must: Python waits for workers that are left, and these are deaf to the signal that it sends them."""
+    log = tmp_path / "log.txt"
+    options = ["model.hidden_size=32", "model.depth=1", "model.num_heads=2", "trainer.eval_interval=2ba"]
+    options += [f"data.local={digits_shards}", f"trainer.save_folder={tmp_path / 'run'}", "data.num_workers=1"]
+    options += [f"eval_data={{local: {digits_shards}, global_batch_size: 600, num_workers: 1}}"]
+    options += [f"loggers={{file: {{filename: '{log}', flush_interval: 1}}}}"]
+    options += [f"trainer.max_duration={100000 if told else 2}ba", "supervision.grace=100"]
+    command = [sys.executable, "sit_composer/train.py", QUICKSTART, *options]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=-3, stderr=-3)
+    try:
+        deadline = time.monotonic() + 200
+        while told and not (log.exists() and "metrics/eval/loss" in log.read_text()):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        if told:
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=200) == (143 if told else 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_what_only_another_node_sees_is_told(tmp_path):
+    program = "import sys, time; time.sleep = lambda s: None; from sit_composer.train import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, QUICKSTART, f"data.local={tmp_path / 'none'}"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "RANK": "8"}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: data.local: no shards in '{tmp_path / 'none'}'")
+
+
 @pytest.mark.slow
 def test_a_sigterm_to_every_process_of_a_run_saves_too(digits_shards, tmp_path):
     """As schedulers send it; torch's data workers would die of it, and the run of their death."""
@@ -384,6 +426,33 @@ def test_evaluation_data_with_other_classes_is_refused(run, digits_shards, tmp_p
     assert run("trainer.max_duration=1ba") == 0
     assert run("trainer.max_duration=2ba", f"data.local={other}") == 2  # and so is resuming on them
     assert "other classes than the data has, from label 0 on" in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_start_does_not_delete_the_one_that_it_is_to_replace(run, tmp_path, capsys):
+    assert run("trainer.max_duration=3ba") == 0
+    before = sorted((tmp_path / "run").iterdir())
+    again = ["trainer.max_duration=2ba", "trainer.autoresume=false", "trainer.save_overwrite=true"]
+    assert run(*again, "trainer.device_train_microbatch_size=auto") == 2  # which Composer refuses on a CPU
+    assert "error: trainer: " in capsys.readouterr().err
+    assert sorted((tmp_path / "run").iterdir()) == before
+    assert run(*again) == 0
+    assert [path.name for path in (tmp_path / "run").glob("ep*")] == ["ep0-ba2-rank0.pt"]
+
+
+def test_evaluation_on_latents_of_another_scale_is_refused(run, vae_folder, tmp_path, capsys):
+    for name, scale in (("a", 0.2), ("b", 0.3)):
+        vae = {"name": vae_folder, "scale": scale, "shift": 0.0, "channels": 4, "downsample": 2}
+        spec = {"kind": "latents", "channels": 4, "image_size": 8, "autoencoder": vae}
+        moments = np.ones((8, 4, 4), np.float16)
+        rows = [{"moments": moments, "moments_flip": moments, "label": i % 10} for i in range(100)]
+        columns = {"moments": "ndarray:float16:8,4,4", "moments_flip": "ndarray:float16:8,4,4", "label": "int"}
+        write(tmp_path / name, columns, rows, spec)
+    latents = ["model.in_channels=4", "model.input_size=4", f"autoencoder.name={vae_folder}"]
+    latents += ["trainer.max_duration=1ba", f"data.local={tmp_path / 'a'}"]
+    for name, code in (("a", 0), ("b", 2)):
+        places = f"eval_data={{local: {tmp_path / name}, global_batch_size: 9, num_workers: 0}}"
+        assert run(*latents, places, folder=name) == code
+    assert "error: eval_data.local: its latents are of " in capsys.readouterr().err
 
 
 def test_grey_pictures_are_encoded_by_an_autoencoder_of_three_channels(run, vae_folder, digits_shards, tmp_path):
