@@ -29,6 +29,7 @@ from typing import Any
 
 from sit_composer.errors import UserError
 from sit_composer.names import ADAPTIVE_METHODS, ODE_METHODS, choose
+from sit_composer.outputs import check_output, holds_key
 from sit_composer.spec import DataSpec
 
 EXACT_DIMS = 4096  # the most for which an evaluation of the field may take a backward pass a dimension
@@ -112,8 +113,7 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name}: got {value}; it takes a number above 0")
-    if args.out and (os.path.isdir(args.out) or not args.out.endswith(".json")):
-        raise UserError(f"--out: got {args.out}; it takes a file's name that ends in .json")
+    check_output("--out", args.out, ".json", holds_key("bits_per_dim"))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("this command runs as one process; start it with python, not with a launcher")
 

@@ -251,6 +251,8 @@ def _from_authors(file: Path, content: dict[str, Any], which: str) -> Checkpoint
     names = ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps")
     transport = {"path_type": "Linear", "prediction": "velocity", "loss_weight": None, "train_eps": None}
     transport = {**transport, "sample_eps": None, **{name: args[name] for name in names if name in args}}
+    if transport["prediction"] == "velocity" and transport["path_type"] != "VP":
+        transport |= {"train_eps": None, "sample_eps": None}  # their code takes 0 then, whatever the arguments are
     autoencoder = f"stabilityai/sd-vae-ft-{args.get('vae', 'ema')}"
     record = {
         "model": model,

@@ -22,6 +22,7 @@ from sit_composer.config import (
     DrawingConfig,
     ModelConfig,
     SampleGridConfig,
+    TransportConfig,
     network_arguments,
 )
 from sit_composer.names import FIXED_STEP_METHODS, LOSS_WEIGHTS, ODE_METHODS, PATHS, PREDICTIONS, TIME_SAMPLINGS, choose
@@ -44,23 +45,12 @@ TIME = re.compile(r"\d+(\.\d+)?(ep|ba|sp|tok|sec|dur|iter)?")
 DRAWING_TIME = re.compile(r"[1-9]\d*(ba|ep|sp)|0?\.\d*[1-9]\d*dur")
 
 
-def check(config: Config) -> None:
-    """Checks all that can be known before the data and the libraries are loaded."""
+def check(config: Config, ranks: int | None = None) -> None:
+    """Checks all that can be known before the data and the libraries are loaded. None are the launcher's ranks."""
     check_no_credentials(vars(config))
     check_model(config.model)
-    choose("transport.path_type", config.transport.path_type, PATHS)
-    choose("transport.prediction", config.transport.prediction, PREDICTIONS)
-    choose("transport.loss_weight", config.transport.loss_weight, LOSS_WEIGHTS)
-    choose("transport.time_sampling", config.transport.time_sampling, TIME_SAMPLINGS)
-    for name in ("train_eps", "sample_eps"):
-        eps = getattr(config.transport, name)
-        if eps is not None and not 0 <= eps < 0.5:
-            raise ConfigError(f"transport.{name}: got {eps}; it takes a number in [0, 0.5)")
-    if not config.transport.time_std > 0:
-        raise ConfigError(f"transport.time_std: got {config.transport.time_std}; it takes a number above 0")
-    if not 0 < config.transport.time_shift < math.inf:
-        raise ConfigError(f"transport.time_shift: got {config.transport.time_shift}; it takes a number above 0")
-    ranks = int(os.environ.get("WORLD_SIZE", 1))  # the launcher's
+    check_transport(config.transport)
+    ranks = ranks or int(os.environ.get("WORLD_SIZE", 1))
     for section, data in (("data", config.data), ("eval_data", config.eval_data)):
         if data is not None:
             _at_least(f"{section}.global_batch_size", data.global_batch_size, 1)
@@ -72,7 +62,7 @@ def check(config: Config) -> None:
             if data.global_batch_size % ranks:
                 got = f"{section}.global_batch_size: got {data.global_batch_size}"
                 raise ConfigError(f"{got}; with {ranks} ranks it takes a multiple of {ranks}")
-    if not config.optimizer.lr > 0:
+    if not 0 < config.optimizer.lr < math.inf:
         raise ConfigError(f"optimizer.lr: got {config.optimizer.lr}; it takes a number above 0")
     for name in ("eps", "weight_decay"):
         if not 0 <= getattr(config.optimizer, name) < math.inf:
@@ -124,6 +114,32 @@ def check_no_credentials(value: Any, name: str = "") -> None:
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         check_no_credentials(item, f"{name}.{key}" if name else str(key))
+
+
+def check_transport(transport: TransportConfig) -> None:
+    """Checks the objective."""
+    choose("transport.path_type", transport.path_type, PATHS)
+    choose("transport.prediction", transport.prediction, PREDICTIONS)
+    choose("transport.loss_weight", transport.loss_weight, LOSS_WEIGHTS)
+    choose("transport.time_sampling", transport.time_sampling, TIME_SAMPLINGS)
+    velocity, poles = transport.prediction == "velocity", {}
+    poles["train_eps"] = not velocity and transport.loss_weight is not None and transport.path_type != "VP"
+    poles["sample_eps"] = not velocity or transport.path_type == "VP"
+    for name, pole in poles.items():
+        eps = getattr(transport, name)
+        if eps is not None and not 0 <= eps < 0.5:
+            raise ConfigError(f"transport.{name}: got {eps}; it takes a number in [0, 0.5)")
+        if eps == 0 and pole:
+            raise ConfigError(f"transport.{name}: got 0; there is a pole at an end of the times, it takes more")
+    for name in ("time_std", "time_shift"):
+        if not 0 < getattr(transport, name) < math.inf:
+            raise ConfigError(f"transport.{name}: got {getattr(transport, name)}; it takes a number above 0")
+    if not math.isfinite(transport.time_mean):
+        raise ConfigError(f"transport.time_mean: got {transport.time_mean}; it takes a number")
+    if transport.time_sampling == "uniform":
+        for name, default in (("time_mean", 0), ("time_std", 1)):
+            if getattr(transport, name) != default:
+                raise ConfigError(f"transport.{name}: goes with transport.time_sampling=logit-normal")
 
 
 def _at_least(name: str, value: int, least: int) -> None:

@@ -27,6 +27,7 @@ from typing import Any
 
 from sit_composer.errors import UserError
 from sit_composer.features import Extractor, load_extractor
+from sit_composer.outputs import check_output, holds_arrays, holds_key
 from sit_composer.picture_sets import STATISTICS, PictureSet, is_remote, open_set
 from sit_composer.results import compute, describe, markdown, save_statistics, versions, write
 
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for name, reason in result["left_out"].items():
@@ -90,10 +91,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: for what cannot be read, or a metric asked for that cannot be had.
     """
-    for name, suffix in (("out", ".json"), ("save_statistics", ".npz")):  # before an hour's work, not after it
-        path = getattr(args, name)
-        if path and (os.path.isdir(path) or not path.endswith(suffix)):
-            raise UserError(f"--{name.replace('_', '-')}: got {path}; it takes a file's name that ends in {suffix}")
+    check_output("--out", args.out, ".json", holds_key("metrics"))
+    check_output("--save-statistics", args.save_statistics, ".npz", holds_arrays("mu", "sigma", "features"))
     with ExitStack() as stack:
         cache = args.cache
         if cache is not None:

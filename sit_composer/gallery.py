@@ -27,8 +27,8 @@ def claim(out: Path, settings: dict[str, Any], count: int) -> list[int]:
         raise UserError(f"--out: {out} is a file; it takes a folder")
     if out.is_dir() and [path.name for path in out.iterdir()] not in ([], [SETTINGS]):  # the settings of none are free
         try:
-            before = json.loads((out / SETTINGS).read_text())
-        except (OSError, ValueError):
+            before = dict(json.loads((out / SETTINGS).read_text()))
+        except (OSError, ValueError, TypeError):
             raise UserError(f"--out: {out} holds files that are not samples; choose another folder") from None
         for name, value in settings.items():
             if before.get(name) != json.loads(json.dumps(value)):
@@ -60,20 +60,25 @@ def write_json(content: dict[str, Any], path: Path) -> None:
 
 def write_npz(pictures: list[Image.Image], labels: list[int], path: Path) -> None:
     """Writes the pictures as ADM's evaluation takes them: arr_0, uint8 (N, H, W, 3); the labels lie beside."""
-    buffer = io.BytesIO()
-    np.savez(buffer, arr_0=np.stack([np.asarray(p.convert("RGB")) for p in pictures]), labels=np.array(labels))
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_arrays(path, arr_0=np.stack([np.asarray(p.convert("RGB")) for p in pictures]), labels=np.array(labels))
+
+
+def write_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Writes an npz, all of it or nothing."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
     _write(path, buffer.getvalue())
 
 
 def write_grid(pictures: list[Image.Image], labels: list[int], path: Path, columns: int = 10, rows: int = 10) -> None:
-    """Writes a grid of the pictures, small ones enlarged: a row a class where there are several of each."""
+    """Writes a grid of the pictures, small ones enlarged: a row a class where there are several of every one."""
     classes = sorted(set(labels), key=labels.index)
     each = [[i for i, label in enumerate(labels) if label == c][:columns] for c in classes[:rows]]
-    if len(each[0]) == 1:  # one of each: fill the rows
-        flat = [row[0] for row in [[i for i, v in enumerate(labels) if v == c] for c in classes]][: rows * columns]
-        width = math.ceil(math.sqrt(len(flat)))
-        each = [flat[i : i + width] for i in range(0, len(flat), width)]
+    if min(map(len, each)) == 1:  # fill the rows
+        shown = range(min(len(labels), rows * columns))
+        width = min(math.ceil(math.sqrt(len(shown))), columns)
+        each = [shown[i : i + width] for i in shown[::width]]
     side = pictures[0].width
     zoom = max(1, 48 // side)
     step = side * zoom + 2

@@ -51,7 +51,9 @@ class Guidance:
         self.scale = scale
         self.channels = channels
         # An adaptive solver also asks beyond its ends: what reaches to an end reaches past it.
-        self.interval = (-math.inf if interval[0] == 0 else interval[0], math.inf if interval[1] == 1 else interval[1])
+        # And times are float32, in which 0.7 is less than 0.7.
+        first, last = interval[0] - 1e-6, interval[1] + 1e-6
+        self.interval = (-math.inf if interval[0] == 0 else first, math.inf if interval[1] == 1 else last)
         self.guide = guide
         self.passes = 0
 

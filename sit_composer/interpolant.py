@@ -72,7 +72,7 @@ class Interpolant(ABC):
         return d_alpha / alpha * x + self.score_variance(t) * score
 
     def velocity_from_noise(self, noise: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """v = (α̇ x - W ε) / α; a pole at t = 0 where α = 0, none at t = 1."""
+        """v = (α̇ x - W ε) / α; a pole at t = 0 where α = 0, and VP's at t = 1, where σ̇ is infinite."""
         t = expand(t, x)
         alpha, d_alpha = self.alpha(t)
         return (d_alpha * x - self.wronskian(t) * noise) / alpha
@@ -121,6 +121,10 @@ class VP(Interpolant):
         log_alpha, d_log_alpha = self._log_alpha(t)
         sigma = (-torch.expm1(2 * log_alpha)).sqrt()  # expm1: 1 - exp loses every digit as t -> 1
         return sigma, -(2 * log_alpha).exp() * d_log_alpha / sigma
+
+    def score_variance(self, t: Tensor) -> Tensor:
+        """Here σ W / α = β/2, also at t = 1, where σ is 0 and W infinite."""
+        return self._log_alpha(t)[1]
 
 
 PATHS: dict[str, type[Interpolant]] = {"Linear": Linear, "GVP": GVP, "VP": VP}

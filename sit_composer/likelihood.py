@@ -10,8 +10,8 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from sit_composer.errors import UserError
-from sit_composer.names import ADAPTIVE_METHODS, ODE_METHODS, choose
-from sit_composer.samplers import check_steps, torchdiffeq_method
+from sit_composer.names import ODE_METHODS, choose
+from sit_composer.samplers import check_steps, check_tolerances, in_float32, solver
 from sit_composer.transport import Transport
 
 
@@ -45,13 +45,15 @@ def log_likelihood(
         noise: the probes themselves, (probes, N, …), if the caller draws them.
 
     Raises:
-        UserError: for an unknown solver, fewer than 2 time points, no probe, or noise of another shape.
+        UserError: for an unknown solver, fewer than 2 time points, no tolerance or probe, or noise of another shape.
     """
     choose("sampling_method", sampling_method, ODE_METHODS)
     check_steps(num_steps)
+    check_tolerances(atol, rtol)
     if probes < 1:
         raise UserError(f"probes: got {probes}; it takes 1 or more")
     t0, t1 = tr.interval(eval=True)
+    model, x = in_float32(model, x)
     times = torch.linspace(t1, t0, num_steps, device=x.device, dtype=x.dtype)
     shape = (probes, *x.shape)
     if noise is None:
@@ -65,13 +67,13 @@ def log_likelihood(
         with torch.enable_grad():
             x = state[0].detach().requires_grad_()
             v = tr.velocity(model, x, t.expand(len(x)), **model_kwargs)
+            if not v.requires_grad:  # a field that doesn't depend on x
+                return v, x.new_zeros(len(x))
             divergence = _trace(v, x) if exact else _hutchinson(v, x, noise)
         return v.detach(), divergence
 
-    method = torchdiffeq_method(sampling_method)
-    options = {"step_t": times[-1:]} if method in ADAPTIVE_METHODS else None
     start = (x, x.new_zeros(len(x)))
-    z, change = odeint(drift, start, times, method=method, atol=atol, rtol=rtol, options=options)
+    z, change = odeint(drift, start, times, atol=atol, rtol=rtol, **solver(sampling_method, stop_at=times[-1:]))
     z, change = z[-1], change[-1]  # change is ∫ ∇·v from t1 down to t0
     prior = -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1)
     return prior + change

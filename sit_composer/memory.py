@@ -2,7 +2,8 @@
 
 Weights, gradients, AdamW's moments and the average are counted; what the passes hold is `live_bytes`'. The CUDA
 context, NCCL's buffers, the operators' workspaces and fragmentation are not known: the reserve is for them. The sums
-were compared with measured peaks of training on a CPU, and never with a GPU's.
+were compared with measured peaks of training on a CPU, FSDP2's on one rank (between several, Gloo holds copies of its
+own), and never with a GPU's.
 """
 
 import argparse
@@ -90,10 +91,11 @@ def memory(
     fsdp = config.fsdp
     network = tuple(sorted(network_arguments(config.model).items()))
     shards = ranks // fsdp.data_parallel_replicate_degree if fsdp is not None else 1
-    everything, trained, block, rest = 0, 0, 0, 0
+    everything, trained, block, rest, largest = 0, 0, 0, 0, 0
     for name, shape, is_trained in parameters(network):
         part = math.ceil(shape[0] / shards) * math.prod(shape[1:])  # FSDP2 splits the first axis, and pads
         everything += part
+        largest = max(largest, part)
         trained += part * is_trained
         block += math.prod(shape) * name.startswith("blocks.0.")
         rest += math.prod(shape) * (not name.startswith("blocks."))
@@ -129,7 +131,7 @@ def memory(
         encoder=weights,
         gradients=4 * trained,
         passes=passes,
-        update=4 * trained * (2 if config.precision == "amp_fp16" else 1),  # fused, AdamW takes nothing more
+        update=4 * trained + (0 if fsdp is None else 4 * trained if cuda else 8 * largest),  # AdamW fused takes no more
     )
 
 
@@ -151,7 +153,10 @@ def encoder_memory(config: Config) -> tuple[int, int]:
         "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
     }  # fmt: skip
     if os.path.isdir(name):
-        architecture = AutoencoderKL.load_config(name, subfolder=find_subfolder(name))
+        try:
+            architecture = AutoencoderKL.load_config(name, subfolder=find_subfolder(name))
+        except ValueError as error:
+            raise UserError(f"autoencoder.name: {name} holds no AutoencoderKL: {error}") from error
     with FakeTensorMode():
         vae = AutoencoderKL.from_config(architecture).requires_grad_(False).eval()
         weights = sum(p.numel() for p in vae.parameters()) * 4
@@ -320,20 +325,23 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("yaml", help="the run's config")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="go over the YAML's")
-    parser.add_argument("--ranks", type=numbers, default=list(RANKS), help="numbers of GPUs [1,8,16,32,64]")
-    parser.add_argument("--microbatch", type=numbers, default=list(MICROBATCHES), help="samples a GPU at a time")
+    parser.add_argument("--ranks", type=numbers, help="numbers of GPUs [1,8,16,32,64]")
+    parser.add_argument("--microbatch", type=numbers, help="samples a GPU at a time")
     parser.add_argument("--mfu", type=fraction, default=0.4, help="part of the peak FLOP/s that is reached [0.4]")
     parser.add_argument("--samples", type=int, help="of the data, where max_duration is in epochs")
     parser.add_argument("--cpu", action="store_true", help="the memory of training on a CPU")
     parser.add_argument("--encode", action="store_true", help="pictures are encoded in every step")
     parser.add_argument("--all-sizes", action="store_true", help="only the largest microbatch for S, B, L and XL")
     args = parser.parse_intermixed_args(argv)
+    if args.all_sizes and (args.microbatch or args.samples or args.cpu or args.encode or len(args.ranks or [8]) > 1):
+        parser.error("argument --all-sizes: goes with --ranks N [8], and nothing else")
     try:
         config = load_config(args.yaml, [*UNIMPORTANT, *args.overrides])
-        check(config)
+        check(config, ranks=max(1, config.fsdp.data_parallel_replicate_degree) if config.fsdp else 1)
         if args.all_sizes:
-            print(size_table(config, max(args.ranks[:2])))
+            print(size_table(config, (args.ranks or [8])[0]))
             return 0
+        args.ranks, args.microbatch = args.ranks or list(RANKS), args.microbatch or list(MICROBATCHES)
         encoder = encoder_memory(config) if args.encode else (0, 0)
         print(describe(config) + "\n")
         print(memory_tables(config, args.ranks, args.microbatch, not args.cpu, encoder) + "\n")

@@ -39,6 +39,7 @@ def save_statistics(path: Path, outputs: dict[str, Any], identity: str) -> None:
     """Writes mu, sigma and, if there are spatial features, mu_s and sigma_s; and what they are features of."""
     import numpy as np
 
+    from sit_composer.gallery import write_arrays
     from sit_composer.metrics import statistics
 
     arrays = {}
@@ -46,7 +47,7 @@ def save_statistics(path: Path, outputs: dict[str, Any], identity: str) -> None:
         if output in outputs:
             arrays |= zip(names, statistics(outputs[output]), strict=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **arrays, features=np.array(identity))
+    write_arrays(path, **arrays, features=np.array(identity))
 
 
 def describe(pictures: PictureSet) -> dict[str, Any]:

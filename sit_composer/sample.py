@@ -16,9 +16,14 @@ from typing import Any
 
 from sit_composer.errors import UserError
 from sit_composer.generate import Sampling, Work, generate
-from sit_composer.names import DIFFUSION_FORMS, LAST_STEPS, ODE_METHODS, SDE_METHODS
+from sit_composer.names import ADAPTIVE_METHODS, DIFFUSION_FORMS, LAST_STEPS, ODE_METHODS, SDE_METHODS
+from sit_composer.outputs import check_output, holds_arrays
 
 DTYPES = ("float32", "bfloat16", "float16")
+DEFAULTS = {
+    "per_class": 1, "cfg_interval": (0.0, 1.0), "atol": 1e-6, "rtol": 1e-3, "diffusion_form": "sigma",
+    "diffusion_norm": 1.0, "last_step": "Mean", "last_step_size": 0.04,
+}  # fmt: skip
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -39,29 +44,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--cfg-channels", type=int, metavar="C", help="guide only the first C, the release 3 of 4 (all)"
     )
     both = {"type": float, "nargs": 2, "metavar": ("FROM", "TO")}
-    parser.add_argument(
-        "--cfg-interval", **both, default=(0.0, 1.0), help="guide within these times; data is at 1 (0 1)"
-    )
+    parser.add_argument("--cfg-interval", **both, help="guide within these times; data is at 1 (0 1)")
     parser.add_argument("--guide", metavar="CHECKPOINT", help="guide away from this weaker network, not the null class")
     parser.add_argument("--mode", choices=("ODE", "SDE"), default="ODE", help="(ODE)")
     methods = f"ODE: {', '.join(ODE_METHODS)} (dopri5); SDE: {', '.join(SDE_METHODS)} (Euler)"
     parser.add_argument("--sampling-method", metavar="NAME", help=methods)
     steps = "time points (ODE 50, SDE 250); an adaptive ODE solver chooses its own steps"
     parser.add_argument("--num-steps", type=int, metavar="N", help=steps)
-    parser.add_argument("--atol", type=float, default=1e-6, help="of adaptive ODE solvers (1e-6)")
-    parser.add_argument("--rtol", type=float, default=1e-3, help="of adaptive ODE solvers (1e-3)")
-    parser.add_argument("--diffusion-form", choices=DIFFUSION_FORMS, default="sigma", help="of the SDE (sigma)")
-    parser.add_argument("--diffusion-norm", type=float, default=1.0, help="of the SDE (1)")
+    parser.add_argument("--atol", type=float, help="of adaptive ODE solvers (1e-6)")
+    parser.add_argument("--rtol", type=float, help="of adaptive ODE solvers (1e-3)")
+    parser.add_argument("--diffusion-form", choices=DIFFUSION_FORMS, help="of the SDE (sigma)")
+    parser.add_argument("--diffusion-norm", type=float, help="of the SDE (1)")
     last_steps = [str(name) for name in LAST_STEPS]
-    parser.add_argument("--last-step", choices=last_steps, default="Mean", help="of the SDE (Mean)")
-    parser.add_argument("--last-step-size", type=float, default=0.04, help="of the SDE (0.04)")
+    parser.add_argument("--last-step", choices=last_steps, help="of the SDE (Mean)")
+    parser.add_argument("--last-step-size", type=float, help="of the SDE (0.04)")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     parser.add_argument("--batch-size", type=int, default=64, help="pictures at a time (64)")
     parser.add_argument("--decode-dtype", choices=DTYPES, help="in which the autoencoder decodes latents (float32)")
     parser.add_argument("--decode-batch-size", type=int, metavar="N", help="latents that it decodes at a time (8)")
     parser.add_argument("--npz", metavar="FILE", help="write all pictures as one array too: arr_0, uint8, N×H×W×3")
     args = parser.parse_args(argv)
-    args.cfg_interval = tuple(args.cfg_interval)
     for name, least in (
         ("num_images", 1),
         ("cfg_channels", 1),
@@ -79,23 +81,44 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and not least <= value < math.inf:
             parser.error(f"argument --{name.replace('_', '-')}: got {value}; it takes a number, {least} or more")
-    if args.per_class is not None and args.classes is None:
-        parser.error("argument --per-class: goes with --classes")
-    args.per_class = args.per_class or 1
-    if args.npz and (Path(args.npz).is_dir() or not os.access(existing_parent(Path(args.npz)), os.W_OK)):
-        parser.error(f"argument --npz: {args.npz} can't be written; it takes a file")
+    try:
+        check_output("argument --npz", args.npz, "", holds_arrays("arr_0", "labels"))
+    except UserError as error:
+        parser.error(str(error))
     methods = ODE_METHODS if args.mode == "ODE" else SDE_METHODS
     args.sampling_method = args.sampling_method or ("dopri5" if args.mode == "ODE" else "Euler")
     if args.sampling_method not in methods:
         parser.error(f"argument --sampling-method: got {args.sampling_method}; {args.mode} takes {', '.join(methods)}")
+    refuse_idle(parser, args)
+    for name, default in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    if args.atol == args.rtol == 0:
+        parser.error("argument --atol: got 0, and --rtol too; one of them takes more")
+    args.cfg_interval = tuple(args.cfg_interval)
+    # The authors' command takes it with any solver, too.
+    args.idle_steps = args.sampling_method in ADAPTIVE_METHODS and args.num_steps is not None
     args.num_steps = args.num_steps or (50 if args.mode == "ODE" else 250)
     args.last_step = None if args.last_step == "None" else args.last_step
     return args
 
 
-def existing_parent(path: Path) -> Path:
-    """The nearest folder above a path that is there."""
-    return next(parent for parent in path.absolute().parents if parent.exists())
+def refuse_idle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the command for an option that would have no effect."""
+    adaptive = args.sampling_method in ADAPTIVE_METHODS
+    guided = ("guide", "cfg_interval", "cfg_channels")
+    for names, goes, what in (
+        (("per_class",), args.classes is not None, "--classes"),
+        (("diffusion_form", "diffusion_norm", "last_step", "last_step_size"), args.mode == "SDE", "--mode SDE"),
+        (("atol", "rtol"), adaptive, f"an adaptive ODE solver ({', '.join(ADAPTIVE_METHODS)})"),
+        (("last_step_size",), args.last_step != "None", "a --last-step"),
+        (guided, args.cfg_scale != 1, "a --cfg-scale other than 1"),
+    ):
+        for name in names:
+            if getattr(args, name) is not None and not goes:
+                parser.error(f"argument --{name.replace('_', '-')}: goes with {what}")
+    if args.labels == "random" and args.classes is not None:
+        parser.error("argument --labels: random goes with --num-images")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -140,6 +163,13 @@ def run(args: argparse.Namespace) -> None:
             theirs, ours = weaker.record["model"][name], record["model"][name]
             if theirs != ours:
                 raise UserError(f"--guide: {args.guide} has {name} {theirs}, and {args.checkpoint} has {ours}")
+        for part, names in (("transport", ("path_type", "prediction")), ("autoencoder", record["autoencoder"])):
+            for name in names:
+                theirs, ours = weaker.record[part].get(name), record[part][name]
+                if theirs != ours:
+                    raise UserError(f"--guide: {args.guide} has {part}.{name} {theirs}, {args.checkpoint} has {ours}")
+        if weaker.record["classes"] != record["classes"]:
+            raise UserError(f"--guide: {args.guide} has other classes than {args.checkpoint}, or in another order")
         guide = build_network(weaker, device)
     if args.cfg_scale is None:
         args.cfg_scale = 1.0 if network.null_label is None and guide is None else 4.0
@@ -170,13 +200,15 @@ def run(args: argparse.Namespace) -> None:
     if rank == 0:
         try:
             todo = [claim(out, settings, len(labels))]
-        except UserError as error:
-            todo = [error]
+        except (UserError, OSError) as error:
+            todo = [error if isinstance(error, UserError) else UserError(f"--out: {error}")]
     if ranks > 1:
         dist.broadcast_object_list(todo)
     if isinstance(todo[0], UserError):
         raise todo[0]
     missing = todo[0][rank::ranks]
+    if args.idle_steps and rank == 0:
+        print(f"note: {sampling.sampling_method} chooses its own steps; --num-steps has no effect", file=sys.stderr)
     if todo[0]:
         transport = Transport(**record["transport"])
         known = record["autoencoder"]

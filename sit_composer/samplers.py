@@ -5,6 +5,7 @@ A model is any callable ``model(x, t, **kwargs)``; wrap it in `Counted` to learn
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torchdiffeq import odeint
 
 from sit_composer.errors import UserError
 from sit_composer.names import ADAPTIVE_METHODS, LAST_STEPS, ODE_METHODS, SDE_METHODS, choose
-from sit_composer.transport import SINGULAR_EPS, Transport
+from sit_composer.transport import SINGULAR_EPS, Transport, at_least_float32
 
 
 class Counted:
@@ -33,9 +34,34 @@ def check_steps(num_steps: int) -> None:
         raise UserError(f"num_steps: got {num_steps}; it takes 2 or more, as it counts the time points, both ends too")
 
 
-def torchdiffeq_method(sampling_method: str) -> str:
-    """torchdiffeq's name of a solver."""
-    return "heun2" if sampling_method == "heun" else sampling_method
+def check_tolerances(atol: float, rtol: float) -> None:
+    """Raises UserError for two zeros, for which an adaptive solver would take ever smaller steps, for ever."""
+    if not (min(atol, rtol) >= 0 and max(atol, rtol) > 0):
+        raise UserError(f"atol, rtol: got {atol:g} and {rtol:g}; they take numbers above 0")
+
+
+def solver(sampling_method: str, stop_at: Tensor | None = None) -> dict[str, Any]:
+    """The solver as torchdiffeq takes it. An adaptive one's last step goes past the end, and back by interpolation;
+    given the time ``stop_at`` (1,), it ends there."""
+    method = "heun2" if sampling_method == "heun" else sampling_method
+    options = None
+    if method == "explicit_adams":  # its order of 12 is unstable: with 100 steps, e⁻¹ comes out as 7
+        options = {"max_order": 4}
+    elif method in ADAPTIVE_METHODS and stop_at is not None:
+        options = {"step_t": stop_at}
+    return {"method": method, "options": options}
+
+
+def in_float32(model, z: Tensor) -> tuple[Any, Tensor]:
+    """The model and its state, as samplers take them: of half precision, times would coincide and steps be lost."""
+    dtype = at_least_float32(z)
+    if dtype == z.dtype:
+        return model, z
+
+    def cast(x: Tensor, t: Tensor, **model_kwargs) -> Tensor:
+        return model(x.to(z.dtype), t, **model_kwargs).to(dtype)
+
+    return cast, z.to(dtype)
 
 
 @torch.no_grad()
@@ -60,23 +86,23 @@ def sample_ode(
         reverse: from data to noise instead; z is then data.
 
     Raises:
-        UserError: for an unknown solver, or fewer than 2 time points.
+        UserError: for an unknown solver, fewer than 2 time points, or no tolerance.
     """
     choose("sampling_method", sampling_method, ODE_METHODS)
     check_steps(num_steps)
+    check_tolerances(atol, rtol)
     t0, t1 = tr.interval(eval=True)
     if reverse:
         t0, t1 = t1, t0
-    times = torch.linspace(t0, t1, num_steps, device=z.device, dtype=z.dtype)
+    model, x = in_float32(model, z)
+    times = torch.linspace(t0, t1, num_steps, device=x.device, dtype=x.dtype)
 
     def drift(t: Tensor, x: Tensor) -> Tensor:
         return tr.velocity(model, x, t.expand(len(x)), **model_kwargs)
 
-    method = torchdiffeq_method(sampling_method)
-    # An adaptive solver's last step goes past the end, and back by interpolation. VP has no σ beyond t = 1 (the square
-    # root of less than 0): there, the last step must end at the end.
-    options = {"step_t": times[-1:]} if tr.path_type == "VP" and method in ADAPTIVE_METHODS else None
-    return odeint(drift, z, times, method=method, atol=atol, rtol=rtol, options=options)[-1]
+    # VP has no σ beyond t = 1: it is the square root of less than 0.
+    how = solver(sampling_method, stop_at=times[-1:] if tr.path_type == "VP" else None)
+    return odeint(drift, x, times, atol=atol, rtol=rtol, **how)[-1].to(z.dtype)
 
 
 @torch.no_grad()
@@ -119,7 +145,8 @@ def sample_sde(
     t0, t1 = tr.interval(sde=True, eval=True, diffusion_form=diffusion_form, last_step_size=last_step_size)
     if sampling_method == "Heun" and t1 == 1:
         t1 = 1 - SINGULAR_EPS  # Heun evaluates the score at its end, where it has a pole
-    times = torch.linspace(t0, t1, num_steps, device=z.device, dtype=z.dtype)
+    model, x = in_float32(model, z)
+    times = torch.linspace(t0, t1, num_steps, device=x.device, dtype=x.dtype)
 
     def drift_and_diffusion(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         velocity, score = tr.velocity_and_score(model, x, t, **model_kwargs)
@@ -127,8 +154,7 @@ def sample_sde(
         return velocity + diffusion * score, diffusion
 
     if draw is None:
-        draw = partial(torch.randn, z.shape, device=z.device, dtype=z.dtype)
-    x = z
+        draw = partial(torch.randn, x.shape, device=x.device, dtype=x.dtype)
     dt = times[1] - times[0]
     for time in times[:-1]:
         t = time.expand(len(x))
@@ -150,4 +176,4 @@ def sample_sde(
     elif last_step == "Tweedie":  # E[x₁ | x] = (x + σ² s) / α
         alpha, sigma = tr.path.alpha(times[-1])[0], tr.path.sigma(times[-1])[0]
         x = x / alpha + sigma**2 / alpha * tr.score(model, x, t, **model_kwargs)
-    return x
+    return x.to(z.dtype)

@@ -178,8 +178,8 @@ def fit(config: Config, device: str, supervision: "Supervision") -> bool:
     network = SiT(**network_arguments(config.model))
     transport = Transport(**vars(config.transport))
     model = ComposerSiT(network, transport, autoencoder, encoder)
-    # One pass over the weights. The scaler of amp_fp16 would have it divide the gradients, too: never tried with FSDP2.
-    fused = config.precision != "amp_fp16"
+    # One pass over the weights. Not on shards: there, torch 2.7's takes memory for copies of them.
+    fused = config.fsdp is None
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, **vars(config.optimizer), fused=fused)
 

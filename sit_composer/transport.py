@@ -16,6 +16,11 @@ from sit_composer.names import DIFFUSION_FORMS, LOSS_WEIGHTS, PREDICTIONS, TIME_
 SINGULAR_EPS = 1e-3  # how far training and sampling stay from an end of [0, 1] where the field has a pole
 
 
+def at_least_float32(x: Tensor) -> torch.dtype:
+    """x's dtype, or float32 if that has less than its precision."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 class Transport:
     """A path with a prediction target and a loss weight.
 
@@ -104,11 +109,12 @@ class Transport:
         return t0, t1
 
     def loss(self, model_output: Tensor, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
-        """The weighted squared error of each sample, mean over its elements: (N,).
+        """The weighted squared error of each sample, mean over its elements: (N,), float32 at least.
 
         L_v and L_s of eqs. (6) and (7). Since v = (α̇/α) x + λ s with λ = σW/α, the weight that turns a score error
         into the velocity's is λ², and the likelihood's is λ; a noise error is the score's times σ.
         """
+        model_output = model_output.to(at_least_float32(model_output))
         ut = self.path.interpolate(t, x0, x1)[1]
         te = expand(t, x1)
         sigma, factor = self.path.sigma(te)[0], self.path.score_variance(te)  # σ and λ, each (N, 1, …)
@@ -123,12 +129,17 @@ class Transport:
     def training_loss(self, model, x1: Tensor, **model_kwargs) -> Tensor:
         """Draws x₀ ~ N(0, I), then t, and gives each sample's `loss`: (N,)."""
         t, x0 = self.draw(x1)
-        return self.loss(model(self.path.interpolate(t, x0, x1)[0], t, **model_kwargs), t, x0, x1)
+        xt = self.path.interpolate(t, x0, x1)[0]
+        return self.loss(model(xt.to(x1.dtype), t, **model_kwargs), t, x0, x1)
 
     def draw(self, x1: Tensor) -> tuple[Tensor, Tensor]:
-        """Training times t (N,) on `interval` and noise x₀ like x1, from torch's own generator."""
-        x0 = torch.randn_like(x1)
-        return self.times(torch.rand(len(x1), device=x1.device, dtype=x1.dtype)), x0
+        """Training times t (N,) on `interval` and noise x₀ of x1's shape, from torch's own generator.
+
+        Both are float32 at least: bfloat16 has 256 different times, 0 among them.
+        """
+        dtype = at_least_float32(x1)
+        x0 = torch.randn_like(x1, dtype=dtype)
+        return self.times(torch.rand(len(x1), device=x1.device, dtype=dtype)), x0
 
     def times(self, u: Tensor) -> Tensor:
         """The training times, on `interval`, whose part u (N,) of all lies below: their distribution's quantiles."""

@@ -80,6 +80,15 @@ def test_the_authors_training_checkpoint_has_both_kinds_and_its_args_count(autho
         torch.testing.assert_close(network(io["x"], io["t"], io["y"]), io["forward"], rtol=1e-4, atol=1e-5)
 
 
+def test_the_eps_of_the_authors_arguments_counts_where_it_counts_in_their_code(authors, tmp_path):
+    vars(authors["args"]).update(train_eps=1e-5, sample_eps=1e-3, path_type="GVP", prediction="score")
+    record = load_checkpoint(save(authors, tmp_path / "a.pt")).record
+    assert (record["transport"]["train_eps"], record["transport"]["sample_eps"]) == (1e-5, 1e-3)
+    authors["args"].prediction = "velocity"
+    record = load_checkpoint(save(authors, tmp_path / "b.pt")).record
+    assert Transport(**record["transport"]).interval(eval=True) == Transport(**record["transport"]).interval() == (0, 1)
+
+
 def test_without_a_row_more_than_classes_there_is_no_null_class(authors, tmp_path):
     authors["args"].num_classes = 11
     network = SiT(**load_checkpoint(save(authors, tmp_path / "a.pt")).record["model"])

@@ -345,6 +345,7 @@ def bad(digits, tmp_path_factory):
     (folder / "latents").mkdir()
     (folder / "latents" / "index.json").write_text("{}")
     torch.save({"weight": torch.zeros(3)}, folder / "weights.pt")
+    (folder / "settings.json").write_text('{"seed": 0}')
     return folder
 
 
@@ -386,6 +387,10 @@ def bad(digits, tmp_path_factory):
         ("real", "real", ["--batch-size", "0"], "argument --batch-size: got 0; it takes 1 or more"),
         ("real", "real", ["--cache", "here"], "argument --cache: is for remote shards, and neither SAMPLES nor"),
         ("real", "real", ["--out", "here"], "--out: got here; it takes a file's name that ends in .json"),
+        ("real", "real", ["--out", "/dev/null/x.json"], "--out: /dev/null/x.json can't be written in /dev/null"),
+        ("real", "real", ["--out", "settings.json"], "settings.json is there, and not what this command writes"),
+        ("real", "real", ["--save-statistics", "one.npz"], "one.npz is there, and not what this command writes"),
+        ("real", "../../../../../../dev/null", [], "/dev/null"),
     ],
 )
 def test_bad_input_is_named_in_one_line(bad, halves, networks, capsys, samples, reference, options, message):

@@ -72,3 +72,14 @@ def test_guiding_a_network_without_a_null_class_is_refused():
 def test_an_interval_that_is_none_is_refused(tiny, interval):
     with pytest.raises(UserError, match="cfg_interval: got"):
         Guidance(tiny, 1.5, interval=interval)
+
+
+def test_the_ends_of_an_interval_are_guided_in_float32_too(tiny, inputs):
+    x, _, y = inputs
+    times = torch.linspace(0, 1, 11)
+    for first in range(11):
+        for last in range(first, 11):
+            guidance = Guidance(tiny, 2.0, interval=(first / 10, last / 10))
+            for time in times:
+                guidance(x[:1], time[None], y[:1])
+            assert guidance.passes == 11 + (last - first + 1)

@@ -70,3 +70,10 @@ def test_the_score_is_finite_where_the_release_divides_by_zero(name):
     path, t = PATHS[name](), torch.zeros(1)
     x = torch.randn(1, 4)
     torch.testing.assert_close(path.score_from_velocity(torch.randn(1, 4), x, t), -x)  # p_0 = N(0, I)
+
+
+def test_the_diffusion_of_vp_is_finite_at_the_data_and_what_it_is_elsewhere():
+    path, t = PATHS["VP"](), torch.linspace(0, 1, 101, dtype=torch.float64)
+    assert float(path.score_variance(t)[-1]) == 0.05  # beta_min / 2
+    general = path.sigma(t)[0] * path.wronskian(t) / path.alpha(t)[0]
+    torch.testing.assert_close(path.score_variance(t)[:-1], general[:-1], rtol=1e-12, atol=0)

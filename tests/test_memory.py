@@ -174,8 +174,13 @@ def test_the_command_prints_tables_and_tells_mistakes(capsys):
     assert "GPU-hours" in out
     assert memory.main([arguments[0], "model.nme=SiT-S/8"]) == 2
     assert "did you mean name?" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
-        memory.main([arguments[0], "--ranks", "0"])
+    for options in (["--ranks", "0"], ["--all-sizes", "--cpu"], ["--all-sizes", "--ranks", "8,16"]):
+        with pytest.raises(SystemExit, match="2"):
+            memory.main([arguments[0], *options])
+    assert memory.main([*arguments[:2], "--ranks", "8", "fsdp.data_parallel_replicate_degree=2"]) == 0
+    assert "| FSDP2 ×8 |" in capsys.readouterr().out
+    assert memory.main([arguments[0], "--encode", "autoencoder.name=yamls"]) == 2
+    assert "error: autoencoder.name: yamls holds no AutoencoderKL" in capsys.readouterr().err
 
 
 # --- Real training ---
@@ -193,17 +198,17 @@ TINY = [
 ]
 EMA = "ema={decay: 0.9}"
 # How far the prediction may lie from what was measured: nothing of DDP is guessed; of FSDP2, which gathered buffers
-# are alive at the same time is (and some wait for Python's garbage collector), and in networks so small it shows.
+# are alive at the same time is, and in networks so small it shows. It is measured on one rank: between several, Gloo
+# holds copies of its own for as long as its threads take, which differs by a third from run to run.
 CASES = [  # ranks, overrides, least and most of prediction / measurement
     (1, ["data.global_batch_size=4"], 0.99, 1.01),
     (1, ["data.global_batch_size=16", EMA, "model.hidden_size=384"], 0.99, 1.01),
-    (1, ["data.global_batch_size=16", EMA, "fsdp={}"], 0.85, 1.15),
+    (1, ["data.global_batch_size=16", EMA, "fsdp={}"], 0.9, 1.1),
+    (1, ["data.global_batch_size=16", "fsdp={activation_checkpointing: true}"], 0.9, 1.1),
+    (1, ["data.global_batch_size=16", "fsdp={reshard_after_forward: false}"], 0.9, 1.1),
+    (1, ["data.global_batch_size=16", "fsdp={activation_cpu_offload: true}"], 0.9, 1.1),
     (2, ["data.global_batch_size=4"], 0.99, 1.01),
     (2, ["data.global_batch_size=16", EMA], 0.99, 1.01),
-    (2, ["data.global_batch_size=16", EMA, "fsdp={}"], 0.85, 1.15),
-    (2, ["data.global_batch_size=16", "fsdp={activation_checkpointing: true}"], 0.85, 1.15),
-    (2, ["data.global_batch_size=16", "fsdp={reshard_after_forward: false}"], 0.85, 1.15),
-    (2, ["data.global_batch_size=16", "fsdp={activation_cpu_offload: true}"], 0.85, 1.15),
 ]
 
 

@@ -1,6 +1,7 @@
 """Sampling and the checkpoints it reads, on a tiny network that two batches trained."""
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from PIL import Image
 
 from sit_composer import sample, train
 from sit_composer.checkpoint import CheckpointError, load_checkpoint
-from sit_composer.gallery import SETTINGS
+from sit_composer.gallery import SETTINGS, write_grid
 from sit_composer.guidance import Guidance
 from sit_composer.sample import Sampling, generate
 from sit_composer.sit import SiT
@@ -268,7 +270,17 @@ def test_training_weights_are_drawn_from_when_asked_for(checkpoints, tmp_path):
         (["--cfg-scale", "nan"], "argument --cfg-scale: got nan; it takes a number, 0 or more"),
         (["--mode", "SDE", "--diffusion-norm", "-1"], "argument --diffusion-norm: got -1.0"),
         (["--per-class", "3"], "argument --per-class: goes with --classes"),
-        (["--npz", "/"], "argument --npz: / can't be written"),
+        (["--npz", "/"], "argument --npz: got /; it takes a file's name"),
+        (["--npz", "/dev/null/x.npz"], "argument --npz: /dev/null/x.npz can't be written in /dev/null"),
+        (["--npz", __file__], "is there, and not what this command writes; delete it, or choose another"),
+        (["--last-step", "Euler"], "argument --last-step: goes with --mode SDE"),
+        (["--diffusion-norm", "2"], "argument --diffusion-norm: goes with --mode SDE"),
+        (["--mode", "SDE", "--atol", "1e-3"], "argument --atol: goes with an adaptive ODE solver (dopri5"),
+        (["--sampling-method", "heun", "--rtol", "1e-3"], "argument --rtol: goes with an adaptive ODE solver"),
+        (["--mode", "SDE", "--last-step", "None", "--last-step-size", "0.1"], "--last-step-size: goes with a --last"),
+        (["--cfg-scale", "1", "--cfg-interval", "0", "0.5"], "argument --cfg-interval: goes with a --cfg-scale other"),
+        (["--classes", "1", "--labels", "random"], "argument --labels: random goes with --num-images"),
+        (["--atol", "0", "--rtol", "0"], "argument --atol: got 0, and --rtol too; one of them takes more"),
         (["--atol", "1e-30", "--rtol", "1e-30"], "the solver gave up"),
         (["--decode-dtype", "float16"], "--decode-dtype: got float16; "),
         (["--decode-batch-size", "4"], "draws pixels, which nothing decodes"),
@@ -282,6 +294,38 @@ def test_a_wrong_option_is_named(draw, tmp_path, capsys, options, message):
         assert draw(*options) == 2
     assert message in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_a_guide_that_predicts_something_else_is_refused(draw, checkpoints, tmp_path, monkeypatch, capsys):
+    checkpoint = load_checkpoint(str(checkpoints), "ema")
+    changed = replace(checkpoint, record=copy.deepcopy(checkpoint.record))
+    found = {"other": changed, str(checkpoints): checkpoint}
+    monkeypatch.setattr("sit_composer.checkpoint.load_checkpoint", lambda path, which: found[path])
+    for part, name, value in (("transport", "prediction", "noise"), ("classes", 0, "another")):
+        changed.record[part][name] = value
+        assert draw("--guide", "other", "--num-images", "1") == 2
+        changed.record[part][name] = checkpoint.record[part][name]
+        assert "--guide: other has " in capsys.readouterr().err
+
+
+def test_num_steps_of_an_adaptive_solver_are_said_to_have_no_effect(draw, capsys):
+    assert draw("--num-images", "1") == 0
+    assert "note: dopri5 chooses its own steps; --num-steps has no effect" in capsys.readouterr().err
+
+
+def test_settings_that_are_no_settings_are_somebody_elses(draw, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / SETTINGS).write_text("[1, 2]")
+    (tmp_path / "out" / "other").touch()
+    assert draw("--num-images", "1") == 2
+    assert "holds files that are not samples" in capsys.readouterr().err
+
+
+def test_a_grid_shows_all_where_classes_differ_in_number(tmp_path):
+    pictures = [Image.new("L", (48, 48), 10 * i) for i in range(6)]
+    write_grid(pictures, [4, 1, 1, 1, 7, 1], tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert {0, 10, 20, 30, 40, 50} <= set(np.asarray(grid).ravel().tolist())
 
 
 def test_a_command_that_was_refused_does_not_keep_the_folder(draw, tmp_path):

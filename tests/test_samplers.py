@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from sit_composer.guidance import Guidance
-from sit_composer.names import DIFFUSION_FORMS, LAST_STEPS, ODE_METHODS, PATHS, PREDICTIONS, SDE_METHODS
+from sit_composer.names import (
+    DIFFUSION_FORMS,
+    FIXED_STEP_METHODS,
+    LAST_STEPS,
+    ODE_METHODS,
+    PATHS,
+    PREDICTIONS,
+    SDE_METHODS,
+)
 from sit_composer.samplers import Counted, sample_ode, sample_sde
 from sit_composer.transport import Transport
 
@@ -64,6 +72,38 @@ def test_every_ode_solver_maps_noise_to_the_gaussian(method, prediction):
     z = torch.randn(64, 1, 2, 2, dtype=torch.float64)
     x = sample_ode(tr, gaussian(tr), z, sampling_method=method, num_steps=400)
     torch.testing.assert_close(x, MEAN + STD * z, rtol=0, atol=0.02)  # the flow between Gaussians is affine
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("steps", [51, 101, 251])
+def test_no_fixed_step_solver_is_unstable_in_float32(prediction, steps):
+    tr = Transport("Linear", prediction)
+    z = torch.randn(64, 1, 2, 2)
+    for method in FIXED_STEP_METHODS:
+        x = sample_ode(tr, gaussian(tr), z, sampling_method=method, num_steps=steps)
+        torch.testing.assert_close(x, MEAN + STD * z, rtol=0, atol=0.1)  # Euler, in 51 steps, is off by 0.05
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_network_of_half_precision_is_sampled_at_times_of_float32(path, prediction, dtype):
+    tr = Transport(path, prediction)
+    seen = set()
+
+    def model(x, t):
+        assert x.dtype == dtype
+        seen.add(float(t[0]))
+        return gaussian(tr)(x.float(), t).to(dtype)
+
+    z = torch.randn(2000, 1, 2, 2).to(dtype)
+    for x in (sample_ode(tr, model, z, sampling_method="heun", num_steps=250), sample_ode(tr, model, z)):
+        assert x.dtype == dtype
+        torch.testing.assert_close(x.float(), MEAN + STD * z.float(), rtol=0, atol=0.1)
+    assert len(seen) > 249
+    x, exact = sample_sde(tr, model, z).float(), sample_sde(tr, gaussian(tr), z.float())
+    assert float(x.mean()) == pytest.approx(float(exact.mean()), abs=0.03)
+    assert float(x.std()) == pytest.approx(float(exact.std()), abs=0.03)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -155,3 +155,19 @@ def test_sbdm_keeps_off_the_noise_end_where_it_is_singular():
 def test_a_wrong_argument_is_named(arguments, named):
     with pytest.raises(ValueError, match=re.escape(named)):
         Transport(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_times_noise_and_loss_of_half_precision_are_float32(dtype):
+    tr, x1 = Transport(), torch.zeros(20000, 1, 1, 1, dtype=dtype)
+    t, x0 = tr.draw(x1)
+    assert (t.dtype, x0.dtype) == (torch.float32, torch.float32)
+    assert len(t.unique()) > 19000
+
+    def model(x, t):
+        assert (x.dtype, t.dtype) == (dtype, torch.float32)
+        return x
+
+    assert tr.training_loss(model, x1).dtype == torch.float32
+    half = x0[:5].to(dtype)
+    assert tr.loss(half, t[:5].to(dtype), half, half).dtype == torch.float32

@@ -1,0 +1,61 @@
+"""Whether a command may write a file: known before its work, and not after it; and never over what isn't its own."""
+
+import json
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from sit_composer.errors import UserError
+
+
+def check_output(option: str, path: str | None, suffix: str, is_own: Callable[[Path], bool]) -> None:
+    """Checks that an option's file, if it is given, can be written.
+
+    Args:
+        option: its name, as on the command line.
+        path: what it got.
+        suffix: of the file's name; "" for any.
+        is_own: tells of a file that is there already whether such a command made it; it is replaced then.
+
+    Raises:
+        UserError: if it can't, or is somebody else's.
+    """
+    if path is None:
+        return
+    file = Path(path)
+    if not path.endswith(suffix) or not file.name or file.is_dir():
+        ending = f" that ends in {suffix}" if suffix else ""
+        raise UserError(f"{option}: got {path}; it takes a file's name{ending}")
+    above = next(parent for parent in file.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"{option}: {path} can't be written in {above}")
+    if file.exists() and not is_own(file):
+        raise UserError(f"{option}: {path} is there, and not what this command writes; delete it, or choose another")
+
+
+def holds_key(key: str) -> Callable[[Path], bool]:
+    """Tells whether a file is a JSON object with that key."""
+
+    def look(file: Path) -> bool:
+        try:
+            content = json.loads(file.read_text())
+        except (OSError, ValueError):
+            return False
+        return isinstance(content, dict) and key in content
+
+    return look
+
+
+def holds_arrays(*names: str) -> Callable[[Path], bool]:
+    """Tells whether a file is an npz of which those arrays are some, and all but those whose names are added by _s."""
+
+    def look(file: Path) -> bool:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                held = {name.removesuffix(".npy") for name in archive.namelist()}
+        except (OSError, zipfile.BadZipFile):
+            return False
+        return {name.removesuffix("_s") for name in held} == set(names)
+
+    return look
