@@ -31,5 +31,7 @@ test-slow: install
 bench: install
 	$(PYTHON) tests/benchmarks/crop.py
 	$(PYTHON) tests/benchmarks/convert.py --latents 0
+	$(PYTHON) tests/benchmarks/loader.py --workers 2
+	$(PYTHON) tests/benchmarks/step.py
 lint: install
 	.venv/bin/ruff format --check . && .venv/bin/ruff check .

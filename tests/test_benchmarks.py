@@ -150,3 +150,21 @@ def test_conversion_is_compared_with_plain_loops():
     assert all(float(rate) > 0 for _, rate, _ in rates)
     busy = re.search(r"the encoders are at work ([\d.]+)% of the time", done.stdout)
     assert 0 < float(busy[1]) <= 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options", "rows"),
+    [
+        ("loader", ["--latents", "300", "--pixels", "20", "--rounds", "1", "--workers", "1"], ["latents", "pixels"]),
+        ("step", ["--batch-size", "2", "--rounds", "1", "--steps", "2"], ["SiT-S/8, 2"]),
+    ],
+)
+def test_loader_and_step_are_compared_with_plain_ones(name, options, rows):
+    command = [sys.executable, str(ROOT / f"tests/benchmarks/{name}.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"^\| ([^|]*) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", done.stdout, re.MULTILINE)
+    assert [what for what, *_ in found] == rows
+    for _, theirs, ours, ratio in found:
+        assert float(ours) / float(theirs) == pytest.approx(float(ratio), rel=0.03)
