@@ -99,6 +99,7 @@ def memory(
         trained += part * is_trained
         block += math.prod(shape) * name.startswith("blocks.0.")
         rest += math.prod(shape) * (not name.startswith("blocks."))
+    fused = fsdp is None and config.precision != "amp_fp16"  # AdamW, on a GPU; else it makes temporaries
     compute = low(config.precision)
     step = Step(network, tuple(sorted(vars(config.transport).items())), config.precision, cuda=cuda)
     gathered = 0
@@ -131,7 +132,7 @@ def memory(
         encoder=weights,
         gradients=4 * trained,
         passes=passes,
-        update=4 * trained + (0 if fsdp is None else 4 * trained if cuda else 8 * largest),  # AdamW fused takes no more
+        update=4 * trained + (8 * largest if not cuda else 0 if fused else 4 * trained),
     )
 
 

@@ -178,8 +178,9 @@ def fit(config: Config, device: str, supervision: "Supervision") -> bool:
     network = SiT(**network_arguments(config.model))
     transport = Transport(**vars(config.transport))
     model = ComposerSiT(network, transport, autoencoder, encoder)
-    # One pass over the weights. Not on shards: there, torch 2.7's takes memory for copies of them.
-    fused = config.fsdp is None
+    # On a GPU, one pass over the weights; neither on shards, nor where amp_fp16's scaler would have it divide the
+    # gradients, too, was that tried. None, and not False, is torch's choice of the rest.
+    fused = (device == "cuda" and config.fsdp is None and config.precision != "amp_fp16") or None
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, **vars(config.optimizer), fused=fused)
 

@@ -247,7 +247,7 @@ def resident(sizes: dict, samples: int) -> None:
     def train(sizes: dict) -> None:
         network = SiT(**sizes).train()
         trained = [p for p in network.parameters() if p.requires_grad]
-        average, optimizer = [p.detach().clone() for p in trained], torch.optim.AdamW(trained, fused=True)
+        average, optimizer = [p.detach().clone() for p in trained], torch.optim.AdamW(trained)
         for _ in range(3):
             optimizer.zero_grad()
             for _ in range(2):

@@ -91,7 +91,7 @@ def trainer(network: SiT, batch: dict[str, Tensor], device: str, steps: int) -> 
     ema, trained = EMA(DECAY), [p for p in network.parameters() if p.requires_grad]
     made = Trainer(
         model=ComposerSiT(network, Transport(), VAE),
-        optimizers=torch.optim.AdamW(trained, lr=1e-4, weight_decay=0, fused=True),
+        optimizers=torch.optim.AdamW(trained, lr=1e-4, weight_decay=0, fused=device == "cuda" or None),
         train_dataloader=[batch] * steps,
         algorithms=[ema],
         callbacks=[ema.weights],
