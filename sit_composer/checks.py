@@ -46,7 +46,7 @@ DRAWING_TIME = re.compile(r"[1-9]\d*(ba|ep|sp)|0?\.\d*[1-9]\d*dur")
 
 
 def check(config: Config, ranks: int | None = None) -> None:
-    """Checks all that can be known before the data and the libraries are loaded. None are the launcher's ranks."""
+    """Checks all that can be known before the data and the libraries are loaded; ``ranks`` of None: the launcher's."""
     check_no_credentials(vars(config))
     check_model(config.model)
     check_transport(config.transport)
@@ -122,10 +122,9 @@ def check_transport(transport: TransportConfig) -> None:
     choose("transport.prediction", transport.prediction, PREDICTIONS)
     choose("transport.loss_weight", transport.loss_weight, LOSS_WEIGHTS)
     choose("transport.time_sampling", transport.time_sampling, TIME_SAMPLINGS)
-    velocity, poles = transport.prediction == "velocity", {}
-    poles["train_eps"] = not velocity and transport.loss_weight is not None and transport.path_type != "VP"
-    poles["sample_eps"] = not velocity or transport.path_type == "VP"
-    for name, pole in poles.items():
+    velocity, vp = transport.prediction == "velocity", transport.path_type == "VP"
+    weighted = transport.loss_weight is not None
+    for name, pole in (("train_eps", weighted and not velocity and not vp), ("sample_eps", vp or not velocity)):
         eps = getattr(transport, name)
         if eps is not None and not 0 <= eps < 0.5:
             raise ConfigError(f"transport.{name}: got {eps}; it takes a number in [0, 0.5)")

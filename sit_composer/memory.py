@@ -2,8 +2,8 @@
 
 Weights, gradients, AdamW's moments and the average are counted; what the passes hold is `live_bytes`'. The CUDA
 context, NCCL's buffers, the operators' workspaces and fragmentation are not known: the reserve is for them. The sums
-were compared with measured peaks of training on a CPU, FSDP2's on one rank (between several, Gloo holds copies of its
-own), and never with a GPU's.
+were compared with measured peaks of training on a CPU, FSDP2's on one rank (between several, a CPU's collectives
+hold buffers that aren't counted), and never with a GPU's.
 """
 
 import argparse
@@ -95,8 +95,8 @@ def memory(
     for name, shape, is_trained in parameters(network):
         part = math.ceil(shape[0] / shards) * math.prod(shape[1:])  # FSDP2 splits the first axis, and pads
         everything += part
-        largest = max(largest, part)
         trained += part * is_trained
+        largest = max(largest, part)
         block += math.prod(shape) * name.startswith("blocks.0.")
         rest += math.prod(shape) * (not name.startswith("blocks."))
     fused = fsdp is None and config.precision != "amp_fp16"  # AdamW, on a GPU; else it makes temporaries

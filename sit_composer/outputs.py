@@ -48,7 +48,7 @@ def holds_key(key: str) -> Callable[[Path], bool]:
 
 
 def holds_arrays(*names: str) -> Callable[[Path], bool]:
-    """Tells whether a file is an npz of which those arrays are some, and all but those whose names are added by _s."""
+    """Tells whether a file is an npz of arrays of those names, and of no others; NAME_s may lie beside NAME."""
 
     def look(file: Path) -> bool:
         try:

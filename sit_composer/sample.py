@@ -20,10 +20,8 @@ from sit_composer.names import ADAPTIVE_METHODS, DIFFUSION_FORMS, LAST_STEPS, OD
 from sit_composer.outputs import check_output, holds_arrays
 
 DTYPES = ("float32", "bfloat16", "float16")
-DEFAULTS = {
-    "per_class": 1, "cfg_interval": (0.0, 1.0), "atol": 1e-6, "rtol": 1e-3, "diffusion_form": "sigma",
-    "diffusion_norm": 1.0, "last_step": "Mean", "last_step_size": 0.04,
-}  # fmt: skip
+# Without defaults on the command line, so that one which would have no effect is seen; `Sampling` has them.
+OPTIONAL = ("cfg_interval", "atol", "rtol", "diffusion_form", "diffusion_norm", "last_step", "last_step_size")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -90,9 +88,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.sampling_method not in methods:
         parser.error(f"argument --sampling-method: got {args.sampling_method}; {args.mode} takes {', '.join(methods)}")
     refuse_idle(parser, args)
-    for name, default in DEFAULTS.items():
+    for name in OPTIONAL:
         if getattr(args, name) is None:
-            setattr(args, name, default)
+            setattr(args, name, getattr(Sampling, name))
+    args.per_class = args.per_class or 1
     if args.atol == args.rtol == 0:
         parser.error("argument --atol: got 0, and --rtol too; one of them takes more")
     args.cfg_interval = tuple(args.cfg_interval)

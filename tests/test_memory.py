@@ -199,7 +199,8 @@ TINY = [
 EMA = "ema={decay: 0.9}"
 # How far the prediction may lie from what was measured: nothing of DDP is guessed; of FSDP2, which gathered buffers
 # are alive at the same time is, and in networks so small it shows. It is measured on one rank, and the lesser of two
-# measurements counts: Gloo holds buffers for as long as its threads take, and between ranks copies, a third more.
+# measurements counts: how long buffers of Gloo's collectives live differs from run to run, and between two ranks so
+# much (up to 1.4 times the prediction was seen) that nothing could be said.
 CASES = [  # ranks, overrides, least and most of prediction / measurement
     (1, ["data.global_batch_size=4"], 0.99, 1.01),
     (1, ["data.global_batch_size=16", EMA, "model.hidden_size=384"], 0.99, 1.01),
