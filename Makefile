@@ -21,7 +21,7 @@ quickstart: install
 	.venv/bin/composer -n 1 sit_composer/train.py yamls/quickstart.yaml
 	$(PYTHON) -m sit_composer.sample $(RUN)/checkpoints --out $(RUN)/samples --npz $(RUN)/samples.npz \
 	    --classes 0,1,2,3,4,5,6,7,8,9 --per-class 50 --cfg-scale 1.5 --batch-size 100
-	$(PYTHON) tests/judge_digits.py $(RUN)/samples.npz --at-least 95
+	$(PYTHON) tests/helpers/judge_digits.py $(RUN)/samples.npz --at-least 95
 	@echo $(RUN)/samples/grid.png
 
 test: install

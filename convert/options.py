@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from sources import FORMATS, InputError
+from convert.sources.registry import FORMATS, InputError
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -27,20 +27,23 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from options import parse, what_is_made
-from output import Output, OutputError
-from parts import MAX_CLASSES
-from pipeline import Decoders, Job, Tally, convert_parts
-from pixels import BadPicture, Pixels, levels
-from plan import Plan, identity, vae_identity
-from progress import Progress
-from sources import InputError, describe, plan_source, read_part
+# A script run by its path finds its own folder first, where this package's modules would shadow others.
+if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from convert.engine.output import Output, OutputError
+from convert.engine.pipeline import Decoders, Job, Tally, convert_parts
+from convert.engine.plan import Plan, identity, vae_identity
+from convert.engine.progress import Progress
+from convert.kinds.pixels import BadPicture, Pixels, levels
+from convert.options import parse, what_is_made
+from convert.sources.parts import MAX_CLASSES
+from convert.sources.registry import InputError, describe, plan_source, read_part
+from sit_composer.data.spec import DataSpec
 from sit_composer.errors import UserError
-from sit_composer.spec import DataSpec
 
 if TYPE_CHECKING:
-    from latents import Latents
+    from convert.kinds.latents import Latents
 
 REASONS_SHOWN = 5
 SMALL = 2000  # pictures
@@ -115,14 +118,14 @@ def _convert(args: Any, source: dict[str, Any], output: Output) -> int:
     if records:
         print(f"goes on: {len(records)} of {len(reading.parts)} parts, {done} pictures, are done", file=sys.stderr)
     with _signals_wait():  # streaming takes seconds: only after all that can be wrong with the command
-        import shards  # noqa: F401
+        from convert.engine import shards  # noqa: F401
     progress = Progress(plan.rows, done, args.log)
     try:
         progress.log("start", source=source, out=args.out, parts=len(reading.parts), finished=len(records))
         todo = [number for number in range(len(reading.parts)) if number not in records]
         if args.engine == "ray":
             try:
-                from ray_engine import convert_on_ray
+                from convert.engine.ray import convert_on_ray
             except ModuleNotFoundError as error:
                 raise InputError(f"--engine ray: {error}; pip install 'sit-composer[ray]' brings it") from None
             results, elsewhere = convert_on_ray(job, kind, options, todo), True
@@ -230,7 +233,7 @@ def _signals_wait() -> Iterator[None]:
 
 def _latents_module() -> Any:
     with _signals_wait():
-        import latents
+        from convert.kinds import latents
     return latents
 
 

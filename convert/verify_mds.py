@@ -22,13 +22,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# A script run by its path finds its own folder first, where this package's modules would shadow others.
+if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from sit_composer.data.spec import SPEC_NAME, DataSpec
 from sit_composer.errors import UserError
-from sit_composer.spec import SPEC_NAME, DataSpec
 
 if TYPE_CHECKING:
     from streaming.base.format import Reader
     from streaming.base.storage import CloudDownloader
-    from verify_content import LatentCheck, PixelCheck
+
+    from convert.kinds.checks import LatentCheck, PixelCheck
 
 SHARD = re.compile(r"(again-)?shard\.[\d.]+\.mds")
 FAULTS_SHOWN = 20
@@ -77,7 +82,8 @@ def verify(args: argparse.Namespace, faults: Faults) -> list[str]:
     """
     remote, local = (args.uri, "") if args.uri.startswith("s3://") else (None, args.uri)
     files = _listing(args.uri)
-    from sit_composer.stream import INDEX_NAME, DataError, load_spec, read_text, safe_shards  # seconds
+    from sit_composer.data.spec import INDEX_NAME  # seconds
+    from sit_composer.data.stream import DataError, load_spec, read_text, safe_shards  # seconds
 
     missing = [name for name in (INDEX_NAME, SPEC_NAME) if name not in files]
     for name in missing:
@@ -159,7 +165,7 @@ def _read_all(
 
 def _read_shard(uri: str, shard: "Reader", files: dict[str, int], faults: Faults) -> bytes | None:
     """The bytes of a shard, if they are right."""
-    from sit_composer.stream import shard_fault, shard_files
+    from sit_composer.data.stream import shard_fault, shard_files
 
     name = shard.raw_data.basename
     if len(shard_files(shard)) != 1:
@@ -226,7 +232,7 @@ def _compare(counts: list[int], others: Iterable[int], spec: DataSpec, where: st
 
 def _check_source(spec: DataSpec, faults: Faults) -> str:
     """Counts the source's pictures by class, as they are read now."""
-    from sources import InputError, plan_source, read_part
+    from convert.sources.registry import InputError, plan_source, read_part
 
     try:
         plan = plan_source(spec.source, spec.source.get("limit"))
@@ -253,7 +259,7 @@ def _check_source(spec: DataSpec, faults: Faults) -> str:
 
 
 def _content(spec: DataSpec, args: argparse.Namespace, faults: Faults) -> "PixelCheck | LatentCheck":
-    from verify_content import LatentCheck, PixelCheck
+    from convert.kinds.checks import LatentCheck, PixelCheck
 
     if spec.kind == "pixels":
         if args.vae:

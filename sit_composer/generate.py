@@ -5,26 +5,12 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from sit_composer.choices import Sampling
 from sit_composer.errors import UserError
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How pictures are drawn: the part of the settings that `generate` takes."""
-
-    mode: str = "ODE"
-    sampling_method: str = "dopri5"
-    num_steps: int = 50
-    cfg_scale: float = 1.0
-    cfg_channels: int | None = None
-    cfg_interval: tuple[float, float] = (0.0, 1.0)
-    seed: int = 0
-    atol: float = 1e-6
-    rtol: float = 1e-3
-    diffusion_form: str = "sigma"
-    diffusion_norm: float = 1.0
-    last_step: str | None = "Mean"
-    last_step_size: float = 0.04
+from sit_composer.samplers import Counted, sample_ode, sample_sde
 
 
 @dataclass(frozen=True)
@@ -61,11 +47,6 @@ def generate(
     is the same picture whatever it is batched with. (An adaptive solver's steps do depend on the batch, within its
     tolerances.)
     """
-    import numpy as np
-    import torch
-
-    from sit_composer.samplers import Counted, sample_ode, sample_sde
-
     network = guidance.network
     device = next(network.parameters()).device
     shape = (network.in_channels, network.input_size, network.input_size)

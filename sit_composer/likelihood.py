@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
+from sit_composer.choices import ODE_METHODS, choose
 from sit_composer.errors import UserError
-from sit_composer.names import ODE_METHODS, choose
 from sit_composer.samplers import check_steps, check_tolerances, in_float32, solver
 from sit_composer.transport import Transport
 

@@ -1,10 +1,14 @@
 """Whether a command may write a file: known before its work, and not after it; and never over what isn't its own."""
 
+import io
 import json
 import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from sit_composer.errors import UserError
 
@@ -59,3 +63,21 @@ def holds_arrays(*names: str) -> Callable[[Path], bool]:
         return {name.removesuffix("_s") for name in held} == set(names)
 
     return look
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in content.items())
+    _write(path, f"{{\n{lines}\n}}\n".encode())
+
+
+def write_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Writes an npz, all of it or nothing."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    _write(path, buffer.getvalue())
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    temporary.replace(path)

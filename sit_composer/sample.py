@@ -8,15 +8,10 @@ it continues with what is missing. On several GPUs:   composer -n N -m sit_compo
 
 import argparse
 import math
-import os
 import sys
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
+from sit_composer.choices import ADAPTIVE_METHODS, DIFFUSION_FORMS, LAST_STEPS, ODE_METHODS, SDE_METHODS, Sampling
 from sit_composer.errors import UserError
-from sit_composer.generate import Sampling, Work, generate
-from sit_composer.names import ADAPTIVE_METHODS, DIFFUSION_FORMS, LAST_STEPS, ODE_METHODS, SDE_METHODS
 from sit_composer.outputs import check_output, holds_arrays
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -124,6 +119,8 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 when all pictures are there, 2 for a mistake that it names."""
     args = parse(argv)
     try:
+        from sit_composer.gallery import run  # torch: only once the options are right
+
         run(args)
     except KeyboardInterrupt:
         print("\nstopped; the same command continues", file=sys.stderr)
@@ -132,165 +129,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def run(args: argparse.Namespace) -> None:
-    """Draws what is asked for and not there yet; each rank of a launcher its share.
-
-    Raises:
-        UserError: for a checkpoint, class or setting that can't be used.
-    """
-    import torch
-    import torch.distributed as dist
-    from tqdm import tqdm
-
-    from sit_composer.autoencoder import SLICE_SIZE, load_autoencoder, to_uint8
-    from sit_composer.checkpoint import load_checkpoint
-    from sit_composer.gallery import SETTINGS, claim, read_pictures, write_grid, write_json, write_npz, write_png
-    from sit_composer.guidance import Guidance
-    from sit_composer.transport import Transport
-
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    checkpoint = load_checkpoint(args.checkpoint, args.weights)
-    record = checkpoint.record
-    network = build_network(checkpoint, device)
-    guide = weaker = None
-    if args.guide:
-        weaker = load_checkpoint(args.guide, args.weights)
-        for name in ("input_size", "in_channels", "num_classes"):
-            theirs, ours = weaker.record["model"][name], record["model"][name]
-            if theirs != ours:
-                raise UserError(f"--guide: {args.guide} has {name} {theirs}, and {args.checkpoint} has {ours}")
-        for part, names in (("transport", ("path_type", "prediction")), ("autoencoder", record["autoencoder"])):
-            for name in names:
-                theirs, ours = weaker.record[part].get(name), record[part][name]
-                if theirs != ours:
-                    raise UserError(f"--guide: {args.guide} has {part}.{name} {theirs}, {args.checkpoint} has {ours}")
-        if weaker.record["classes"] != record["classes"]:
-            raise UserError(f"--guide: {args.guide} has other classes than {args.checkpoint}, or in another order")
-        guide = build_network(weaker, device)
-    if args.cfg_scale is None:
-        args.cfg_scale = 1.0 if network.null_label is None and guide is None else 4.0
-    if args.cfg_channels is None:
-        args.cfg_channels = record.get("cfg_channels")  # released weights are guided as released
-    for name, default in (("decode_dtype", "float32"), ("decode_batch_size", SLICE_SIZE)):
-        value = getattr(args, name)
-        if record["autoencoder"]["name"] is not None:
-            setattr(args, name, value or default)
-        elif value is not None:
-            option = f"--{name.replace('_', '-')}"
-            raise UserError(f"{option}: got {value}; {args.checkpoint} draws pixels, which nothing decodes")
-    sampling = Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__})
-    guidance = Guidance(network, sampling.cfg_scale, sampling.cfg_channels, sampling.cfg_interval, guide)
-    labels = choose_labels(args, record["classes"])
-    settings = {
-        "checkpoint": describe(checkpoint),
-        "guide": describe(weaker) if weaker else None,
-        **asdict(sampling),
-        "labels": labels,
-        **{name: record[name] for name in ("model", "transport", "autoencoder")},
-        "decode_dtype": args.decode_dtype,
-    }
-    out = Path(args.out)
-    if ranks > 1:
-        dist.init_process_group("gloo")
-    todo: list[list[int] | UserError | None] = [None]
-    if rank == 0:
-        try:
-            todo = [claim(out, settings, len(labels))]
-        except (UserError, OSError) as error:
-            todo = [error if isinstance(error, UserError) else UserError(f"--out: {error}")]
-    if ranks > 1:
-        dist.broadcast_object_list(todo)
-    if isinstance(todo[0], UserError):
-        raise todo[0]
-    missing = todo[0][rank::ranks]
-    if args.idle_steps and rank == 0:
-        print(f"note: {sampling.sampling_method} chooses its own steps; --num-steps has no effect", file=sys.stderr)
-    if todo[0]:
-        transport = Transport(**record["transport"])
-        known = record["autoencoder"]
-        vae = {}
-        if known["name"] is not None:
-            vae = {"dtype": getattr(torch, args.decode_dtype), "slice_size": args.decode_batch_size}
-        autoencoder = load_autoencoder(known["name"], known["channels"], device, **vae)
-        if autoencoder.spec.as_dict() != known:
-            raise UserError(
-                f"{args.checkpoint}: trained on latents of {known}, and the autoencoder of that name is now "
-                f"{autoencoder.spec.as_dict()}"
-            )
-        settings["decode_batch_size"] = args.decode_batch_size
-        drawn, before = Work(), Work()
-        if rank == 0:
-            before = Work.of_earlier(out / SETTINGS, len(labels) - len(todo[0]))
-        with tqdm(total=len(missing), unit="img", desc="sampling", disable=True if rank > 0 else None) as bar:
-            for start in range(0, len(missing), args.batch_size):
-                indices = missing[start : start + args.batch_size]
-                latents, used = generate(guidance, transport, [labels[i] for i in indices], indices, sampling)
-                for i, picture in zip(indices, to_uint8(autoencoder.decode(latents)).cpu(), strict=True):
-                    write_png(picture, out / f"{i:06d}.png")
-                bar.update(len(indices))
-                drawn += Work(len(indices), **{name: count * len(indices) for name, count in used.items()})
-                if rank == 0:  # what is known, should it be stopped
-                    write_json({**settings, **(before + drawn).means()}, out / SETTINGS)
-        works = [drawn] * ranks
-        if ranks > 1:
-            # The last that ranks say to each other. The group is not destroyed: while that holds the GIL, Gloo's thread
-            # may want it to free what was gathered, and both wait for ever (seen with torch 2.7.0).
-            dist.all_gather_object(works, drawn)
-        if rank == 0:
-            write_json({**settings, **sum(works, before).means()}, out / SETTINGS)
-    if rank == 0:
-        pictures = read_pictures(out, len(labels))
-        if args.npz:
-            write_npz(pictures, labels, Path(args.npz))
-        write_grid(pictures, labels, out / "grid.png")
-        print(out / "grid.png")
-
-
-def build_network(checkpoint: Any, device: str) -> Any:
-    """The network that a checkpoint's weights fit, ready to be evaluated."""
-    from sit_composer.sit import SiT
-
-    network = SiT(**checkpoint.record["model"])
-    network.load_state_dict(checkpoint.weights)
-    return network.to(device).eval().requires_grad_(False)
-
-
-def describe(checkpoint: Any) -> dict[str, Any]:
-    """What identifies a checkpoint's weights."""
-    from sit_composer.checkpoint import digest
-
-    return {
-        "path": checkpoint.source,
-        "step": checkpoint.step,
-        "sha256": digest(checkpoint.path),
-        "weights": checkpoint.which,
-    }
-
-
-def choose_labels(args: argparse.Namespace, classes: list[str]) -> list[int]:
-    """The label of each picture to draw, in order of the classes.
-
-    Raises:
-        UserError: for a class that there isn't.
-    """
-    if args.classes is None:
-        count = args.num_images or 16
-        if args.labels == "random":
-            import numpy as np
-
-            return np.random.default_rng((args.seed, count)).integers(len(classes), size=count).tolist()
-        return [i * len(classes) // count for i in range(count)]
-    labels = []
-    for name in args.classes.split(","):
-        name = name.strip()
-        label = classes.index(name) if name in classes else int(name) if name.isdecimal() else -1
-        if not 0 <= label < len(classes):
-            raise UserError(f"--classes: got {name!r}; it takes labels 0 to {len(classes) - 1}, or the classes' names")
-        labels += [label] * args.per_class
-    return labels
 
 
 if __name__ == "__main__":

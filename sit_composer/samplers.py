@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
+from sit_composer.choices import ADAPTIVE_METHODS, LAST_STEPS, ODE_METHODS, SDE_METHODS, choose
 from sit_composer.errors import UserError
-from sit_composer.names import ADAPTIVE_METHODS, LAST_STEPS, ODE_METHODS, SDE_METHODS, choose
 from sit_composer.transport import SINGULAR_EPS, Transport, at_least_float32
 
 

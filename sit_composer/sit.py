@@ -13,7 +13,8 @@ import torch
 from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
 
-from sit_composer.names import VARIANTS, variant
+import sit_composer
+from sit_composer.choices import VARIANTS, variant
 
 
 def build_sit(name: str, **overrides) -> "SiT":
@@ -169,9 +170,8 @@ class SiT(nn.Module):
         Raises:
             checkpoint.CheckpointError: if there are no such weights.
         """
-        from sit_composer.checkpoint import fetch, load_checkpoint
-
-        checkpoint = load_checkpoint(fetch(folder_or_hub_id), weights)
+        # By the package's public names, which load on first use: the network itself knows no checkpoint.
+        checkpoint = sit_composer.load_checkpoint(sit_composer.fetch(folder_or_hub_id), weights)
         network = cls(**checkpoint.record["model"])
         network.load_state_dict(checkpoint.weights)
         return network.eval()

@@ -14,6 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Protocol
 
+import boto3
+from boto3.exceptions import Boto3Error
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+from urllib3.exceptions import HTTPError
+
 from sit_composer.errors import UserError
 
 ATTEMPTS = 6  # of a request to a store
@@ -176,9 +182,6 @@ class S3Folder:
     """A prefix of an S3 bucket; S3_ENDPOINT_URL names another store than AWS. Every request is tried six times."""
 
     def __init__(self, uri: str):
-        import boto3
-        from botocore.config import Config
-
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
         if not re.fullmatch(r"[a-z0-9][a-z0-9.-]+", bucket):
             raise StorageError("s3://: no bucket's name behind it (credentials come from the environment)")
@@ -211,8 +214,6 @@ class S3Folder:
 
     def _get(self, name: str) -> tuple[bytes, str] | None:
         """Content and ETag, which stands for the content in conditions."""
-        from botocore.exceptions import BotoCoreError
-
         with self._errors(f"{self.uri}/{name}"):
             for attempt in range(ATTEMPTS):
                 try:
@@ -231,8 +232,6 @@ class S3Folder:
             self.client.put_object(Bucket=self.bucket, Key=self.prefix + name, Body=content)
 
     def replace(self, name: str, before: bytes | None, content: bytes | None) -> bool:
-        from botocore.exceptions import ClientError
-
         condition = {"IfNoneMatch": "*"}
         if before is not None:
             found = self._get(name)
@@ -280,10 +279,6 @@ class S3Folder:
 
     @contextmanager
     def _errors(self, where: str) -> Iterator[None]:
-        from boto3.exceptions import Boto3Error
-        from botocore.exceptions import BotoCoreError, ClientError
-        from urllib3.exceptions import HTTPError
-
         try:
             yield
         except (BotoCoreError, ClientError, Boto3Error, HTTPError, OSError) as error:

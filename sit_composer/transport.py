@@ -9,9 +9,9 @@ import math
 import torch
 from torch import Tensor
 
+from sit_composer.choices import DIFFUSION_FORMS, LOSS_WEIGHTS, PREDICTIONS, TIME_SAMPLINGS, choose
 from sit_composer.errors import UserError
 from sit_composer.interpolant import PATHS, expand
-from sit_composer.names import DIFFUSION_FORMS, LOSS_WEIGHTS, PREDICTIONS, TIME_SAMPLINGS, choose
 
 SINGULAR_EPS = 1e-3  # how far training and sampling stay from an end of [0, 1] where the field has a pole
 

@@ -26,7 +26,6 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 ROWS = 600  # of the fixture `table`
 REFERENCE = Path(__file__).parent / "reference"
-sys.path.insert(0, str(ROOT / "convert"))  # where to_mds.py finds its modules
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -65,7 +64,7 @@ def digits_shards(tmp_path_factory) -> Path:
 @pytest.fixture
 def convert(capsys):
     """Runs to_mds.py's command in this process, as streaming loads slowly: (exit code, stdout, stderr)."""
-    import to_mds
+    from convert import to_mds
 
     def convert(*arguments):
         capsys.readouterr()

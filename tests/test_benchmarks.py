@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sit_composer.config import load_config
+from sit_composer.config.load import load_config
 from sit_composer.errors import UserError
 from tests.benchmarks import time_sampling
 from tests.benchmarks.time_sampling import read_idx, steps_to, table, threshold
@@ -97,7 +97,7 @@ def test_the_table_has_means_medians_and_ranges():
 
 
 def test_the_yaml_is_whole_and_every_arm_is_one_of_its_transports():
-    from sit_composer.checks import check
+    from sit_composer.config.checks import check
     from sit_composer.transport import Transport
 
     path = str(time_sampling.YAML)

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from sit_composer.checkpoint import load_checkpoint
+from sit_composer.checkpoint.load import load_checkpoint
 from tests.conftest import ROOT, free_ports
 
 CLUSTERS = ROOT / "yamls" / "clusters"

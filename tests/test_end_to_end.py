@@ -7,11 +7,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from sit_composer import sample, train
-from sit_composer.stream import load_spec
+from sit_composer.data.stream import load_spec
 from tests.conftest import ROOT, png
 
-import parts  # isort: skip
-import verify_mds  # isort: skip
+from convert.sources import parts  # isort: skip
+from convert import verify_mds  # isort: skip
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 

@@ -6,9 +6,9 @@ import torch
 from torchdiffeq import odeint
 
 from sit_composer.autoencoder import from_uint8
+from sit_composer.choices import PATHS, PREDICTIONS
 from sit_composer.errors import UserError
 from sit_composer.likelihood import bits_per_dim, dequantize, log_likelihood
-from sit_composer.names import PATHS, PREDICTIONS
 from sit_composer.samplers import sample_ode
 from sit_composer.transport import Transport
 from tests.test_samplers import MEAN, STD, gaussian

@@ -17,10 +17,11 @@ import torch
 from PIL import Image
 
 from sit_composer import sample, train
-from sit_composer.checkpoint import CheckpointError, load_checkpoint
+from sit_composer.checkpoint.load import CheckpointError, load_checkpoint
+from sit_composer.choices import Sampling
 from sit_composer.gallery import SETTINGS, write_grid
+from sit_composer.generate import generate
 from sit_composer.guidance import Guidance
-from sit_composer.sample import Sampling, generate
 from sit_composer.sit import SiT
 from sit_composer.transport import Transport
 from tests.conftest import ROOT
@@ -300,7 +301,7 @@ def test_a_guide_that_predicts_something_else_is_refused(draw, checkpoints, tmp_
     checkpoint = load_checkpoint(str(checkpoints), "ema")
     changed = replace(checkpoint, record=copy.deepcopy(checkpoint.record))
     found = {"other": changed, str(checkpoints): checkpoint}
-    monkeypatch.setattr("sit_composer.checkpoint.load_checkpoint", lambda path, which: found[path])
+    monkeypatch.setattr("sit_composer.gallery.load_checkpoint", lambda path, which: found[path])
     for part, name, value in (("transport", "prediction", "noise"), ("classes", 0, "another")):
         changed.record[part][name] = value
         assert draw("--guide", "other", "--num-images", "1") == 2

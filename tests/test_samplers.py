@@ -4,8 +4,7 @@ import re
 import pytest
 import torch
 
-from sit_composer.guidance import Guidance
-from sit_composer.names import (
+from sit_composer.choices import (
     DIFFUSION_FORMS,
     FIXED_STEP_METHODS,
     LAST_STEPS,
@@ -14,6 +13,7 @@ from sit_composer.names import (
     PREDICTIONS,
     SDE_METHODS,
 )
+from sit_composer.guidance import Guidance
 from sit_composer.samplers import Counted, sample_ode, sample_sde
 from sit_composer.transport import Transport
 

@@ -3,7 +3,7 @@ import torch
 from timm.layers import set_fused_attn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sit_composer.names import VARIANTS
+from sit_composer.choices import VARIANTS
 from sit_composer.sit import SiT, build_sit, sincos_positions, size_table
 from sit_composer.transport import Transport
 from tests.conftest import ROOT

@@ -3,7 +3,7 @@ import re
 import pytest
 import torch
 
-from sit_composer.names import DIFFUSION_FORMS, LOSS_WEIGHTS, PATHS, PREDICTIONS
+from sit_composer.choices import DIFFUSION_FORMS, LOSS_WEIGHTS, PATHS, PREDICTIONS
 from sit_composer.transport import Transport
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}

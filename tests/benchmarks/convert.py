@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "convert")]
+sys.path.insert(0, str(ROOT))
 WIDTHS = {"sd": (128, 256, 512, 512), "quarter": (32, 64, 128, 128), "tiny": (8, 8, 8, 8)}
 SD = {
     "layers_per_block": 2, "norm_num_groups": 8, "latent_channels": 4, "scaling_factor": 0.18215,
@@ -67,7 +67,7 @@ def ours(*options: str) -> Callable[[Path, Path], None]:
     """`to_mds.py` with those options."""
 
     def run(table: Path, out: Path) -> None:
-        import to_mds
+        from convert import to_mds
 
         with open(os.devnull, "w") as nothing:
             streams, (sys.stdout, sys.stderr) = (sys.stdout, sys.stderr), (nothing, nothing)
@@ -131,7 +131,7 @@ def show(what: str, medians: dict[str, float], count: int) -> None:
 
 def busy(table: Path, vae: str, options: list[str], top: Path) -> float:
     """The part of the time, from the first batch to the end of the last, for which the encoders compute."""
-    import latents
+    from convert.kinds import latents
 
     spans, encode, at_once = [], latents.Latents._moments, []
 

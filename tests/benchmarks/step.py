@@ -22,10 +22,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from sit_composer.algorithms.ema import EMA
 from sit_composer.autoencoder import AutoencoderSpec
-from sit_composer.ema import EMA
-from sit_composer.model import ComposerSiT
 from sit_composer.sit import SiT, build_sit
+from sit_composer.training.model import ComposerSiT
 from sit_composer.transport import Transport
 
 VAE = AutoencoderSpec(name="-", scale=0.18215, shift=0.0, channels=4, downsample=8)

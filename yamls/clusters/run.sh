@@ -41,6 +41,6 @@ fi
 [ -n "$processes" ] || processes=$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')
 
 # All of them as flags, for those go over what a scheduler may have left in the environment.
-exec python "$root/yamls/clusters/launch.py" -n "$processes" --world_size $((nodes * processes)) \
+exec python "$root/sit_composer/launch.py" -n "$processes" --world_size $((nodes * processes)) \
     --node_rank "$rank" --base_rank $((rank * processes)) --master_addr "$address" ${port[@]+"${port[@]}"} \
     "$root/sit_composer/train.py" "$@"

@@ -1,0 +1,1 @@
+"""Part by part: plan, pipeline, output."""

@@ -1,0 +1,81 @@
+"""What the names of a source's files tell. Only the standard library is imported."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+from convert.sources.parts import InputError
+
+SUFFIXES = dict.fromkeys((".parquet", ".pq"), "parquet")
+SUFFIXES |= dict.fromkeys((".arrow", ".feather", ".ipc"), "arrow")
+SUFFIXES |= dict.fromkeys((".tar", ".tgz", ".tar.gz"), "webdataset")
+SUFFIXES |= dict.fromkeys(
+    (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"), "imagefolder"
+)
+SCHEME = "s3://"
+MAGIC = re.compile(r"[*?[]")  # of a glob
+SPLIT = re.compile(r"(?:^|[/_.-])(train|test|validation|valid|val|dev)(?=[/_.-])")
+
+
+def format_of(name: str) -> str | None:
+    """The format that a file's name stands for."""
+    name = name.lower()
+    return SUFFIXES.get(os.path.splitext(name)[1]) or ("webdataset" if name.endswith(".tar.gz") else None)
+
+
+def infer_format(source: str, names: Iterable[str]) -> str:
+    """The one format of a source's files, by their names.
+
+    Raises:
+        InputError: if there is none, or more than one.
+    """
+    found = Counter(format for name in names if (format := format_of(name)))
+    if not found:
+        raise InputError(f"{source}: found no Parquet file, Arrow file, tar or picture")
+    if len(found) > 1:
+        these = " and ".join(f"{name} ({count} files)" for name, count in sorted(found.items()))
+        raise InputError(f"{source} could be {these}: say which with --format")
+    return next(iter(found))
+
+
+def of_one_split(source: str, folder: str, names: Iterable[str], format: str) -> list[str]:
+    """Those of a folder's files that are data of a format.
+
+    Raises:
+        InputError: if there are none, or if they are of several splits.
+    """
+    # cache-*.arrow are what `datasets` leaves of transformed copies beside the data that it saved.
+    files = sorted((name for name in names if format_of(name) == format), key=lambda name: name.split("/"))
+    files = [name for name in files if not os.path.basename(name).startswith(("_", "cache-"))]
+    if not files:
+        raise InputError(f"{source} holds no {format} file")
+    splits = {match[1] for name in files if (match := SPLIT.search(name.removeprefix(folder).lstrip("/")))}
+    if len(splits) > 1:
+        these = ", ".join(sorted(splits))
+        raise InputError(
+            f"{source} holds files of several splits ({these}): give a glob such as '{source}/**/train*', or say "
+            "--format hf and --split"
+        )
+    return files
+
+
+def when(nanoseconds: int) -> str:
+    """A time since 1970 in ISO 8601, UTC, to the microsecond."""
+    return datetime.fromtimestamp(nanoseconds // 1000 / 1_000_000, UTC).isoformat(timespec="microseconds")
+
+
+def check_same(planned: dict[str, Any], now: dict[str, Any]) -> None:
+    """Compares a file with what it was when the conversion was planned.
+
+    Raises:
+        InputError: naming the file, if it has changed.
+    """
+    if now != planned:
+        key = next(key for key in {**planned, **now} if planned.get(key) != now.get(key))
+        change = f"{key}: {planned.get(key)} then, {now.get(key)} now"
+        raise InputError(
+            f"{planned['name']} changed since the conversion began ({change}): put it back, or convert it anew"
+        )

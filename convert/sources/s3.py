@@ -1,0 +1,165 @@
+"""Files of a source in an object store, s3://BUCKET/KEY, by pyarrow's client. It tries again by itself.
+
+S3_ENDPOINT_URL chooses another store than AWS, as it does for streaming. Credentials are found where boto3 finds them.
+"""
+
+import io
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs
+
+from convert.sources.names import MAGIC, SCHEME, of_one_split, when
+from convert.sources.parts import InputError
+
+CHUNK = 8 << 20  # bytes of a request, where there is more to read
+LEAST = 1 << 16
+ATTEMPTS = 10  # of a request, with pauses that grow: minutes
+SILENCE = 30  # seconds without a byte, after which a request has failed
+
+
+def list_remote(source: str) -> list[str]:
+    """The URIs of an object, of all objects below a prefix, or of those that a glob matches, sorted; no hidden ones.
+
+    Raises:
+        InputError: if the store doesn't answer, or refuses.
+    """
+    path = _path(source)
+    segments = path.split("/")
+    plain = next((k for k, segment in enumerate(segments) if MAGIC.search(segment)), len(segments))
+    base = "/".join(segments[:plain])
+    with reading(source):
+        store = _store()
+        if store.get_file_info(path).type == fs.FileType.File:
+            return [source]
+        try:
+            found = store.get_file_info(fs.FileSelector(base, recursive=True))
+        except FileNotFoundError:  # but not if there is no such bucket
+            return []
+    files = [info.path for info in found if info.type == fs.FileType.File]
+    inside = [(file, file.removeprefix(base + "/").split("/")) for file in files]
+    inside = [(file, names) for file, names in inside if not any(name.startswith(".") for name in names)]
+    if plain < len(segments):
+        inside = [(file, names) for file, names in inside if _matches(names, segments[plain:])]
+    return sorted(SCHEME + file for file, _ in inside)
+
+
+def list_files_of(source: str, format: str) -> list[str]:
+    """The objects of a format that a URI, a prefix or a glob names, sorted.
+
+    Raises:
+        InputError: if there are none, or if they are of several splits.
+    """
+    files = list_remote(source)
+    if not files:
+        raise InputError(f"{source}: no such object, and none below it")
+    if files == [source] or MAGIC.search(source):
+        return files
+    return of_one_split(source, source, files, format)
+
+
+def _matches(names: list[str], patterns: list[str]) -> bool:
+    """Whether a path's names match a glob's; ** stands for any number of folders."""
+    if not patterns:
+        return not names
+    if patterns[0] == "**":
+        return _matches(names, patterns[1:]) or (bool(names) and _matches(names[1:], patterns))
+    return bool(names) and fnmatchcase(names[0], patterns[0]) and _matches(names[1:], patterns[1:])
+
+
+def fingerprint(uri: str) -> dict[str, Any]:
+    """An object's URI, its bytes, and when it was modified.
+
+    Raises:
+        InputError: if it is not there, or the store doesn't answer.
+    """
+    with reading(uri):
+        info = _store().get_file_info(_path(uri))
+    if info.type != fs.FileType.File:
+        raise InputError(f"cannot read {uri}: no such object")
+    seconds = info.mtime_ns // 10**9  # some stores tell more in a listing than of an object
+    return {"name": uri, "bytes": info.size, "modified": when(seconds * 10**9)}
+
+
+class RemoteFile(io.RawIOBase):
+    """An object, open for reading anywhere in it. `pa.PythonFile` makes a file of pyarrow's of it.
+
+    pyarrow receives an answer in a buffer of just the size that was asked for: the text of an error that is longer does
+    not fit, and becomes an error that is not tried again. So no request is for less than ``LEAST`` bytes.
+
+    Args:
+        uri: the object's.
+        window: bytes that are asked for where fewer are needed, as what follows is likely to be needed next.
+    """
+
+    def __init__(self, uri: str, window: int = 0) -> None:
+        self.file = _store().open_input_file(_path(uri))
+        self.bytes: int = self.file.size()
+        self.window = window
+        self.begin = self.place = 0
+        self.held = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.bytes}[whence]
+        return self.place
+
+    def readinto(self, buffer: Any) -> int:
+        end = max(min(self.place + len(buffer), self.bytes), self.place)
+        if self.place < self.begin or end > self.begin + len(self.held):
+            self.begin = max(min(self.place, self.bytes - LEAST), 0)
+            last = min(max(end, self.begin + max(self.window, LEAST)), self.bytes)
+            self.held = self.file.read_at(last - self.begin, self.begin)
+        data = memoryview(self.held)[self.place - self.begin : end - self.begin]
+        buffer[: len(data)] = data
+        self.place += len(data)
+        return len(data)
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Errors of pyarrow become an InputError that names the file."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"cannot read {name}: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """What pyarrow says, without the traceback that it may have put behind it."""
+    return re.split(r"[. ]*Detail: ", str(error))[0].strip().partition("\n")[0]
+
+
+def _path(uri: str) -> str:
+    path = uri.removeprefix(SCHEME).rstrip("/")
+    bucket = path.partition("/")[0]
+    if not bucket or not all(c.isalnum() or c in ".-_" for c in bucket):
+        raise InputError(
+            "s3://: a bucket's name must stand behind it, and nothing else before the key "
+            "(credentials come from the environment)"
+        )
+    return path
+
+
+def _store() -> fs.S3FileSystem:
+    attempts = os.environ.get("AWS_MAX_ATTEMPTS", "")
+    return fs.S3FileSystem(
+        endpoint_override=os.environ.get("S3_ENDPOINT_URL"),
+        region=os.environ.get("AWS_DEFAULT_REGION"),
+        connect_timeout=SILENCE,
+        request_timeout=SILENCE,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=int(attempts) if attempts.isdecimal() else ATTEMPTS),
+    )

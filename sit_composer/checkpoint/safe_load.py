@@ -1,0 +1,161 @@
+"""Checkpoints are read without running code that might be in them.
+
+A pickle can call any function. A checkpoint of one file is read by torch's restricted unpickler, which makes tensors
+and the few other kinds that are allowed below. Of a sharded one, the tensors and values are read in that way, and the
+`.metadata` that says where each lies, which torch would unpickle as it is, by an unpickler with a list of its own.
+"""
+
+import argparse
+import datetime
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path, PosixPath
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+from sit_composer.errors import UserError
+
+METADATA = ".metadata"  # of a sharded checkpoint: where each tensor lies
+# What checkpoints hold beside tensors and Python's own containers: times, versions and numpy's random state (Composer),
+# and the command line's arguments (the authors). All of it is data only.
+DATA_ONLY = [
+    argparse.Namespace,
+    datetime.timedelta,
+    torch.torch_version.TorchVersion,
+    np.ndarray,
+    np.dtype,
+    type(np.dtype(np.uint32)),
+    np._core.multiarray._reconstruct,
+]
+METADATA_ONLY = {
+    (thing.__module__, thing.__qualname__): thing
+    for thing in (
+        metadata.Metadata, metadata.TensorStorageMetadata, metadata.BytesStorageMetadata, metadata.TensorProperties,
+        metadata.ChunkStorageMetadata, metadata.MetadataIndex, metadata.StorageMeta, metadata._MEM_FORMAT_ENCODING,
+        filesystem._StorageInfo, torch.Size, torch.serialization._get_layout, PosixPath,
+    )
+}  # fmt: skip
+
+
+class CheckpointError(UserError):
+    """Why a checkpoint can't be used."""
+
+
+def load_file(file: Path | str | io.BytesIO, mmap: bool = True) -> Any:
+    """The content of a file that torch.save wrote, on the CPU.
+
+    Raises:
+        CheckpointError: if it is none, or holds what could run code.
+    """
+    name = "a value" if isinstance(file, io.BytesIO) else file
+    try:
+        with torch.serialization.safe_globals(DATA_ONLY):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{name}: not a checkpoint that can be read without running code in it: {reason}"
+        ) from None
+    except (OSError, RuntimeError, ValueError, EOFError) as error:
+        raise CheckpointError(f"{name}: not a checkpoint: {str(error).strip().splitlines()[0]}") from None
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Makes what a sharded checkpoint's `.metadata` consists of, and refuses all else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in METADATA_ONLY:
+            return METADATA_ONLY[module, name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def load_metadata(content: bytes, where: str) -> metadata.Metadata:
+    """The parsed `.metadata` of a sharded checkpoint, named ``where`` in errors.
+
+    Raises:
+        CheckpointError: if it is none, could run code, or names files outside of its folder.
+    """
+    try:
+        found = MetadataUnpickler(io.BytesIO(content)).load()
+        names = {info.relative_path for info in found.storage_data.values()}
+    except Exception as error:  # pickle raises whatever a damaged file leads to
+        raise CheckpointError(f"{where}: not a sharded checkpoint's metadata: {error}") from None
+    for name in names:
+        if Path(name).name != name:
+            raise CheckpointError(f"{where}: names {name!r}, a file outside of the checkpoint's folder")
+    return found
+
+
+def sharded_files(found: metadata.Metadata) -> dict[str, int]:
+    """The files that a sharded checkpoint must have, and the bytes that each must have at least."""
+    sizes: dict[str, int] = {}
+    for info in found.storage_data.values():
+        sizes[info.relative_path] = max(sizes.get(info.relative_path, 0), info.offset + info.length)
+    return sizes
+
+
+class SafeReader(dcp.FileSystemReader):
+    """Reads a sharded checkpoint's folder."""
+
+    def read_metadata(self) -> metadata.Metadata:
+        file = Path(self.path) / METADATA
+        found = load_metadata(file.read_bytes(), str(file))
+        found.storage_meta = found.storage_meta or metadata.StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found
+
+
+class SafePlanner(DefaultLoadPlanner):
+    """Loads values by the restricted unpickler.
+
+    What a callback of Composer's keeps may be lacking, as when the run has one more than before. What training depends
+    on may not.
+    """
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: metadata.Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        super().set_up_planner(state_dict, metadata, is_coordinator)
+        ours = ("state.callbacks.EMAWeights.", "state.callbacks.RunRecord.")
+        for name in set(self.state_dict) - set(metadata.state_dict_metadata):
+            if name.startswith("state.callbacks.") and not name.startswith(ours):
+                del self.state_dict[name]
+
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        name = read_item.dest_index.fqn
+        set_element(self.original_state_dict, self.mappings[name], load_file(value, mmap=False))
+
+
+def load_sharded(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Any]:
+    """The wanted entries of a sharded checkpoint, whole and on the CPU, by their full names: state.model.….
+
+    Raises:
+        CheckpointError: if something is missing, damaged, or could run code.
+    """
+    reader = SafeReader(folder)
+    try:
+        entries = reader.read_metadata().state_dict_metadata
+        content = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            if isinstance(entry, metadata.TensorStorageMetadata)
+            else None
+            for name, entry in entries.items()
+            if wanted(name)
+        }
+        dcp.load(content, storage_reader=reader, planner=SafePlanner(), no_dist=True)
+    except CheckpointError:
+        raise
+    except (Exception, CheckpointException) as error:  # torch wraps what a damaged file leads to in its own kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise CheckpointError(f"{folder}: missing or damaged: {reason}") from None
+    return content

@@ -1,0 +1,87 @@
+"""The names that configs, command lines and code share. Nothing heavy is imported here: a config is checked at once."""
+
+from dataclasses import dataclass
+
+from sit_composer.errors import UserError
+
+SIZES = {  # name: (hidden_size, depth, num_heads), table 1 of DiT (arXiv 2212.09748)
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+VARIANTS = [f"SiT-{size}/{patch}" for size in SIZES for patch in (2, 4, 8)]
+PATHS = ("Linear", "GVP", "VP")
+PREDICTIONS = ("velocity", "noise", "score")
+LOSS_WEIGHTS = (None, "velocity", "likelihood")
+TIME_SAMPLINGS = ("uniform", "logit-normal")
+DIFFUSION_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
+LAST_STEPS = (None, "Mean", "Tweedie", "Euler")
+SDE_METHODS = ("Euler", "Heun")
+# torchdiffeq's solvers, and heun for its heun2. Two are left out: its fehlberg2 gives wrong answers (0.408 for e⁻¹ in
+# 0.2.5), and its wrapper round scipy's wants options of its own.
+FIXED_STEP_METHODS = ("euler", "heun", "heun2", "heun3", "midpoint", "rk4", "explicit_adams", "implicit_adams")
+ADAPTIVE_METHODS = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
+ODE_METHODS = FIXED_STEP_METHODS + ADAPTIVE_METHODS
+
+
+def choose(name: str, value: object, choices: tuple) -> None:
+    """Raises UserError, naming the option, its value and what it takes, unless value is one of the choices."""
+    if value not in choices:
+        raise UserError(f"{name}: got {value!r}; it takes {', '.join(str(choice) for choice in choices)}")
+
+
+def variant(name: str) -> dict[str, int]:
+    """The SiT arguments behind a name such as ``"SiT-XL/2"``.
+
+    Raises:
+        ValueError: if there is no such variant.
+    """
+    choose("model.name", name, tuple(VARIANTS))
+    size, patch = name.removeprefix("SiT-").split("/")
+    hidden_size, depth, num_heads = SIZES[size]
+    return {"hidden_size": hidden_size, "depth": depth, "num_heads": num_heads, "patch_size": int(patch)}
+
+
+METRICS = ("fid", "sfid", "is", "precision", "recall", "kid")
+OUTPUT = {"sfid": "spatial", "is": "logits"}  # that a metric needs of the extractor; the others need features
+NEEDS_PICTURES = ("precision", "recall", "kid")  # of the reference too: its statistics don't do
+LEAST = {"fid": 2, "sfid": 2, "is": 20, "precision": 4, "recall": 4, "kid": 2}  # pictures
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn: the part of the settings that `generate` takes."""
+
+    mode: str = "ODE"
+    sampling_method: str = "dopri5"
+    num_steps: int = 50
+    cfg_scale: float = 1.0
+    cfg_channels: int | None = None
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    seed: int = 0
+    atol: float = 1e-6
+    rtol: float = 1e-3
+    diffusion_form: str = "sigma"
+    diffusion_norm: float = 1.0
+    last_step: str | None = "Mean"
+    last_step_size: float = 0.04
+
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # other decoders of PIL are not for unknown files
+
+
+EXACT_DIMS = 4096  # the most for which an evaluation of the field may take a backward pass a dimension
+
+
+@dataclass(frozen=True)
+class Solve:
+    """How log p is taken. What the solver doesn't use is None."""
+
+    sampling_method: str = "dopri5"
+    num_steps: int | None = None  # of a fixed-step solver
+    atol: float | None = 1e-5  # of an adaptive one
+    rtol: float | None = 1e-5
+    probes: int | None = 1
+    exact: bool = False  # the whole trace instead of probes
+    seed: int = 0

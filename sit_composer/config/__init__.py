@@ -1,0 +1,1 @@
+"""A run's YAML: keys, values, and what they must fit."""

@@ -1,0 +1,243 @@
+"""A stream of MDS shards that is believed only once it is checked: the index, the spec, and the shards' bytes."""
+
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from boto3.exceptions import Boto3Error
+from botocore.exceptions import BotoCoreError, ClientError
+from filelock import FileLock
+from streaming import Stream
+from streaming.base.format import Reader, reader_from_json
+from streaming.base.hashing import get_hash, is_hash
+from streaming.base.storage import CloudDownloader
+from streaming.base.util import retry as retrying
+from urllib3.exceptions import HTTPError
+
+from sit_composer.data.spec import INDEX_NAME, SPEC_NAME, DataSpec
+from sit_composer.errors import UserError
+from sit_composer.storage import is_disk_full
+
+OUTAGE = 300  # seconds after which an attempt to fetch a shard is the last
+COLUMNS = {  # of each kind of data: their names, and how their encodings may begin
+    "pixels": {"image": ("bytes",), "label": ("int", "uint")},
+    "latents": {"moments": ("ndarray:float16",), "moments_flip": ("ndarray:float16",), "label": ("int", "uint")},
+}
+
+
+class DataError(UserError):
+    """What is wrong with the data, and where, in one line; in one line too when a DataLoader's worker raised it."""
+
+    def __init__(self, message: str) -> None:
+        lines = str(message).strip().splitlines()
+        if any(line.startswith("Original Traceback") for line in lines):
+            # DataLoader re-raises a worker's error as type(error)(its whole traceback); the last line has the message.
+            lines = [lines[-1].partition(": ")[2]]
+        super().__init__(" ".join(" ".join(lines).split()))
+
+
+def load_spec(remote: str | None, local: str) -> DataSpec:
+    """Reads `spec.json` from the folder ``local`` or, given a ``remote``, from there and never from a cached copy.
+
+    Raises:
+        DataError: naming the file, if it cannot be read or is not a spec.
+    """
+    text, uri = read_text(source(remote, local), local, SPEC_NAME)
+    try:
+        return DataSpec.from_json(text, uri)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
+def source(remote: str | None, local: str) -> str | None:
+    """``remote``, or None if the shards lie in ``local`` itself, where nothing may be deleted."""
+    return remote.rstrip("/") if remote and os.path.realpath(remote) != os.path.realpath(local) else None
+
+
+def read_text(remote: str | None, local: str, name: str, timeout: float = 60, attempts: int = 2) -> tuple[str, str]:
+    """The text of a small file of the data set, and where it was read."""
+    uri = os.path.join(remote or local, name)
+    try:
+        if remote is None:
+            return Path(uri).read_text(), uri
+        with tempfile.TemporaryDirectory() as folder:
+            copy = os.path.join(folder, name)
+            # Not by the stream's own client, whose open connections forked workers would share.
+            retrying(num_attempts=attempts)(lambda: CloudDownloader.direct_download(uri, copy, timeout))()
+            return Path(copy).read_text(), uri
+    except Exception as error:
+        if remote is not None and is_disk_full(error):
+            raise DataError(f"{tempfile.gettempdir()}: no space left on the disk for {uri}") from error
+        cause = f"{type(error).__name__}: {error}"
+        raise DataError(f"cannot read {uri} ({cause}); check the address, and that the shards are whole") from error
+
+
+class CheckedStream(Stream):
+    """A folder of MDS shards, of which nothing is believed before it is checked.
+
+    A shard is checked by its size, and by its xxh64 if the index has that (ours do), or any other hash. Every rank
+    reads the index from the remote itself. A wrong file in the cache is deleted; without a remote, nothing is.
+    """
+
+    def __init__(self, spec: DataSpec, download_retry: int, **kwargs: Any) -> None:
+        super().__init__(download_retry=1, **kwargs)
+        self.spec = spec
+        self.attempts = download_retry
+
+    def get_shards(self, world: Any, allow_unsafe_types: bool) -> list[Reader]:
+        """The shards that the index lists.
+
+        Raises:
+            DataError: if the index is missing, malformed, unsafe or unlike the spec, or local data lack a shard.
+        """
+        text, uri = read_text(self.remote, self.local, INDEX_NAME, self.download_timeout, min(2, self.attempts))
+        self.index_size = len(text)
+        shards = safe_shards(text, uri, self.local, self.spec.kind, allow_unsafe_types)
+        for shard in shards:
+            if self.remote is None and (fault := self.fault(shard, hashes=False)):
+                raise DataError(f"{fault}; restore it, or write the shards again")
+        samples = sum(shard.samples for shard in shards)
+        if samples != self.spec.samples:
+            raise DataError(f"{uri} lists {samples} samples, but {SPEC_NAME} says {self.spec.samples}: one is stale")
+        if self.remote is not None:
+            claim_cache(self.local, self.remote)
+        return shards
+
+    def get_index_size(self) -> int:
+        """The size of the index, which counts toward a ``cache_limit``."""
+        return self.index_size
+
+    def set_up_local(self, shards: list[Reader], cache_usage_per_shard: np.ndarray) -> None:
+        """Notes which shards are here already."""
+        if self.remote is None:
+            # The stock method tidies the folder, deleting files. get_shards() has seen that every shard is there.
+            cache_usage_per_shard[:] = [shard.get_raw_size() for shard in shards]
+        else:
+            super().set_up_local(shards, cache_usage_per_shard)
+
+    def fault(self, shard: Reader, hashes: bool = True) -> str | None:
+        """What is wrong with the shard's files here, or None."""
+        return shard_fault(shard, self.local, hashes)
+
+    def prepare_shard(self, shard: Reader) -> int:
+        """Fetches (and decompresses) a shard and checks it; returns by how many bytes the cache grew.
+
+        A store that doesn't answer, or not now, is asked again for minutes; anything else gets a second attempt.
+
+        Raises:
+            Exception: whatever went wrong; then the cache has no file of the shard.
+        """
+        if self.remote is None and (fault := self.fault(shard, hashes=False)):
+            raise FileNotFoundError(fault)
+        start = time.monotonic()
+        for attempt in range(self.attempts):
+            try:
+                return self._prepare_once(shard)
+            except Exception as error:
+                last = (self.attempts if is_outage(error) else min(2, self.attempts)) - 1
+                if attempt >= last or self.remote is None or time.monotonic() - start > OUTAGE:
+                    raise
+            time.sleep(min(2**attempt, 30))
+        raise ValueError(f"download_retry: got {self.attempts}; it takes 1 or more")
+
+    def _prepare_once(self, shard: Reader) -> int:
+        try:
+            for _ in range(2):  # bytes that came out wrong may come out right
+                grown = super().prepare_shard(shard)
+                fault = self.fault(shard)
+                if fault is None:
+                    return grown
+                if self.remote is not None:
+                    shard.evict()
+            raise ValueError(fault)
+        except Exception:
+            if self.remote is not None:
+                shard.evict()
+            raise
+
+    def where(self, shard: Reader) -> str:
+        """The shard's file at its source."""
+        return os.path.join(self.remote or self.local, shard_files(shard)[-1].basename)
+
+
+def is_outage(error: Exception) -> bool:
+    """Whether S3 doesn't answer, or asks to come back later."""
+    if isinstance(error, ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+        return status >= 500 or status in (408, 429)
+    return isinstance(error, BotoCoreError | Boto3Error | HTTPError | ConnectionError | TimeoutError)
+
+
+def safe_shards(text: str, uri: str, folder: str, kind: str, allow_unsafe_types: bool = False) -> list[Reader]:
+    """The shards, to be in ``folder``, that the text of an index lists.
+
+    Raises:
+        DataError: naming the index's ``uri``, if it is malformed, unsafe, or without the columns of data of that kind.
+    """
+    shards = []
+    try:
+        for info in json.loads(text)["shards"]:
+            if info["format"] != "mds":
+                raise ValueError(f"the format is {info['format']!r}, not 'mds'")
+            shard = reader_from_json(folder, None, info)
+            shard.validate(allow_unsafe_types)
+            for file in shard_files(shard):
+                # A name such as ../x would be written outside the cache.
+                if os.path.isabs(file.basename) or ".." in Path(file.basename).parts:
+                    raise ValueError(f"the file name {file.basename!r} leads out of the folder")
+                if type(file.bytes) is not int:
+                    raise ValueError(f"the number of {file.basename}'s bytes is {file.bytes!r}")
+            columns = dict(zip(shard.column_names, shard.column_encodings, strict=True))
+            for name, encodings in COLUMNS[kind].items():
+                if not columns.get(name, "").startswith(encodings):
+                    wanted = f"a column {name!r} encoded as {' or '.join(encodings)}"
+                    raise DataError(f"{uri}: {kind} need {wanted}; the columns there are {columns}")
+            if not isinstance(shard.samples, int):
+                raise ValueError(f"the number of samples is {shard.samples!r}")
+            shards.append(shard)
+    except DataError:
+        raise
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}"
+        raise DataError(f"{uri} is not a whole and safe MDS index ({cause}); write the shards again") from error
+    return shards
+
+
+def shard_fault(shard: Reader, folder: str, hashes: bool = True) -> str | None:
+    """What is wrong with the shard's files in a folder, or None."""
+    files = {os.path.join(folder, file.basename): file for file in shard_files(shard)}
+    here = [path for path in files if os.path.exists(path)]  # the plain or the compressed one, or both
+    if not here:
+        return f"{next(iter(files))} is missing"
+    for path in here:
+        size, known = files[path].bytes, files[path].hashes
+        name = next((name for name in ("xxh64", *known) if name in known and is_hash(name)), None)
+        try:
+            if (found := os.path.getsize(path)) != size:
+                return f"{path} has {found} bytes; {INDEX_NAME} says {size}"
+            if hashes and name and get_hash(name, Path(path).read_bytes()) != known[name]:
+                return f"{path} has been changed: its {name} is not what {INDEX_NAME} says"
+        except FileNotFoundError:  # another process has evicted the shard just now
+            return f"{path} is missing"
+    return None
+
+
+def shard_files(shard: Reader) -> list[Any]:
+    """The shard's plain file, and its compressed one if there is one: basename, bytes, hashes."""
+    return [file for file in shard.file_pairs[0] if file]
+
+
+def claim_cache(local: str, remote: str) -> None:
+    """Notes whose copies the folder holds: shards of two data sets have the same names."""
+    note = Path(local, "remote.txt")
+    note.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{note}.lock"):
+        owner = note.read_text() if note.exists() else ""
+        if not owner:
+            note.write_text(remote)
+    if owner not in ("", remote):
+        raise DataError(f"{local} holds copies of {owner}, not of {remote}: choose another local folder, or empty it")

@@ -1,0 +1,132 @@
+"""What a SIGTERM means to a run: save, then end, in good time. Spot machines and schedulers send one before a kill."""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+from composer.callbacks import CheckpointSaver
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+
+from sit_composer.errors import EVICTED
+from sit_composer.storage import StorageError
+from sit_composer.supervision.lease import Lease
+
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>: be sent a signal when the parent dies
+
+
+class Evicted(Exception):
+    """The run was told to end: it has left training, and shall save."""
+
+
+class Eviction(Callback):
+    """After a SIGTERM: leaves training for `save`, on all ranks at the same point.
+
+    That is the end of a batch, or a batch of an evaluation, or of pictures that are drawn. An evaluation or pictures
+    that were due after the last batch are left out then: the resumed run goes on with the next one.
+
+    Args:
+        grace: seconds that this may take; then the process ends as it is.
+        timeout: seconds for which a rank waits for the others, of which one may wait for a store.
+    """
+
+    def __init__(self, grace: float, timeout: float):
+        self.grace = grace
+        self.timeout = timedelta(seconds=timeout)
+        self.saver: CheckpointSaver | None = None
+        self.before_leaving: Callable[[], None] = lambda: None
+        self.lease: Lease | None = None
+        self._training = False
+        self._told = False
+        self.installed = False
+        self._left = threading.Event()
+        self._before: Any = signal.SIG_DFL
+        self._asked: tuple[Any, torch.Tensor] | None = None
+        self._group: Any = None
+
+    def install(self) -> None:
+        """Listens from now on; until training starts, a SIGTERM ends the process at once."""
+        self.installed = True
+        self._before = signal.signal(signal.SIGTERM, self._hear)
+        # Python calls its handlers between two of its own steps, which a rank that waits for another one, that is dead,
+        # comes to in minutes. This thread hears of a signal at once.
+        listening, self._pipe = os.pipe()
+        os.set_blocking(self._pipe, False)
+        signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+        threading.Thread(target=self._time, args=(listening,), name="eviction", daemon=True).start()
+        if "LOCAL_RANK" in os.environ and sys.platform == "linux":
+            # Composer's launcher dies of a signal without a word to its ranks, which would train on, alone.
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    def _time(self, listening: int) -> None:
+        while os.read(listening, 1) not in (b"", bytes([signal.SIGTERM])):
+            pass
+        if not self._left.is_set() and not self._left.wait(self.grace):
+            os._exit(EVICTED)
+        os.close(listening)
+
+    def end(self) -> None:
+        """Listens no more."""
+        self._left.set()
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, self._before)
+        os.close(self._pipe)
+
+    def _hear(self, number: int, frame: Any) -> None:
+        if not self._training:
+            os._exit(EVICTED)
+        self._told = True
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self._training = True
+        if dist.get_world_size() > 1:
+            self._group = torch.distributed.new_group(backend="gloo", timeout=self.timeout)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Leaves before an evaluation or pictures take the time that there is."""
+        if self.lease is not None and self.lease.lost is not None:
+            raise StorageError(self.lease.lost)
+        self.leave_if_told()
+
+    def eval_batch_start(self, state: State, logger: Logger) -> None:
+        self.leave_if_told()
+
+    def leave_if_told(self) -> None:
+        """To be called by all ranks equally often.
+
+        Raises:
+            Evicted: on all of them, once one was told.
+        """
+        if self._training and self._agree():
+            raise Evicted
+
+    def save(self, state: State, logger: Logger) -> None:
+        """Saves what was trained, after `Evicted`; the model must hold the training weights."""
+        saver = self.saver
+        if saver is not None:
+            saved = [(time.epoch, time.batch) for time in saver.all_saved_checkpoints_to_timestamp.values()]
+            if (state.timestamp.epoch, state.timestamp.batch) not in saved:
+                saver._save_checkpoint(state, logger)
+        self.before_leaving()
+
+    def _agree(self) -> bool:
+        # Ranks hear it at different moments. What they heard is summed while the next batch is computed, on the CPU, so
+        # that no rank waits for another or for its GPU, and all of them know at the end of the same batch.
+        if self._group is None:
+            return self._told
+        agreed = False
+        if self._asked is not None:
+            work, heard = self._asked
+            work.wait()
+            agreed = bool(heard.item())
+        heard = torch.tensor([int(self._told)])
+        self._asked = torch.distributed.all_reduce(heard, group=self._group, async_op=True), heard
+        return agreed

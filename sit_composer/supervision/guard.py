@@ -1,0 +1,31 @@
+"""Makes Composer read checkpoints without running code that might be in them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from composer import algorithms as composer_algorithms
+from composer.utils import checkpoint
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+from sit_composer.checkpoint.safe_load import SafePlanner, SafeReader, load_file
+
+
+def guard_composer() -> None:
+    """Makes Composer load checkpoints by `safe_load`; 0.32 unpickles them whole, with `load_weights_only` too.
+
+    Torch's own classes are patched, as Composer has ways around any planner and reader that it is given: after an error
+    of a certain text it tries again with torch's planner, for example.
+    """
+
+    def load(path: Path | str, map_location: str) -> Any:
+        return load_file(path)
+
+    checkpoint._torch_load_with_validation = load
+    DefaultLoadPlanner.load_bytes = SafePlanner.load_bytes
+    dcp.FileSystemReader.read_metadata = SafeReader.read_metadata
+
+
+def excluded_algorithms() -> list[str]:
+    """The algorithms that Composer makes by evaluating a checkpoint's text, if that asks for them. None is needed."""
+    return [name for name, c in vars(composer_algorithms).items() if getattr(c, "required_on_load", bool)()]

@@ -1,0 +1,160 @@
+"""Checkpoints on their way to the object store, while training goes on."""
+
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from composer.callbacks import CheckpointSaver
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+
+from sit_composer.checkpoint.folder import prune
+from sit_composer.checkpoint.safe_load import METADATA, load_metadata, sharded_files
+from sit_composer.storage import RunFolder, S3Folder, StorageError
+from sit_composer.supervision.lease import Lease
+
+
+class Uploads(Callback):
+    """Uploads each checkpoint while training goes on, one at a time, and prunes the old ones there.
+
+    The lease is looked at before each request by which a file appears: of a file in parts before the last request,
+    which puts them together, of a sharded checkpoint before the one that brings its metadata, its last file.
+
+    Args:
+        folder: where to.
+        lease: must be held, or nothing more is written.
+        keep: how many complete checkpoints stay; -1: all.
+        patience: seconds for which a failing upload is tried again.
+    """
+
+    def __init__(self, folder: S3Folder, lease: Lease, keep: int, patience: float):
+        self.folder = S3Folder(folder.uri)  # a client of its own, for the lease writes by the other
+        self.folder.before_writing(lease.check)
+        self.lease = lease
+        self.keep = keep
+        self.patience = patience
+        self.saver: CheckpointSaver | None = None
+        self.failure: StorageError | None = None
+        self._seen = 0
+        self._jobs: queue.Queue[Path | None] = queue.Queue()  # None: no more
+        self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
+        self._thread.start()
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        self.check()
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        self.take()
+
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        self.take()
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        self.take()
+        self.wait()
+
+    def check(self) -> None:
+        """Raises what made an upload fail for good, or the loss of the lease."""
+        if self.failure is not None:
+            raise self.failure
+        if self.lease.lost is not None:
+            raise StorageError(self.lease.lost)
+
+    def wait(self) -> None:
+        """Waits for all uploads."""
+        self._jobs.join()
+        self.check()
+
+    def end(self, seconds: float = 60) -> bool:
+        """Takes no more; whether what was on its way has arrived within so many seconds."""
+        self._jobs.put(None)
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def take(self) -> None:
+        """Puts what was saved since on its way."""
+        new = self.saver.saved_checkpoints[self._seen :]
+        self._seen += len(new)
+        for path in new:
+            if self._jobs.unfinished_tasks:  # local space for two checkpoints is enough
+                self.wait()
+            self._jobs.put(Path(path))
+
+    def _work(self) -> None:
+        while (path := self._jobs.get()) is not None:
+            try:
+                if self.failure is None:
+                    self._upload(path)
+            except StorageError as error:
+                self.failure = error
+            except Exception as error:  # a bug, or a local disk that fails: training must hear of it too
+                self.failure = StorageError(f"{self.folder.uri}: {type(error).__name__}: {error}")
+            finally:
+                self._jobs.task_done()
+
+    def _upload(self, path: Path) -> None:
+        place = path.parent
+        if path.suffix == ".pt":
+            self._patiently(lambda: self._put(path, path.name))
+            path.unlink()
+        else:
+            name = place.name  # ep0-ba10/__RANK_0.distcp
+            for shard in sorted(place.glob(f"{path.name.rpartition('_')[0]}_*.distcp")):
+                self._patiently(lambda shard=shard: self._put(shard, f"{name}/{shard.name}"))
+                shard.unlink()
+            metadata = place / METADATA
+            if metadata.exists():  # rank 0's, and the last of all
+                needed = sharded_files(load_metadata(metadata.read_bytes(), str(metadata)))
+                self._patiently(lambda: self._expect(name, needed))
+                self._patiently(lambda: self._put(metadata, f"{name}/{METADATA}"))
+                metadata.unlink()
+        if dist.get_global_rank() == 0 and self.keep >= 0:
+            self._patiently(lambda: (self.lease.check(), prune(self.folder, self.keep)))
+
+    def _put(self, file: Path, name: str) -> None:
+        self.lease.check()
+        self.folder.upload(file, name)
+
+    def _expect(self, name: str, needed: dict[str, int]) -> None:
+        """Raises StorageError if a file that another rank uploads isn't there yet."""
+        sizes = self.folder.listing()
+        late = [file for file, size in needed.items() if sizes.get(f"{name}/{file}", -1) < size]
+        if late:
+            raise StorageError(f"{self.folder.uri}/{name}/{late[0]}: its rank hasn't uploaded it")
+
+    def _patiently(self, action: Callable[[], Any]) -> None:
+        deadline, pause = time.monotonic() + self.patience, 0.5
+        while True:
+            try:
+                action()
+                return
+            except StorageError as error:
+                if self.lease.lost is not None or time.monotonic() + pause > deadline:
+                    raise
+                if pause > 4:  # what waits for other ranks is no news at first
+                    print(f"warning: {error}; trying again for {self.patience:.0f} s", file=sys.stderr, flush=True)
+                time.sleep(pause)
+                pause = min(2 * pause, 30)
+
+
+class Pruning(Callback):
+    """Deletes old checkpoints of a folder on a file system, after each save."""
+
+    def __init__(self, folder: RunFolder, keep: int):
+        self.folder = folder
+        self.keep = keep
+        self.saver: CheckpointSaver | None = None
+        self._seen = 0
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        if self.saver is not None and len(self.saver.saved_checkpoints) > self._seen:
+            self._seen = len(self.saver.saved_checkpoints)
+            if dist.get_global_rank() == 0:
+                prune(self.folder, self.keep)
+
+    epoch_checkpoint = batch_checkpoint

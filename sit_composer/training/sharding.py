@@ -1,0 +1,51 @@
+"""FSDP2 through Composer: parameters, gradients, optimizer and average in shards, one a rank."""
+
+from dataclasses import asdict
+
+from composer.core import Precision
+from composer.distributed import fsdp2
+from composer.distributed.mosaic_parallelism import get_mixed_precision
+from composer.utils import FSDP2Config
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from sit_composer.checkpoint.safe_load import SafePlanner
+from sit_composer.config.schema import FSDPConfig
+
+
+class ShardingConfig(FSDP2Config):
+    """Composer's, with two things that its own code asks for and its FSDP2 class fixes at None.
+
+    They are the degree of replication, without which there is no HSDP, and the planner that loads checkpoints.
+    """
+
+    replicas: int = 1
+
+    @property
+    def load_planner(self) -> SafePlanner:
+        return SafePlanner()
+
+    @property
+    def data_parallel_replicate_degree(self) -> int | None:
+        return self.replicas if self.replicas > 1 else None
+
+
+def _policy(precision: Precision, mixed_precision: str) -> MixedPrecisionPolicy:
+    """Composer's policy, but that inputs are not cast.
+
+    Its own rounds the times and noised latents to bfloat16 before the network sees them, while the target is of the
+    exact ones. Autocast casts what goes into matrix products, as it does under DDP.
+    """
+    _, param_dtype, reduce_dtype, _ = get_mixed_precision(precision, mixed_precision)
+    return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+
+
+def parallelism(fsdp: FSDPConfig | None) -> dict[str, FSDP2Config] | None:
+    """The Trainer's ``parallelism_config``; None is DDP."""
+    if fsdp is None:
+        return None
+    fsdp2.create_mixed_precision_policy = _policy
+    keys = asdict(fsdp)
+    replicas = keys.pop("data_parallel_replicate_degree")
+    config = ShardingConfig(**keys)
+    config.replicas = replicas
+    return {"fsdp": config}

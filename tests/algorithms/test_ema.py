@@ -1,0 +1,138 @@
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from composer import Trainer
+from composer.core import Callback
+from torch.utils.data import DataLoader
+
+from sit_composer.algorithms.ema import EMA
+from sit_composer.callbacks.run_record import RunRecord
+from sit_composer.checkpoint.load import load_checkpoint
+from sit_composer.training.model import ComposerSiT
+from sit_composer.transport import Transport
+from tests.conftest import ROOT
+from tests.training.test_model import SPEC, batch, small_network
+
+DECAY = 0.9
+
+
+class History(Callback):
+    """The trained parameters before the first batch, and after each."""
+
+    def __init__(self):
+        self.weights = []
+
+    def _note(self, state, logger):
+        model = state.model.module if hasattr(state.model, "module") else state.model
+        self.weights.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
+
+    fit_start = batch_end = _note
+
+
+def trainer_of(tmp_path=None, **arguments) -> tuple[Trainer, EMA, History]:
+    data = batch(32)
+    samples = [{name: column[i] for name, column in data.items()} for i in range(32)]
+    model = ComposerSiT(small_network(), Transport(), SPEC)
+    ema, history = EMA(DECAY), History()
+    record = {"model": {}, "transport": {}, "autoencoder": SPEC.as_dict(), "classes": []}
+    trainer = Trainer(
+        model=model, train_dataloader=DataLoader(samples, batch_size=8), eval_dataloader=DataLoader(samples, 8),
+        optimizers=torch.optim.AdamW(model.network.parameters(), lr=1e-2), algorithms=[ema], seed=0,
+        callbacks=[ema.weights, history, RunRecord(record)], progress_bar=False, precision="fp32",
+        **{"max_duration": "6ba", "eval_interval": "1000ba", **arguments},
+        **({} if tmp_path is None else {"save_folder": str(tmp_path), "save_interval": "3ba"}),
+    )  # fmt: skip
+    return trainer, ema, history
+
+
+def closed_form(history: History) -> dict[str, torch.Tensor]:
+    """d^n w_0 + (1 - d) Σ d^(n-i) w_i, in float64."""
+    n = len(history.weights) - 1
+    factors = [DECAY**n, *((1 - DECAY) * DECAY ** (n - i) for i in range(1, n + 1))]
+    return {
+        k: sum(f * w[k].double() for f, w in zip(factors, history.weights, strict=True)) for k in history.weights[0]
+    }
+
+
+def test_the_average_is_the_closed_form_from_the_initial_weights():
+    trainer, ema, history = trainer_of()
+    trainer.fit()
+    expected = closed_form(history)
+    assert ema.weights.params.keys() == expected.keys()
+    assert not any("pos_embed" in name for name in expected)  # frozen
+    for name, average in ema.weights.params.items():
+        torch.testing.assert_close(average.double(), expected[name], rtol=1e-5, atol=1e-7)
+        assert not torch.equal(average, history.weights[-1][name])
+
+
+def test_after_training_the_model_holds_the_training_weights(tmp_path):
+    trainer, ema, history = trainer_of(tmp_path)
+    trainer.fit()
+    for name, p in trainer.state.model.named_parameters():
+        if p.requires_grad:
+            assert torch.equal(p, history.weights[-1][name])
+    training = load_checkpoint(str(tmp_path), "training").weights
+    average = load_checkpoint(str(tmp_path), "ema").weights
+    for name, value in history.weights[-1].items():
+        name = name.removeprefix("network.")
+        assert torch.equal(training[name], value)
+        assert torch.equal(average[name], ema.weights.params[f"network.{name}"])
+    assert torch.equal(average["pos_embed"], training["pos_embed"])
+
+
+def test_evaluation_uses_the_average_and_gives_the_weights_back():
+    trainer, ema, _ = trainer_of()
+    trainer.fit()
+    before = copy.deepcopy(trainer.state.model.state_dict())
+    trainer.eval()
+    measured = trainer.state.eval_metrics["eval"]["loss"].compute()
+    assert all(torch.equal(v, before[k]) for k, v in trainer.state.model.state_dict().items())
+    model = trainer.state.model.eval()
+    data = batch(32)
+    with torch.no_grad():
+        with_training = model.eval_forward(data).mean()
+        with ema.weights.in_model():
+            with_average = model.eval_forward(data).mean()
+    assert measured.item() == pytest.approx(with_average.item(), rel=1e-5)
+    assert with_average.item() != pytest.approx(with_training.item(), rel=1e-3)
+
+
+def test_a_resumed_average_goes_on_to_the_bit(tmp_path):
+    whole, ema, _ = trainer_of()
+    whole.fit()
+    first, _, _ = trainer_of(tmp_path, max_duration="4ba")  # four batches: an epoch's end, where all RNG is restored
+    first.fit()
+    second, resumed, _ = trainer_of(tmp_path / "again", load_path=str(tmp_path / "latest-rank0.pt"))
+    second.fit()
+    for name, average in ema.weights.params.items():
+        assert torch.equal(resumed.weights.params[name], average)
+    for name, p in whole.state.model.state_dict().items():
+        assert torch.equal(second.state.model.state_dict()[name], p)
+
+
+def test_weights_alone_are_the_training_weights_and_start_a_new_average(tmp_path):
+    first, ema, history = trainer_of(tmp_path)
+    first.fit()
+    latest = str(tmp_path / "latest-rank0.pt")
+    _, fresh, _ = trainer_of(tmp_path / "again", load_path=latest, load_weights_only=True)
+    for name, weight in history.weights[-1].items():
+        assert torch.equal(fresh.weights.params[name], weight)
+        assert not torch.equal(ema.weights.params[name], weight)
+
+
+def test_an_average_of_another_model_is_refused():
+    _, ema, _ = trainer_of()
+    with pytest.raises(ValueError, match="EMA is of another model"):
+        ema.weights.load_state_dict({"params": {"network.other": torch.zeros(1)}})
+
+
+def test_two_ranks_hold_the_same_average_and_it_is_the_closed_form():
+    composer = os.path.join(os.path.dirname(sys.executable), "composer")
+    command = [composer, "-n", "2", "-m", "tests.helpers.ddp_ema"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "both ranks agree to the bit on" in done.stdout

@@ -1,0 +1,214 @@
+"""Exported folders: from a run's checkpoint and back, to the bit."""
+
+import json
+import re
+import resource
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sit_composer import sample, train
+from sit_composer.checkpoint.load import load_checkpoint
+from sit_composer.checkpoint.record import digest
+from sit_composer.export import main
+from sit_composer.sit import SiT, build_sit
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def train_tiny(digits_shards, tmp_path_factory):
+    def train_tiny(*overrides: str):
+        folder = tmp_path_factory.mktemp("run")
+        sizes = ["model.hidden_size=32", "model.depth=1", "model.num_heads=2", "trainer.max_duration=2ba"]
+        places = [f"data.local={digits_shards}", f"trainer.save_folder={folder}", "trainer.progress_bar=false"]
+        overrides = [*sizes, "scheduler={constant: {}}", *overrides, *places]
+        assert train.main([str(ROOT / "yamls" / "quickstart.yaml"), *overrides]) == 0
+        return folder
+
+    return train_tiny
+
+
+@pytest.fixture(scope="module")
+def checkpoints(train_tiny):
+    return train_tiny()
+
+
+@pytest.fixture
+def exported(checkpoints, tmp_path):
+    assert main([str(checkpoints), "--out", str(tmp_path), "--hub"]) == 0
+    return tmp_path
+
+
+def content(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_folder_has_all_of_the_run_to_the_bit(checkpoints, exported):
+    folder = exported / "checkpoint-2"
+    assert sorted(path.name for path in exported.iterdir()) == ["checkpoint-2", "hub-2"]
+    assert sorted(content(folder)) == [
+        "config.json", "ema.pt", "ema.safetensors", "model.safetensors", "trainer_state.json",
+    ]  # fmt: skip
+    for which, name in (("training", "model"), ("ema", "ema")):
+        before, after = load_checkpoint(str(checkpoints), which), load_checkpoint(str(folder), which)
+        assert before.record == after.record
+        assert (before.step, before.epoch, before.samples) == (after.step, after.epoch, after.samples) == (2, 0, 128)
+        assert list(before.weights) == list(SiT(**before.record["model"]).state_dict())
+        stored = load_file(folder / f"{name}.safetensors")
+        assert before.weights.keys() == after.weights.keys() == stored.keys()
+        for key, tensor in before.weights.items():
+            assert torch.equal(tensor, after.weights[key])
+            assert tensor.dtype == after.weights[key].dtype
+    plain = torch.load(folder / "ema.pt", weights_only=True)
+    assert all(torch.equal(plain[key], tensor) for key, tensor in before.weights.items())
+    SiT(**before.record["model"]).load_state_dict(plain, strict=True)
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert state["source"] == {"ep0-ba2-rank0.pt": digest(checkpoints / "ep0-ba2-rank0.pt")}
+    assert state["sha256"] == {name: digest(folder / name) for name in content(folder) if name != "trainer_state.json"}
+
+
+@pytest.mark.parametrize("folder", ["checkpoint-2", "hub-2"])
+def test_from_pretrained_gives_the_same_outputs(checkpoints, exported, folder):
+    run = load_checkpoint(str(checkpoints), "ema")
+    before = SiT(**run.record["model"]).eval()
+    before.load_state_dict(run.weights)
+    after = SiT.from_pretrained(str(exported / folder))
+    x, t, y = torch.randn(3, 1, 8, 8), torch.rand(3), torch.tensor([0, 5, 10])
+    assert torch.equal(before(x, t, y), after(x, t, y))
+    assert not after.training
+
+
+@pytest.mark.parametrize("weights", ["ema", "training"])
+def test_the_pictures_are_the_same_as_the_runs(checkpoints, exported, tmp_path, weights):
+    options = ["--num-images", "3", "--num-steps", "5", "--weights", weights]
+    for place, out in ((checkpoints, "a"), (exported / "checkpoint-2", "b")):
+        assert sample.main([str(place), "--out", str(tmp_path / out), *options]) == 0
+    a, b = content(tmp_path / "a"), content(tmp_path / "b")
+    for name in ("000000.png", "000001.png", "000002.png", "grid.png"):
+        assert a[name] == b[name]
+
+
+def test_the_hub_folder_has_the_average_and_a_card_that_runs(exported):
+    folder = exported / "hub-2"
+    assert sorted(content(folder)) == ["README.md", "config.json", "model.safetensors", "trainer_state.json"]
+    average = load_file(exported / "checkpoint-2" / "ema.safetensors")
+    published = load_file(folder / "model.safetensors")
+    assert all(torch.equal(published[name], average[name]) for name in average)
+    card = (folder / "README.md").read_text()
+    assert "8×8 pictures of 10 classes" in card
+    settings = json.loads(re.search(r"```json\n(.*?)```", card, re.DOTALL)[1])
+    assert (settings["sampling_method"], settings["cfg_scale"]) == ("dopri5", 4.0)
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    names = {}
+    exec(snippet.replace("OWNER/NAME", str(folder)), names)
+    assert names["velocity"].shape == (2, 1, 8, 8)
+
+
+def test_what_is_exported_already_is_kept(checkpoints, exported, capsys):
+    before = {path: path.stat().st_mtime_ns for path in exported.rglob("*")}
+    capsys.readouterr()
+    assert main([str(checkpoints), "--out", str(exported), "--hub"]) == 0
+    assert capsys.readouterr().out.count("already exported") == 2
+    assert {path: path.stat().st_mtime_ns for path in exported.rglob("*")} == before
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: flip(folder / "ema.safetensors"),
+        lambda folder: (folder / "ema.pt").unlink(),
+        lambda folder: (folder / "trainer_state.json").write_text("[]"),
+        lambda folder: [path.unlink() for path in folder.iterdir()],
+    ],
+)
+def test_a_folder_of_anything_else_is_left_alone(checkpoints, exported, capsys, damage):
+    folder = exported / "checkpoint-2"
+    damage(folder)
+    before = content(folder)
+    assert main([str(checkpoints), "--out", str(exported)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"error: --out: {folder} is there, and is not this export")
+    assert "\n" not in error
+    assert content(folder) == before
+    assert sorted(path.name for path in exported.iterdir()) == ["checkpoint-2", "hub-2"]
+
+
+def test_another_runs_export_of_that_step_is_left_alone(train_tiny, exported, capsys):
+    before = content(exported / "checkpoint-2")
+    assert main([str(train_tiny("seed=1")), "--out", str(exported)]) == 2
+    assert "is not this export" in capsys.readouterr().err
+    assert content(exported / "checkpoint-2") == before
+
+
+def test_a_run_without_an_average_exports_what_it_has_and_says_so(train_tiny, tmp_path, capsys):
+    assert main([str(train_tiny("ema=null")), "--out", str(tmp_path), "--hub"]) == 0
+    assert "it has no ema weights; exporting the others" in capsys.readouterr().out
+    assert sorted(content(tmp_path / "checkpoint-2")) == ["config.json", "model.safetensors", "trainer_state.json"]
+    SiT.from_pretrained(str(tmp_path / "hub-2"), "training")
+    assert "the training weights, not an average" in (tmp_path / "hub-2" / "README.md").read_text()
+
+
+def test_a_released_file_is_exported_as_the_average_that_it_is(tmp_path, capsys):
+    weights = build_sit("SiT-S/8", depth=1).state_dict()
+    torch.save(weights, tmp_path / "SiT.pt")
+    assert main([str(tmp_path / "SiT.pt"), "--out", str(tmp_path / "out"), "--hub"]) == 0
+    assert "it has no training weights" in capsys.readouterr().out
+    folder = tmp_path / "out" / "checkpoint-0"
+    assert sorted(content(folder)) == ["config.json", "ema.pt", "ema.safetensors", "trainer_state.json"]
+    assert all(
+        torch.equal(tensor, weights[name]) for name, tensor in SiT.from_pretrained(str(folder)).state_dict().items()
+    )
+    assert "latents of `stabilityai/sd-vae-ft-ema`" in (tmp_path / "out" / "hub-0" / "README.md").read_text()
+
+
+def test_an_exported_folder_can_be_exported(exported, tmp_path):
+    assert main([str(exported / "checkpoint-2"), "--out", str(tmp_path / "again")]) == 0
+    first, again = content(exported / "checkpoint-2"), content(tmp_path / "again" / "checkpoint-2")
+    for name in ("model.safetensors", "ema.safetensors", "config.json"):
+        assert first[name] == again[name]
+
+
+def test_a_disk_that_is_full_leaves_nothing(checkpoints, tmp_path, capsys):
+    """A limit on the size of files stands for the disk: the second file is the first that is over it."""
+    size = (checkpoints / "ep0-ba2-rank0.pt").stat().st_size // 20
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        assert main([str(checkpoints), "--out", str(tmp_path / "out")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"error: --out: can't write {tmp_path / 'out' / 'checkpoint-2'}: ")
+    assert "\n" not in error
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        ("nothing.pt", lambda path: None, "no checkpoint here"),
+        ("thesis.pt", lambda path: path.write_text("x"), "not a checkpoint"),
+        ("other.pt", lambda path: torch.save({"weights": torch.ones(1)}, path), "not a checkpoint of sit_composer's"),
+    ],
+)
+def test_what_is_no_checkpoint_is_named_in_a_line(tmp_path, capsys, name, make, message):
+    make(tmp_path / name)
+    assert main([str(tmp_path / name), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"error: {tmp_path / name}: ")
+    assert message in error
+    assert "\n" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_out_that_is_a_file_is_named(checkpoints, tmp_path, capsys):
+    (tmp_path / "out").write_text("x")
+    assert main([str(checkpoints), "--out", str(tmp_path / "out")]) == 2
+    assert f"--out: can't write {tmp_path / 'out' / 'checkpoint-2'}: " in capsys.readouterr().err

@@ -1,0 +1,292 @@
+"""Checkpoints that others wrote: the authors' files, exported folders, and what is damaged or planted."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sit_composer.autoencoder import AutoencoderSpec
+from sit_composer.checkpoint.load import CheckpointError, fetch, load_checkpoint
+from sit_composer.checkpoint.record import FORMAT, NoSuchWeights
+from sit_composer.sit import SiT, build_sit
+from sit_composer.transport import Transport
+
+TINY = {"input_size": 8, "hidden_size": 64, "depth": 2, "num_heads": 4, "num_classes": 10}
+
+
+@pytest.fixture
+def authors(tiny):
+    """What their train.py saves, of the reference's small network; its args say the heads, as forks' do."""
+    ema = tiny.state_dict()
+    model = {name: tensor + 1 for name, tensor in ema.items()}
+    opt = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
+    for _ in range(3):
+        opt.param_groups[0]["params"][0].grad = torch.ones(2)
+        opt.step()
+    args = argparse.Namespace(num_heads=4, num_classes=10, path_type="GVP", prediction="score", loss_weight=None)
+    return {"model": model, "ema": ema, "opt": opt.state_dict(), "args": args}
+
+
+def save(content, path: Path) -> str:
+    torch.save(content, path)
+    return str(path)
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [("SiT-S/8", {}), ("SiT-B/4", {"depth": 1, "input_size": 64}), ("SiT-S/2", {"depth": 1, "learn_sigma": False})],
+)
+def test_a_released_file_is_read_and_its_network_is_told_from_its_shapes(tmp_path, name, overrides):
+    network = build_sit(name, **overrides)
+    for block in network.blocks:  # which start as the identity, whatever the heads
+        torch.nn.init.normal_(block.adaLN_modulation[-1].weight, std=0.1)
+    torch.nn.init.normal_(network.final_layer.linear.weight)
+    released = load_checkpoint(save(network.state_dict(), tmp_path / "SiT.pt"))
+    assert same(released.weights, network.state_dict())
+    assert (released.which, released.step) == ("ema", 0)
+    ours = SiT(**released.record["model"])
+    ours.load_state_dict(released.weights, strict=True)
+    assert (ours.null_label, ours.learn_sigma, ours.input_size) == (1000, network.learn_sigma, network.input_size)
+    x, t, y = torch.randn(1, 4, ours.input_size, ours.input_size), torch.tensor([0.3]), torch.tensor([207])
+    assert torch.equal(ours.eval()(x, t, y), network.eval()(x, t, y))  # which it isn't with another number of heads
+    transport = Transport(**released.record["transport"])
+    assert (transport.path_type, transport.prediction) == ("Linear", "velocity")
+    assert released.record["autoencoder"] == AutoencoderSpec("stabilityai/sd-vae-ft-ema", 4, 8, 0.18215, 0.0).as_dict()
+    assert released.record["classes"][::999] == ["0", "999"]
+
+
+def test_a_released_file_has_no_training_weights(tmp_path):
+    with pytest.raises(NoSuchWeights, match="no training weights"):
+        load_checkpoint(save(build_sit("SiT-S/8", depth=1).state_dict(), tmp_path / "SiT.pt"), "training")
+
+
+def test_the_authors_training_checkpoint_has_both_kinds_and_its_args_count(authors, reference, tmp_path):
+    path = save(authors, tmp_path / "0000003.pt")
+    ema, training = load_checkpoint(path), load_checkpoint(path, "training")
+    assert same(ema.weights, authors["ema"])
+    assert same(training.weights, authors["model"])
+    assert ema.step == 3
+    assert (ema.record["transport"]["path_type"], ema.record["transport"]["prediction"]) == ("GVP", "score")
+    network = SiT.from_pretrained(path)
+    io = reference("tiny_a.io")
+    with torch.no_grad():
+        torch.testing.assert_close(network(io["x"], io["t"], io["y"]), io["forward"], rtol=1e-4, atol=1e-5)
+
+
+def test_the_eps_of_the_authors_arguments_counts_where_it_counts_in_their_code(authors, tmp_path):
+    vars(authors["args"]).update(train_eps=1e-5, sample_eps=1e-3, path_type="GVP", prediction="score")
+    record = load_checkpoint(save(authors, tmp_path / "a.pt")).record
+    assert (record["transport"]["train_eps"], record["transport"]["sample_eps"]) == (1e-5, 1e-3)
+    authors["args"].prediction = "velocity"
+    record = load_checkpoint(save(authors, tmp_path / "b.pt")).record
+    assert Transport(**record["transport"]).interval(eval=True) == Transport(**record["transport"]).interval() == (0, 1)
+
+
+def test_without_a_row_more_than_classes_there_is_no_null_class(authors, tmp_path):
+    authors["args"].num_classes = 11
+    network = SiT(**load_checkpoint(save(authors, tmp_path / "a.pt")).record["model"])
+    assert (network.num_classes, network.null_label) == (11, None)
+
+
+def change(**tensors):
+    def changed(authors):
+        for name, tensor in tensors.items():
+            authors["ema"][name.replace("__", ".")] = tensor
+        return authors
+
+    return changed
+
+
+def without(part: str, name: str):
+    def changed(authors):
+        return authors | {part: {key: value for key, value in authors[part].items() if key != name}}
+
+    return changed
+
+
+def with_args(**args):
+    return lambda authors: authors | {"args": argparse.Namespace(num_heads=4, **args)}
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda a: a["ema"], "the number of attention heads can't be told: the width is 64, and the known sizes have"),
+        (lambda a: {"model": a["model"], "args": a["args"]}, "no ema weights"),
+        (without("ema", "pos_embed"), "not the weights of a SiT: 'pos_embed' is missing"),
+        (without("ema", "blocks.1.attn.proj.bias"), "not the weights of a SiT: blocks.1.attn.proj.bias is missing"),
+        (change(projector__weight=torch.ones(1)), "it has projector.weight, which a SiT has not"),
+        (change(pos_embed=torch.ones(1, 15, 64)), "pos_embed is (1, 15, 64); it takes (1, 9, 64)"),
+        (change(pos_embed=torch.ones(64)), "not the weights of a SiT: tuple index out of range"),
+        (
+            change(t_embedder__mlp__0__bias=torch.tensor([0.0] * 63 + [float("nan")])),
+            "t_embedder.mlp.0.bias has values",
+        ),
+        (change(t_embedder__mlp__0__bias=torch.full((64,), -torch.inf)), "t_embedder.mlp.0.bias has values"),
+        (with_args(num_classes=5), "embedding_table.weight is (11, 64); it takes (6, 64)"),
+        (with_args(num_classes="ten"), "not the weights of a SiT"),
+        (with_args(prediction="v"), "transport: prediction: got 'v'; it takes velocity, noise, score"),
+        (with_args(path_type=3), "transport: path_type: got 3"),
+        (lambda a: a | {"args": argparse.Namespace(num_heads=0)}, "not the weights of a SiT"),
+    ],
+)
+def test_what_is_not_quite_an_authors_file_is_refused_in_a_line(authors, tmp_path, broken, message):
+    path = save(broken(authors), tmp_path / "a.pt")
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_network_of_other_latents_than_the_authors_is_not_given_their_autoencoder(tmp_path):
+    path = save(build_sit("SiT-S/8", depth=1, in_channels=1).state_dict(), tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="of 1 channels, where the authors' autoencoder has 4"):
+        load_checkpoint(path)
+
+
+class Planted:
+    def __reduce__(self):
+        return (open, (os.environ["PLANTED"], "w"))
+
+
+@pytest.mark.parametrize("where", ["args", "args.x", "ema"])
+def test_nothing_that_is_planted_in_an_authors_file_runs(authors, tmp_path, monkeypatch, where):
+    monkeypatch.setenv("PLANTED", str(tmp_path / "planted"))
+    if where == "args.x":
+        authors["args"].x = Planted()
+    else:
+        authors[where] = Planted()
+    with pytest.raises(CheckpointError, match="without running code in it"):
+        load_checkpoint(save(authors, tmp_path / "a.pt"))
+    assert not (tmp_path / "planted").exists()
+
+
+# --- Exported folders ---
+
+
+@pytest.fixture
+def exported(tmp_path, tiny) -> Path:
+    """A folder as for the Hub, written by hand."""
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    config = {
+        **FORMAT,
+        "weights": {"ema": "model.safetensors"},
+        "trained": {"step": 7, "epoch": 1, "samples": 70},
+        "model": TINY,
+        "transport": {"path_type": "VP", "prediction": "noise"},
+        "autoencoder": {"name": None, "channels": 4},
+        "classes": list("abcdefghij"),
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tiny.state_dict(), folder / "model.safetensors")
+    return folder
+
+
+def test_an_exported_folder_is_read_as_its_config_says(exported, tiny):
+    checkpoint = load_checkpoint(str(exported))
+    assert same(checkpoint.weights, tiny.state_dict())
+    assert (checkpoint.step, checkpoint.epoch, checkpoint.samples) == (7, 1, 70)
+    assert checkpoint.path == str(exported / "model.safetensors")
+    assert checkpoint.record.keys() == {"model", "transport", "autoencoder", "classes"}
+    with pytest.raises(NoSuchWeights, match="no training weights; ask for the ema ones"):
+        load_checkpoint(str(exported), "training")
+
+
+def test_a_file_of_an_exported_folder_is_not_read_without_the_record_beside_it(exported, tiny):
+    save(tiny.state_dict(), exported / "ema.pt")
+    for name in ("ema.pt", "model.safetensors"):
+        with pytest.raises(CheckpointError, match="part of an exported folder; give the folder"):
+            load_checkpoint(str(exported / name))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "diffusers"}, "sit_composer.export didn't write it"),
+        ({"version": 2}, "of version 2; this program reads version 1"),
+        ({"weights": {"ema": "../model.safetensors"}}, "ema weights in '../model.safetensors'"),
+        ({"weights": {"ema": "ema.safetensors"}}, "ema.safetensors: missing or damaged"),
+        ({"weights": None}, "not an export's"),
+        ({"trained": {}}, "not an export's: 'step'"),
+        ({"model": {"width": 3}}, "model: "),
+        ({"model": TINY | {"num_heads": 7}}, "model: hidden_size 64 is not a multiple of num_heads 7"),
+        ({"model": TINY | {"depth": 3}}, "blocks.2.attn.qkv.weight is missing"),
+        ({"transport": {"path_type": "linear"}}, "transport: path_type: got 'linear'"),
+        ({"autoencoder": {"name": None}}, "autoencoder: "),
+        ({"classes": ["one"]}, "classes: it takes 10 names"),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_named(exported, changes, message):
+    config = exported / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(str(exported))
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(str(exported))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"{", b"\xff\xfe"])
+def test_a_config_that_is_none_is_named(exported, content):
+    (exported / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"config.json: not an export's"):
+        load_checkpoint(str(exported))
+
+
+@pytest.mark.parametrize("keep", [0, 7, 200, -1])
+def test_truncated_safetensors_are_named(exported, keep):
+    file = exported / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"model.safetensors: missing or damaged"):
+        load_checkpoint(str(exported))
+
+
+def test_values_that_are_not_finite_are_named_in_an_exported_folder_too(exported, tiny):
+    weights = tiny.state_dict()
+    weights["blocks.1.mlp.fc2.bias"][3] = torch.nan
+    save_file(weights, exported / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"blocks.1.mlp.fc2.bias has values that are NaN or infinite"):
+        load_checkpoint(str(exported))
+
+
+# --- Where it is ---
+
+
+def test_what_is_elsewhere_or_incomplete_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="gs://bucket/run: checkpoints are read from local paths and s3://"):
+        load_checkpoint("gs://bucket/run")
+    (tmp_path / "ep0-ba2").mkdir()
+    (tmp_path / "ep0-ba2" / ".metadata").write_bytes(b"")
+    (tmp_path / "latest-rank0.pt").symlink_to("ep0-ba2")
+    with pytest.raises(CheckpointError, match="no complete checkpoint here"):
+        load_checkpoint(str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"ep0-ba2/.metadata: not a sharded checkpoint's metadata"):
+        load_checkpoint(str(tmp_path / "ep0-ba2"))
+
+
+def test_a_network_comes_from_the_hub_by_its_name(exported, tiny, tmp_path, monkeypatch):
+    """From the Hub's own cache, laid out as huggingface_hub does, so that no network is needed."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    cached, commit = tmp_path / "cache" / "models--someone--sit", "0" * 40
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    (cached / "snapshots").mkdir()
+    exported.rename(cached / "snapshots" / commit)
+    network = SiT.from_pretrained("someone/sit")
+    assert not network.training
+    assert same(network.state_dict(), tiny.state_dict())
+    with pytest.raises(CheckpointError, match="someone/else: no such folder, and not from the Hub either: "):
+        fetch("someone/else")
+    with pytest.raises(CheckpointError, match=r"/no/such/folder: no checkpoint here"):
+        SiT.from_pretrained("/no/such/folder")

@@ -1,0 +1,272 @@
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+from sit_composer import choices as names
+from sit_composer.config.checks import check
+from sit_composer.config.data_fits import check_data, local_spec
+from sit_composer.config.load import load_config
+from sit_composer.config.schema import ConfigError, network_arguments
+from sit_composer.data.spec import DataSpec
+from sit_composer.interpolant import PATHS
+from sit_composer.sit import build_sit
+from tests.conftest import ROOT
+
+QUICKSTART = str(ROOT / "yamls" / "quickstart.yaml")
+PAPER = sorted(path.name for path in (ROOT / "yamls").glob("sit_*.yaml"))
+
+
+def configure(*overrides, path=QUICKSTART):
+    config = load_config(path, list(overrides))
+    check(config)
+    return config
+
+
+def test_the_command_line_goes_over_the_yaml():
+    config = configure("data.num_workers=3", "optimizer.lr=1e-5", "trainer.max_duration=7ba", "ema=null")
+    assert config.data.num_workers == 3
+    assert config.optimizer.lr == 1e-5
+    assert config.trainer["max_duration"] == "7ba"
+    assert config.trainer["autoresume"] is True
+    assert config.ema is None
+    assert config.data.global_batch_size == load_config(QUICKSTART, []).data.global_batch_size
+
+
+def test_a_scheduler_on_the_command_line_takes_the_place_of_the_yamls():
+    assert configure("scheduler={constant: {}}").scheduler == {"constant": {}}
+
+
+def test_a_variant_is_shorthand_and_sizes_go_over_it():
+    model = configure("model.name=SiT-B/4", "model.hidden_size=null", "model.patch_size=null", "model.depth=3").model
+    arguments = network_arguments(model)
+    assert (arguments["hidden_size"], arguments["patch_size"], arguments["depth"]) == (768, 4, 3)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_papers_yaml_is_whole_but_for_its_places(name):
+    path = str(ROOT / "yamls" / name)
+    with pytest.raises(ConfigError, match=r"data\.local: no value"):
+        configure(path=path)
+    config = configure("data.remote=s3://b/d", "data.local=/tmp/d", "trainer.save_folder=s3://b/r", path=path)
+    assert config.optimizer.lr == 1e-4
+    assert config.ema.decay == 0.9999
+    assert config.data.global_batch_size == 256
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_yamls_header_has_the_numbers_that_follow_from_its_network(name):
+    path = ROOT / "yamls" / name
+    model = yaml.safe_load(path.read_text())["model"]
+    with torch.device("meta"):
+        network = build_sit(model["name"], input_size=model["input_size"])
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    images_a_second = 356e12 / (6 * network.forward_macs())
+    header = " ".join(line.strip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+    assert f"{20 * trained / 1e9:.1f} GB of weights" in header
+    assert f"({images_a_second:.0f} images/s)" in header
+    assert f"{400_000 * 256 / (8 * images_a_second) / 3600:.1f} h for 400k steps" in header
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("modl.depth=3", "modl: no such key; did you mean model?"),
+        ("model.hiden_size=3", "model.hiden_size: no such key; did you mean hidden_size?"),
+        ("data.num_workers=four", "data.num_workers: got 'four'; it takes a whole number"),
+        ("optimizer.lr=fast", "optimizer.lr: got 'fast'; it takes a number"),
+        ("data.flip=maybe", "data.flip: got 'maybe'; it takes true or false"),
+        ("depth", "'depth': an override is written key=value"),
+        ("model.hidden_size=130", "model.hidden_size: got 130; it takes a multiple of num_heads (4)"),
+        ("model.input_size=9", "model.input_size: got 9; it takes a multiple of patch_size (2)"),
+        ("model.depth=0", "model.depth: got 0; it takes a whole number, 1 or more"),
+        ("model.depth=null", "model.depth: no value; give it, or a variant"),
+        ("model.name=SiT-XXL/2", "model.name: got 'SiT-XXL/2'; it takes SiT-S/2"),
+        ("model.class_dropout_prob=1", "model.class_dropout_prob: got 1.0; it takes a number in [0, 1)"),
+        ("transport.path_type=linear", "transport.path_type: got 'linear'; it takes Linear, GVP, VP"),
+        ("transport.prediction=eps", "transport.prediction: got 'eps'"),
+        ("transport.loss_weight=snr", "transport.loss_weight: got 'snr'; it takes None, velocity, likelihood"),
+        ("transport.train_eps=0.6", "transport.train_eps: got 0.6; it takes a number in [0, 0.5)"),
+        ("transport.time_sampling=cosine", "transport.time_sampling: got 'cosine'; it takes uniform, logit-normal"),
+        ("transport.time_std=0", "transport.time_std: got 0.0; it takes a number above 0"),
+        ("transport.time_std=.inf", "transport.time_std: got inf; it takes a number above 0"),
+        ("transport={time_sampling: logit-normal, time_mean: .nan}", "transport.time_mean: got nan; it takes a number"),
+        ("transport.time_mean=1", "transport.time_mean: goes with transport.time_sampling=logit-normal"),
+        ("transport={prediction: noise, sample_eps: 0}", "transport.sample_eps: got 0; there is a pole"),
+        ("transport={prediction: score, loss_weight: velocity, train_eps: 0}", "transport.train_eps: got 0; there is"),
+        ("optimizer.lr=.inf", "optimizer.lr: got inf; it takes a number above 0"),
+        ("transport.time_shift=0", "transport.time_shift: got 0.0; it takes a number above 0"),
+        ("data.global_batch_size=0", "data.global_batch_size: got 0"),
+        ("optimizer.lr=0", "optimizer.lr: got 0.0; it takes a number above 0"),
+        ("optimizer.betas=[0.9]", "optimizer.betas: got [0.9]; it takes two numbers"),
+        ("ema.decay=1", "ema.decay: got 1.0; it takes a number between 0 and 1"),
+        ("sample_grid={labels: [10]}", "sample_grid.labels: got 10; it takes labels 0 to 9"),
+        ("frechet={features: none.pt, reference: none.npz}", "frechet.reference: no file 'none.npz'"),
+        ("frechet={interval: 5ba}", "frechet.reference: no value"),
+        ("frechet={num_images: 1, reference: none.npz}", "frechet.num_images: got 1"),
+        ("sample_grid={sampling_method: Euler}", "sample_grid.sampling_method: got 'Euler'"),
+        ("sample_grid={interval: often}", "sample_grid.interval: got 'often'"),
+        ("sample_grid={interval: 0ba}", "sample_grid.interval: got '0ba'; it takes a time in batches"),
+        ("sample_grid={interval: 1.5ep}", "sample_grid.interval: got '1.5ep'; it takes a time in batches"),
+        ("sample_grid={interval: '10'}", "sample_grid.interval: got '10'; it takes a time in batches"),
+        ("sample_grid={interval: 5sec}", "sample_grid.interval: got '5sec'; it takes a time in batches"),
+        ("precision=bf16", "precision: got 'bf16'; it takes fp32"),
+        ("fsdp={sharding_strategy: FULL_SHARD}", "fsdp.sharding_strategy: no such key; it takes"),
+        ("trainer.save_folder=s3://key:secret@bucket/run", "trainer.save_folder: an address with credentials in it"),
+        ("loggers={mlflow: {tracking_uri: 'https://me:secret@host'}}", "loggers.mlflow.tracking_uri: an address with"),
+        ("callbacks={checkpoint_saver: {}}", "callbacks.checkpoint_saver: set it by trainer.save_interval"),
+        ("loggers={neptune: {api_token: abc}}", "loggers.neptune.api_token: a secret, which the saved config"),
+        ("loggers={a: {b: {aws_secret_access_key: abc}}}", "loggers.a.b.aws_secret_access_key: a secret, which"),
+        ("loggers={a: {password: 1234}}", "loggers.a.password: a secret, which"),
+        ("loggers={a: {uri: 'https://me:sec/ret@host'}}", "loggers.a.uri: an address with credentials in it"),
+        ("supervision.grace=0", "supervision.grace: got 0.0; it takes a number of seconds above 0"),
+        ("trainer.save_filename=x.pt", "trainer.save_filename: is fixed here"),
+        ("fsdp={state_dict_type: local}", "fsdp.state_dict_type: got 'local'; it takes sharded, full"),
+        ("fsdp={data_parallel_replicate_degree: 3}", "fsdp.data_parallel_replicate_degree: got 3; it takes a divisor"),
+        ("scheduler={constant: {}, cosine_annealing: {}}", "scheduler: got 2 of them; it takes one"),
+        ("scheduler={cosine: {}}", "scheduler.cosine: Composer has no such thing"),
+        ("trainer.max_duration=long", "trainer.max_duration: got 'long'; it takes a time"),
+        ("trainer.autoresum=true", "trainer.autoresum: Trainer has no such argument; did you mean autoresume?"),
+        ("trainer.progress_bar=7", "trainer.progress_bar: got 7; it takes bool"),
+        ("trainer.precision=fp32", "trainer.precision: set it as precision, at the top"),
+        ("trainer.save_folder=null", "trainer.save_folder: no value; autoresume needs one"),
+        ("trainer.save_weights_only=true", "trainer.save_weights_only: got True; it would leave out the EMA"),
+        ("trainer.save_interval=0ba", "trainer.save_interval: got 0ba; nothing would be saved"),
+        ("trainer.device_train_microbatch_size=1.5", "trainer.device_train_microbatch_size: got 1.5"),
+        ("optimizer.weight_decay=-1", "optimizer.weight_decay: got -1.0; it takes a number, 0 or more"),
+        ("optimizer.eps=nan", "optimizer.eps: got nan"),
+        ("seed=-1", "seed: got -1; it takes a whole number from 0"),
+        ("model.mlp_ratio=inf", "model.mlp_ratio: got inf"),
+        ("data.image_size=0", "data.image_size: got 0; it takes a whole number, 1 or more"),
+        ("callbacks={a: [", "callbacks={a: [: while parsing a flow"),
+        ("callbacks=[speed_monitor]", "callbacks=[speed_monitor]: Cannot merge"),
+        ("ema=5", "ema"),
+        ("trainer.device_train_microbatch_size=0", "trainer.device_train_microbatch_size: got 0"),
+        ("algorithms.ema={}", "algorithms.ema: set it as ema.decay"),
+        ("callbacks.sped_monitor={}", "callbacks.sped_monitor: Composer has no such thing; did you mean SpeedMonitor?"),
+        ("callbacks.speed_monitor.windw_size=3", "windw_size: SpeedMonitor has no such argument; did you mean window_"),
+        ("callbacks.lr_monitor=3", "callbacks.lr_monitor: got 3; it takes its arguments"),
+        ("loggers.file={filname: x}", "loggers.file.filname: FileLogger has no such argument; did you mean filename?"),
+        ("algorithms.gradient_clipping={}", "algorithms.gradient_clipping.clipping_type: no value"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_told_by_key_value_and_what_is_taken(override, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - its message is checked below
+        configure(override)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match="with 3 ranks it takes a multiple of 3"):
+        configure()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("model: [", "not YAML"), ("- 1", "not a YAML of keys and values"), ("run_name: a\nrun_name: b", "duplicate key")],
+)
+def test_a_file_that_is_no_config_is_named(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(str(path), [])
+    assert str(path) in str(error.value)
+
+
+def spec(**changes) -> DataSpec:
+    values = {"kind": "pixels", "channels": 1, "image_size": 8, "num_classes": 10, "samples": 1797}
+    values |= {"classes": [str(i) for i in range(10)], "class_counts": [180] * 10}
+    return DataSpec(**values | changes)
+
+
+LATENTS = {"name": "some/vae", "scale": 0.2, "shift": 0.0, "channels": 4, "downsample": 8}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes", "message"),
+    [
+        ([], {"num_classes": 11, "classes": ["a"] * 11, "class_counts": [1] * 11}, "has 11 classes"),
+        (["model.num_classes=12"], {}, "model.num_classes: got 12; runs/quickstart/shards has only 10 classes"),
+        ([], {"channels": 3}, "model.in_channels: got 1; the data has 3"),
+        (["data.image_size=16"], {}, "model.input_size: got 8; pictures of 16 become latents of 16"),
+        (["model.input_size=16"], {}, "model.input_size: got 16; pictures of 8 become latents of 8"),
+        ([], {"samples": 60}, "data.global_batch_size: got 64; runs/quickstart/shards has 60 samples"),
+        (
+            [],
+            {"kind": "latents", "autoencoder": LATENTS},
+            "autoencoder.name: got None; runs/quickstart/shards was made",
+        ),
+        (
+            ["autoencoder.name=some/vae", "model.in_channels=4"],
+            {"kind": "latents", "autoencoder": LATENTS, "channels": 4, "image_size": 250},
+            "data.image_size: got 250; the autoencoder makes one of 8 pixels",
+        ),
+    ],
+)
+def test_data_that_does_not_fit_the_network_is_refused(overrides, changes, message):
+    with pytest.raises(ConfigError) as error:
+        check_data(configure(*overrides), spec(**changes))
+    assert message in str(error.value)
+
+
+def test_one_folder_of_an_autoencoder_has_many_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vae").mkdir()
+    other = {
+        "kind": "latents",
+        "channels": 4,
+        "autoencoder": LATENTS | {"name": str(tmp_path / "vae"), "downsample": 1},
+    }
+    for name in ("vae", "./vae", f"{tmp_path}/vae"):
+        check_data(configure(f"autoencoder.name={name}", "model.in_channels=4"), spec(**other))
+    with pytest.raises(ConfigError, match=r"autoencoder\.name: got \./no; .* was made with .*/vae"):
+        check_data(configure("autoencoder.name=./no", "model.in_channels=4"), spec(**other))
+
+
+def test_data_that_fits_passes():
+    check_data(configure(), spec())
+
+
+def test_a_folder_without_shards_says_what_makes_them(tmp_path):
+    config = configure(f"data.local={tmp_path}")
+    with pytest.raises(ConfigError, match=r"data\.local: no shards in .*convert/to_mds\.py makes them"):
+        local_spec(config.data)
+
+
+def test_a_malformed_spec_is_named(tmp_path):
+    (tmp_path / "spec.json").write_text('{"version": 1, "kind": "pixels"}')
+    with pytest.raises(ConfigError, match=r"spec\.json is not a shard spec"):
+        local_spec(configure(f"data.local={tmp_path}").data)
+    (tmp_path / "spec.json").write_text('{"version": 9}')
+    with pytest.raises(ConfigError, match=r"spec\.json is of version 9; this program reads version 1"):
+        local_spec(configure(f"data.local={tmp_path}").data)
+
+
+def test_paths_have_one_list_of_names():
+    assert tuple(PATHS) == names.PATHS
+
+
+@pytest.mark.parametrize("arguments", [["--help"], [QUICKSTART, "modl.depth=3"]])
+def test_help_and_mistakes_import_nothing_heavy(arguments):
+    code = (
+        "import sys, runpy; sys.argv = ['sit_composer/train.py', *sys.argv[1:]]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally: assert not {'torch', 'composer', 'streaming', 'numpy'} & sys.modules.keys()"
+    )
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert "AssertionError" not in done.stderr
+    if arguments == ["--help"]:
+        assert done.returncode == 0
+        assert "data.global_batch_size" in done.stdout
+    else:
+        assert done.returncode == 2
+        assert done.stderr == "error: modl: no such key; did you mean model?\n"
+    assert time.monotonic() - start < 30  # two seconds on a free machine; here others may be at work

@@ -1,0 +1,29 @@
+"""The training command on several CPU ranks:   composer -n 2 -m tests.helpers.ranks YAML [key=value ...]
+
+Two faults of torch 2.7's FSDP2 on the CPU are mended here; neither is there on a GPU.
+"""
+
+import sys
+
+import torch
+import torch.distributed.fsdp._fully_shard._fsdp_collectives as collectives
+import torch.distributed.fsdp._fully_shard._fsdp_param_group as param_group
+
+from sit_composer import train
+
+torch.set_num_threads(1)
+# gloo's reduce_scatter(AVG) sums, so that gradients are too large by the world size.
+collectives._get_gradient_divide_factors = lambda *_, **__: (1.0, float(torch.distributed.get_world_size()))
+# With replicas, the all-reduce has no event to wait for, as it is done when it returns; and one is asserted.
+foreach_reduce = param_group.foreach_reduce
+
+
+def reduced(*args, **kwargs):
+    *before, reduced_input, event, partial = foreach_reduce(*args, **kwargs)
+    return (*before, None if event is None else reduced_input, event, partial)
+
+
+param_group.foreach_reduce = reduced
+
+if __name__ == "__main__":
+    sys.exit(train.main())

@@ -1,0 +1,50 @@
+"""Trains a small network some times in one launch:   composer -n N -m tests.helpers.resume_bits SHARDS TOP WAY:NAME:BATCHES …
+
+WAY is ddp, fsdp or hsdp, with -compiled or without. Each run goes on from TOP/WAY/NAME to so many batches, and saves
+there at its end; 7 batches are an epoch, and every fifth is evaluated and sampled from. With :told behind it, the last
+rank gets a SIGTERM in the first evaluation.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from sit_composer.callbacks.run_record import RunRecord
+from sit_composer.errors import EVICTED
+from tests.helpers.ranks import train  # patched for a CPU
+
+QUICKSTART = str(Path(__file__).parents[2] / "yamls" / "quickstart.yaml")
+
+
+def run(shards: str, folder: Path, way: str, batches: int, told: bool) -> None:
+    overrides = [
+        f"data.local={shards}", "data.global_batch_size=256", "data.flip=true", "data.num_workers=0",
+        "model.hidden_size=36", "model.depth=2", "model.num_heads=2", "callbacks={}", "optimizer.lr=1e-4",
+        "scheduler={linear: {t_max: 14ba}}", "trainer.progress_bar=false",
+        f"eval_data={{local: {shards}, global_batch_size: 600, num_workers: 0}}", "trainer.eval_interval=5ba",
+        "sample_grid={interval: 5ba, labels: [1, 2, 3], per_class: 1, num_steps: 3}",
+        f"trainer.save_folder={folder}", f"trainer.save_interval={batches}ba", f"trainer.max_duration={batches}ba",
+        f"loggers={{file: {{filename: '{folder}-{batches}.log', flush_interval: 1}}}}",
+    ]  # fmt: skip
+    if way.startswith("fsdp"):
+        overrides.append("fsdp={}")
+    if way == "hsdp":
+        overrides.append("fsdp={data_parallel_replicate_degree: 2, activation_checkpointing: true}")
+    if way.endswith("compiled"):
+        # The default backend takes minutes of C++ compiler; what it shares with this one is under test with shards.
+        overrides.append(f"trainer.compile_config={{{'backend: aot_eager' if way.startswith('fsdp') else ''}}}")
+    RunRecord.eval_batch_start = tell if told else lambda *_: None
+    if train.main([QUICKSTART, *overrides]) != (EVICTED if told else 0):
+        raise SystemExit(f"{way}: {folder.name} failed at {batches} batches")
+
+
+def tell(*_) -> None:
+    if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    for step in sys.argv[3:]:
+        way, name, batches, *told = step.split(":")
+        run(sys.argv[1], Path(sys.argv[2], way, name), way, int(batches), told == ["told"])

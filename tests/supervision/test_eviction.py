@@ -1,0 +1,43 @@
+import os
+import signal
+import time
+
+import pytest
+
+from sit_composer.errors import EVICTED
+from sit_composer.supervision.eviction import Eviction
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_process_that_does_not_save_in_time_ends_by_itself(training):
+    """In training after the grace; before it at once."""
+    before, process = time.monotonic(), os.fork()
+    if process == 0:
+        eviction = Eviction(grace=3, timeout=60)
+        eviction.install()
+        eviction._training = training
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == EVICTED
+    assert (time.monotonic() - before >= 3) == training
+
+
+def test_a_rank_hears_that_its_launcher_was_killed():
+    reading, writing = os.pipe()
+    launcher = os.fork()
+    if launcher == 0:
+        if os.fork() == 0:
+            os.environ["LOCAL_RANK"] = "0"
+            Eviction(grace=3, timeout=60).install()
+            os.write(writing, b"listens")
+        time.sleep(60)
+        os._exit(1)
+    os.close(writing)
+    assert os.read(reading, 7) == b"listens"
+    os.kill(launcher, signal.SIGKILL)
+    os.waitpid(launcher, 0)
+    before = time.monotonic()
+    assert os.read(reading, 1) == b""  # all who could write have ended
+    assert time.monotonic() - before < 30
+    os.close(reading)

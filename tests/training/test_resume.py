@@ -1,0 +1,143 @@
+"""Interrupted and uninterrupted runs, on one rank and on two, replicated and sharded: the same bits."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+
+from sit_composer.checkpoint.folder import newest
+from sit_composer.checkpoint.load import load_checkpoint
+from sit_composer.checkpoint.safe_load import METADATA, load_file, load_metadata, load_sharded
+from sit_composer.storage import LocalFolder
+from tests.conftest import ROOT
+from tests.training.test_train import COMPOSER, differences
+
+pytestmark = pytest.mark.slow
+MOMENTS = {"middle": 4, "epoch": 7, "evaluation": 5}
+
+
+def launch(ranks: int, shards: Path, top: Path, *steps: str) -> None:
+    command = [COMPOSER, "-n", str(ranks), "-m", "tests.helpers.resume_bits", str(shards), str(top), *steps]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def interruptions(way: str, moments=tuple(MOMENTS)) -> list[str]:
+    stopped = [f"{way}:{moment}:{n}" for moment in moments for n in (MOMENTS[moment], 14)]
+    return [f"{way}:whole:14", *stopped]
+
+
+@pytest.fixture(scope="session")
+def one(digits_shards, tmp_path_factory) -> Path:
+    """The runs of one process, and one of it that two are to go on with."""
+    top = tmp_path_factory.mktemp("one")
+    launch(1, digits_shards, top, *interruptions("ddp"), "ddp:up:4")
+    return top
+
+
+@pytest.fixture(scope="session")
+def two(digits_shards, tmp_path_factory, one) -> Path:
+    """The runs of two processes, and one of them that one is to go on with."""
+    top = tmp_path_factory.mktemp("two")
+    (top / "ddp").mkdir()
+    (one / "ddp" / "up").rename(top / "ddp" / "up")
+    launch(
+        2,
+        digits_shards,
+        top,
+        *interruptions("ddp"),
+        *interruptions("fsdp"),
+        "fsdp:told:13:told",
+        "fsdp:told:14",
+        "ddp:up:14",
+        "fsdp:down:4",
+        "hsdp:whole:14",
+    )
+    launch(1, digits_shards, top, "fsdp:down:14")
+    return top
+
+
+def content(folder: Path) -> dict:
+    """All that the newest checkpoint holds, but for the count of checkpoints before it."""
+    place = folder / newest(LocalFolder(str(folder)))
+    if place.is_dir():
+        return load_sharded(place, lambda name: "CheckpointSaver" not in name)
+    found = load_file(place)
+    found["state"]["callbacks"].pop("CheckpointSaver")
+    return found
+
+
+def losses(folder: Path, *batches: int) -> list[float]:
+    """Of every batch, in order; a resumed run logs those that it trains."""
+    logs = [Path(f"{folder}-{n}.log").read_text() for n in batches]
+    return [float(loss) for log in logs for loss in re.findall(r"loss/train/total: (\S+)", log)]
+
+
+def same_bits(top: Path, way: str, moment: str) -> None:
+    whole, stopped = top / way / "whole", top / way / moment
+    assert differences(content(whole), content(stopped)) == []
+    assert losses(whole, 14) == losses(stopped, MOMENTS[moment], 14)
+    assert len(losses(whole, 14)) == 14
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_one_process_resumes_to_the_bit(one, moment):
+    same_bits(one, "ddp", moment)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_two_ranks_resume_to_the_bit(two, way, moment):
+    same_bits(two, way, moment)
+
+
+def test_two_ranks_of_which_one_was_told_to_end_in_an_evaluation_resume_to_the_bit(two):
+    whole, told = two / "fsdp" / "whole", two / "fsdp" / "told"
+    assert (told / "ep0-ba5" / METADATA).exists()
+    assert "metrics/eval/loss" not in Path(f"{told}-13.log").read_text()  # it was left in its middle
+    assert differences(content(whole), content(told)) == []
+    assert losses(whole, 14) == losses(told, 13, 14)
+    assert len(losses(told, 14)) == 9
+
+
+@pytest.mark.parametrize(("ranks", "way"), [(1, "ddp-compiled"), (2, "fsdp-compiled")])
+def test_compiled_runs_resume_to_the_bit(digits_shards, tmp_path, ranks, way):
+    launch(ranks, digits_shards, tmp_path, *interruptions(way, ["evaluation"]))
+    same_bits(tmp_path, way, "evaluation")
+
+
+@pytest.mark.parametrize("weights", ["training", "ema"])
+@pytest.mark.parametrize("way", ["ddp/whole", "fsdp/whole", "hsdp/whole", "ddp/up", "fsdp/down"])
+def test_any_ranks_train_what_one_process_does(one, two, way, weights):
+    """Also one that was resumed on more ranks, or on fewer: the same samples, noise and batches follow."""
+    expected = load_checkpoint(str(one / "ddp" / "whole"), weights).weights
+    got = load_checkpoint(str(two / way), weights).weights
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=0, atol=1e-6, msg=name)
+    interrupted = [4, 14] if way in ("ddp/up", "fsdp/down") else [14]
+    logged = losses(two / way, *interrupted) if way != "ddp/up" else losses(two / way, 14)
+    assert logged == pytest.approx(losses(one / "ddp" / "whole", 14)[-len(logged) :], abs=2e-4)
+
+
+def test_grids_are_the_same_pictures_whoever_draws_them(one, two):
+    for way in ("ddp", "fsdp"):
+        for name in ("ba0000005.png", "ba0000010.png"):
+            pictures = [Image.open(top / "whole" / "samples" / name) for top in (one / "ddp", two / way)]
+            assert ImageChops.difference(*pictures).getextrema()[1] <= 1
+
+
+def test_the_average_is_stored_in_shards_and_apart_from_the_training_weights(two):
+    place = two / "fsdp" / "whole" / "ep1-ba14"
+    entries = load_metadata((place / METADATA).read_bytes(), "").state_dict_metadata
+    average = {name: entry for name, entry in entries.items() if "EMAWeights" in name}
+    assert len(average) > 20
+    for name, entry in average.items():
+        assert len(entry.chunks) == 2, name  # tensors, a part of each rank's
+    uneven = average["state.callbacks.EMAWeights.params.network.y_embedder.embedding_table.weight"]
+    assert [chunk.sizes[0] for chunk in uneven.chunks] == [6, 5]
+    weights = [load_checkpoint(str(place), name).weights["final_layer.linear.weight"] for name in ("training", "ema")]
+    assert not torch.equal(*weights)

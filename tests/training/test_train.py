@@ -1,0 +1,533 @@
+"""The training command, on the digits' shards: run in this process, so that Composer is imported once."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from sit_composer import evaluate, sample, train
+from sit_composer.callbacks import drawing
+from sit_composer.callbacks.run_record import RunRecord
+from sit_composer.checkpoint.load import load_checkpoint
+from sit_composer.sit import SiT
+from sit_composer.storage import LocalFolder
+from sit_composer.supervision.lease import Lease
+from tests.conftest import ROOT
+from tests.data.test_loader import write
+from tests.helpers.judge_digits import judge
+
+QUICKSTART = str(ROOT / "yamls" / "quickstart.yaml")
+COMPOSER = os.path.join(os.path.dirname(sys.executable), "composer")
+
+
+@pytest.fixture
+def run(digits_shards, tmp_path):
+    """Runs the training command on a tiny network; gives its exit code."""
+
+    def run(*overrides: str, folder: str = "run") -> int:
+        tiny = [f"data.local={digits_shards}", "model.hidden_size=32", "model.depth=1", "model.num_heads=2"]
+        places = [
+            f"trainer.save_folder={tmp_path / folder}",
+            "trainer.progress_bar=false",
+            "trainer.save_interval=10ba",
+        ]
+        return train.main([QUICKSTART, *tiny, *places, "scheduler={constant: {}}", *overrides])
+
+    return run
+
+
+def state_of(folder) -> dict:
+    return torch.load(folder / "latest-rank0.pt", weights_only=False)["state"]
+
+
+def differences(a, b, path="") -> list[str]:
+    """Where two nested states differ in a bit; times on the clock aside."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        return [d for k in a if "wct" not in str(k) for d in differences(a[k], b[k], f"{path}/{k}")]
+    if isinstance(a, list | tuple):
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{path}/{i}")]
+    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(np.all(a == b))
+    return [] if same else [path]
+
+
+def bits(folder) -> dict:
+    state = state_of(folder)
+    average = state["callbacks"]["EMAWeights"]
+    names = ("model", "optimizers", "schedulers", "timestamp", "dataset_state")
+    rng = torch.load(folder / "latest-rank0.pt", weights_only=False)["rng"]
+    return {**{name: state[name] for name in names}, "ema": average, "rng": rng}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_stopped_in_mid_epoch_resumes_to_the_bit(run, tmp_path, workers):
+    overrides = [f"data.num_workers={workers}", "data.flip=true"]  # flips must resume, too
+    assert run("trainer.max_duration=40ba", *overrides, folder="whole") == 0  # 28 batches an epoch
+    assert run("trainer.max_duration=10ba", *overrides) == 0
+    assert run("trainer.max_duration=40ba", *overrides) == 0
+    assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
+
+
+def test_flops_a_second_are_those_of_whole_batches_with_microbatches_too(run, tmp_path):
+    log = tmp_path / "log.txt"
+    monitor = ["callbacks.speed_monitor={window_size: 2}", f"loggers={{file: {{filename: '{log}'}}}}"]
+    sizes = "trainer.device_train_microbatch_size=24"  # of 64: 24, 24, 16
+    assert run("trainer.max_duration=6ba", *monitor, sizes) == 0
+    text = log.read_text()
+    assert "loss/train/total" in text
+    flops, batches = (
+        [float(value) for value in re.findall(rf"throughput/{name}_per_sec: ([\d.e+]+)", text)]
+        for name in ("flops", "batches")
+    )
+    macs = SiT(**load_checkpoint(str(tmp_path / "run")).record["model"]).forward_macs()
+    assert flops
+    for a, b in zip(flops, batches, strict=True):
+        assert a / b == pytest.approx(6 * macs * 64, rel=1e-3)
+
+
+def test_evaluation_is_logged_and_leaves_the_training_bits_alone(run, tmp_path, digits_shards):
+    log = tmp_path / "log.txt"
+    shards = f"eval_data={{local: {digits_shards}, global_batch_size: 599, num_workers: 0}}"
+    assert run("trainer.max_duration=10ba", folder="whole") == 0
+    logger = f"loggers={{file: {{filename: '{log}'}}}}"
+    assert run("trainer.max_duration=10ba", "trainer.eval_interval=5ba", shards, logger) == 0
+    assert "metrics/eval/loss" in log.read_text()
+    assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
+
+
+def test_sample_grids_are_drawn_and_leave_the_training_bits_alone(run, tmp_path):
+    grid = "sample_grid={interval: 5ba, labels: [3, 7], per_class: 3, num_steps: 3}"
+    assert run("trainer.max_duration=10ba", "data.flip=true", folder="whole") == 0
+    assert run("trainer.max_duration=10ba", "data.flip=true", grid) == 0
+    assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
+    grids = sorted((tmp_path / "run" / "samples").iterdir())
+    assert [path.name for path in grids] == ["ba0000005.png", "ba0000010.png"]
+    with Image.open(grids[0]) as picture:
+        assert picture.width > picture.height  # three of each of two classes
+    # The pictures are those that the sampling command draws from the same weights.
+    options = ["--classes", "3,7", "--per-class", "3", "--cfg-scale", "1.5", "--num-steps", "3"]
+    out = tmp_path / "out"
+    assert sample.main([str(tmp_path / "run"), "--out", str(out), "--sampling-method", "heun", *options]) == 0
+    assert (out / "grid.png").read_bytes() == grids[1].read_bytes()
+
+
+@pytest.mark.parametrize(("interval", "drawn"), [("1ep", [28, 56]), ("40ba", [40, 56]), ("0.25dur", [14, 28, 42, 56])])
+def test_a_grid_is_drawn_at_each_interval_and_at_the_end(run, tmp_path, interval, drawn):
+    grid = f"sample_grid={{interval: {interval}, labels: [3], num_steps: 2}}"
+    assert run("trainer.max_duration=2ep", grid) == 0
+    assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == [f"ba{n:07}.png" for n in drawn]
+
+
+@pytest.fixture
+def judge_of_pictures(digits_shards, tmp_path) -> dict[str, str]:
+    """A small extractor of features, and the digits' statistics by it."""
+    torch.manual_seed(0)
+    example = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+
+    class Features(torch.nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.float() / 127.5 - 1)
+
+    network = Features(torch.nn.Flatten(), torch.nn.Linear(3 * 64, 16), torch.nn.Tanh()).eval().requires_grad_(False)
+    files = {"features": str(tmp_path / "features.pt"), "reference": str(tmp_path / "digits.npz")}
+    torch.jit.trace(network, example).save(files["features"])
+    shards, save = str(digits_shards), ["--metrics", "fid", "--save-statistics", files["reference"]]
+    assert evaluate.main([shards, "--reference", shards, "--features", files["features"], *save]) == 0
+    return files
+
+
+def test_the_frechet_distance_is_logged_resumes_and_leaves_the_training_bits_alone(run, tmp_path, judge_of_pictures):
+    frechet = [f"frechet.{name}={value}" for name, value in judge_of_pictures.items()]
+    frechet += ["frechet.interval=5ba", "frechet.num_images=30", "frechet.num_steps=3", "frechet.batch_size=7"]
+    log = tmp_path / "log.txt"
+    assert run("trainer.max_duration=20ba", folder="without") == 0
+    assert run("trainer.max_duration=20ba", *frechet, f"loggers={{file: {{filename: '{log}'}}}}", folder="whole") == 0
+    assert differences(bits(tmp_path / "without"), bits(tmp_path / "whole")) == []
+    assert run("trainer.max_duration=10ba", *frechet) == 0
+    assert run("trainer.max_duration=20ba", *frechet) == 0
+    results = [json.loads((tmp_path / folder / "frechet.json").read_text()) for folder in ("whole", "run")]
+    assert results[0] == results[1]
+    assert list(results[0]["frechet_distance"]) == ["5", "10", "15", "20"]
+    assert f"metrics/frechet_distance: {results[0]['frechet_distance']['20']:.4f}" in log.read_text()
+    # It is what the commands give for the same weights.
+    out, file = tmp_path / "out", tmp_path / "result.json"
+    options = ["--num-images", "30", "--cfg-scale", "1", "--num-steps", "3", "--sampling-method", "heun"]
+    assert sample.main([str(tmp_path / "run"), "--out", str(out), *options]) == 0
+    features = ["--features", judge_of_pictures["features"], "--metrics", "fid", "--out", str(file)]
+    assert evaluate.main([str(out), "--reference", judge_of_pictures["reference"], *features]) == 0
+    distance = json.loads(file.read_text())["metrics"]["fid"]
+    assert results[0]["frechet_distance"]["20"] == pytest.approx(distance, rel=1e-4)
+
+
+def test_a_reference_of_other_features_is_refused_at_the_start(run, tmp_path, judge_of_pictures, capsys):
+    np.savez(tmp_path / "other.npz", mu=np.zeros(5), sigma=np.eye(5))
+    frechet = [f"frechet.features={judge_of_pictures['features']}", f"frechet.reference={tmp_path / 'other.npz'}"]
+    assert run("trainer.max_duration=5ba", *frechet) == 2
+    assert "is of 5 features" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_says_so_and_changes_nothing(run, tmp_path, capsys):
+    assert run("trainer.max_duration=10ba") == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.pt")}
+    assert run("trainer.max_duration=10ba") == 0
+    assert "quickstart is trained: 10 batches" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.pt")} == before
+
+
+def test_the_resolved_config_lies_beside_the_checkpoints(run, tmp_path):
+    assert run("trainer.max_duration=1ba", "optimizer.lr=0.5") == 0
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved["optimizer"]["lr"] == 0.5
+    assert saved["data"]["global_batch_size"] == 64
+    assert saved["transport"]["train_eps"] is None
+
+
+def test_checkpoints_of_an_earlier_run_are_neither_resumed_nor_overwritten_unasked(run, tmp_path, capsys):
+    assert run("trainer.max_duration=1ba") == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.pt")}
+    assert run("trainer.max_duration=1ba", "trainer.autoresume=false") == 2
+    assert "trainer.save_folder: " in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.pt")} == before
+
+
+def test_a_run_killed_between_a_checkpoint_and_its_latest_goes_on(run, tmp_path):
+    assert run("trainer.max_duration=10ba", folder="whole") == 0
+    assert run("trainer.max_duration=10ba") == 0
+    (tmp_path / "run" / "latest-rank0.pt").unlink()
+    (tmp_path / "run" / "ep0-ba10-rank0.pt").write_bytes(b"half of it")
+    assert run("trainer.max_duration=10ba") == 0
+    assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
+
+
+def test_composers_own_parts_are_reached_by_their_names(run, tmp_path):
+    clipping = "algorithms={gradient_clipping: {clipping_type: norm, clipping_threshold: 1.0e-9}}"
+    assert run("trainer.max_duration=2ba", "callbacks.lr_monitor={}", folder="free") == 0
+    assert run("trainer.max_duration=2ba", clipping, "callbacks.nan_monitor={}") == 0
+    assert differences(bits(tmp_path / "free")["model"], bits(tmp_path / "run")["model"]) != []
+
+
+def test_the_newest_complete_checkpoint_is_resumed_from_whatever_latest_says(run, tmp_path):
+    assert run("trainer.max_duration=30ba") == 0
+    folder = tmp_path / "run"
+    whole = bits(folder)
+    (folder / "latest-rank0.pt").unlink()
+    (folder / "latest-rank0.pt").symlink_to("ep0-ba10-rank0.pt")  # a stale one
+    half = (folder / "ep1-ba30-rank0.pt").read_bytes()
+    (folder / "ep1-ba30-rank0.pt").write_bytes(half[: len(half) // 2])
+    (folder / "ep0-ba10-rank0.pt").write_bytes(b"not looked at")
+    assert run("trainer.max_duration=30ba") == 0
+    assert differences(whole, bits(folder)) == []
+
+
+def test_a_run_that_is_not_to_be_resumed_leaves_the_one_there_alone(run, tmp_path, capsys):
+    assert run("trainer.max_duration=10ba") == 0
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    assert run("trainer.max_duration=20ba", "trainer.autoresume=false") == 2
+    assert "holds checkpoints (ep0-ba10-rank0.pt); trainer.autoresume=true goes on" in capsys.readouterr().err
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_sigterm_saves_and_the_same_command_goes_on_to_the_bit(run, tmp_path, monkeypatch, capsys):
+    assert run("trainer.max_duration=20ba", folder="whole") == 0
+
+    def told(self, state, logger):
+        if state.timestamp.batch == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(RunRecord, "batch_end", told, raising=False)
+    assert run("trainer.max_duration=20ba", "supervision.grace=300") == 143
+    assert "told to end; saved" in capsys.readouterr().out
+    assert (tmp_path / "run" / "ep0-ba7-rank0.pt").exists()
+    monkeypatch.undo()
+    assert run("trainer.max_duration=20ba") == 0
+    assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
+
+
+@pytest.mark.parametrize("when", ["evaluation", "pictures"])
+def test_a_sigterm_in_an_evaluation_or_in_pictures_leaves_and_saves(
+    run, tmp_path, digits_shards, monkeypatch, capsys, when
+):
+    options = ["trainer.max_duration=10ba", "sample_grid={interval: 5ba, labels: [3], num_steps: 3, batch_size: 1}"]
+    options += [f"eval_data={{local: {digits_shards}, global_batch_size: 600, num_workers: 0}}"]
+    options += ["trainer.eval_interval=5ba", "supervision.grace=300"]
+    assert run(*options, folder="whole") == 0
+    calls, generate = [], callbacks.generate
+
+    def told(*_) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    if when == "evaluation":
+        monkeypatch.setattr(RunRecord, "eval_batch_start", told, raising=False)
+    else:
+        monkeypatch.setattr(drawing, "generate", lambda *args: told() or generate(*args))
+    assert run(*options) == 143
+    assert "told to end; saved" in capsys.readouterr().out
+    assert len(calls) == 2  # of three batches, of four pictures
+    assert sorted(path.name for path in (tmp_path / "run").glob("ep*")) == ["ep0-ba5-rank0.pt"]
+    monkeypatch.undo()
+    assert run(*options) == 0
+    assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_run_ends_with_workers_for_its_evaluation_too(digits_shards, tmp_path, told):
+    """Its process must: Python waits for workers that are left, and these are deaf to the signal that it sends them."""
+    log = tmp_path / "log.txt"
+    options = ["model.hidden_size=32", "model.depth=1", "model.num_heads=2", "trainer.eval_interval=2ba"]
+    options += [f"data.local={digits_shards}", f"trainer.save_folder={tmp_path / 'run'}", "data.num_workers=1"]
+    options += [f"eval_data={{local: {digits_shards}, global_batch_size: 600, num_workers: 1}}"]
+    options += [f"loggers={{file: {{filename: '{log}', flush_interval: 1}}}}"]
+    options += [f"trainer.max_duration={100000 if told else 2}ba", "supervision.grace=100"]
+    command = [sys.executable, "sit_composer/train.py", QUICKSTART, *options]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=-3, stderr=-3)
+    try:
+        deadline = time.monotonic() + 200
+        while told and not (log.exists() and "metrics/eval/loss" in log.read_text()):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        if told:
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=200) == (143 if told else 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_what_only_another_node_sees_is_told(tmp_path):
+    program = "import sys, time; time.sleep = lambda s: None; from sit_composer.train import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, QUICKSTART, f"data.local={tmp_path / 'none'}"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "RANK": "8"}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: data.local: no shards in '{tmp_path / 'none'}'")
+
+
+@pytest.mark.slow
+def test_a_sigterm_to_every_process_of_a_run_saves_too(digits_shards, tmp_path):
+    """As schedulers send it; torch's data workers would die of it, and the run of their death."""
+    log = tmp_path / "log.txt"
+    tiny = ["model.hidden_size=32", "model.depth=1", "model.num_heads=2", "trainer.max_duration=100000ba"]
+    places = [f"data.local={digits_shards}", f"trainer.save_folder={tmp_path / 'run'}", "data.num_workers=2"]
+    logger = f"loggers={{file: {{filename: '{log}', flush_interval: 1}}}}"
+    command = [sys.executable, "sit_composer/train.py", QUICKSTART, *tiny, *places, logger, "supervision.grace=100"]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=-3, stderr=-3)
+    try:
+        deadline = time.monotonic() + 200
+        while not (log.exists() and "time/batch: 5 " in log.read_text()):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(150) == 143
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert load_checkpoint(str(tmp_path / "run")).step >= 5
+
+
+def test_only_so_many_checkpoints_are_kept_also_over_resumes(run, tmp_path):
+    for batches in (10, 20, 30):
+        assert run(f"trainer.max_duration={batches}ba", "trainer.save_num_checkpoints_to_keep=0") == 0
+        assert [path.name for path in (tmp_path / "run").glob("ep*")] == [f"ep{batches // 29}-ba{batches}-rank0.pt"]
+
+
+def test_a_second_run_beside_a_live_one_is_refused(run, tmp_path, capsys):
+    holder = Lease(LocalFolder(str(tmp_path / "run")), beat=0.2)
+    holder.acquire()
+    try:
+        assert run("trainer.max_duration=1ba", "supervision.heartbeat=0.4") == 2
+    finally:
+        holder.release()
+    assert "a run of this name is alive" in capsys.readouterr().err
+    assert run("trainer.max_duration=1ba") == 0
+
+
+def test_a_run_that_was_taken_for_dead_saves_no_more(run, tmp_path, monkeypatch, capsys):
+    def taken_over(self, state, logger):
+        if state.timestamp.batch == 10:
+            (tmp_path / "run" / "alive.json").write_text('{"owner": "successor"}')
+
+    monkeypatch.setattr(RunRecord, "batch_end", taken_over, raising=False)
+    assert run("trainer.max_duration=20ba") == 2
+    assert "another run has taken this one for dead" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["alive.json", "config.yaml"]
+
+
+def test_a_planted_pickle_does_not_run(run, tmp_path, capsys):
+    assert run("trainer.max_duration=10ba") == 0
+    file, mark = tmp_path / "run" / "ep0-ba10-rank0.pt", tmp_path / "ran"
+    content = torch.load(file, weights_only=False)
+    for place, poison in (
+        ("seed", Planted(mark)),
+        ("algorithms", [("BlurPool", {"repr": f"__name__ and open('{mark}', 'w')"})]),
+    ):
+        planted = {**content, "state": {**content["state"], place: poison}}
+        torch.save(planted, file)
+        code = run("trainer.max_duration=20ba")
+        assert not mark.exists()
+        if place == "seed":
+            assert code == 2
+            assert "without running code in it" in capsys.readouterr().err
+    torch.load(tmp_path / "run" / "ep0-ba10-rank0.pt", weights_only=False)
+
+
+class Planted:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("content", [b"", b"half", b"<html></html>"])
+def test_a_broken_checkpoint_is_named_and_not_a_traceback(run, tmp_path, capsys, content):
+    file = tmp_path / "some.pt"
+    file.write_bytes(content)
+    assert run("trainer.max_duration=1ba", "trainer.autoresume=false", f"trainer.load_path={file}") == 2
+    assert str(file) in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("override", ["optimizer.lr=1e-6", "seed=3"])
+def test_what_a_resumed_run_could_not_change_is_refused(run, tmp_path, capsys, override):
+    assert run("trainer.max_duration=1ba") == 0
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    assert run("trainer.max_duration=2ba", override) == 2
+    assert f"error: {override.partition('=')[0]}: got" in capsys.readouterr().err
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
+def test_a_finished_run_keeps_its_config(run, tmp_path):
+    assert run("trainer.max_duration=1ba") == 0
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    assert run("trainer.max_duration=1ba", "data.num_workers=1") == 0
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
+def test_evaluation_data_with_other_classes_is_refused(run, digits_shards, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(digits_shards, other)
+    spec = json.loads((other / "spec.json").read_text())
+    (other / "spec.json").write_text(json.dumps({**spec, "classes": spec["classes"][::-1]}))
+    assert run("trainer.max_duration=1ba", f"eval_data={{local: {other}, global_batch_size: 9, num_workers: 0}}") == 2
+    assert "eval_data.local: its classes are not data's" in capsys.readouterr().err
+    assert run("trainer.max_duration=1ba") == 0
+    assert run("trainer.max_duration=2ba", f"data.local={other}") == 2  # and so is resuming on them
+    assert "other classes than the data has, from label 0 on" in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_start_does_not_delete_the_one_that_it_is_to_replace(run, tmp_path, capsys):
+    assert run("trainer.max_duration=3ba") == 0
+    before = sorted((tmp_path / "run").iterdir())
+    again = ["trainer.max_duration=2ba", "trainer.autoresume=false", "trainer.save_overwrite=true"]
+    assert run(*again, "trainer.device_train_microbatch_size=auto") == 2  # which Composer refuses on a CPU
+    assert "error: trainer: " in capsys.readouterr().err
+    assert sorted((tmp_path / "run").iterdir()) == before
+    assert run(*again) == 0
+    assert [path.name for path in (tmp_path / "run").glob("ep*")] == ["ep0-ba2-rank0.pt"]
+
+
+def test_evaluation_on_latents_of_another_scale_is_refused(run, vae_folder, tmp_path, capsys):
+    for name, scale in (("a", 0.2), ("b", 0.3)):
+        vae = {"name": vae_folder, "scale": scale, "shift": 0.0, "channels": 4, "downsample": 2}
+        spec = {"kind": "latents", "channels": 4, "image_size": 8, "autoencoder": vae}
+        moments = np.ones((8, 4, 4), np.float16)
+        rows = [{"moments": moments, "moments_flip": moments, "label": i % 10} for i in range(100)]
+        columns = {"moments": "ndarray:float16:8,4,4", "moments_flip": "ndarray:float16:8,4,4", "label": "int"}
+        write(tmp_path / name, columns, rows, spec)
+    latents = ["model.in_channels=4", "model.input_size=4", f"autoencoder.name={vae_folder}"]
+    latents += ["trainer.max_duration=1ba", f"data.local={tmp_path / 'a'}"]
+    for name, code in (("a", 0), ("b", 2)):
+        places = f"eval_data={{local: {tmp_path / name}, global_batch_size: 9, num_workers: 0}}"
+        assert run(*latents, places, folder=name) == code
+    assert "error: eval_data.local: its latents are of " in capsys.readouterr().err
+
+
+def test_grey_pictures_are_encoded_by_an_autoencoder_of_three_channels(run, vae_folder, digits_shards, tmp_path):
+    latents = ["model.in_channels=4", "model.input_size=4", f"autoencoder.name={vae_folder}"]
+    assert run("trainer.max_duration=1ba", *latents) == 0
+    assert load_checkpoint(str(tmp_path / "run")).record["autoencoder"]["name"] == vae_folder
+
+
+def test_a_run_of_another_network_under_the_same_name_is_refused(run, tmp_path, capsys):
+    assert run("trainer.max_duration=1ba") == 0
+    before = sorted((tmp_path / "run").iterdir())
+    assert run("trainer.max_duration=2ba", "model.depth=2") == 2
+    assert "model.depth: got 2; the run in" in capsys.readouterr().err
+    assert sorted((tmp_path / "run").iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["precision=amp_bf16"], "precision: got amp_bf16; there is no GPU here"),
+        (["callbacks.early_stopper={monitor: x, dataloader_label: y, patience: soon}"], "callbacks.early_stopper"),
+        (["data.local=nowhere"], "data.local: no shards in 'nowhere'"),
+        (["model.num_classes=11"], "has only 10 classes"),
+        (
+            ["trainer.autoresume=false", "trainer.load_path=/nowhere.pt"],
+            "trainer: Local path /nowhere.pt does not exist",
+        ),
+        (["trainer.save_folder=/proc/none"], "trainer.save_folder: /proc/none: No such file or directory"),
+        (["data.remote=/nowhere/at/all", "data.local=cache"], "cannot read /nowhere/at/all/spec.json"),
+    ],
+)
+def test_what_only_the_libraries_know_is_told_in_a_line_too(run, overrides, message, capsys, tmp_path, monkeypatch):
+    if torch.cuda.is_available() and "precision" in message:
+        pytest.skip("there is a GPU here, which takes amp_bf16")
+    monkeypatch.chdir(tmp_path)
+    assert run("trainer.max_duration=1ba", *overrides) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_a_broken_shard_stops_the_command_with_its_name(run, digits_shards, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(digits_shards, broken)
+    shard = next(broken.glob("shard.*.mds"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    shard.write_bytes(content)
+    assert run("trainer.max_duration=5ba", f"data.local={broken}") == 2
+    assert shard.name in capsys.readouterr().err
+
+
+def test_the_quickstart_draws_digits_that_are_read_as_asked_for(digits_shards, tmp_path):
+    """The whole road, by the real launcher: 95 % of 500 guided EMA samples are read as the class asked for."""
+    command = [COMPOSER, "-n", "1", "sit_composer/train.py", "yamls/quickstart.yaml"]
+    places = [f"data.local={digits_shards}", f"trainer.save_folder={tmp_path / 'run'}"]
+    done = subprocess.run([*command, *places], cwd=ROOT, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    npz = tmp_path / "samples.npz"
+    classes = ["--classes", "0,1,2,3,4,5,6,7,8,9", "--per-class", "50", "--cfg-scale", "1.5", "--batch-size", "100"]
+    assert sample.main([str(tmp_path / "run"), "--out", str(tmp_path / "samples"), "--npz", str(npz), *classes]) == 0
+    with np.load(npz) as samples:
+        assert samples["arr_0"].shape == (500, 8, 8, 3)
+        real, drawn = judge(samples["arr_0"], samples["labels"])
+    assert real >= 95
+    assert drawn >= 95
+    checkpoint = load_checkpoint(str(tmp_path / "run"))
+    assert (checkpoint.which, checkpoint.step) == ("ema", 800)
+
+
+def test_under_the_launcher_a_mistake_is_a_line_and_exit_code_2(tmp_path):
+    command = [COMPOSER, "-n", "2", "sit_composer/train.py", "yamls/quickstart.yaml", "modl.depth=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "error: modl: no such key; did you mean model?" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
