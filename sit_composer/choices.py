@@ -1,5 +1,6 @@
 """The names that configs, command lines and code share. Nothing heavy is imported here: a config is checked at once."""
 
+import math
 from dataclasses import dataclass
 
 from sit_composer.errors import UserError
@@ -25,10 +26,51 @@ ADAPTIVE_METHODS = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
 ODE_METHODS = FIXED_STEP_METHODS + ADAPTIVE_METHODS
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """The finite numbers that an option admits."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: bool = False  # least itself is excluded
+    below: bool = False  # most itself is excluded
+    whole: bool = False
+
+    def admit(self, value: float) -> bool:
+        """Whether the value is within the bounds."""
+        if not math.isfinite(value) or (self.whole and value != int(value)):
+            return False
+        enough = value > self.least if self.above else value >= self.least
+        return enough and (value < self.most if self.below else value <= self.most)
+
+    def check(self, name: str, value: float) -> None:
+        """Raises UserError, naming the option, its value and what is expected, unless the value is within the bounds."""
+        if not self.admit(value):
+            raise UserError(f"{name}: got {value}, expected {self}")
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        if math.isfinite(self.least) and math.isfinite(self.most):
+            return (
+                f"{kind} in {'(' if self.above else '['}{self.least:.10g}, {self.most:.10g}{')' if self.below else ']'}"
+            )
+        if math.isfinite(self.least):
+            return f"{kind} above {self.least:g}" if self.above else f"{kind} of at least {self.least:g}"
+        return kind
+
+
+COUNT = Bounds(1, whole=True)
+FROM_ZERO = Bounds(0, whole=True)
+POSITIVE = Bounds(0, above=True)
+NOT_NEGATIVE = Bounds(0)
+EPS = Bounds(0, 0.5, below=True)
+TIME_POINTS = Bounds(2, whole=True)  # of a solver, both ends included
+
+
 def choose(name: str, value: object, choices: tuple) -> None:
-    """Raises UserError, naming the option, its value and what it takes, unless value is one of the choices."""
+    """Raises UserError, naming the option, its value and what is expected, unless the value is one of the choices."""
     if value not in choices:
-        raise UserError(f"{name}: got {value!r}; it takes {', '.join(str(choice) for choice in choices)}")
+        raise UserError(f"{name}: got {value!r}, expected {', '.join(str(choice) for choice in choices)}")
 
 
 def variant(name: str) -> dict[str, int]:

@@ -1,6 +1,51 @@
-"""What all commands share. Torch is not imported here."""
+"""What all commands share: option types, and the frame around `main`. Torch is not imported here."""
 
+import argparse
 import os
+import sys
+from collections.abc import Callable
+
+from sit_composer.choices import Bounds
+from sit_composer.errors import INTERRUPTED, USAGE, UserError
+
+
+def make_parser(prog: str, doc: str | None, **options: str) -> argparse.ArgumentParser:
+    """A parser whose --help begins with a command's docstring, as it is written."""
+    return argparse.ArgumentParser(
+        prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **options
+    )
+
+
+def number(bounds: Bounds) -> Callable[[str], int | float]:
+    """The type of an option that takes a number within the bounds."""
+
+    def parse(text: str) -> int | float:
+        try:
+            value = int(text) if bounds.whole else float(text)
+        except ValueError:
+            value = None
+        if value is None or not bounds.admit(value):
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected {bounds}")
+        return value
+
+    return parse
+
+
+def run_command(work: Callable[[], int | None], stopped: str = "stopped") -> int:
+    """Calls a command's work, and returns its exit code. An error of the user's becomes one line, without a traceback.
+
+    Args:
+        work: returns the exit code; None is 0.
+        stopped: what is printed after Ctrl-C.
+    """
+    try:
+        return work() or 0
+    except KeyboardInterrupt:
+        print(f"\n{stopped}", file=sys.stderr)
+        return INTERRUPTED
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
 
 
 def say(message: str) -> None:

@@ -9,6 +9,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import default_planner, filesystem
 from torch.distributed.checkpoint.api import CheckpointException
 
+from sit_composer.checkpoint import safe_load
 from sit_composer.checkpoint.safe_load import CheckpointError, load_file, load_sharded
 from sit_composer.supervision.guard import guard_composer
 

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from sit_composer.algorithms.ema import EMAWeights
 from sit_composer.autoencoder import load_autoencoder
-from sit_composer.callbacks import drawing
+from sit_composer.callbacks import drawing as drawing_module
 from sit_composer.callbacks.drawing import Drawing
 from sit_composer.choices import Sampling
 from sit_composer.config.schema import FSDPConfig
@@ -43,7 +43,7 @@ def test_pictures_are_drawn_from_weights_that_are_gathered_in_bfloat16(monkeypat
     """Without autocast, as Composer calls callbacks, they would meet float32. Composer has it on a GPU alone."""
     monkeypatch.setattr("composer.distributed.prepare_distributed._validate_precision", lambda *_: None)  # a CPU
     casts = {Precision.AMP_BF16: torch.bfloat16}
-    monkeypatch.setattr(drawing, "get_precision_context", lambda p: torch.autocast("cpu", casts[p]))
+    monkeypatch.setattr(drawing_module, "get_precision_context", lambda p: torch.autocast("cpu", casts[p]))
     dist.initialize_dist("cpu")
     model, weights = ComposerSiT(small_network(in_channels=1), Transport(), SPEC), EMAWeights()
     state = SimpleNamespace(model=model, precision=Precision.AMP_BF16)

@@ -263,7 +263,7 @@ def test_a_sigterm_in_an_evaluation_or_in_pictures_leaves_and_saves(
     options += [f"eval_data={{local: {digits_shards}, global_batch_size: 600, num_workers: 0}}"]
     options += ["trainer.eval_interval=5ba", "supervision.grace=300"]
     assert run(*options, folder="whole") == 0
-    calls, generate = [], callbacks.generate
+    calls, generate = [], drawing.generate
 
     def told(*_) -> None:
         calls.append(1)

@@ -659,7 +659,13 @@ def test_a_table_without_rows_has_no_parts(tmp_path):
 
 @pytest.mark.parametrize("source", ["nowhere/t.parquet", "nowhere", "nowhere/*.tar"])
 def test_a_mistyped_path_waits_for_no_library(tmp_path, source):
-    command = [sys.executable, "-X", "importtime", "-c", f"from convert.sources import registry; registry.describe({source!r}, 'parquet')"]
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-c",
+        f"from convert.sources import registry; registry.describe({source!r}, 'parquet')",
+    ]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
     assert b"InputError" in done.stderr
     lines = done.stderr.decode().splitlines()
