@@ -1,9 +1,10 @@
 """From noise to data: the probability-flow ODE, eq. (2) of SiT (arXiv 2401.08740), and the SDE, eq. (4).
 
-A model is any callable ``model(x, t, **kwargs)``; wrap it in `Counted` to learn how often it was evaluated.
+A model is any callable ``model(x, t, **kwargs)``; `Counted` counts its evaluations.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,15 +12,26 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from sit_composer.choices import ADAPTIVE_METHODS, LAST_STEPS, ODE_METHODS, SDE_METHODS, choose
-from sit_composer.errors import UserError
-from sit_composer.transport import SINGULAR_EPS, Transport, at_least_float32
+from sit_composer.choices import (
+    ADAPTIVE_METHODS,
+    INSIDE_UNIT,
+    LAST_STEPS,
+    ODE_METHODS,
+    SDE_METHODS,
+    TIME_POINTS,
+    check_tolerances,
+    choose,
+)
+from sit_composer.errors import UserError, one_line
+from sit_composer.transport import Model, Transport, at_least_float32
+
+SDE_HEUN_EPS = 1e-3  # Heun stops so far from t = 1: it evaluates the score at its end, where the score has a pole
 
 
 class Counted:
     """A model that counts its evaluations."""
 
-    def __init__(self, model):
+    def __init__(self, model: Model):
         self.model = model
         self.evaluations = 0
 
@@ -28,32 +40,37 @@ class Counted:
         return self.model(x, t, **model_kwargs)
 
 
-def check_steps(num_steps: int) -> None:
-    """Raises UserError for fewer than two time points."""
-    if num_steps < 2:
-        raise UserError(f"num_steps: got {num_steps}; it takes 2 or more, as it counts the time points, both ends too")
+def check_solver(sampling_method: str, num_steps: int, atol: float, rtol: float) -> None:
+    """Raises UserError for an unknown ODE solver, or for options with which it can't run."""
+    choose("sampling_method", sampling_method, ODE_METHODS)
+    TIME_POINTS.check("num_steps", num_steps)
+    check_tolerances(atol, rtol)
 
 
-def check_tolerances(atol: float, rtol: float) -> None:
-    """Raises UserError for two zeros, for which an adaptive solver would take ever smaller steps, for ever."""
-    if not (min(atol, rtol) >= 0 and max(atol, rtol) > 0):
-        raise UserError(f"atol, rtol: got {atol:g} and {rtol:g}; they take numbers above 0")
+def integrate(drift: Callable, start: Any, times: Tensor, method: str, atol: float, rtol: float, overstep: bool) -> Any:
+    """torchdiffeq's solution at all times, for a state that is a tensor or a tuple of tensors.
 
+    Args:
+        overstep: an adaptive solver's last step may go past the last time, from where it interpolates back.
 
-def solver(sampling_method: str, stop_at: Tensor | None = None) -> dict[str, Any]:
-    """The solver as torchdiffeq takes it. An adaptive one's last step goes past the end, and back by interpolation;
-    given the time ``stop_at`` (1,), it ends there."""
-    method = "heun2" if sampling_method == "heun" else sampling_method
+    Raises:
+        UserError: if an adaptive solver gives up.
+    """
     options = None
     if method == "explicit_adams":  # its order of 12 is unstable: with 100 steps, e⁻¹ comes out as 7
         options = {"max_order": 4}
-    elif method in ADAPTIVE_METHODS and stop_at is not None:
-        options = {"step_t": stop_at}
-    return {"method": method, "options": options}
+    elif method in ADAPTIVE_METHODS and not overstep:
+        options = {"step_t": times[-1:]}
+    method = "heun2" if method == "heun" else method
+    try:
+        return odeint(drift, start, times, method=method, atol=atol, rtol=rtol, options=options)
+    except AssertionError as error:  # how torchdiffeq reports steps that became too small, or values that aren't finite
+        raise UserError(f"the solver gave up ({one_line(error)}); try a larger atol or rtol") from error
 
 
-def in_float32(model, z: Tensor) -> tuple[Any, Tensor]:
-    """The model and its state, as samplers take them: of half precision, times would coincide and steps be lost."""
+def in_float32(model: Model, z: Tensor) -> tuple[Model, Tensor]:
+    """The model and its state for the solvers, which compute in at least float32: in half precision, different times
+    would become equal, and small steps be lost. The model itself still gets z's dtype."""
     dtype = at_least_float32(z)
     if dtype == z.dtype:
         return model, z
@@ -67,7 +84,7 @@ def in_float32(model, z: Tensor) -> tuple[Any, Tensor]:
 @torch.no_grad()
 def sample_ode(
     tr: Transport,
-    model,
+    model: Model,
     z: Tensor,
     *,
     sampling_method: str = "dopri5",
@@ -86,11 +103,9 @@ def sample_ode(
         reverse: from data to noise instead; z is then data.
 
     Raises:
-        UserError: for an unknown solver, fewer than 2 time points, or no tolerance.
+        UserError: for an unknown solver, fewer than 2 time points, no tolerance, or a solver that gives up.
     """
-    choose("sampling_method", sampling_method, ODE_METHODS)
-    check_steps(num_steps)
-    check_tolerances(atol, rtol)
+    check_solver(sampling_method, num_steps, atol, rtol)
     t0, t1 = tr.interval(eval=True)
     if reverse:
         t0, t1 = t1, t0
@@ -100,15 +115,54 @@ def sample_ode(
     def drift(t: Tensor, x: Tensor) -> Tensor:
         return tr.velocity(model, x, t.expand(len(x)), **model_kwargs)
 
-    # VP has no σ beyond t = 1: it is the square root of less than 0.
-    how = solver(sampling_method, stop_at=times[-1:] if tr.path_type == "VP" else None)
-    return odeint(drift, x, times, atol=atol, rtol=rtol, **how)[-1].to(z.dtype)
+    overstep = not tr.path.facts.pole_at_data  # beyond which there is no path
+    return integrate(drift, x, times, sampling_method, atol, rtol, overstep)[-1].to(z.dtype)
+
+
+@dataclass(frozen=True)
+class _SDE:
+    """dx = (v + w s) dt + √(2w) dW, eq. (4), for x (N, …) and t (N,)."""
+
+    tr: Transport
+    model: Model
+    form: str
+    norm: float
+
+    def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
+        """w, (N, 1, …)."""
+        return self.tr.diffusion(x, t, self.form, self.norm)
+
+    def drift(self, x: Tensor, t: Tensor) -> Tensor:
+        """v + w s, (N, …)."""
+        velocity, score = self.tr.velocity_and_score(self.model, x, t)
+        return velocity + self.diffusion(x, t) * score
+
+    def euler(self, x: Tensor, t: Tensor, dt: Tensor, dw: Tensor) -> Tensor:
+        """A step of Euler and Maruyama."""
+        return x + self.drift(x, t) * dt + (2 * self.diffusion(x, t)).sqrt() * dw
+
+    def heun(self, x: Tensor, t: Tensor, dt: Tensor, dw: Tensor) -> Tensor:
+        """The step's noise first, then Heun's step along the drift."""
+        x = x + (2 * self.diffusion(x, t)).sqrt() * dw
+        first = self.drift(x, t)
+        second = self.drift(x + dt * first, t + dt)
+        return x + 0.5 * dt * (first + second)
+
+    def last(self, x: Tensor, t: Tensor, last_step: str, size: float) -> Tensor:
+        """The last step to the data, without noise."""
+        if last_step == "Mean":
+            return x + self.drift(x, t) * size
+        if last_step == "Euler":
+            return x + self.tr.velocity(self.model, x, t) * size
+        # Tweedie's formula: E[x₁ | x] = (x + σ² s) / α
+        alpha, sigma = self.tr.path.alpha(t[0])[0], self.tr.path.sigma(t[0])[0]
+        return x / alpha + sigma**2 / alpha * self.tr.score(self.model, x, t)
 
 
 @torch.no_grad()
 def sample_sde(
     tr: Transport,
-    model,
+    model: Model,
     z: Tensor,
     *,
     sampling_method: str = "Euler",
@@ -123,57 +177,37 @@ def sample_sde(
     """Integrates dx = (v + w s) dt + √(2w) dW from noise z (N, …); returns the final batch (N, …).
 
     Args:
-        sampling_method: ``Euler`` (Euler-Maruyama: mean and variance are of order 1) or ``Heun`` (two evaluations a
-            step: as it adds a step's noise at its start, the mean is of order 2 and the variance still of order 1).
+        sampling_method: ``Euler`` (Euler-Maruyama: mean and variance are of order 1) or ``Heun`` (two evaluations per
+            step; it adds a step's noise at the step's start, so that the mean is of order 2, the variance of order 1).
         diffusion_form, diffusion_norm: the w of `Transport.diffusion`.
-        last_step: how the last last_step_size of time is crossed, without noise: ``Mean`` (the SDE's drift),
-            ``Euler`` (the ODE's), ``Tweedie`` (straight to the expected data), or None (there is no last step).
-            ``Mean`` leaves out that stretch's noise: take a form that is 0 at the data with it, or a small size.
+        last_step: the last step, of size last_step_size, without noise: ``Mean`` (along the SDE's drift), ``Euler``
+            (along the ODE's), ``Tweedie`` (to the expected data), or None (no last step). ``Mean`` leaves out the noise
+            of that time: use it with a form that is 0 at the data, or with a small size.
         num_steps: time points before the last step.
-        draw: gives each step's noise, of z's shape; None is torch.randn.
+        draw: returns each step's noise, of z's shape; None is torch.randn.
 
     Raises:
         UserError: for an unknown method, form or last step, a last step outside (0, 1), or too few time points.
     """
     choose("sampling_method", sampling_method, SDE_METHODS)
     choose("last_step", last_step, LAST_STEPS)
-    check_steps(num_steps)
+    TIME_POINTS.check("num_steps", num_steps)
     if last_step is None:
         last_step_size = 0.0
-    elif not 0 < last_step_size < 1:
-        raise UserError(f"last_step_size: got {last_step_size}; it takes a number in (0, 1)")
+    else:
+        INSIDE_UNIT.check("last_step_size", last_step_size)
     t0, t1 = tr.interval(sde=True, eval=True, diffusion_form=diffusion_form, last_step_size=last_step_size)
     if sampling_method == "Heun" and t1 == 1:
-        t1 = 1 - SINGULAR_EPS  # Heun evaluates the score at its end, where it has a pole
+        t1 = 1 - SDE_HEUN_EPS
     model, x = in_float32(model, z)
-    times = torch.linspace(t0, t1, num_steps, device=x.device, dtype=x.dtype)
-
-    def drift_and_diffusion(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        velocity, score = tr.velocity_and_score(model, x, t, **model_kwargs)
-        diffusion = tr.diffusion(x, t, diffusion_form, diffusion_norm)
-        return velocity + diffusion * score, diffusion
-
     if draw is None:
         draw = partial(torch.randn, x.shape, device=x.device, dtype=x.dtype)
+    sde = _SDE(tr, partial(model, **model_kwargs), diffusion_form, diffusion_norm)
+    step = sde.euler if sampling_method == "Euler" else sde.heun
+    times = torch.linspace(t0, t1, num_steps, device=x.device, dtype=x.dtype)
     dt = times[1] - times[0]
-    for time in times[:-1]:
-        t = time.expand(len(x))
-        dw = draw() * dt.sqrt()
-        if sampling_method == "Euler":
-            drift, diffusion = drift_and_diffusion(x, t)
-            x = x + drift * dt + (2 * diffusion).sqrt() * dw
-        else:  # the noise first, then Heun's step for the drift
-            x = x + (2 * tr.diffusion(x, t, diffusion_form, diffusion_norm)).sqrt() * dw
-            first, _ = drift_and_diffusion(x, t)
-            second, _ = drift_and_diffusion(x + dt * first, t + dt)
-            x = x + 0.5 * dt * (first + second)
-
-    t = times[-1].expand(len(x))
-    if last_step == "Mean":
-        x = x + drift_and_diffusion(x, t)[0] * last_step_size
-    elif last_step == "Euler":
-        x = x + tr.velocity(model, x, t, **model_kwargs) * last_step_size
-    elif last_step == "Tweedie":  # E[x₁ | x] = (x + σ² s) / α
-        alpha, sigma = tr.path.alpha(times[-1])[0], tr.path.sigma(times[-1])[0]
-        x = x / alpha + sigma**2 / alpha * tr.score(model, x, t, **model_kwargs)
+    for t in times[:-1]:
+        x = step(x, t.expand(len(x)), dt, draw() * dt.sqrt())
+    if last_step is not None:
+        x = sde.last(x, times[-1].expand(len(x)), last_step, last_step_size)
     return x.to(z.dtype)
