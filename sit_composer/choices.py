@@ -6,6 +6,7 @@ Torch is not imported, so that a command can refuse a wrong value at once.
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from sit_composer.errors import UserError
 
@@ -28,7 +29,7 @@ class Bounds:
         return enough and (value < self.most if self.below else value <= self.most)
 
     def check(self, name: str, value: float) -> None:
-        """Raises UserError, naming the option, its value and what is expected, unless the value is within the bounds."""
+        """Raises UserError, naming the option, its value and the bounds, unless the value is within them."""
         if not self.admit(value):
             raise UserError(f"{name}: got {value}, expected {self}")
 
@@ -115,24 +116,18 @@ DIFFUSION_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increas
 LAST_STEPS = (None, "Mean", "Tweedie", "Euler")
 
 
-def check_poles(
-    path_type: str,
-    prediction: str,
-    loss_weight: str | None,
-    train_eps: float | None,
-    sample_eps: float | None,
-    prefix: str = "",
-) -> None:
-    """Raises UserError for an eps of 0 with which the times would reach a pole.
+def check_poles(transport: Any, prefix: str = "") -> None:
+    """Raises UserError for an eps of 0, of a Transport or its config, with which the times would reach a pole.
 
     Training draws times from [0, 1), so that only the pole at t = 0 matters, which the weights of a noise or score
     error have. Sampling evaluates both ends: a velocity computed from noise or score has a pole at t = 0.
     """
-    path, converted = PATHS[path_type], prediction != "velocity"
-    what = f"expected a number above 0, as {path_type} with prediction {prediction}"
-    if train_eps == 0 and converted and loss_weight is not None and path.pole_at_noise:
-        raise UserError(f"{prefix}train_eps: got 0, {what} and loss_weight {loss_weight} has a pole at t = 0")
-    if sample_eps == 0 and (converted or path.pole_at_data):
+    path, converted = PATHS[transport.path_type], transport.prediction != "velocity"
+    weighted = converted and transport.loss_weight is not None
+    what = f"expected a number above 0, as {transport.path_type} with prediction {transport.prediction}"
+    if transport.train_eps == 0 and weighted and path.pole_at_noise:
+        raise UserError(f"{prefix}train_eps: got 0, {what} and loss_weight {transport.loss_weight} has a pole at t = 0")
+    if transport.sample_eps == 0 and (converted or path.pole_at_data):
         raise UserError(f"{prefix}sample_eps: got 0, {what} has a pole at t = {int(path.pole_at_data)}")
 
 

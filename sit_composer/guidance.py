@@ -1,8 +1,8 @@
 """Guidance of what a network predicts: v_weak + scale · (v - v_weak), within an interval of times.
 
-v_weak is the prediction without the label (classifier-free guidance, arXiv 2207.12598), or a weaker network's prediction
-with the label (autoguidance, arXiv 2406.02507). Guiding the prediction also guides the velocity and the score, as both
-are affine in it. The interval (arXiv 2404.07724) is in our time, from noise at 0 to data at 1.
+v_weak is the prediction without the label (classifier-free guidance, arXiv 2207.12598), or the prediction of a weaker
+network with the label (autoguidance, arXiv 2406.02507). Guiding the prediction also guides the velocity and the score,
+as both are affine in it. The interval (arXiv 2404.07724) is in our time, from noise at 0 to data at 1.
 """
 
 import math

@@ -109,7 +109,7 @@ class GVP(Interpolant):
 
 
 class VP(Interpolant):
-    """The variance-preserving diffusion of score-based models (arXiv 2011.13456, appendix C): α = exp(-½∫β), σ² = 1 - α².
+    """α = exp(-½∫β), σ² = 1 - α²: the variance-preserving diffusion of arXiv 2011.13456, appendix C.
 
     β is linear in the diffusion's time 1 - t, from beta_min at the data to beta_max at the noise; α_0 = exp(-5.03).
     """

@@ -12,16 +12,7 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from sit_composer.choices import (
-    ADAPTIVE_METHODS,
-    INSIDE_UNIT,
-    LAST_STEPS,
-    ODE_METHODS,
-    SDE_METHODS,
-    TIME_POINTS,
-    check_tolerances,
-    choose,
-)
+from sit_composer import choices
 from sit_composer.errors import UserError, one_line
 from sit_composer.transport import Model, Transport, at_least_float32
 
@@ -42,24 +33,20 @@ class Counted:
 
 def check_solver(sampling_method: str, num_steps: int, atol: float, rtol: float) -> None:
     """Raises UserError for an unknown ODE solver, or for options with which it can't run."""
-    choose("sampling_method", sampling_method, ODE_METHODS)
-    TIME_POINTS.check("num_steps", num_steps)
-    check_tolerances(atol, rtol)
+    choices.choose("sampling_method", sampling_method, choices.ODE_METHODS)
+    choices.TIME_POINTS.check("num_steps", num_steps)
+    choices.check_tolerances(atol, rtol)
 
 
 def integrate(drift: Callable, start: Any, times: Tensor, method: str, atol: float, rtol: float, overstep: bool) -> Any:
     """torchdiffeq's solution at all times, for a state that is a tensor or a tuple of tensors.
 
-    Args:
-        overstep: an adaptive solver's last step may go past the last time, from where it interpolates back.
-
-    Raises:
-        UserError: if an adaptive solver gives up.
+    With ``overstep``, an adaptive solver's last step may go past the last time, from where it interpolates back.
     """
     options = None
     if method == "explicit_adams":  # its order of 12 is unstable: with 100 steps, e⁻¹ comes out as 7
         options = {"max_order": 4}
-    elif method in ADAPTIVE_METHODS and not overstep:
+    elif method in choices.ADAPTIVE_METHODS and not overstep:
         options = {"step_t": times[-1:]}
     method = "heun2" if method == "heun" else method
     try:
@@ -69,8 +56,7 @@ def integrate(drift: Callable, start: Any, times: Tensor, method: str, atol: flo
 
 
 def in_float32(model: Model, z: Tensor) -> tuple[Model, Tensor]:
-    """The model and its state for the solvers, which compute in at least float32: in half precision, different times
-    would become equal, and small steps be lost. The model itself still gets z's dtype."""
+    """The model and z, for solvers in float32 at least. In half precision, times would coincide and steps be lost."""
     dtype = at_least_float32(z)
     if dtype == z.dtype:
         return model, z
@@ -189,13 +175,13 @@ def sample_sde(
     Raises:
         UserError: for an unknown method, form or last step, a last step outside (0, 1), or too few time points.
     """
-    choose("sampling_method", sampling_method, SDE_METHODS)
-    choose("last_step", last_step, LAST_STEPS)
-    TIME_POINTS.check("num_steps", num_steps)
+    choices.choose("sampling_method", sampling_method, choices.SDE_METHODS)
+    choices.choose("last_step", last_step, choices.LAST_STEPS)
+    choices.TIME_POINTS.check("num_steps", num_steps)
     if last_step is None:
         last_step_size = 0.0
     else:
-        INSIDE_UNIT.check("last_step_size", last_step_size)
+        choices.INSIDE_UNIT.check("last_step_size", last_step_size)
     t0, t1 = tr.interval(sde=True, eval=True, diffusion_form=diffusion_form, last_step_size=last_step_size)
     if sampling_method == "Heun" and t1 == 1:
         t1 = 1 - SDE_HEUN_EPS

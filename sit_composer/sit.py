@@ -71,7 +71,7 @@ class LabelEmbedder(nn.Module):
 
 
 class SiTBlock(nn.Module):
-    """A transformer block whose layer norms and residual gates depend on the condition (adaLN-Zero, arXiv 2212.09748)."""
+    """A transformer block whose layer norms and gates depend on the condition (adaLN-Zero, arXiv 2212.09748)."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()

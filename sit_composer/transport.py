@@ -6,22 +6,12 @@ model is any callable ``model(x, t, **kwargs)`` with x (N, …), t (N,) and an o
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sit_composer.choices import (
-    DIFFUSION_FORMS,
-    EPS,
-    FINITE,
-    LOSS_WEIGHTS,
-    PATHS,
-    POSITIVE,
-    PREDICTIONS,
-    TIME_SAMPLINGS,
-    check_poles,
-    choose,
-)
+from sit_composer import choices
 from sit_composer.interpolant import expand, make_path
 
 Model = Callable[..., Tensor]
@@ -32,6 +22,7 @@ def at_least_float32(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+@dataclass(eq=False)
 class Transport:
     """A path with a prediction target and a loss weight.
 
@@ -54,39 +45,29 @@ class Transport:
         UserError: for an unknown name, a number out of bounds, or an eps of 0 where there is a pole.
     """
 
-    def __init__(
-        self,
-        path_type: str = "Linear",
-        prediction: str = "velocity",
-        loss_weight: str | None = None,
-        train_eps: float | None = None,
-        sample_eps: float | None = None,
-        time_sampling: str = "uniform",
-        time_mean: float = 0.0,
-        time_std: float = 1.0,
-        time_shift: float = 1.0,
-    ):
-        choose("path_type", path_type, PATHS)
-        choose("prediction", prediction, PREDICTIONS)
-        choose("loss_weight", loss_weight, LOSS_WEIGHTS)
-        for name, eps in (("train_eps", train_eps), ("sample_eps", sample_eps)):
-            if eps is not None:
-                EPS.check(name, eps)
-        check_poles(path_type, prediction, loss_weight, train_eps, sample_eps)
-        choose("time_sampling", time_sampling, TIME_SAMPLINGS)
-        FINITE.check("time_mean", time_mean)
-        POSITIVE.check("time_std", time_std)
-        POSITIVE.check("time_shift", time_shift)
-        self.path_type = path_type
-        self.path = make_path(path_type)
-        self.prediction = prediction
-        self.loss_weight = loss_weight
-        self.train_eps = train_eps
-        self.sample_eps = sample_eps
-        self.time_sampling = time_sampling
-        self.time_mean = time_mean
-        self.time_std = time_std
-        self.time_shift = time_shift
+    path_type: str = "Linear"
+    prediction: str = "velocity"
+    loss_weight: str | None = None
+    train_eps: float | None = None
+    sample_eps: float | None = None
+    time_sampling: str = "uniform"
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    time_shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        choices.choose("path_type", self.path_type, choices.PATHS)
+        choices.choose("prediction", self.prediction, choices.PREDICTIONS)
+        choices.choose("loss_weight", self.loss_weight, choices.LOSS_WEIGHTS)
+        for name in ("train_eps", "sample_eps"):
+            if getattr(self, name) is not None:
+                choices.EPS.check(name, getattr(self, name))
+        choices.check_poles(self)
+        choices.choose("time_sampling", self.time_sampling, choices.TIME_SAMPLINGS)
+        choices.FINITE.check("time_mean", self.time_mean)
+        choices.POSITIVE.check("time_std", self.time_std)
+        choices.POSITIVE.check("time_shift", self.time_shift)
+        self.path = make_path(self.path_type)
 
     def interval(
         self, sde: bool = False, eval: bool = False, diffusion_form: str = "sigma", last_step_size: float = 0.0
@@ -96,7 +77,7 @@ class Transport:
         A noise or score network has a pole in its velocity at t = 0 (α = 0), and in its score at t = 1 (σ = 0); SBDM's
         diffusion has one at t = 0. An SDE stops last_step_size before the data: a step of another kind follows.
         """
-        choose("diffusion_form", diffusion_form, DIFFUSION_FORMS)
+        choices.choose("diffusion_form", diffusion_form, choices.DIFFUSION_FORMS)
         facts = self.path.facts
         eps = self.sample_eps if eval else self.train_eps
         if eps is None:
@@ -188,7 +169,7 @@ class Transport:
         ``sigma`` σ, ``linear`` 1 - t and ``increasing-decreasing`` sin² πt, each times norm, and ``decreasing``
         ¼(norm · cos πt + 1)².
         """
-        choose("diffusion_form", form, DIFFUSION_FORMS)
+        choices.choose("diffusion_form", form, choices.DIFFUSION_FORMS)
         t = expand(t, x)
         if form == "constant":
             return torch.full_like(t, norm)

@@ -95,8 +95,7 @@ def check_model(model: ModelConfig) -> None:
 
 def check_transport(transport: TransportConfig) -> None:
     """Checks what the keys of the objective ask of each other."""
-    names = ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps")
-    check_poles(*(getattr(transport, name) for name in names), prefix="transport.")
+    check_poles(transport, prefix="transport.")
     if transport.time_sampling == "uniform":
         for name in ("time_mean", "time_std"):
             if getattr(transport, name) != getattr(TransportConfig(), name):

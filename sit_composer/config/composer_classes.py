@@ -91,7 +91,8 @@ def check(key: str, arguments: dict[str, Any], class_name: str, tree: ast.Module
         return
     for name, value in arguments.items():
         if name not in known:
-            raise UserError(f"{key}.{name}: {class_name} has no such argument; {suggest(name, {argument: argument for argument in known})}")
+            hint = suggest(name, {argument: argument for argument in known})
+            raise UserError(f"{key}.{name}: {class_name} has no such argument; {hint}")
         types = _accepts(known[name][0])
         if types is not None:
             admitted = tuple(PLAIN[t] for t in types) + ((int,) if "float" in types else ())

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from sit_composer.config.schema import Config, section_of
 
+WORDS = {"None": "null", "True": "true", "False": "false"}  # as a YAML writes them
 INTRO = """\
 # Configuration
 
@@ -22,12 +23,9 @@ def keys(cls: type) -> Iterator[tuple[str, str, str, str]]:
     """Of each key of a section: its name, its default, its meaning and what is expected of its value."""
     for f in dataclasses.fields(cls):
         default, choices = f.default_factory(), f.metadata["choices"]
-        if default is None or isinstance(default, bool):
-            default = {None: "null", True: "true", False: "false"}[default]
-        elif dataclasses.is_dataclass(default):
-            default = "{…}"
-        expected = ", ".join("null" if choice is None else choice for choice in choices) if choices else ""
-        yield f.name, str(default), f.metadata["doc"], expected or str(f.metadata["bounds"] or "")
+        shown = "{…}" if dataclasses.is_dataclass(default) else WORDS.get(str(default), str(default))
+        expected = ", ".join(WORDS.get(str(choice), str(choice)) for choice in choices or ())
+        yield f.name, shown, f.metadata["doc"], expected or str(f.metadata["bounds"] or "")
 
 
 def documentation(cls: type = Config, prefix: str = "") -> str:

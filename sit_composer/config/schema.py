@@ -96,7 +96,7 @@ class EMAConfig:
 class FSDPConfig:
     data_parallel_replicate_degree: int = key("copies of the sharded weights (HSDP), such as one per node", 1, c.COUNT)
     reshard_after_forward: bool = key("free gathered weights between forward and backward pass", True)
-    activation_checkpointing: bool = key("keep only each block's input; recompute the block in the backward pass", False)
+    activation_checkpointing: bool = key("keep only the blocks' inputs, and recompute them in the backward pass", False)
     activation_cpu_offload: bool = key("keep the blocks' activations in the CPU's memory", False)
     state_dict_type: str = key("checkpoints: sharded, or full in one file", "sharded", choices=("sharded", "full"))
     mixed_precision: str = key("Composer's setting", "DEFAULT", choices=("DEFAULT", "PURE", "FULL"))
