@@ -4,7 +4,6 @@ A model is any callable ``model(x, t, **kwargs)``; `Counted` counts its evaluati
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,7 @@ from sit_composer import choices
 from sit_composer.errors import UserError, one_line
 from sit_composer.transport import Model, Transport, at_least_float32
 
-SDE_HEUN_EPS = 1e-3  # Heun stops so far from t = 1: it evaluates the score at its end, where the score has a pole
+Field = Callable[[Tensor, Tensor], Tensor]  # of x (N, …) and t (N,)
 
 
 class Counted:
@@ -105,44 +104,20 @@ def sample_ode(
     return integrate(drift, x, times, sampling_method, atol, rtol, overstep)[-1].to(z.dtype)
 
 
-@dataclass(frozen=True)
-class _SDE:
-    """dx = (v + w s) dt + √(2w) dW, eq. (4), for x (N, …) and t (N,)."""
+def _euler(drift: Field, diffusion: Field, x: Tensor, t: Tensor, dt: Tensor, dw: Tensor) -> Tensor:
+    """A step of Euler and Maruyama."""
+    return x + drift(x, t) * dt + (2 * diffusion(x, t)).sqrt() * dw
 
-    tr: Transport
-    model: Model
-    form: str
-    norm: float
 
-    def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
-        """w, (N, 1, …)."""
-        return self.tr.diffusion(x, t, self.form, self.norm)
+def _heun(drift: Field, diffusion: Field, x: Tensor, t: Tensor, dt: Tensor, dw: Tensor) -> Tensor:
+    """The step's noise first, then Heun's step along the drift."""
+    x = x + (2 * diffusion(x, t)).sqrt() * dw
+    first = drift(x, t)
+    second = drift(x + dt * first, t + dt)
+    return x + 0.5 * dt * (first + second)
 
-    def drift(self, x: Tensor, t: Tensor) -> Tensor:
-        """v + w s, (N, …)."""
-        velocity, score = self.tr.velocity_and_score(self.model, x, t)
-        return velocity + self.diffusion(x, t) * score
 
-    def euler(self, x: Tensor, t: Tensor, dt: Tensor, dw: Tensor) -> Tensor:
-        """A step of Euler and Maruyama."""
-        return x + self.drift(x, t) * dt + (2 * self.diffusion(x, t)).sqrt() * dw
-
-    def heun(self, x: Tensor, t: Tensor, dt: Tensor, dw: Tensor) -> Tensor:
-        """The step's noise first, then Heun's step along the drift."""
-        x = x + (2 * self.diffusion(x, t)).sqrt() * dw
-        first = self.drift(x, t)
-        second = self.drift(x + dt * first, t + dt)
-        return x + 0.5 * dt * (first + second)
-
-    def last(self, x: Tensor, t: Tensor, last_step: str, size: float) -> Tensor:
-        """The last step to the data, without noise."""
-        if last_step == "Mean":
-            return x + self.drift(x, t) * size
-        if last_step == "Euler":
-            return x + self.tr.velocity(self.model, x, t) * size
-        # Tweedie's formula: E[x₁ | x] = (x + σ² s) / α
-        alpha, sigma = self.tr.path.alpha(t[0])[0], self.tr.path.sigma(t[0])[0]
-        return x / alpha + sigma**2 / alpha * self.tr.score(self.model, x, t)
+SDE_STEPS = {"Euler": _euler, "Heun": _heun}  # by the names in choices.SDE_METHODS
 
 
 @torch.no_grad()
@@ -173,27 +148,38 @@ def sample_sde(
         draw: returns each step's noise, of z's shape; None is torch.randn.
 
     Raises:
-        UserError: for an unknown method, form or last step, a last step outside (0, 1), or too few time points.
+        UserError: for an unknown method, form or last step, or a number out of bounds.
     """
     choices.choose("sampling_method", sampling_method, choices.SDE_METHODS)
     choices.choose("last_step", last_step, choices.LAST_STEPS)
     choices.TIME_POINTS.check("num_steps", num_steps)
-    if last_step is None:
-        last_step_size = 0.0
-    else:
+    if last_step is not None:
         choices.INSIDE_UNIT.check("last_step_size", last_step_size)
-    t0, t1 = tr.interval(sde=True, eval=True, diffusion_form=diffusion_form, last_step_size=last_step_size)
+    size = 0.0 if last_step is None else last_step_size
+    t0, t1 = tr.interval(sde=True, eval=True, diffusion_form=diffusion_form, last_step_size=size)
     if sampling_method == "Heun" and t1 == 1:
-        t1 = 1 - SDE_HEUN_EPS
+        t1 = 1 - tr.path.facts.sample_eps  # Heun evaluates the score at its end, where the score has a pole
     model, x = in_float32(model, z)
-    if draw is None:
-        draw = partial(torch.randn, x.shape, device=x.device, dtype=x.dtype)
-    sde = _SDE(tr, partial(model, **model_kwargs), diffusion_form, diffusion_norm)
-    step = sde.euler if sampling_method == "Euler" else sde.heun
     times = torch.linspace(t0, t1, num_steps, device=x.device, dtype=x.dtype)
     dt = times[1] - times[0]
-    for t in times[:-1]:
-        x = step(x, t.expand(len(x)), dt, draw() * dt.sqrt())
-    if last_step is not None:
-        x = sde.last(x, times[-1].expand(len(x)), last_step, last_step_size)
+    if draw is None:
+        draw = partial(torch.randn, x.shape, device=x.device, dtype=x.dtype)
+
+    def diffusion(x: Tensor, t: Tensor) -> Tensor:
+        return tr.diffusion(x, t, diffusion_form, diffusion_norm)
+
+    def drift(x: Tensor, t: Tensor) -> Tensor:
+        velocity, score = tr.velocity_and_score(model, x, t, **model_kwargs)
+        return velocity + diffusion(x, t) * score
+
+    for time in times[:-1]:
+        x = SDE_STEPS[sampling_method](drift, diffusion, x, time.expand(len(x)), dt, draw() * dt.sqrt())
+    t = times[-1].expand(len(x))
+    if last_step == "Mean":
+        x = x + drift(x, t) * last_step_size
+    elif last_step == "Euler":
+        x = x + tr.velocity(model, x, t, **model_kwargs) * last_step_size
+    elif last_step == "Tweedie":  # E[x₁ | x] = (x + σ² s) / α
+        alpha, sigma = tr.path.alpha(times[-1])[0], tr.path.sigma(times[-1])[0]
+        x = x / alpha + sigma**2 / alpha * tr.score(model, x, t, **model_kwargs)
     return x.to(z.dtype)

@@ -182,3 +182,19 @@ def test_times_noise_and_loss_of_half_precision_are_float32(dtype):
     assert tr.training_loss(model, x1).dtype == torch.float32
     half = x0[:5].to(dtype)
     assert tr.loss(half, t[:5].to(dtype), half, half).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_training_loss_is_the_loss_at_the_drawn_times_and_noise(dtype):
+    tr, x1 = Transport("GVP", "noise"), torch.randn(8, 1, 4, 4).to(dtype)
+
+    def model(x, t, scale):
+        return scale * x
+
+    torch.manual_seed(1)
+    loss = tr.training_loss(model, x1, scale=0.5)
+    torch.manual_seed(1)
+    t, x0 = tr.draw(x1)
+    assert torch.equal(loss, tr.loss_at(model, t, x0, x1, scale=0.5))
+    xt = tr.path.interpolate(t, x0, x1)[0].to(dtype)
+    assert torch.equal(loss, tr.loss((0.5 * xt).float(), t, x0, x1))

@@ -131,7 +131,7 @@ def check_trainer(config: Config) -> None:
         raise ConfigError(f"trainer.{name}: set it as {TRAINER_KEYS_ELSEWHERE[name]}, at the top level")
     for name in sorted(trainer.keys() & FIXED_TRAINER_KEYS):
         raise ConfigError(f"trainer.{name}: is fixed here, as resuming relies on it; leave it out")
-    composer_classes.check_trainer(trainer)
+    composer_classes.check("trainer", {**trainer, "model": None}, "Trainer", "trainer/trainer.py")
     if "max_duration" not in trainer:
         raise ConfigError("trainer.max_duration: no value, expected a time, such as 400000ba or 80ep")
     for name in ("max_duration", "save_interval", "eval_interval"):

@@ -4,6 +4,7 @@ Finding and checking read Composer's source: importing Composer takes 15 s, and 
 """
 
 import ast
+import contextlib
 import importlib
 import importlib.util
 from functools import cache
@@ -50,7 +51,7 @@ def find_class(section: str, name: str) -> tuple[str, str]:
                     classes[_plain_name(exported, ending)] = (exported, node.module)
     wanted = _plain_name(name, ending)
     if wanted not in classes:
-        hint = suggest(wanted, {plain: exported for plain, (exported, _) in classes.items()})
+        hint = suggest(wanted, {plain: exported for plain, (exported, _) in sorted(classes.items())})
         raise UserError(f"{section}.{name}: Composer has no such class; {hint}")
     return classes[wanted]
 
@@ -80,13 +81,13 @@ def _accepts(annotation: ast.expr | None) -> set[str] | None:
     return types if types and types <= PLAIN.keys() else None
 
 
-def check(key: str, arguments: dict[str, Any], class_name: str, tree: ast.Module) -> None:
-    """Checks the names, plain types and presence of the arguments that the YAML has at ``key`` for a class.
+def check(key: str, arguments: dict[str, Any], class_name: str, file: str) -> None:
+    """Checks the names, plain types and presence of a key's arguments, for a class in a file of Composer's package.
 
     Raises:
         UserError: naming the key, its value, and what is expected.
     """
-    known = _arguments(class_name, tree)
+    known = _arguments(class_name, _tree(file))
     if known is None:
         return
     for name, value in arguments.items():
@@ -108,17 +109,8 @@ def check_group(section: str, name: str, arguments: dict[str, Any]) -> None:
     class_name, module = find_class(section, name)
     path = module.removeprefix("composer.").replace(".", "/")
     for file in (f"{path}.py", f"{path}/{path.rpartition('/')[2]}.py"):  # a module, or a package's module of its name
-        try:
-            tree = _tree(file)
-        except FileNotFoundError:
-            continue
-        check(f"{section}.{name}", arguments, class_name, tree)
-        return
-
-
-def check_trainer(arguments: dict[str, Any]) -> None:
-    """`check` for the Trainer's own arguments; its model is built from other keys."""
-    check("trainer", {**arguments, "model": None}, "Trainer", _tree("trainer/trainer.py"))
+        with contextlib.suppress(FileNotFoundError):
+            return check(f"{section}.{name}", arguments, class_name, file)
 
 
 def build(section: str, entries: dict[str, Any]) -> list[Any]:

@@ -29,8 +29,7 @@ def local_spec(data: DataConfig, section: str = "data") -> DataSpec | None:
 
 
 def check_data(config: Config, spec: DataSpec, section: str = "data") -> None:
-    """Checks that the network fits a section's shards. The sizes of images that an autoencoder is still to encode are
-    left to `check_latents`.
+    """Checks that the network fits a section's shards. `check_latents` checks images for an autoencoder, once loaded.
 
     Raises:
         ConfigError: naming the key, its value and what the shards hold.
@@ -82,8 +81,7 @@ def check_latents(config: Config, channels: int, downsample: int, image_size: in
         what = f"expected a multiple of {downsample}, the pixels per latent along a side"
         raise ConfigError(f"{section}.image_size: got {image_size}, {what}")
     if model.input_size != side:
-        what = f"expected {side}, the side of latents of images of {image_size}"
-        raise ConfigError(f"model.input_size: got {model.input_size}, {what}")
+        raise ConfigError(f"model.input_size: got {model.input_size}, expected {side} for images of {image_size}")
 
 
 def _same_place(name: str | None, other: str) -> bool:

@@ -34,7 +34,7 @@ def documentation(cls: type = Config, prefix: str = "") -> str:
     for f, (name, default, doc, expected) in zip(dataclasses.fields(cls), keys(cls), strict=True):
         section = section_of(f) if f.name != "eval_data" else None
         if section is None or default == "null":
-            lines.append(f"  {prefix + name:<28} {doc}{expected and f'; {expected}'} [{default}]")
+            lines.append(f"  {prefix + name:<28} {doc}{expected and f' ({expected})'} [{default}]")
         if section is not None:
             lines.append(documentation(section, f"{prefix}{name}."))
     return "\n".join(lines)

@@ -173,4 +173,4 @@ def network_arguments(model: ModelConfig) -> dict[str, Any]:
 def suggest(name: str, known: dict[str, str]) -> str:
     """The end of a message about an unknown name, from {known name: how to write it}: the closest one, or all."""
     close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {known[close[0]]}?" if close else f"expected {', '.join(sorted(known.values())) or 'none'}"
+    return f"did you mean {known[close[0]]}?" if close else f"expected {', '.join(known.values()) or 'none'}"
