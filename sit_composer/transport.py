@@ -37,7 +37,7 @@ class Transport:
         time_sampling: the distribution of training times: ``uniform``, as in the paper, or ``logit-normal`` (arXiv
             2403.03206, eq. 19), the sigmoid of a normal number, which has more times in the middle.
         time_mean, time_std: that normal's; a mean above 0 favours times near the data.
-        time_shift: moves these times towards the noise, as if σ/α were so many times larger (arXiv 2403.03206,
+        time_shift: moves these times towards the noise, as if σ/α were larger by this factor (arXiv 2403.03206,
             eq. 23); 1 leaves them. For latents of more than 4096 dimensions, √(dimensions / 4096) was found good (arXiv
             2510.11690); for fewer, tests/benchmarks/time_sampling.py found that rule harmful.
 

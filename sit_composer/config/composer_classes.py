@@ -57,7 +57,7 @@ def find_class(section: str, name: str) -> tuple[str, str]:
 
 
 def _arguments(class_name: str, tree: ast.Module) -> dict[str, tuple[ast.expr | None, bool]] | None:
-    """{argument: (annotation, required)} of a class; None if it takes any (``**kwargs``), or inherits them."""
+    """{argument: (annotation, required)} of a class; None if it accepts any (``**kwargs``) or inherits them."""
     classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == class_name]
     for node in classes:
         for method in node.body:

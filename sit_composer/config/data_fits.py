@@ -69,7 +69,7 @@ def check_classes_agree(specs: dict[str, DataSpec]) -> None:
 
 
 def check_latents(config: Config, channels: int, downsample: int, image_size: int, section: str = "data") -> None:
-    """Checks that the latents of images of image_size, with so many channels, are what the network takes.
+    """Checks that the latents of images of image_size have the network's size and channels.
 
     Raises:
         ConfigError: naming the key, its value and what is expected.
