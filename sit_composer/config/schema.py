@@ -82,7 +82,7 @@ class DataConfig:
 @dataclass
 class OptimizerConfig:
     lr: float = key("AdamW's learning rate", 1e-4, c.POSITIVE)
-    betas: list[float] = key("AdamW's decay rates", [0.9, 0.999], c.BELOW_ONE)
+    betas: list[float] = key("AdamW's two decay rates", [0.9, 0.999], c.BELOW_ONE)
     eps: float = key("AdamW's epsilon", 1e-8, c.NOT_NEGATIVE)
     weight_decay: float = key("AdamW's weight decay", 0.0, c.NOT_NEGATIVE)
 
