@@ -129,6 +129,10 @@ class Transport:
     def training_loss(self, model, x1: Tensor, **model_kwargs) -> Tensor:
         """Draws x₀ ~ N(0, I), then t, and gives each sample's `loss`: (N,)."""
         t, x0 = self.draw(x1)
+        return self.loss_at(model, t, x0, x1, **model_kwargs)
+
+    def loss_at(self, model, t: Tensor, x0: Tensor, x1: Tensor, **model_kwargs) -> Tensor:
+        """Each sample's `loss` at times t (N,) and noise x₀: (N,)."""
         xt = self.path.interpolate(t, x0, x1)[0]
         return self.loss(model(xt.to(x1.dtype), t, **model_kwargs), t, x0, x1)
 

@@ -85,6 +85,7 @@ def recipes(folder: Path, training: str) -> None:
     """A copy of the recipes, which start that training."""
     shutil.copytree(CLUSTERS, folder / "yamls" / "clusters", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "sit_composer").mkdir()
+    shutil.copy(ROOT / "sit_composer" / "launch.py", folder / "sit_composer")
     (folder / "sit_composer" / "train.py").write_text(training)
 
 

@@ -174,7 +174,7 @@ def test_a_reference_of_other_features_is_refused_at_the_start(run, tmp_path, ju
     np.savez(tmp_path / "other.npz", mu=np.zeros(5), sigma=np.eye(5))
     frechet = [f"frechet.features={judge_of_pictures['features']}", f"frechet.reference={tmp_path / 'other.npz'}"]
     assert run("trainer.max_duration=5ba", *frechet) == 2
-    assert "is of 5 features" in capsys.readouterr().err
+    assert "has 5 features, expected 16" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -182,7 +182,7 @@ def test_a_finished_run_says_so_and_changes_nothing(run, tmp_path, capsys):
     assert run("trainer.max_duration=10ba") == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.pt")}
     assert run("trainer.max_duration=10ba") == 0
-    assert "quickstart is trained: 10 batches" in capsys.readouterr().out
+    assert "quickstart: already trained, 10 batches" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.pt")} == before
 
 
@@ -235,7 +235,7 @@ def test_a_run_that_is_not_to_be_resumed_leaves_the_one_there_alone(run, tmp_pat
     assert run("trainer.max_duration=10ba") == 0
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
     assert run("trainer.max_duration=20ba", "trainer.autoresume=false") == 2
-    assert "holds checkpoints (ep0-ba10-rank0.pt); trainer.autoresume=true goes on" in capsys.readouterr().err
+    assert "holds checkpoints (ep0-ba10-rank0.pt); trainer.autoresume=true resumes" in capsys.readouterr().err
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
 
 
@@ -248,7 +248,7 @@ def test_a_sigterm_saves_and_the_same_command_goes_on_to_the_bit(run, tmp_path, 
 
     monkeypatch.setattr(RunRecord, "batch_end", told, raising=False)
     assert run("trainer.max_duration=20ba", "supervision.grace=300") == 143
-    assert "told to end; saved" in capsys.readouterr().out
+    assert "ended by a SIGTERM, and saved" in capsys.readouterr().out
     assert (tmp_path / "run" / "ep0-ba7-rank0.pt").exists()
     monkeypatch.undo()
     assert run("trainer.max_duration=20ba") == 0
@@ -275,7 +275,7 @@ def test_a_sigterm_in_an_evaluation_or_in_pictures_leaves_and_saves(
     else:
         monkeypatch.setattr(drawing, "generate", lambda *args: told() or generate(*args))
     assert run(*options) == 143
-    assert "told to end; saved" in capsys.readouterr().out
+    assert "ended by a SIGTERM, and saved" in capsys.readouterr().out
     assert len(calls) == 2  # of three batches, of four pictures
     assert sorted(path.name for path in (tmp_path / "run").glob("ep*")) == ["ep0-ba5-rank0.pt"]
     monkeypatch.undo()
@@ -424,7 +424,7 @@ def test_evaluation_data_with_other_classes_is_refused(run, digits_shards, tmp_p
     spec = json.loads((other / "spec.json").read_text())
     (other / "spec.json").write_text(json.dumps({**spec, "classes": spec["classes"][::-1]}))
     assert run("trainer.max_duration=1ba", f"eval_data={{local: {other}, global_batch_size: 9, num_workers: 0}}") == 2
-    assert "eval_data.local: its classes are not data's" in capsys.readouterr().err
+    assert "eval_data.local: its classes differ from data's" in capsys.readouterr().err
     assert run("trainer.max_duration=1ba") == 0
     assert run("trainer.max_duration=2ba", f"data.local={other}") == 2  # and so is resuming on them
     assert "other classes than the data has, from label 0 on" in capsys.readouterr().err
@@ -454,7 +454,7 @@ def test_evaluation_on_latents_of_another_scale_is_refused(run, vae_folder, tmp_
     for name, code in (("a", 0), ("b", 2)):
         places = f"eval_data={{local: {tmp_path / name}, global_batch_size: 9, num_workers: 0}}"
         assert run(*latents, places, folder=name) == code
-    assert "error: eval_data.local: its latents are of " in capsys.readouterr().err
+    assert "error: eval_data.local: got latents of " in capsys.readouterr().err
 
 
 def test_grey_pictures_are_encoded_by_an_autoencoder_of_three_channels(run, vae_folder, digits_shards, tmp_path):
