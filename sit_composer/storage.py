@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 import boto3
 from boto3.exceptions import Boto3Error
@@ -92,13 +91,18 @@ class LocalFolder:
                         new.write(content)
                     return True
                 with open(file, "rb") as old:
-                    _lock(old)
+                    try:
+                        fcntl.flock(old, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, also by a kill
+                    except BlockingIOError:
+                        return False
+                    except OSError:  # a file system without locks
+                        pass
                     # If it was just replaced, the locked file isn't the one of that name any more.
                     if not os.path.samestat(os.fstat(old.fileno()), file.stat()) or old.read() != before:
                         return False
                     self.delete([name]) if content is None else self.write(name, content)
                     return True
-            except (FileExistsError, FileNotFoundError, BlockingIOError):
+            except (FileExistsError, FileNotFoundError):
                 return False
 
     def _make(self) -> None:
@@ -132,16 +136,6 @@ class LocalFolder:
             yield
         except OSError as error:
             raise StorageError(f"{error.filename or self.uri}: {error.strerror or error}") from error
-
-
-def _lock(file: IO[bytes]) -> None:
-    """Locks an open file until it is closed, also by a kill. Raises BlockingIOError if another process holds it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:  # a file system without locks
-        pass
 
 
 class S3Folder:
@@ -178,17 +172,16 @@ class S3Folder:
             self.client.meta.events.register(f"request-created.s3.{operation}", lambda **_: check())
 
     def read(self, name: str) -> bytes | None:
-        found = self._get(name)
-        return None if found is None else found[0]
+        return self._get(name)[0]
 
-    def _get(self, name: str) -> tuple[bytes, str] | None:
+    def _get(self, name: str) -> tuple[bytes | None, str]:
         """Content and ETag, which identifies the content in conditions."""
         with self._errors(name):
             for attempt in range(ATTEMPTS):
                 try:
                     answer = self.client.get_object(**self._where(name))
                 except self.client.exceptions.NoSuchKey:
-                    return None
+                    return None, ""
                 try:
                     return answer["Body"].read(), answer["ETag"]
                 except BotoCoreError:  # cut off or stalled in the middle, where the client doesn't retry
@@ -203,10 +196,10 @@ class S3Folder:
     def replace(self, name: str, before: bytes | None, content: bytes | None) -> bool:
         condition = {"IfNoneMatch": "*"}
         if before is not None:
-            found = self._get(name)
-            if found is None or found[0] != before:
+            found, etag = self._get(name)
+            if found != before:
                 return False
-            condition = {"IfMatch": found[1]}
+            condition = {"IfMatch": etag}
         action = self.client.delete_object if content is None else partial(self.client.put_object, Body=content)
         with self._errors(name):
             try:

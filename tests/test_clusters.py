@@ -187,14 +187,14 @@ def test_slurm_refuses_secrets_that_others_can_read(tmp_path, mode, line):
 @pytest.mark.parametrize(
     ("variables", "line"),
     [
-        ({"NNODES": 2, "NODE_RANK": 0}, "MASTER_ADDR: none, and NNODES=2; give node 0's name or address"),
-        ({"NNODES": 2, "MASTER_ADDR": "a"}, "NODE_RANK: none, and NNODES=2; give each node its own, from 0"),
-        ({"NNODES": 2, "NODE_RANK": 2, "MASTER_ADDR": "a"}, "NODE_RANK: got 2; of NNODES=2 it is 0 to 1"),
-        ({"NNODES": "two"}, "NNODES: got two; it takes a number"),
-        ({"NNODES": 0}, "NNODES: got 0; it takes at least 1"),
-        ({"NODE_RANK": -1}, "NODE_RANK: got -1; it takes a number"),
-        ({"NPROC_PER_NODE": 0}, "NPROC_PER_NODE: got 0; it takes at least 1"),
-        ({"NPROC_PER_NODE": "08"}, "NPROC_PER_NODE: got 08; it takes a number"),
+        ({"NNODES": 2, "NODE_RANK": 0}, "MASTER_ADDR: not set, expected node 0's name or address (NNODES=2)"),
+        ({"NNODES": 2, "MASTER_ADDR": "a"}, "NODE_RANK: not set, expected each node's own number, from 0 (NNODES=2)"),
+        ({"NNODES": 2, "NODE_RANK": 2, "MASTER_ADDR": "a"}, "NODE_RANK: got 2, expected 0 to 1 (NNODES=2)"),
+        ({"NNODES": "two"}, "NNODES: got two, expected a whole number"),
+        ({"NNODES": 0}, "NNODES: got 0, expected at least 1"),
+        ({"NODE_RANK": -1}, "NODE_RANK: got -1, expected a whole number"),
+        ({"NPROC_PER_NODE": 0}, "NPROC_PER_NODE: got 0, expected at least 1"),
+        ({"NPROC_PER_NODE": "08"}, "NPROC_PER_NODE: got 08, expected a whole number"),
     ],
 )
 def test_run_sh_refuses_what_makes_no_sense_in_one_line(variables, line):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from composer.core import Callback, Event, State
@@ -18,36 +19,20 @@ from sit_composer.generate import generate
 from sit_composer.guidance import Guidance
 
 
+@dataclass
 class Drawing:
     """Generates images from the averaged weights in the middle of training; each rank generates its share.
 
     Their noise has its own generators, and the network is in evaluation mode meanwhile, so training's bits are the
     same with and without it. All ranks call the network equally often, as sharded weights need.
-
-    Args:
-        labels: of the images, in order.
-        sampling: how they are generated.
-        autoencoder: decodes them.
-        weights: the average; None takes the training weights.
-        batch_size: images at a time per rank.
-        before_each: called before each batch, on all ranks; it may raise.
     """
 
-    def __init__(
-        self,
-        labels: list[int],
-        sampling: Sampling,
-        autoencoder: Autoencoder,
-        weights: EMAWeights | None,
-        batch_size: int = 64,
-        before_each: Callable[[], None] = lambda: None,
-    ):
-        self.labels = labels
-        self.sampling = sampling
-        self.autoencoder = autoencoder
-        self.weights = weights
-        self.batch_size = batch_size
-        self.before_each = before_each
+    labels: list[int]  # of the images, in order
+    sampling: Sampling
+    autoencoder: Autoencoder  # decodes the images
+    weights: EMAWeights | None  # the average; None takes the training weights
+    batch_size: int = 64  # images at a time per rank
+    before_each: Callable[[], None] = lambda: None  # called before each batch, on all ranks; it may raise
 
     def __call__(self, state: State, process: Callable[[Tensor], Tensor]) -> Tensor:
         """All images' rows, on every rank; ``process`` makes n rows from n images, uint8 (n, C, H, W)."""

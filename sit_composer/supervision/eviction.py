@@ -17,8 +17,6 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from sit_composer.errors import EVICTED
-from sit_composer.storage import StorageError
-from sit_composer.supervision.lease import Lease
 
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>: send this process a signal when its parent dies
 
@@ -43,18 +41,16 @@ class Eviction(Callback):
         self.timeout = timedelta(seconds=timeout)
         self.saver: CheckpointSaver | None = None
         self.before_leaving: Callable[[], None] = lambda: None
-        self.lease: Lease | None = None
+        self.check: Callable[[], None] = lambda: None  # raises what ends the run otherwise
         self._training = False
         self._told = False
-        self.installed = False
         self._left = threading.Event()
-        self._before: Any = signal.SIG_DFL
+        self._before: Any = None  # the handler before; None until installed
         self._asked: tuple[Any, torch.Tensor] | None = None
         self._group: Any = None
 
     def install(self) -> None:
         """Handles SIGTERM from now on; until training starts, it ends the process at once."""
-        self.installed = True
         self._before = signal.signal(signal.SIGTERM, self._hear)
         # Python runs signal handlers between two of its own instructions, so a rank blocked on a dead peer may run none
         # for minutes. This thread sees a signal at once.
@@ -74,7 +70,9 @@ class Eviction(Callback):
         os.close(listening)
 
     def end(self) -> None:
-        """Restores the handler that was there before."""
+        """Restores the handler that was there before `install`."""
+        if self._before is None:
+            return
         self._left.set()
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, self._before)
@@ -91,10 +89,8 @@ class Eviction(Callback):
             self._group = torch.distributed.new_group(backend="gloo", timeout=self.timeout)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        # Before an evaluation or images take the time that is left.
-        if self.lease is not None and self.lease.lost is not None:
-            raise StorageError(self.lease.lost)
-        self.leave_if_told()
+        self.check()
+        self.leave_if_told()  # before an evaluation or images take the time that is left
 
     def eval_batch_start(self, state: State, logger: Logger) -> None:
         self.leave_if_told()

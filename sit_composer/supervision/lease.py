@@ -79,6 +79,11 @@ class Lease:
             self.lost = f"{self.folder.uri}: another run{_where(now)} has taken this one for dead and took over"
         raise StorageError(self.lost)
 
+    def raise_if_lost(self) -> None:
+        """Raises StorageError if the last beat or check found that another run holds the lease."""
+        if self.lost is not None:
+            raise StorageError(self.lost)
+
     def release(self) -> None:
         """Gives the lease up, so that the next run need not wait."""
         self._ended.set()

@@ -11,21 +11,23 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from composer import Trainer
+from composer.callbacks import CheckpointSaver
 from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist, format_name_with_dist
 
-from sit_composer.checkpoint.folder import checkpoints, clear_incomplete, fetch_checkpoint, newest
+from sit_composer.checkpoint.folder import checkpoints, clear_incomplete, fetch_checkpoint, newest, prune
 from sit_composer.config.same_run import CONFIG, check_same_config
 from sit_composer.config.schema import Config, ConfigError
 from sit_composer.storage import RunFolder, S3Folder, StorageError, open_run_folder
 from sit_composer.supervision.eviction import Eviction
 from sit_composer.supervision.lease import Lease
-from sit_composer.supervision.uploads import Pruning, Uploads
+from sit_composer.supervision.uploads import Uploads
 
 
 class Supervision:
@@ -36,13 +38,12 @@ class Supervision:
 
     def __init__(self, config: Config, timeout: float):
         self.config = config
-        self.resumes = bool(config.trainer.get("autoresume"))
+        self.keep: int = config.trainer.get("save_num_checkpoints_to_keep", -1)
         uri = config.trainer.get("save_folder")
         self.uri = format_name_with_dist(uri, config.run_name) if uri else None
         self.folder: RunFolder | None = open_run_folder(self.uri) if self.uri else None
         self.eviction = Eviction(config.supervision.grace, timeout)
         self.uploads: Uploads | None = None
-        self.pruning: Pruning | None = None
         self.lease: Lease | None = None
         self._outdated: list[str] = []  # files of an earlier run that this one replaces
         # In temporary storage, named by the run, so that a killed run's leftovers are found and removed.
@@ -62,16 +63,14 @@ class Supervision:
         owner = _from_rank_0(self._acquire)
         self.lease = self.lease or Lease(self.folder, self.config.supervision.heartbeat, owner)
         self.lease.check()  # also that every rank sees the same folder
-        self.eviction.lease = self.lease
+        self.eviction.check = self.lease.raise_if_lost
         name = _from_rank_0(self._find)
-        keep = self.config.trainer.get("save_num_checkpoints_to_keep", -1)
         # Composer counts anew at each start, and deletes the newest too. Pruning is done here.
         arguments: dict[str, Any] = {"save_num_checkpoints_to_keep": -1}
         if isinstance(self.folder, S3Folder):
             arguments["save_folder"] = self._stage()
-            self.uploads = Uploads(self.folder, self.lease, keep, self.config.supervision.patience)
-        elif keep >= 0:
-            self.pruning = Pruning(self.folder, keep)
+            self.uploads = Uploads(self.folder, self.lease, self.keep, self.config.supervision.patience)
+            self.eviction.check = self.uploads.check
         if name is not None:
             arguments |= {"load_path": str(self._local(name)), "load_weights_only": False, "load_ignore_keys": None}
         return arguments
@@ -99,7 +98,7 @@ class Supervision:
     def _find(self) -> str | None:
         """The checkpoint to resume from. Deletes first what a kill left incomplete."""
         found = checkpoints(self.folder)
-        if self.resumes:
+        if self.config.trainer.get("autoresume"):
             before = self.folder.read(CONFIG)
             if before is not None:
                 check_same_config(self.config, before.decode(), f"{self.uri}/{CONFIG}")
@@ -132,40 +131,39 @@ class Supervision:
         return self.staging / "resume" / name
 
     def attach(self, trainer: Trainer) -> None:
-        """Adds the callbacks to the trainer, once it has loaded the checkpoint."""
+        """Supervises the trainer, which has loaded the checkpoint."""
         shutil.rmtree(self.staging / "resume", ignore_errors=True)
         if self._outdated:  # on rank 0; not before the new run has all that it needs
             self.folder.delete(self._outdated)
         saver = trainer._checkpoint_saver
+        if saver is not None:
+            saver._save_checkpoint = partial(self._save, saver, saver._save_checkpoint)
         self.eviction.saver = saver
-        if saver is not None and self.uploads is None:  # Composer writes to the run's folder itself
-            saver._save_checkpoint = self._if_held(saver._save_checkpoint)
-        for callback in (self.uploads, self.pruning):
-            if callback is not None:
-                callback.saver = saver
-                trainer.state.callbacks.append(callback)  # after the saver
         self.eviction.before_leaving = self.finish
         trainer.state.callbacks.append(self.eviction)
 
-    def _if_held(self, save: Callable[..., None]) -> Callable[..., None]:
-        def save_if_held(state: State, logger: Logger) -> None:
+    def _save(self, saver: CheckpointSaver, save: Callable[..., None], state: State, logger: Logger) -> None:
+        """Lets Composer save a checkpoint; then uploads it, or prunes the folder."""
+        if self.uploads is None:  # Composer writes to the run's folder itself
             self.lease.check()
-            save(state, logger)
-
-        return save_if_held
+        before = len(saver.saved_checkpoints)
+        save(state, logger)
+        new = saver.saved_checkpoints[before:]  # none on a rank that doesn't write
+        if self.uploads is not None:
+            self.uploads.take(new)
+        elif new and self.keep >= 0 and dist.get_global_rank() == 0:
+            prune(self.folder, self.keep)
 
     def finish(self) -> None:
         """Waits until all checkpoints are uploaded, on all ranks."""
         if self.uploads is not None:
-            self.uploads.take()
             self.uploads.wait()
         if dist.get_world_size() > 1:
             dist.barrier()
 
     def close(self) -> None:
         """Releases the folder."""
-        if self.eviction.installed:
-            self.eviction.end()
+        self.eviction.end()
         if self.uploads is not None and not self.uploads.end():
             return  # it continues until the process ends, so its files stay, and the lease, which then beats no more
         if self.uploads is not None and dist.get_local_rank() == 0:

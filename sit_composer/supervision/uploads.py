@@ -8,18 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from composer.callbacks import CheckpointSaver
-from composer.core import Callback, State
-from composer.loggers import Logger
 from composer.utils import dist
 
 from sit_composer.checkpoint.folder import prune
 from sit_composer.checkpoint.safe_load import METADATA, load_metadata, sharded_files
-from sit_composer.storage import RunFolder, S3Folder, StorageError
+from sit_composer.storage import S3Folder, StorageError
 from sit_composer.supervision.lease import Lease
 
 
-class Uploads(Callback):
+class Uploads:
     """Uploads each checkpoint while training continues, one at a time, and prunes the old ones there.
 
     The lease is checked before each request that makes a file appear. For a file in parts this is the last request,
@@ -38,32 +35,16 @@ class Uploads(Callback):
         self.lease = lease
         self.keep = keep
         self.patience = patience
-        self.saver: CheckpointSaver | None = None
         self.failure: StorageError | None = None
-        self._seen = 0
         self._jobs: queue.Queue[Path | None] = queue.Queue()  # None: the end
         self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
         self._thread.start()
-
-    def batch_start(self, state: State, logger: Logger) -> None:
-        self.check()
-
-    def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        self.take()
-
-    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
-        self.take()
-
-    def fit_end(self, state: State, logger: Logger) -> None:
-        self.take()
-        self.wait()
 
     def check(self) -> None:
         """Raises StorageError if an upload has failed for good, or the lease is lost."""
         if self.failure is not None:
             raise self.failure
-        if self.lease.lost is not None:
-            raise StorageError(self.lease.lost)
+        self.lease.raise_if_lost()
 
     def wait(self) -> None:
         """Waits for all uploads."""
@@ -76,14 +57,12 @@ class Uploads(Callback):
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
-    def take(self) -> None:
-        """Queues the checkpoints saved since the last call."""
-        new = self.saver.saved_checkpoints[self._seen :]
-        self._seen += len(new)
-        for path in new:
+    def take(self, files: list[str]) -> None:
+        """Queues files that Composer has saved: a ``.pt``, or a shard with those beside it."""
+        for file in files:
             if self._jobs.unfinished_tasks:  # so local space for two checkpoints is enough
                 self.wait()
-            self._jobs.put(Path(path))
+            self._jobs.put(Path(file))
 
     def _work(self) -> None:
         while (path := self._jobs.get()) is not None:
@@ -140,21 +119,3 @@ class Uploads(Callback):
                     print(f"warning: {error}; retrying for up to {self.patience:.0f} s", file=sys.stderr, flush=True)
                 time.sleep(pause)
                 pause = min(2 * pause, 30)
-
-
-class Pruning(Callback):
-    """Deletes old checkpoints from a folder on a file system, after each save."""
-
-    def __init__(self, folder: RunFolder, keep: int):
-        self.folder = folder
-        self.keep = keep
-        self.saver: CheckpointSaver | None = None
-        self._seen = 0
-
-    def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        if self.saver is not None and len(self.saver.saved_checkpoints) > self._seen:
-            self._seen = len(self.saver.saved_checkpoints)
-            if dist.get_global_rank() == 0:
-                prune(self.folder, self.keep)
-
-    epoch_checkpoint = batch_checkpoint

@@ -20,6 +20,7 @@ from sit_composer.data import stream
 from sit_composer.data.stream import DataError, load_spec
 from sit_composer.storage import LocalFolder, S3Folder, StorageError
 from sit_composer.supervision.lease import NAME, Lease
+from sit_composer.supervision.uploads import Uploads
 from tests.conftest import ROOT
 from tests.data.test_loader import LOADERS, SAMPLES, gather, loader, write_digits
 from tests.helpers.fault_proxy import FaultProxy
@@ -169,8 +170,6 @@ def test_letting_go_does_not_wait_for_a_store_that_stalls(proxy):
 
 
 def test_a_run_that_was_cut_off_from_the_store_writes_no_more_when_it_is_back(proxy, s3, tmp_path, monkeypatch):
-    from sit_composer.supervision.supervisor import Uploads
-
     monkeypatch.setattr(storage, "ATTEMPTS", 1)
     folder = S3Folder("s3://sit/run")
     cut_off = Lease(folder, 0.3)
@@ -197,8 +196,6 @@ def test_a_run_that_was_cut_off_from_the_store_writes_no_more_when_it_is_back(pr
 @pytest.mark.parametrize("name", ["ep0-ba2-rank0.pt", "ep0-ba2/.metadata"])
 def test_an_upload_that_began_before_a_takeover_does_not_appear_after_it(proxy, s3, tmp_path, name):
     """Of a file in two parts before they are put together; of a small one before the second attempt."""
-    from sit_composer.supervision.supervisor import Uploads
-
     folder = S3Folder("s3://sit/run")
     zombie = Lease(folder, 60)
     zombie.acquire()
@@ -270,7 +267,7 @@ def test_a_run_whose_uploads_fail_for_good_ends_with_one_line(run, proxy, capsys
 
 FAILS_ON_RANK_1 = """
 import os, sys
-from sit_composer.callbacks import RunRecord
+from sit_composer.callbacks.run_record import RunRecord
 from sit_composer.storage import StorageError
 from tests.helpers.ranks import train
 
