@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed
-from composer.callbacks import CheckpointSaver
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
@@ -26,7 +25,7 @@ class Evicted(Exception):
 
 
 class Eviction(Callback):
-    """After a SIGTERM, leaves training on all ranks at the same point, by `Evicted`; then `save` is to be called.
+    """After a SIGTERM, leaves training on all ranks at the same point, by raising `Evicted`.
 
     That point is the end of a training batch, or the start of a batch of an evaluation or of generated images. An
     evaluation or images due after the last batch are skipped: the resumed run continues with the next batch.
@@ -39,8 +38,6 @@ class Eviction(Callback):
     def __init__(self, grace: float, timeout: float):
         self.grace = grace
         self.timeout = timedelta(seconds=timeout)
-        self.saver: CheckpointSaver | None = None
-        self.before_leaving: Callable[[], None] = lambda: None
         self.check: Callable[[], None] = lambda: None  # raises what ends the run otherwise
         self._training = False
         self._told = False
@@ -103,15 +100,6 @@ class Eviction(Callback):
         """
         if self._training and self._agree():
             raise Evicted
-
-    def save(self, state: State, logger: Logger) -> None:
-        """Saves after `Evicted`, unless this batch is saved already. The model must hold the training weights."""
-        saver = self.saver
-        if saver is not None:
-            saved = [(time.epoch, time.batch) for time in saver.all_saved_checkpoints_to_timestamp.values()]
-            if (state.timestamp.epoch, state.timestamp.batch) not in saved:
-                saver._save_checkpoint(state, logger)
-        self.before_leaving()
 
     def _agree(self) -> bool:
         # Ranks receive the signal at different moments. Their flags are summed on the CPU while the next batch is

@@ -138,8 +138,6 @@ class Supervision:
         saver = trainer._checkpoint_saver
         if saver is not None:
             saver._save_checkpoint = partial(self._save, saver, saver._save_checkpoint)
-        self.eviction.saver = saver
-        self.eviction.before_leaving = self.finish
         trainer.state.callbacks.append(self.eviction)
 
     def _save(self, saver: CheckpointSaver, save: Callable[..., None], state: State, logger: Logger) -> None:
@@ -153,6 +151,15 @@ class Supervision:
             self.uploads.take(new)
         elif new and self.keep >= 0 and dist.get_global_rank() == 0:
             prune(self.folder, self.keep)
+
+    def save_evicted(self, trainer: Trainer) -> None:
+        """Saves after `Evicted`, unless this batch is saved already. The model must hold the training weights."""
+        saver, now = trainer._checkpoint_saver, trainer.state.timestamp
+        if saver is not None:
+            saved = [(time.epoch, time.batch) for time in saver.all_saved_checkpoints_to_timestamp.values()]
+            if (now.epoch, now.batch) not in saved:
+                saver._save_checkpoint(trainer.state, trainer.logger)
+        self.finish()
 
     def finish(self) -> None:
         """Waits until all checkpoints are uploaded, on all ranks."""

@@ -72,15 +72,15 @@ def fit(config: Config, device: str, supervision: Supervision) -> bool:
     callbacks = [*([ema.weights] if ema else []), run_record, *build("callbacks", config.callbacks)]
     algorithms = [*([ema] if ema else []), *build("algorithms", config.algorithms)]
     loggers = build("loggers", config.loggers)
-    schedulers = build("scheduler", config.scheduler or {"constant": {}})
-    before_each = supervision.eviction.leave_if_told
-    callbacks += quality_callbacks(config, inputs, ema.weights if ema else None, before_each, device)
+    (scheduler,) = build("scheduler", config.scheduler or {"constant": {}})
+    weights, before_each = ema.weights if ema else None, supervision.eviction.leave_if_told
+    callbacks += quality_callbacks(config, inputs, weights, before_each, device)
     trainer = build_trainer(
         config,
         resumption,
         model=model,
         optimizers=optimizer,
-        schedulers=schedulers[0],
+        schedulers=scheduler,
         train_dataloader=inputs.loaders["data"],
         eval_dataloader=inputs.loaders.get("eval_data"),
         algorithms=algorithms,
@@ -96,7 +96,7 @@ def fit(config: Config, device: str, supervision: Supervision) -> bool:
         if not is_disk_full(error):
             raise
         where = getattr(error, "filename", None) or resumption.get("save_folder") or supervision.uri
-        raise StorageError(f"{where}: no space left on the disk; make some, and rerun to resume") from error
+        raise StorageError(f"{where}: no space left on the disk; free some, then rerun to resume") from error
     finally:
         for loader in inputs.loaders.values():
             loader.stop()  # Composer stops the training's only
@@ -167,7 +167,7 @@ def run(trainer: Trainer, name: str, ema: EMA | None, supervision: Supervision) 
     except Evicted:
         if ema is not None and ema.weights.swapped:  # an evaluation or sampling was left in its middle
             ema.weights.swap()
-        supervision.eviction.save(trainer.state, trainer.logger)
+        supervision.save_evicted(trainer)
         return False
     supervision.finish()
     return True

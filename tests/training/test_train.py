@@ -474,7 +474,7 @@ def test_a_run_of_another_network_under_the_same_name_is_refused(run, tmp_path, 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["precision=amp_bf16"], "precision: got amp_bf16; there is no GPU here"),
+        (["precision=amp_bf16"], "precision: got amp_bf16, expected fp32: there is no GPU here"),
         (["callbacks.early_stopper={monitor: x, dataloader_label: y, patience: soon}"], "callbacks.early_stopper"),
         (["data.local=nowhere"], "data.local: no shards in 'nowhere'"),
         (["model.num_classes=11"], "has only 10 classes"),
