@@ -114,10 +114,8 @@ class LocalFolder:
         with self._errors():
             for name in names:
                 (self.path / name).unlink(missing_ok=True)
-            parents = {(self.path / name).parent for name in names}
-            if not self._made:
-                parents.discard(self.path)
-            for parent in sorted(parents, reverse=True):
+            kept = set() if self._made else {self.path}
+            for parent in sorted({(self.path / name).parent for name in names} - kept, reverse=True):
                 if parent.is_dir() and not any(parent.iterdir()):
                     parent.rmdir()
 
@@ -151,14 +149,11 @@ class S3Folder:
         self.uri = uri.rstrip("/")
         self.bucket = bucket
         self.prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
-        patient = Config(
-            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},  # with backoff
-            connect_timeout=CONNECT_TIMEOUT,
-            read_timeout=READ_TIMEOUT,
-            tcp_keepalive=True,
-        )
+        retries = {"mode": "standard", "total_max_attempts": ATTEMPTS}  # with backoff
+        timeouts = {"connect_timeout": CONNECT_TIMEOUT, "read_timeout": READ_TIMEOUT}
+        config, endpoint = Config(retries=retries, tcp_keepalive=True, **timeouts), os.environ.get("S3_ENDPOINT_URL")
         with self._errors():
-            self.client = boto3.Session().client("s3", endpoint_url=os.environ.get("S3_ENDPOINT_URL"), config=patient)
+            self.client = boto3.Session().client("s3", endpoint_url=endpoint, config=config)
 
     def listing(self) -> dict[str, int]:
         with self._errors():
