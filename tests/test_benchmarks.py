@@ -17,7 +17,7 @@ from sit_composer.config.load import load_config
 from sit_composer.errors import UserError
 from tests.benchmarks import time_sampling
 from tests.benchmarks.time_sampling import read_idx, steps_to, table, threshold
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 DISTANCES = st.lists(st.floats(0.1, 100), min_size=1, max_size=8)
 

@@ -18,7 +18,8 @@ import torch
 import yaml
 
 from sit_composer.checkpoint.load import load_checkpoint
-from tests.conftest import ROOT, free_ports
+from tests.helpers.paths import ROOT
+from tests.helpers.s3 import free_ports
 
 CLUSTERS = ROOT / "yamls" / "clusters"
 TINY = ["model.hidden_size=32", "model.depth=1", "model.num_heads=2", "scheduler={constant: {}}"]

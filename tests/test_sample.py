@@ -24,7 +24,7 @@ from sit_composer.generate import generate
 from sit_composer.guidance import Guidance
 from sit_composer.sit import SiT
 from sit_composer.transport import Transport
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,11 @@ import pytest
 from sklearn.datasets import load_digits
 
 from sit_composer import storage
-from tests.conftest import ROOT, ROWS, png
-from tests.convert.test_to_mds import read
 from tests.helpers.fault_proxy import FaultProxy
+from tests.helpers.images import png
+from tests.helpers.paths import ROOT
+from tests.helpers.shards import contents, read
+from tests.helpers.tables import ROWS
 
 from convert.engine import output  # isort: skip
 from convert.engine import pipeline  # isort: skip
@@ -40,10 +42,6 @@ def whole(tmp_path, table, convert):
     """The bytes of an undisturbed conversion in this process alone."""
     assert convert(table, "--out", tmp_path / "whole", "--workers", 0)[0] == 0
     return contents(tmp_path / "whole")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def finished(folder: Path) -> list[str]:

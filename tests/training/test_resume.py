@@ -12,8 +12,8 @@ from sit_composer.checkpoint.folder import newest
 from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.safe_load import METADATA, load_file, load_metadata, load_sharded
 from sit_composer.storage import LocalFolder
-from tests.conftest import ROOT
-from tests.training.test_train import COMPOSER, differences
+from tests.helpers.paths import ROOT
+from tests.helpers.runs import COMPOSER, differences
 
 pytestmark = pytest.mark.slow
 MOMENTS = {"middle": 4, "epoch": 7, "evaluation": 5}
