@@ -137,10 +137,12 @@ def _module(description: dict[str, Any], verb: str) -> Callable[..., Any]:
         from convert.sources import hf as hf_source
 
         return {"plan": hf_source.plan_data_set, "read": hf_source.read_data_set}[verb]
+    if format == "digits":
+        from convert.sources import digits
+
+        return {"plan": digits.plan_digits, "read": digits.read_digits}[verb]
     from convert.sources import folder as folder_source
 
-    if format == "digits":
-        return {"plan": folder_source.plan_digits, "read": folder_source.read_digits}[verb]
     return {"plan": folder_source.plan_folder, "read": folder_source.read_folder}[verb]
 
 
