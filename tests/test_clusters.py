@@ -282,7 +282,7 @@ def nodes():
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_nodes_train_what_one_node_with_two_ranks_does(nodes, started, digits_shards, tmp_path):
     def command(node: str, name: str) -> list[str]:
         data = tmp_path / f"shards-{name}-{node}"
@@ -375,7 +375,7 @@ def slurm(request, tmp_path_factory, started):
     time.sleep(1)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_slurm_trains_requeues_what_a_sigterm_has_saved_and_lets_a_cancelled_job_be(slurm, digits_shards, tmp_path):
     """A cluster of this machine, and the training itself, on the digits."""
     log, folder = tmp_path / "log", tmp_path / "run"

@@ -103,7 +103,13 @@ def test_two_ranks_of_which_one_was_told_to_end_in_an_evaluation_resume_to_the_b
     assert len(losses(told, 14)) == 9
 
 
-@pytest.mark.parametrize(("ranks", "way"), [(1, "ddp-compiled"), (2, "fsdp-compiled")])
+@pytest.mark.parametrize(
+    ("ranks", "way"),
+    [
+        pytest.param(1, "ddp-compiled", marks=pytest.mark.nightly),  # minutes of C++ compiler
+        (2, "fsdp-compiled"),
+    ],
+)
 def test_compiled_runs_resume_to_the_bit(digits_shards, tmp_path, ranks, way):
     launch(ranks, digits_shards, tmp_path, *interruptions(way, ["evaluation"]))
     same_bits(tmp_path, way, "evaluation")

@@ -466,6 +466,7 @@ def test_a_broken_shard_stops_the_command_with_its_name(run, digits_shards, tmp_
     assert shard.name in capsys.readouterr().err
 
 
+@pytest.mark.nightly  # CI runs `make quickstart`, which is judged as well
 def test_the_quickstart_draws_digits_that_are_read_as_asked_for(digits_shards, tmp_path):
     """The whole road, by the real launcher: 95 % of 500 guided EMA samples are read as the class asked for."""
     command = [COMPOSER, "-n", "1", "sit_composer/train.py", "yamls/quickstart.yaml"]
