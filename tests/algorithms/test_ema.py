@@ -106,6 +106,7 @@ def test_an_average_of_another_model_is_refused():
         ema.weights.load_state_dict({"params": {"network.other": torch.zeros(1)}})
 
 
+@pytest.mark.slow
 def test_two_ranks_hold_the_same_average_and_it_is_the_closed_form():
     composer = os.path.join(os.path.dirname(sys.executable), "composer")
     command = [composer, "-n", "2", "-m", "tests.helpers.ddp_ema"]

@@ -122,7 +122,7 @@ def test_of_several_that_replace_a_file_at_once_one_does(folder, before):
         return folder.replace(name, before, content)
 
     with ThreadPoolExecutor(8) as pool:
-        for name in map(str, range(20)):
+        for name in map(str, range(20 if isinstance(folder, LocalFolder) else 6)):  # a race in S3 takes seconds
             if before is not None:
                 folder.write(name, before)
             contents = [b"%d" % i for i in range(8)]

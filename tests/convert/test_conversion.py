@@ -65,6 +65,7 @@ def test_the_bytes_are_the_same_whatever_the_workers(tmp_path, table, convert, w
     assert contents(tmp_path / "out") == whole
 
 
+@pytest.mark.slow
 def test_killed_eight_times_it_comes_to_the_same_bytes(tmp_path, table, whole):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "tests.helpers.torture_convert", "8", "25", "3000", table, "--out", out]

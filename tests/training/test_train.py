@@ -242,7 +242,7 @@ def test_a_sigterm_in_an_evaluation_or_in_pictures_leaves_and_saves(
     assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
 
 
-@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("told", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_ends_with_workers_for_its_evaluation_too(digits_shards, tmp_path, told):
     """Its process must: Python waits for workers that are left, and these are deaf to the signal that it sends them."""
     log = tmp_path / "log.txt"
