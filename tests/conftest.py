@@ -19,15 +19,7 @@ from tests.helpers.s3 import SeaweedFS
 
 torch.set_num_threads(1)
 # Tests of data fork, which a process that has trained can't: it holds Composer's threads and a process group.
-FIRST = (
-    "tests/data",
-    "test_faults",
-    "test_resume",
-    "test_torture",
-    "tests/training",
-    "tests/convert",
-    "tests/evaluation",
-)
+FIRST = ("tests/data", "test_faults", "test_torture", "tests/training", "tests/convert", "tests/evaluation")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -95,17 +87,10 @@ def table(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def vae_folder(tmp_path_factory) -> str:
-    """A small AutoencoderKL, made and saved as the real ones are."""
-    from diffusers import AutoencoderKL
+    """A small AutoencoderKL."""
+    from tests.helpers.autoencoders import write_autoencoder
 
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4,
-        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, scaling_factor=0.3, shift_factor=0.05,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("vae")
-    vae.save_pretrained(folder)
-    return str(folder)
+    return write_autoencoder(tmp_path_factory.mktemp("vae"))
 
 
 @pytest.fixture
