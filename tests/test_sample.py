@@ -24,7 +24,7 @@ from sit_composer.generate import generate
 from sit_composer.guidance import Guidance
 from sit_composer.sit import SiT
 from sit_composer.transport import Transport
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +122,7 @@ def evaluations(checkpoints, batches: list[list[int]], count: int) -> dict[int, 
     return taken
 
 
+@pytest.mark.slow
 def test_two_ranks_draw_what_one_draws_and_count_for_both(draw, checkpoints, tmp_path):
     options = ["--num-images", "6", "--num-steps", "5", *UNEVEN]
     assert draw(*options) == 0

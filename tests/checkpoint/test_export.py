@@ -13,7 +13,7 @@ from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.record import digest
 from sit_composer.export import main
 from sit_composer.sit import SiT, build_sit
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 
 @pytest.fixture(scope="module")

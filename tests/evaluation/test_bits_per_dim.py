@@ -17,7 +17,7 @@ from sit_composer.data.loader import build_loader, load_spec
 from sit_composer.data.spec import SPEC_NAME, DataSpec
 from sit_composer.likelihood import dequantize, log_likelihood
 from sit_composer.transport import Transport
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 SMALL = ["model.hidden_size=32", "model.depth=1", "model.num_heads=2", "scheduler={constant: {}}"]
 FIXED = ("--sampling-method", "heun", "--num-steps", "4")

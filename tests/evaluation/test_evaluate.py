@@ -24,7 +24,7 @@ from sit_composer.choices import METRICS
 from sit_composer.evaluation.features import load_inception
 from sit_composer.evaluation.metrics import inception_score, precision_recall
 from sit_composer.evaluation.picture_sets import open_set
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 
 class Features(nn.Module):
