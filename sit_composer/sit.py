@@ -172,7 +172,7 @@ class SiT(nn.Module):
         """
         # By the package's public names, which load on first use: the network itself knows no checkpoint.
         checkpoint = sit_composer.load_checkpoint(sit_composer.fetch(folder_or_hub_id), weights)
-        network = cls(**checkpoint.record["model"])
+        network = cls(**checkpoint.record.model)
         network.load_state_dict(checkpoint.weights)
         return network.eval()
 

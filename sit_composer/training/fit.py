@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from sit_composer.algorithms.ema import EMA
 from sit_composer.autoencoder import AutoencoderSpec, load_autoencoder
 from sit_composer.callbacks.run_record import RunRecord
+from sit_composer.checkpoint.record import Record
 from sit_composer.cli import say
 from sit_composer.config.composer_classes import build
 from sit_composer.config.data_fits import check_data, check_latents
@@ -113,13 +114,13 @@ def fit(config: Config, device: str, supervision: "Supervision") -> bool:
 
     # --- Composer ---
     ema = [EMA(config.ema.decay)] if config.ema is not None else []
-    record = {
-        "model": network_arguments(config.model),
-        "transport": vars(config.transport),
-        "autoencoder": autoencoder.as_dict(),
-        "classes": list(specs["data"].classes),
-        "ema_decay": config.ema.decay if config.ema is not None else None,
-    }
+    record = Record(
+        model=network_arguments(config.model),
+        transport=vars(config.transport),
+        autoencoder=autoencoder,
+        classes=list(specs["data"].classes),
+        ema_decay=config.ema.decay if config.ema is not None else None,
+    )
     run_record = RunRecord(record, partial(save_config, config, supervision.folder) if supervision.folder else None)
     callbacks = [*(e.weights for e in ema), run_record, *build("callbacks", config.callbacks)]
     algorithms, loggers = [*ema, *build("algorithms", config.algorithms)], build("loggers", config.loggers)
