@@ -82,8 +82,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, getattr(Sampling, name))
     args.per_class = args.per_class or 1
-    if args.atol == args.rtol == 0:
-        parser.error("argument --atol: got 0, and --rtol too; expected one of them above 0")
+    choices.check_tolerances(args.atol, args.rtol, "--")
     args.cfg_interval = tuple(args.cfg_interval)
     args.idle_steps = adaptive and args.num_steps is not None  # only a note: the authors' command allows it, too
     args.num_steps = args.num_steps or (50 if ode else 250)

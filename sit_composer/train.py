@@ -16,7 +16,8 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
 from sit_composer.cli import say
 from sit_composer.config.checks import check
 from sit_composer.config.data_fits import check_data, local_spec
-from sit_composer.config.load import documentation, load_config
+from sit_composer.config.documentation import documentation
+from sit_composer.config.load import load_config
 from sit_composer.config.same_run import check_same_run
 from sit_composer.errors import EVICTED, UserError
 

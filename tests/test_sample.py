@@ -288,7 +288,7 @@ def test_training_weights_are_drawn_from_when_asked_for(checkpoints, tmp_path):
             "argument --cfg-interval: has no effect with --cfg",
         ),
         (["--classes", "1", "--labels", "random"], "argument --labels: random has no effect without --num"),
-        (["--atol", "0", "--rtol", "0"], "argument --atol: got 0, and --rtol too; expected one"),
+        (["--atol", "0", "--rtol", "0"], "--atol: got 0, and --rtol too, expected a number above 0"),
         (["--atol", "1e-30", "--rtol", "1e-30"], "the solver gave up"),
         (["--decode-dtype", "float16"], "--decode-dtype: got float16, but "),
         (["--decode-batch-size", "4"], "generates pixels, which need no decoder"),

@@ -223,7 +223,7 @@ def test_a_file_of_an_exported_folder_is_not_read_without_the_record_beside_it(e
         ({"weights": None}, "not an export's"),
         ({"trained": {}}, "not an export's: 'step'"),
         ({"model": {"width": 3}}, "model: "),
-        ({"model": TINY | {"num_heads": 7}}, "model: hidden_size 64 is not a multiple of num_heads 7"),
+        ({"model": TINY | {"num_heads": 7}}, "model: hidden_size: got 64, expected a multiple of num_heads (7)"),
         ({"model": TINY | {"depth": 3}}, "blocks.2.attn.qkv.weight is missing"),
         ({"transport": {"path_type": "linear"}}, "transport: path_type: got 'linear'"),
         ({"autoencoder": {"name": None}}, "autoencoder: "),

@@ -76,7 +76,9 @@ def test_what_a_kill_left_on_the_disk_is_not_resumed_from(run, s3, tmp_path, mon
 def test_a_run_of_another_config_is_refused_from_s3_too(run, s3, capsys):  # noqa: F811
     assert run("trainer.max_duration=2ba", *REMOTE) == 0
     assert run("trainer.max_duration=4ba", *REMOTE, "optimizer.lr=1") == 2
-    assert f"optimizer.lr: got 1.0; the run in {FOLDER}, which this one would resume" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "optimizer.lr: got 1.0, expected 0.003" in error
+    assert f"as the run in {FOLDER}, which this one would resume" in error
 
 
 @pytest.mark.parametrize("fault", ["bucket", "secret"])
