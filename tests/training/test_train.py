@@ -20,7 +20,6 @@ from sit_composer import evaluate, sample
 from sit_composer.callbacks import drawing
 from sit_composer.callbacks.run_record import RunRecord
 from sit_composer.checkpoint.load import load_checkpoint
-from sit_composer.sit import SiT
 from sit_composer.storage import LocalFolder
 from sit_composer.supervision.lease import Lease
 from tests.helpers.digits import write
@@ -49,7 +48,7 @@ def test_flops_per_second_count_whole_batches_with_microbatches_too(run, tmp_pat
         [float(value) for value in re.findall(rf"throughput/{name}_per_sec: ([\d.e+]+)", text)]
         for name in ("flops", "batches")
     )
-    macs = SiT(**load_checkpoint(str(tmp_path / "run")).record["model"]).forward_macs()
+    macs = load_checkpoint(str(tmp_path / "run")).record.build_network().forward_macs()
     assert flops
     for a, b in zip(flops, batches, strict=True):
         assert a / b == pytest.approx(6 * macs * 64, rel=1e-3)
@@ -419,7 +418,7 @@ def test_evaluation_on_latents_of_another_scale_is_refused(run, vae_folder, tmp_
 def test_grey_images_are_encoded_by_an_autoencoder_of_three_channels(run, vae_folder, digits_shards, tmp_path):
     latents = ["model.in_channels=4", "model.input_size=4", f"autoencoder.name={vae_folder}"]
     assert run("trainer.max_duration=1ba", *latents) == 0
-    assert load_checkpoint(str(tmp_path / "run")).record["autoencoder"]["name"] == vae_folder
+    assert load_checkpoint(str(tmp_path / "run")).record.autoencoder.name == vae_folder
 
 
 def test_a_run_of_another_network_under_the_same_name_is_refused(run, tmp_path, capsys):
