@@ -18,8 +18,9 @@ from sit_composer.autoencoder import AutoencoderSpec, from_uint8, load_autoencod
 from sit_composer.checkpoint.load import build_network, load_checkpoint
 from sit_composer.checkpoint.record import describe
 from sit_composer.choices import EXACT_DIMS, Solve
-from sit_composer.data.loader import build_loader, load_spec
+from sit_composer.data.loader import build_loader
 from sit_composer.data.spec import DataSpec
+from sit_composer.data.stream import load_spec
 from sit_composer.errors import UserError
 from sit_composer.likelihood import bits_per_dim, dequantize, log_likelihood
 from sit_composer.outputs import write_json

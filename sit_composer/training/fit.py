@@ -19,7 +19,8 @@ from sit_composer.config.composer_classes import build
 from sit_composer.config.data_fits import check_data, check_latents
 from sit_composer.config.same_run import CONFIG
 from sit_composer.config.schema import Config, ConfigError, network_arguments
-from sit_composer.data.loader import build_loader, load_spec
+from sit_composer.data.loader import build_loader
+from sit_composer.data.stream import load_spec
 from sit_composer.sit import SiT
 from sit_composer.storage import RunFolder, StorageError, is_disk_full
 from sit_composer.supervision.eviction import Evicted

@@ -1,6 +1,6 @@
 """The predicted memory is the measured one, on a CPU; no GPU's was ever measured.
 
-`python -m tests.test_memory CASES` trains with the real command, and prints measured and predicted bytes.
+`python -m tests.costs.test_memory CASES` trains with the real command, and prints measured and predicted bytes.
 """
 
 import json
@@ -17,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
-from sit_composer import memory
 from sit_composer.config.checks import check
 from sit_composer.config.load import load_config
 from sit_composer.config.schema import FSDPConfig, ModelConfig, network_arguments
-from sit_composer.costs import live_bytes
+from sit_composer.costs import estimate, live_bytes, tables
+from sit_composer.memory import UNIMPORTANT
+from sit_composer.memory import main as command
 from sit_composer.sit import SiT
 from sit_composer.transport import Transport
 from tests.conftest import ROOT
@@ -30,7 +31,7 @@ SMALL = {"hidden_size": 64, "depth": 3, "num_heads": 2, "patch_size": 2, "input_
 
 
 def config_of(*overrides: str, yaml: str = "yamls/sit_xl_2.yaml"):
-    config = load_config(str(ROOT / yaml), [*memory.UNIMPORTANT, *overrides])
+    config = load_config(str(ROOT / yaml), [*UNIMPORTANT, *overrides])
     check(config)
     return config
 
@@ -115,7 +116,7 @@ def test_the_ranks_shards_hold_all_parameters(shards, replicas):
     config = config_of("model.name=SiT-S/8")
     config.fsdp = FSDPConfig(data_parallel_replicate_degree=replicas)
     network = SiT(**network_arguments(config.model))
-    got = memory.memory(config, shards * replicas, 1)
+    got = estimate.memory(config, shards * replicas, 1)
     trained = [p for p in network.parameters() if p.requires_grad]
     whole = 4 * sum(p.numel() for p in trained)
     padding = 4 * sum(p.numel() // len(p) for p in trained)  # a row of each at most
@@ -126,29 +127,29 @@ def test_the_ranks_shards_hold_all_parameters(shards, replicas):
 def test_ddp_keeps_20_bytes_a_parameter_and_4_of_buckets():
     config = config_of("model.name=SiT-B/4")
     trained = sum(p.numel() for p in SiT(**network_arguments(config.model)).parameters() if p.requires_grad)
-    alone, eight = memory.memory(config, 1, 4), memory.memory(config, 8, 4)
+    alone, eight = estimate.memory(config, 1, 4), estimate.memory(config, 8, 4)
     kept = alone.weights + alone.gradients + alone.optimizer + alone.ema
     assert kept == pytest.approx(20 * trained, rel=1e-3)
     assert (alone.buffers, eight.buffers) == (0, 4 * trained)
     config.ema = None
-    assert memory.memory(config, 1, 4).total == alone.total - 4 * trained
+    assert estimate.memory(config, 1, 4).total == alone.total - 4 * trained
 
 
 def test_the_largest_microbatch_fits_and_the_next_does_not():
     config = config_of("model.name=SiT-S/8")
-    size, room = memory.fits(config, 8, 39.4), (39.4 * 0.92 - 1) * 2**30
-    totals = [memory.memory(config, 8, n, accumulated=True).total for n in (size, size + 1)]
+    size, room = estimate.fits(config, 8, 39.4), (39.4 * 0.92 - 1) * 2**30
+    totals = [estimate.memory(config, 8, n, accumulated=True).total for n in (size, size + 1)]
     assert totals[0] <= room < totals[1]
-    assert memory.fits(config, 8, 1.2) == 0
+    assert estimate.fits(config, 8, 1.2) == 0
 
 
 def test_cost_is_six_flops_a_forward_mac():
     config = config_of("trainer.max_duration=2ep", "model.name=SiT-S/8")
     macs = SiT(**network_arguments(config.model)).forward_macs()
-    assert memory.steps(config) is None
-    assert memory.steps(config, 1000) == 2 * (1000 // 256)
+    assert estimate.steps(config) is None
+    assert estimate.steps(config, 1000) == 2 * (1000 // 256)
     hours = 6 * macs * 256 * 6 / (0.5 * 312e12) / 3600
-    row = next(r for r in memory.cost_table(config, [1, 4], 0.5, 1000).splitlines() if "A100 40GB" in r)
+    row = next(r for r in tables.cost_table(config, [1, 4], 0.5, 1000).splitlines() if "A100 40GB" in r)
     assert [float(cell) for cell in row.split("|")[3:6]] == pytest.approx([hours, hours, hours / 4], rel=0.01)
 
 
@@ -157,7 +158,7 @@ def test_an_autoencoders_weights_and_work_are_counted(vae_folder):
 
     config = config_of(f"autoencoder.name={vae_folder}", "model.input_size=32")
     vae = KLAutoencoder(vae_folder)
-    weights, working = memory.encoder_memory(config)
+    weights, working = estimate.encoder_memory(config)
     assert weights == sum(p.numel() for p in vae.vae.parameters()) * 4
     pictures = torch.zeros(8, vae.picture_channels, 64, 64)
     with torch.no_grad():
@@ -169,19 +170,19 @@ def test_an_autoencoders_weights_and_work_are_counted(vae_folder):
 
 def test_the_command_prints_tables_and_tells_mistakes(capsys):
     arguments = [str(ROOT / "yamls/sit_b_2.yaml"), "model.name=SiT-S/8", "--ranks", "1,8", "--microbatch", "4,64"]
-    assert memory.main(arguments) == 0
+    assert command(arguments) == 0
     out = capsys.readouterr().out
     assert re.search(r"\| microbatch \| 1 rank \| DDP ×8 \| FSDP2 ×8 \|", out)
     assert "| H200 141GB |" in out
     assert "GPU-hours" in out
-    assert memory.main([arguments[0], "model.nme=SiT-S/8"]) == 2
+    assert command([arguments[0], "model.nme=SiT-S/8"]) == 2
     assert "did you mean name?" in capsys.readouterr().err
     for options in (["--ranks", "0"], ["--all-sizes", "--cpu"], ["--all-sizes", "--ranks", "8,16"]):
         with pytest.raises(SystemExit, match="2"):
-            memory.main([arguments[0], *options])
-    assert memory.main([*arguments[:2], "--ranks", "8", "fsdp.data_parallel_replicate_degree=2"]) == 0
+            command([arguments[0], *options])
+    assert command([*arguments[:2], "--ranks", "8", "fsdp.data_parallel_replicate_degree=2"]) == 0
     assert "| FSDP2 ×8 |" in capsys.readouterr().out
-    assert memory.main([arguments[0], "--encode", "autoencoder.name=yamls"]) == 2
+    assert command([arguments[0], "--encode", "autoencoder.name=yamls"]) == 2
     assert "error: autoencoder.name: yamls holds no AutoencoderKL" in capsys.readouterr().err
 
 
@@ -221,7 +222,7 @@ def test_predicted_memory_is_that_of_real_training(ranks, digits_shards):
     composer = os.path.join(os.path.dirname(sys.executable), "composer")
     cases = [case for number, *case in CASES if number == ranks]
     overrides = json.dumps([case for case, *_ in cases])
-    command = [composer, "-n", str(ranks), "-m", "tests.test_memory", str(digits_shards), overrides]
+    command = [composer, "-n", str(ranks), "-m", "tests.costs.test_memory", str(digits_shards), overrides]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     results = [json.loads(line.partition(" ")[2]) for line in done.stdout.splitlines() if line.startswith("RESULT")]
     assert len(results) == len(cases), done.stdout[-2000:] + done.stderr[-3000:]
@@ -234,12 +235,12 @@ def test_predicted_memory_is_that_of_real_training(ranks, digits_shards):
 def test_predicted_memory_is_what_the_system_sees():
     samples = 8
     sizes = {**SMALL, "hidden_size": 384, "depth": 6, "num_heads": 6, "input_size": 32}
-    program = f"from tests.test_memory import resident; resident({sizes}, {samples})"
+    program = f"from tests.costs.test_memory import resident; resident({sizes}, {samples})"
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}  # freed memory goes back
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, timeout=900)
     config = config_of(*(f"model.{name}={size}" for name, size in sizes.items()), "model.name=null", "precision=fp32")
     config.data.global_batch_size = 2 * samples
-    predicted = memory.memory(config, 1, samples, cuda=False).total
+    predicted = estimate.memory(config, 1, samples, cuda=False).total
     assert int(done.stdout) == pytest.approx(predicted, rel=0.1), done.stderr
 
 
@@ -286,7 +287,7 @@ def main(data: str, cases: list[list[str]]) -> None:
         times = 1 if config.fsdp is None else 2
         top = min(measured(lambda config=config: train.train(config)) for _ in range(times))
         microbatch = min(4, config.data.global_batch_size // ranks)
-        guess = memory.memory(config, ranks, microbatch, cuda=False).total
+        guess = estimate.memory(config, ranks, microbatch, cuda=False).total
         print("RESULT", json.dumps([overrides, top, guess]), flush=True)
 
 

@@ -23,9 +23,9 @@ from streaming import MDSWriter
 from streaming.base.dataset import _ShardState
 from streaming.base.format import Reader
 
-from sit_composer.data.loader import DataError, build_loader, coin, load_spec
+from sit_composer.data.loader import build_loader, coin
 from sit_composer.data.spec import DataSpec
-from sit_composer.data.stream import CheckedStream, shard_fault
+from sit_composer.data.stream import CheckedStream, DataError, load_spec, shard_fault
 from sit_composer.randomness import sample_key
 from tests.data.test_pictures import adm_center_crop, encode
 

@@ -13,8 +13,9 @@ from streaming import MDSWriter
 from sit_composer import bits_per_dim, train
 from sit_composer.autoencoder import KLAutoencoder, from_uint8
 from sit_composer.checkpoint.load import build_network, load_checkpoint
-from sit_composer.data.loader import build_loader, load_spec
+from sit_composer.data.loader import build_loader
 from sit_composer.data.spec import SPEC_NAME, DataSpec
+from sit_composer.data.stream import load_spec
 from sit_composer.likelihood import dequantize, log_likelihood
 from sit_composer.transport import Transport
 from tests.conftest import ROOT
