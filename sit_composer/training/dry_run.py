@@ -1,4 +1,4 @@
-"""What a run would do and whether it could start, for `train.py --dry-run`. It trains nothing and leaves nothing behind.
+"""What a run would do and whether it could start, for `train.py --dry-run`. Nothing is trained or left behind.
 
 It makes every check and prints each result on a line. It uses credentials and never prints them.
 """
@@ -20,7 +20,7 @@ from sit_composer.config.same_run import CONFIG, check_same_config
 from sit_composer.config.schema import Config, ConfigError
 from sit_composer.costs import estimate, tables
 from sit_composer.data.spec import DataSpec
-from sit_composer.data.stream import DataError, read_first_sample
+from sit_composer.data.stream import read_first_sample
 from sit_composer.errors import USAGE, UserError, one_line
 from sit_composer.storage import S3Folder, open_run_folder
 from sit_composer.training.inputs import SECTIONS, check_specs, read_specs
