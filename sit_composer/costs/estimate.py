@@ -27,7 +27,7 @@ GPUS = {
 }
 RESERVE = (0.08, 1.0)  # of a GPU's memory: a part of it, and GiB
 RESERVE_TEXT = f"{RESERVE[0]:.0%} and {RESERVE[1]:g} GiB of the GPU left free"
-LARGEST = 2**20  # samples in a microbatch
+LARGEST = 2**32  # samples in a microbatch
 STABLE_DIFFUSION = {
     "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
