@@ -13,7 +13,9 @@ from sit_composer.choices import (
     PREDICTIONS,
     SDE_METHODS,
 )
+from sit_composer.errors import UserError
 from sit_composer.guidance import Guidance
+from sit_composer.likelihood import log_likelihood
 from sit_composer.samplers import Counted, sample_ode, sample_sde
 from sit_composer.transport import Transport
 
@@ -247,12 +249,27 @@ def test_evaluations_are_counted():
     ("call", "named"),
     [
         (lambda tr: sample_ode(tr, None, torch.zeros(1), sampling_method="Euler"), "sampling_method: got 'Euler'"),
-        (lambda tr: sample_ode(tr, None, torch.zeros(1), num_steps=1), "num_steps: got 1"),
+        (
+            lambda tr: sample_ode(tr, None, torch.zeros(1), num_steps=1),
+            "num_steps: got 1, expected a whole number of at",
+        ),
+        (
+            lambda tr: sample_ode(tr, None, torch.zeros(1), atol=0, rtol=0),
+            "atol: got 0, and rtol too, expected a number",
+        ),
+        (lambda tr: sample_ode(tr, None, torch.zeros(1), rtol=-1), "rtol: got -1, expected a number of at least 0"),
         (lambda tr: sample_sde(tr, None, torch.zeros(1), sampling_method="euler"), "sampling_method: got 'euler'"),
-        (lambda tr: sample_sde(tr, None, torch.zeros(1), last_step_size=1.5), "last_step_size: got 1.5"),
+        (lambda tr: sample_sde(tr, None, torch.zeros(1), last_step_size=1.5), "last_step_size: got 1.5, expected"),
         (lambda tr: sample_sde(tr, None, torch.zeros(1), diffusion_form="none"), "diffusion_form: got 'none'"),
     ],
 )
 def test_a_wrong_option_is_named(call, named):
     with pytest.raises(ValueError, match=re.escape(named)):
         call(Transport())
+
+
+@pytest.mark.parametrize("solve", [sample_ode, log_likelihood])
+def test_a_solver_that_gives_up_says_what_to_do(solve):
+    tr = Transport()
+    with pytest.raises(UserError, match=r"the solver gave up \(underflow in dt .*\); try a larger atol or rtol"):
+        solve(tr, gaussian(tr), torch.randn(2, 1), atol=1e-30, rtol=1e-30)

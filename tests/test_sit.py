@@ -85,9 +85,9 @@ def test_positions_tell_every_cell_apart():
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"hidden_size": 100, "num_heads": 16}, "hidden_size 100 is not a multiple of num_heads 16"),
-        ({"hidden_size": 18, "num_heads": 2}, "multiple of 4"),
-        ({"input_size": 33}, "input_size 33 is not a multiple of patch_size 2"),
+        ({"hidden_size": 100, "num_heads": 16}, r"hidden_size: got 100, expected a multiple of num_heads \(16\)"),
+        ({"hidden_size": 18, "num_heads": 2}, r"hidden_size: got 18, .* and of 4"),
+        ({"input_size": 33}, r"input_size: got 33, expected a multiple of patch_size \(2\)"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(arguments, named):

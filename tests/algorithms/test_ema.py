@@ -104,7 +104,7 @@ def test_evaluation_uses_the_average_and_gives_the_weights_back():
 def test_a_resumed_average_goes_on_to_the_bit(tmp_path):
     whole, ema, _ = trainer_of()
     whole.fit()
-    first, _, _ = trainer_of(tmp_path, max_duration="4ba")  # four batches: an epoch's end, where all RNG is restored
+    first, _, _ = trainer_of(tmp_path, max_duration="4ba")  # an epoch's end, where Composer restores the random state
     first.fit()
     second, resumed, _ = trainer_of(tmp_path / "again", load_path=str(tmp_path / "latest-rank0.pt"))
     second.fit()

@@ -1,4 +1,4 @@
-"""A run whose checkpoints go to object storage, a real one on loopback."""
+"""A run whose checkpoints go to a real object store on loopback."""
 
 import tempfile
 
@@ -30,9 +30,9 @@ def test_each_resume_from_s3_goes_on_from_the_newest_checkpoint(run, s3, tmp_pat
         assert run(f"trainer.max_duration={batches}ba", "trainer.save_num_checkpoints_to_keep=2", *REMOTE) == 0
         assert newest(S3Folder(FOLDER)) == f"ep0-ba{batches}-rank0.pt"
     names = set(S3Folder(FOLDER).listing())
-    assert names == {"config.yaml", "ep0-ba4-rank0.pt", "ep0-ba6-rank0.pt"}  # the oldest was pruned, the lease let go
+    assert names == {"config.yaml", "ep0-ba4-rank0.pt", "ep0-ba6-rank0.pt"}  # the oldest is pruned, the lease released
     assert differences(bits(tmp_path / "whole"), fetched(tmp_path)) == []
-    # The commands read it from there.
+    # The commands read it from S3.
     here = load_checkpoint(str(tmp_path / "whole"))
     there = load_checkpoint(FOLDER)
     assert (there.step, there.source) == (6, FOLDER)
@@ -76,7 +76,9 @@ def test_what_a_kill_left_on_the_disk_is_not_resumed_from(run, s3, tmp_path, mon
 def test_a_run_of_another_config_is_refused_from_s3_too(run, s3, capsys):  # noqa: F811
     assert run("trainer.max_duration=2ba", *REMOTE) == 0
     assert run("trainer.max_duration=4ba", *REMOTE, "optimizer.lr=1") == 2
-    assert f"optimizer.lr: got 1.0; the run in {FOLDER}, which this one would resume" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "optimizer.lr: got 1.0, expected 0.003" in error
+    assert f"as the run in {FOLDER}, which this one would resume" in error
 
 
 @pytest.mark.parametrize("fault", ["bucket", "secret"])
