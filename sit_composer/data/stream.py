@@ -146,7 +146,7 @@ class CheckedStream(Stream):
 
     def _prepare_once(self, shard: Reader) -> int:
         try:
-            for _ in range(2):  # corrupt bytes may come from the transfer
+            for _ in range(2):  # the transfer may have corrupted the bytes
                 grown = super().prepare_shard(shard)
                 fault = self.fault(shard)
                 if fault is None:
