@@ -66,19 +66,6 @@ class Ledger(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
-class Peaks:
-    """Bytes that forward and backward passes hold besides the weights, as lines over the microbatch's size."""
-
-    first: np.ndarray  # (moments, 2), of a step's first microbatch: bytes at 0 samples, and bytes per sample
-    later: np.ndarray  # (moments, 2), of the microbatches after it, which find gradients (under FSDP2: as the first)
-
-    def bytes(self, microbatch: int, accumulated: bool) -> int:
-        """The peak; ``accumulated``: a step has more than one microbatch."""
-        moments = np.concatenate([self.first, self.later]) if accumulated else self.first
-        return int((moments @ [1, microbatch]).max())
-
-
-@dataclass(frozen=True)
 class Step:
     """The part of a config that decides the memory of its passes."""
 
@@ -91,17 +78,26 @@ class Step:
     cuda: bool = True  # autocast follows CUDA's rules; else the CPU's
 
 
+def peak(step: Step, microbatch: int, accumulated: bool) -> int:
+    """The most bytes that the passes hold at once besides the weights.
+
+    Args:
+        accumulated: A step has more than one microbatch, of which the later ones find gradients.
+    """
+    first, later = _lines(step)
+    moments = np.concatenate([first, later]) if accumulated else first
+    return int((moments @ [1, microbatch]).max())
+
+
 @cache
-def peaks(step: Step) -> Peaks:
-    """The step's lines, from its two kinds of microbatch with 2 samples and with 4."""
-    two, four = _histories(step, 2), _histories(step, 4)
-    return Peaks(*(_lines(*bytes_) for bytes_ in zip(two, four, strict=True)))
-
-
-def _lines(two: list[int], four: list[int]) -> np.ndarray:
-    low, high = np.array(two, dtype=np.float64), np.array(four, dtype=np.float64)
-    slope = (high - low) / 2  # unequal lengths raise
-    return np.stack([low - 2 * slope, slope], axis=1)
+def _lines(step: Step) -> list[np.ndarray]:
+    """For a first and a later microbatch, (moments, 2): bytes at 0 samples, and bytes per sample."""
+    lines = []
+    for pair in zip(_histories(step, 2), _histories(step, 4), strict=True):
+        two, four = (np.array(history, dtype=np.float64) for history in pair)
+        slope = (four - two) / 2  # unequal lengths raise
+        lines.append(np.stack([two - 2 * slope, slope], axis=1))
+    return lines
 
 
 def _histories(step: Step, samples: int) -> tuple[list[int], list[int]]:

@@ -42,34 +42,33 @@ def test_predicted_passes_are_those_of_real_tensors():
     gradients = sum(p.numel() for p in SiT(**SMALL).parameters() if p.requires_grad) * 4
     [peaks] = measure("passes", SMALL, samples, cases)
     for (precision, checkpointing), (first, later) in zip(cases, peaks, strict=True):
-        predicted = live_bytes.peaks(step_of(precision=precision, checkpointing=checkpointing))
+        step = step_of(precision=precision, checkpointing=checkpointing)
         case = (precision, checkpointing)
-        assert first == pytest.approx(predicted.bytes(samples, accumulated=False), rel=0.02), case
-        assert later + gradients == pytest.approx(predicted.bytes(samples, accumulated=True), rel=0.02), case
+        assert first == pytest.approx(live_bytes.peak(step, samples, accumulated=False), rel=0.02), case
+        assert later + gradients == pytest.approx(live_bytes.peak(step, samples, accumulated=True), rel=0.02), case
 
 
 def test_any_microbatch_lies_on_the_line():
-    line = live_bytes.peaks(step_of())
-    for samples in (3, 9, 32):
+    for samples in (3, 32):
         first, later = live_bytes._histories(step_of(), samples)
-        assert line.bytes(samples, accumulated=False) == max(first)
-        assert line.bytes(samples, accumulated=True) == max(*first, *later)
+        assert live_bytes.peak(step_of(), samples, accumulated=False) == max(first)
+        assert live_bytes.peak(step_of(), samples, accumulated=True) == max(*first, *later)
 
 
 def test_what_is_saved_grows_with_the_tokens_and_not_with_their_square():
     def a_sample(side: int) -> float:
         step = step_of()
         step = replace(step, network=tuple(sorted({**dict(step.network), "input_size": side}.items())))
-        return live_bytes.peaks(step).bytes(65, False) - live_bytes.peaks(step).bytes(64, False)
+        return live_bytes.peak(step, 65, False) - live_bytes.peak(step, 64, False)
 
     assert a_sample(64) / a_sample(32) == pytest.approx(4, rel=0.02)
 
 
 def test_checkpointing_and_offloading_hold_less_and_bf16_about_half():
-    plain = live_bytes.peaks(step_of()).bytes(64, False)
-    checkpointed = live_bytes.peaks(step_of(checkpointing=True)).bytes(64, False)
-    offloaded = live_bytes.peaks(replace(step_of(offload=True), cuda=True)).bytes(64, False)
-    half = live_bytes.peaks(step_of(precision="amp_bf16")).bytes(64, False)
+    plain = live_bytes.peak(step_of(), 64, False)
+    checkpointed = live_bytes.peak(step_of(checkpointing=True), 64, False)
+    offloaded = live_bytes.peak(replace(step_of(offload=True), cuda=True), 64, False)
+    half = live_bytes.peak(step_of(precision="amp_bf16"), 64, False)
     assert checkpointed < 0.7 * plain
     assert offloaded < 0.7 * plain
     assert 0.5 * plain < half < 0.85 * plain
