@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sit_composer.autoencoder import SLICE_SIZE, find_subfolder
-from sit_composer.config.schema import Config, network_arguments
+from sit_composer.config.schema import Config, FSDPConfig, network_arguments
 from sit_composer.costs.live_bytes import DTYPES, Ledger, Step, peak
 from sit_composer.errors import UserError
 from sit_composer.sit import SiT
@@ -97,7 +97,7 @@ def memory(
         network,
         tuple(sorted(vars(config.transport).items())),
         config.precision,
-        _gathered_dtype(config) if fsdp is not None else None,
+        _gathered_dtype(fsdp, config.precision) if fsdp is not None else None,
         fsdp is not None and fsdp.activation_checkpointing,
         fsdp is not None and fsdp.activation_cpu_offload,
         cuda,
@@ -106,7 +106,7 @@ def memory(
     buffers = 4 * trained if ranks > 1 else 0  # DDP's buckets: in Composer they aren't views of the gradients
     if fsdp is not None:
         passes += 4 * trained  # the gradients' shards
-        buffers = _gathered(config, network)
+        buffers = _gathered(fsdp, config.precision, network)
     fused = fsdp is None and config.precision != "amp_fp16"  # AdamW on a GPU; else it makes temporaries
     temporaries = 8 * largest if not cuda else 0 if fused else 4 * trained
     weights, working = encoder
@@ -122,20 +122,20 @@ def memory(
     )
 
 
-def _gathered_dtype(config: Config) -> torch.dtype:
-    return torch.float32 if config.fsdp.mixed_precision == "FULL" else DTYPES[config.precision]
+def _gathered_dtype(fsdp: FSDPConfig, precision: str) -> torch.dtype:
+    return torch.float32 if fsdp.mixed_precision == "FULL" else DTYPES[precision]
 
 
-def _gathered(config: Config, network: tuple) -> int:
+def _gathered(fsdp: FSDPConfig, precision: str, network: tuple) -> int:
     """The bytes of what FSDP2 gathers and reduces."""
     block = sum(shape.numel() for name, shape, _ in parameters(network) if name.startswith("blocks.0."))
     rest = sum(shape.numel() for name, shape, _ in parameters(network) if not name.startswith("blocks."))
     depth = dict(network)["depth"]
     # Gathered: the root, which stays, and a block in use, the next one and its buffer; or all blocks. Then the
     # gradients of the root and of a block, and the reduction's input, of this block and of the one before.
-    blocks = min(2, depth) if config.fsdp.reshard_after_forward else depth
-    reduced = DTYPES[config.precision] if config.fsdp.mixed_precision == "PURE" else torch.float32
-    return _gathered_dtype(config).itemsize * (2 * rest + (blocks + 2) * block) + 2 * reduced.itemsize * block
+    blocks = min(2, depth) if fsdp.reshard_after_forward else depth
+    reduced = DTYPES[precision] if fsdp.mixed_precision == "PURE" else torch.float32
+    return _gathered_dtype(fsdp, precision).itemsize * (2 * rest + (blocks + 2) * block) + 2 * reduced.itemsize * block
 
 
 def encoder_memory(config: Config) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from sit_composer.sit import SiT
 MICROBATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-def strategies(config: Config, ranks: list[int]) -> dict[str, tuple[Config, int]]:
+def strategies(config: Config, ranks: Sequence[int]) -> dict[str, tuple[Config, int]]:
     """The columns of a table: for each name, a config and its number of ranks.
 
     A DDP config is also shown with FSDP2's defaults. DDP has one column for all numbers of ranks above 1, because the

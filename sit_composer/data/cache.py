@@ -39,6 +39,8 @@ class CheckedDataset(StreamingDataset):
         DataError: if the data are invalid, also later, when a sample is read.
     """
 
+    cache_usage: int  # StreamingDataset's, in memory that all processes share
+
     def __init__(
         self,
         *,
@@ -54,10 +56,11 @@ class CheckedDataset(StreamingDataset):
         self.prefetch_failed: set[int] = set()
         remote = source(remote, local)
         options["cache_limit"] = cache_limit if remote else None  # a limit would delete the source
-        download = {"download_retry": download_retry, "download_timeout": download_timeout}
         for attempts_left in reversed(range(STARTS)):
             try:
-                self.stream = CheckedStream(spec, remote=remote, local=local, **download)
+                self.stream = CheckedStream(
+                    spec, download_retry, remote=remote, local=local, download_timeout=download_timeout
+                )
                 super().__init__(streams=[self.stream], **options)
                 break
             except DataError:

@@ -43,8 +43,8 @@ class SitDataset(CheckedDataset):
         seed: int = 0,
         **options: Any,
     ) -> None:
-        self.image_size = image_size or spec.image_size
-        if spec.kind == "pixels" and self.image_size is None:
+        self.image_size = image_size or spec.image_size or 0
+        if spec.kind == "pixels" and not self.image_size:
             where = options["remote"] or options["local"]
             raise DataError(f"{where}: the images differ in size, expected an image_size to crop them to")
         self.flip = flip
@@ -89,6 +89,8 @@ def coin(key: int) -> bool:
 
 class SitLoader(StreamingDataLoader):
     """A StreamingDataLoader that stops its workers when one of them fails."""
+
+    _iterator: Any
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         try:

@@ -12,7 +12,9 @@ from typing import Any
 SPEC_NAME = "spec.json"
 INDEX_NAME = "index.json"  # streaming's list of the shards
 SPEC_VERSION = 1
-AUTOENCODER = {"name": [str], "channels": [int], "downsample": [int], "scale": [int, float], "shift": [int, float]}
+AUTOENCODER: dict[str, list[type]] = {
+    "name": [str], "channels": [int], "downsample": [int], "scale": [int, float], "shift": [int, float],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -250,10 +250,9 @@ def read_first_sample(spec: DataSpec, remote: str | None, local: str) -> tuple[i
         The number of shards, and the file with the sample.
     """
     remote = source(remote, local)
-    options = {"download_retry": 2, "download_timeout": 60.0, "validate_hash": None, "keep_zip": False}
     with tempfile.TemporaryDirectory() as folder:
-        stream = CheckedStream(spec, remote=remote, local=folder if remote else local, **options)
-        stream.apply_default({**options, "split": None})
+        stream = CheckedStream(spec, 2, remote=remote, local=folder if remote else local)
+        stream.apply_default({"split": None, "download_timeout": 60.0, "validate_hash": None, "keep_zip": False})
         shards = stream.get_shards(None, False)
         if not shards:
             raise DataError(f"{remote or local} has no shard")
