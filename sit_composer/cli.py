@@ -31,6 +31,18 @@ def number(bounds: Bounds) -> Callable[[str], int | float]:
     return parse
 
 
+def refuse_idle(parser: argparse.ArgumentParser, args: argparse.Namespace, *rules: tuple[str, bool, str]) -> None:
+    """Ends the command for an option that was given and has no effect.
+
+    Args:
+        rules: names of options, whether they have an effect, and what is said if not: "without --classes".
+    """
+    for names, has_effect, reason in rules:
+        for name in names.split():
+            if getattr(args, name) is not None and not has_effect:
+                parser.error(f"argument --{name.replace('_', '-')}: has no effect {reason}")
+
+
 def run_command(
     work: Callable[[], int | None],
     stopped: str = "stopped",

@@ -18,7 +18,8 @@ import torch
 import yaml
 
 from sit_composer.checkpoint.load import load_checkpoint
-from tests.conftest import ROOT, free_ports
+from tests.helpers.paths import ROOT
+from tests.helpers.s3 import free_ports
 
 CLUSTERS = ROOT / "yamls" / "clusters"
 TINY = ["model.hidden_size=32", "model.depth=1", "model.num_heads=2", "scheduler={constant: {}}"]
@@ -282,7 +283,7 @@ def nodes():
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_nodes_train_what_one_node_with_two_ranks_does(nodes, started, digits_shards, tmp_path):
     def command(node: str, name: str) -> list[str]:
         data = tmp_path / f"shards-{name}-{node}"
@@ -375,7 +376,7 @@ def slurm(request, tmp_path_factory, started):
     time.sleep(1)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_slurm_trains_requeues_what_a_sigterm_has_saved_and_lets_a_cancelled_job_be(slurm, digits_shards, tmp_path):
     """On a cluster of this machine, with the real training on the digits."""
     log, folder = tmp_path / "log", tmp_path / "run"

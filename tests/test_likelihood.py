@@ -11,7 +11,7 @@ from sit_composer.errors import UserError
 from sit_composer.likelihood import bits_per_dim, dequantize, log_likelihood
 from sit_composer.samplers import sample_ode
 from sit_composer.transport import Transport
-from tests.test_samplers import MEAN, STD, gaussian
+from tests.helpers.gaussian import MEAN, STD, gaussian
 
 
 def exact_log_p(x, mean=MEAN, std=STD):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import sit_composer
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 
 @pytest.mark.parametrize(

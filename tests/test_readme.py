@@ -12,7 +12,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from sit_composer.train import main as train
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)

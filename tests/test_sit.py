@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sit_composer.choices import VARIANTS
 from sit_composer.sit import SiT, build_sit, sincos_positions, size_table
 from sit_composer.transport import Transport
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 
 def test_outputs_losses_and_gradients_are_the_references(tiny, reference, meta):

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from sit_composer.algorithms.ema import EMA
 from sit_composer.callbacks.run_record import RunRecord
+from sit_composer.checkpoint.record import Record
 from sit_composer.cli import say
 from sit_composer.config.composer_classes import build
 from sit_composer.config.same_run import CONFIG
@@ -114,13 +115,13 @@ def build_optimizer(config: Config, network: SiT, device: str) -> torch.optim.Op
 
 def build_record(config: Config, inputs: Inputs, folder: RunFolder | None) -> RunRecord:
     """The callback that keeps in each checkpoint what its weights mean."""
-    record = {
-        "model": network_arguments(config.model),
-        "transport": vars(config.transport),
-        "autoencoder": inputs.autoencoder.as_dict(),
-        "classes": list(inputs.specs["data"].classes),
-        "ema_decay": config.ema.decay if config.ema is not None else None,
-    }
+    record = Record(
+        model=network_arguments(config.model),
+        transport=vars(config.transport),
+        autoencoder=inputs.autoencoder,
+        classes=list(inputs.specs["data"].classes),
+        ema_decay=config.ema.decay if config.ema is not None else None,
+    )
     return RunRecord(record, partial(save_config, config, folder) if folder is not None else None)
 
 

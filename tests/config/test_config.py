@@ -12,7 +12,7 @@ from sit_composer.config.load import load_config
 from sit_composer.config.schema import ConfigError, network_arguments
 from sit_composer.data.spec import DataSpec
 from sit_composer.sit import build_sit
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 QUICKSTART = str(ROOT / "yamls" / "quickstart.yaml")
 PAPER = sorted(path.name for path in (ROOT / "yamls").glob("sit_*.yaml"))

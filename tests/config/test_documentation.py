@@ -1,5 +1,5 @@
 from sit_composer.config.documentation import documentation, markdown
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 
 def test_the_page_of_keys_is_current():

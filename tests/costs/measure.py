@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +22,8 @@ from sit_composer.config.load import load_config
 from sit_composer.costs import estimate
 from sit_composer.sit import SiT
 from sit_composer.transport import Transport
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 KERNELS = {"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}  # read when oneDNN starts: only a new process obeys
 TINY = (
     "run_name=m", "data.num_workers=0", "data.image_size=32", "model.input_size=32", "model.hidden_size=256",

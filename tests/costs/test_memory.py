@@ -17,7 +17,8 @@ from sit_composer.costs import estimate, live_bytes, tables
 from sit_composer.memory import UNIMPORTANT
 from sit_composer.memory import main as command
 from sit_composer.sit import SiT
-from tests.costs.measure import ROOT, measure
+from tests.costs.measure import measure
+from tests.helpers.paths import ROOT
 
 SMALL = {"hidden_size": 64, "depth": 3, "num_heads": 2, "patch_size": 2, "input_size": 16, "num_classes": 10}
 

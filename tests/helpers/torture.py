@@ -23,8 +23,9 @@ from pathlib import Path
 from sit_composer.checkpoint.folder import fetch_checkpoint, newest
 from sit_composer.checkpoint.safe_load import METADATA
 from sit_composer.storage import LocalFolder, S3Folder
-from tests.conftest import ROOT, SeaweedFS
 from tests.helpers.fault_proxy import FaultProxy
+from tests.helpers.paths import ROOT
+from tests.helpers.s3 import SeaweedFS
 
 ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "testkey", "AWS_SECRET_ACCESS_KEY": "testsecret", "AWS_DEFAULT_REGION": "us-east-1"}
 COMPOSER = str(Path(sys.executable).parent / "composer")
@@ -160,7 +161,7 @@ def batch_of(name: str | None) -> int:
 
 def torture(kills: int, ranks: int, fsdp: bool, seed: int, top: Path) -> list[str]:
     """Returns what went wrong."""
-    from tests.training.test_train import differences
+    from tests.helpers.runs import differences
 
     rng, faults, hit = random.Random(seed), [], Counter()
     (top / "s3").mkdir()

@@ -21,11 +21,10 @@ from sit_composer.data.stream import DataError, load_spec
 from sit_composer.storage import LocalFolder, S3Folder, StorageError
 from sit_composer.supervision.lease import NAME, Lease
 from sit_composer.supervision.uploads import Uploads
-from tests.conftest import ROOT
-from tests.data.test_loader import LOADERS, SAMPLES, gather, loader, write_digits
+from tests.helpers.digits import LOADERS, SAMPLES, gather, loader, write_digits
 from tests.helpers.fault_proxy import FaultProxy
-from tests.supervision.test_train_s3 import FOLDER, REMOTE, fetched
-from tests.training.test_train import COMPOSER, QUICKSTART, bits, differences, run  # noqa: F401 - a fixture
+from tests.helpers.paths import ROOT
+from tests.helpers.runs import COMPOSER, FOLDER, QUICKSTART, REMOTE, bits, differences, fetched
 
 pytestmark = pytest.mark.slow  # minutes, of real outages
 KINDS = ("503", "cut", "stall")
@@ -232,7 +231,7 @@ WHOLE = {}
 
 
 @pytest.fixture
-def whole(run, tmp_path) -> dict:  # noqa: F811
+def whole(run, tmp_path) -> dict:
     """The bits of a run of four batches without faults."""
     if not WHOLE:
         assert run("trainer.max_duration=4ba", "data.flip=true", folder="whole") == 0
@@ -240,7 +239,7 @@ def whole(run, tmp_path) -> dict:  # noqa: F811
     return WHOLE
 
 
-def test_a_run_through_faults_of_all_kinds_equals_one_without(run, proxy, tmp_path, whole):  # noqa: F811
+def test_a_run_through_faults_of_all_kinds_equals_one_without(run, proxy, tmp_path, whole):
     for batches in (2, 4):  # the second one resumes
         for pattern in (r"ep0-ba\d", "alive.json", "config.yaml", "list-type"):
             for kind in KINDS:
@@ -254,7 +253,7 @@ def test_a_run_through_faults_of_all_kinds_equals_one_without(run, proxy, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["503", pytest.param("cut", marks=pytest.mark.slow), "stall"])
-def test_a_run_whose_uploads_fail_for_good_ends_with_one_line(run, proxy, capsys, monkeypatch, kind):  # noqa: F811
+def test_a_run_whose_uploads_fail_for_good_ends_with_one_line(run, proxy, capsys, monkeypatch, kind):
     monkeypatch.setattr(storage, "ATTEMPTS", 2)
     proxy.fault(kind, r"(PUT|POST) .*ep0-ba2", after=1000)
     before = time.monotonic()
@@ -293,7 +292,7 @@ def test_an_error_on_one_rank_of_two_ends_the_run(digits_shards, tmp_path):
     assert "error: what only this rank met" in done.stdout + done.stderr
 
 
-def test_a_run_whose_store_is_broken_never_starts_from_zero(run, proxy, capsys, monkeypatch, tmp_path, whole):  # noqa: F811
+def test_a_run_whose_store_is_broken_never_starts_from_zero(run, proxy, capsys, monkeypatch, tmp_path, whole):
     monkeypatch.setattr(storage, "ATTEMPTS", 2)
     assert run("trainer.max_duration=2ba", *REMOTE) == 0
     before = {name: size for name, size in S3Folder(FOLDER).listing().items() if name != NAME}
@@ -382,7 +381,7 @@ def test_a_spec_that_cannot_be_had_is_one_line_that_names_it(proxy, shards, tmp_
         load_spec(shards, str(tmp_path))
 
 
-def test_a_run_whose_shard_cannot_be_had_ends_with_one_line(run, proxy, shards, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_a_run_whose_shard_cannot_be_had_ends_with_one_line(run, proxy, shards, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(stream, "OUTAGE", 1)
     proxy.fault("503", "shard.00003.mds")
     data = [f"data.remote={shards}", f"data.local={tmp_path / 'cache'}", "data.global_batch_size=20"]
@@ -432,7 +431,7 @@ def test_torchs_own_words_for_a_full_disk_are_known(disk, tmp_path):
     assert not storage.is_disk_full(caught.value)
 
 
-def test_a_full_disk_under_the_checkpoints_is_one_line_and_a_rerun_resumes(run, disk, capsys, tmp_path, whole):  # noqa: F811
+def test_a_full_disk_under_the_checkpoints_is_one_line_and_a_rerun_resumes(run, disk, capsys, tmp_path, whole):
     options = [f"trainer.save_folder={disk.path}/run", "trainer.save_interval=2ba", "data.flip=true"]
     assert run("trainer.max_duration=2ba", *options) == 0
     disk.fill(60_000)
@@ -445,7 +444,7 @@ def test_a_full_disk_under_the_checkpoints_is_one_line_and_a_rerun_resumes(run, 
 
 
 def test_a_full_disk_between_a_run_and_s3_is_one_line_and_a_rerun_resumes(
-    run,  # noqa: F811
+    run,
     s3,
     disk,
     capsys,

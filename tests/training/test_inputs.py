@@ -9,7 +9,7 @@ from sit_composer.config.load import load_config
 from sit_composer.config.schema import Config, ConfigError
 from sit_composer.data.stream import DataError
 from sit_composer.training.inputs import check_specs, open_inputs, read_specs
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 
 @pytest.fixture

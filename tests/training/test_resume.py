@@ -12,8 +12,8 @@ from sit_composer.checkpoint.folder import newest
 from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.safe_load import METADATA, load_file, load_metadata, load_sharded
 from sit_composer.storage import LocalFolder
-from tests.conftest import ROOT
-from tests.training.test_train import COMPOSER, differences
+from tests.helpers.paths import ROOT
+from tests.helpers.runs import COMPOSER, differences
 
 pytestmark = pytest.mark.slow
 MOMENTS = {"middle": 4, "epoch": 7, "evaluation": 5}
@@ -103,7 +103,13 @@ def test_two_ranks_resume_to_the_bit_after_a_sigterm_to_one_in_an_evaluation(two
     assert len(losses(told, 14)) == 9
 
 
-@pytest.mark.parametrize(("ranks", "way"), [(1, "ddp-compiled"), (2, "fsdp-compiled")])
+@pytest.mark.parametrize(
+    ("ranks", "way"),
+    [
+        pytest.param(1, "ddp-compiled", marks=pytest.mark.nightly),  # minutes of C++ compiler
+        (2, "fsdp-compiled"),
+    ],
+)
 def test_compiled_runs_resume_to_the_bit(digits_shards, tmp_path, ranks, way):
     launch(ranks, digits_shards, tmp_path, *interruptions(way, ["evaluation"]))
     same_bits(tmp_path, way, "evaluation")

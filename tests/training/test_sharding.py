@@ -16,7 +16,7 @@ from sit_composer.config.schema import FSDPConfig
 from sit_composer.training.model import ComposerSiT
 from sit_composer.training.sharding import parallelism
 from sit_composer.transport import Transport
-from tests.training.test_model import SPEC, batch, small_network
+from tests.helpers.networks import SPEC, batch, small_network
 
 
 @pytest.mark.parametrize("mixed_precision", ["DEFAULT", "PURE", "FULL"])

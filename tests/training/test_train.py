@@ -16,58 +16,16 @@ import torch
 import yaml
 from PIL import Image
 
-from sit_composer import evaluate, sample, train
+from sit_composer import evaluate, sample
 from sit_composer.callbacks import drawing
 from sit_composer.callbacks.run_record import RunRecord
 from sit_composer.checkpoint.load import load_checkpoint
-from sit_composer.sit import SiT
 from sit_composer.storage import LocalFolder
 from sit_composer.supervision.lease import Lease
-from tests.conftest import ROOT
-from tests.data.test_loader import write
+from tests.helpers.digits import write
 from tests.helpers.judge_digits import judge
-
-QUICKSTART = str(ROOT / "yamls" / "quickstart.yaml")
-COMPOSER = os.path.join(os.path.dirname(sys.executable), "composer")
-
-
-@pytest.fixture
-def run(digits_shards, tmp_path):
-    """Runs the training command on a tiny network; returns its exit code."""
-
-    def run(*overrides: str, folder: str = "run") -> int:
-        tiny = [f"data.local={digits_shards}", "model.hidden_size=32", "model.depth=1", "model.num_heads=2"]
-        places = [
-            f"trainer.save_folder={tmp_path / folder}",
-            "trainer.progress_bar=false",
-            "trainer.save_interval=10ba",
-        ]
-        return train.main([QUICKSTART, *tiny, *places, "scheduler={constant: {}}", *overrides])
-
-    return run
-
-
-def state_of(folder) -> dict:
-    return torch.load(folder / "latest-rank0.pt", weights_only=False)["state"]
-
-
-def differences(a, b, path="") -> list[str]:
-    """Where two nested states differ in a bit, except wall-clock times."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        return [d for k in a if "wct" not in str(k) for d in differences(a[k], b[k], f"{path}/{k}")]
-    if isinstance(a, list | tuple):
-        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{path}/{i}")]
-    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(np.all(a == b))
-    return [] if same else [path]
-
-
-def bits(folder) -> dict:
-    state = state_of(folder)
-    average = state["callbacks"]["EMAWeights"]
-    names = ("model", "optimizers", "schedulers", "timestamp", "dataset_state")
-    rng = torch.load(folder / "latest-rank0.pt", weights_only=False)["rng"]
-    return {**{name: state[name] for name in names}, "ema": average, "rng": rng}
+from tests.helpers.paths import ROOT
+from tests.helpers.runs import COMPOSER, QUICKSTART, bits, differences
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -90,7 +48,7 @@ def test_flops_per_second_count_whole_batches_with_microbatches_too(run, tmp_pat
         [float(value) for value in re.findall(rf"throughput/{name}_per_sec: ([\d.e+]+)", text)]
         for name in ("flops", "batches")
     )
-    macs = SiT(**load_checkpoint(str(tmp_path / "run")).record["model"]).forward_macs()
+    macs = load_checkpoint(str(tmp_path / "run")).record.build_network().forward_macs()
     assert flops
     for a, b in zip(flops, batches, strict=True):
         assert a / b == pytest.approx(6 * macs * 64, rel=1e-3)
@@ -283,7 +241,7 @@ def test_a_sigterm_in_an_evaluation_or_while_generating_images_leaves_and_saves(
     assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
 
 
-@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("told", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_ends_with_workers_for_its_evaluation_too(digits_shards, tmp_path, told):
     """Python waits for workers that are left, which ignore the signal that it sends them."""
     log = tmp_path / "log.txt"
@@ -460,7 +418,7 @@ def test_evaluation_on_latents_of_another_scale_is_refused(run, vae_folder, tmp_
 def test_grey_images_are_encoded_by_an_autoencoder_of_three_channels(run, vae_folder, digits_shards, tmp_path):
     latents = ["model.in_channels=4", "model.input_size=4", f"autoencoder.name={vae_folder}"]
     assert run("trainer.max_duration=1ba", *latents) == 0
-    assert load_checkpoint(str(tmp_path / "run")).record["autoencoder"]["name"] == vae_folder
+    assert load_checkpoint(str(tmp_path / "run")).record.autoencoder.name == vae_folder
 
 
 def test_a_run_of_another_network_under_the_same_name_is_refused(run, tmp_path, capsys):
@@ -507,6 +465,7 @@ def test_a_broken_shard_stops_the_command_with_its_name(run, digits_shards, tmp_
     assert shard.name in capsys.readouterr().err
 
 
+@pytest.mark.nightly  # CI runs `make quickstart`, which is judged as well
 def test_the_quickstart_generates_digits_of_the_requested_class(digits_shards, tmp_path):
     """End to end, with the real launcher: a classifier finds the requested class in 95 % of 500 guided EMA samples."""
     command = [COMPOSER, "-n", "1", "sit_composer/train.py", "yamls/quickstart.yaml"]
