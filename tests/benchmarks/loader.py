@@ -26,8 +26,9 @@ from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from sit_composer.data.loader import build_loader, load_spec
+from sit_composer.data.loader import build_loader
 from sit_composer.data.spec import SPEC_NAME, DataSpec
+from sit_composer.data.stream import load_spec
 
 SIDE = 256
 COLUMNS = {

@@ -476,7 +476,8 @@ def many_kinds(tmp_path, jpegs):
 
 
 def load(folder, image_size):
-    from sit_composer.data.loader import build_loader, load_spec
+    from sit_composer.data.loader import build_loader
+    from sit_composer.data.stream import load_spec
 
     spec = load_spec(None, str(folder))
     loader = build_loader(

@@ -12,8 +12,9 @@ from PIL import Image
 
 from convert import to_mds
 from sit_composer.autoencoder import KLAutoencoder, from_uint8
-from sit_composer.data.loader import build_loader, coin, load_spec
+from sit_composer.data.loader import build_loader, coin
 from sit_composer.data.pictures import center_crop, decode_image
+from sit_composer.data.stream import load_spec
 from tests.helpers.paths import ROOT
 
 SIZES = [(24, 20), (16, 16), (40, 18), (17, 33), (64, 64)]  # width, height
