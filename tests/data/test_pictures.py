@@ -308,7 +308,7 @@ def broken() -> dict[str, tuple[bytes, str, str]]:
         "nothing": (b"", "not a picture", "zero bytes"),
         "zeros": (bytes(1000), "not a picture", "not a picture"),
         "HTML": (b"<html>404</html>", "starts with b'<html>404</h'", "starts with b'<html>404</h'"),
-        "rare format": (encode(PHOTOGRAPH, "PCX"), "not a picture", "not a picture"),
+        "rare format": (encode(PHOTOGRAPH, "PCX"), "not a picture", "not an image"),
         "floats": (encode(numbers, "TIFF"), "32-bit", "32-bit"),
         "32-bit integers": (encode(wide, "TIFF"), "32-bit", "32-bit"),
         "JPEG bomb": (large_jpeg(65_000), "bomb", "bomb"),

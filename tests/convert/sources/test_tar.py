@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from convert.sources import tar as tar_source  # noqa: E402
-from convert.sources.parts import in_order  # noqa: E402
-from convert.sources.registry import InputError, describe, plan_source, read_part  # noqa: E402
+from convert.sources import tar as tar_source
+from convert.sources.parts import in_order
+from convert.sources.registry import InputError, describe, plan_source, read_part
 
 
 def tar(members, mode="w"):
@@ -149,26 +149,26 @@ GOOD = [("1.jpg", b"x"), ("1.cls", b"1")]
     [
         ([*GOOD, ("2.jpg", b"x")], {}, "sample 2 has no label 'cls'; it has: jpg .--label-column names"),
         ([("1.jpg", b"x"), ("1.cls", b"")], {}, "sample 1 has no label 'cls'"),
-        ([*GOOD, ("2.jpg", b"x"), ("2.cls", b"wolf")], {}, "sample 2: label 'wolf' is no integer, as the first"),
-        ([*GOOD, ("2.jpg", b"x"), ("2.cls", b"-1")], {}, "sample 2: label -1 is not a class: they are 0 to"),
+        ([*GOOD, ("2.jpg", b"x"), ("2.cls", b"wolf")], {}, "sample 2: label 'wolf' is not an integer, as the first"),
+        ([*GOOD, ("2.jpg", b"x"), ("2.cls", b"-1")], {}, "sample 2: label -1 is not a class, expected 0 to"),
         ([*GOOD, ("2.jpg", b"x"), ("2.cls", b"1000000")], {}, "sample 2: label 1000000 is not a class"),
         ([*GOOD, *GOOD], {}, "t.tar: sample 1 has two members 'jpg'"),
         ([*GOOD, ("2.jpg", b""), ("2.cls", b"1"), *GOOD], {}, "sample 1 occurs twice, or its members do not follow"),
         ([("1.jpg", b""), ("2.jpg", b""), ("1.cls", b"0")], {}, "sample 1 has no label"),
-        ([("1.txt", b"x"), ("1.cls", b"1")], {}, "t.tar holds no picture; its members' extensions are: cls, txt"),
-        ([], {}, "t.tar holds no picture; its members' extensions are: nothing"),
-        (GOOD, {"image_column": "jpeg"}, "t.tar holds no picture; .*: cls, jpg .--image-column chooses one"),
-        ([*GOOD, ("1.png", b"x")], {}, "sample 1 has several pictures .jpg, png.: choose with --image-column"),
+        ([("1.txt", b"x"), ("1.cls", b"1")], {}, "t.tar holds no image; its members' extensions are: cls, txt"),
+        ([], {}, "t.tar holds no image; its members' extensions are: none"),
+        (GOOD, {"image_column": "jpeg"}, "t.tar holds no image; .*: cls, jpg .--image-column chooses one"),
+        ([*GOOD, ("1.png", b"x")], {}, "sample 1 has several images .jpg, png.: choose with --image-column"),
         ([("1.jpg", b"x"), ("1.json", b"{")], {"label_column": "a"}, "sample 1: its json cannot be read"),
         (
             [("1.jpg", b"x"), ("1.json", b"[]")],
             {"label_column": "a.b"},
             "sample 1 has no label 'a.b'; it has: jpg, json",
         ),
-        ([("1.jpg", b"x"), ("1.json", b'{"a": 0.5}')], {"label_column": "a"}, "but 'a' is 0.5"),
-        ([("1.jpg", b"x"), ("1.json", b'{"a": true}')], {"label_column": "a"}, "but 'a' is True"),
+        ([("1.jpg", b"x"), ("1.json", b'{"a": 0.5}')], {"label_column": "a"}, "label 'a' is 0.5, expected an integer"),
+        ([("1.jpg", b"x"), ("1.json", b'{"a": true}')], {"label_column": "a"}, "label 'a' is True, expected"),
         ([("1.jpg", b"x"), ("1.json", b'{"a": null}')], {"label_column": "a"}, "sample 1 has no label 'a'"),
-        ([("1.jpg", b"x" * 3001), ("1.cls", b"1")], {}, "1.jpg has 3001 bytes: no picture or label has so many"),
+        ([("1.jpg", b"x" * 3001), ("1.cls", b"1")], {}, "1.jpg has 3001 bytes, expected at most 3000"),
     ],
 )
 def test_what_is_wrong_with_a_tar_is_one_line(tmp_path, monkeypatch, members, options, message):
