@@ -51,7 +51,7 @@ def run(args: argparse.Namespace, source: dict[str, Any]) -> int:
 
 def _convert(args: argparse.Namespace, source: dict[str, Any], output: Output) -> int:
     if args.latents:
-        source["device"] = device = _latents().default_device()  # another kind of processor gives other bits
+        source["device"] = device = _torch_kinds()[1].default_device()  # another kind of processor gives other bits
         source["encode_dtype"] = args.encode_dtype or ("bfloat16" if device == "cuda" else "float32")
     reading = plan_source(source, args.limit)
     if reading.files:
@@ -63,8 +63,7 @@ def _convert(args: argparse.Namespace, source: dict[str, Any], output: Output) -
         print(f"already converted: {args.out} holds this source, nothing to do")
         return 0
     records = output.begin(plan, args.overwrite)
-    options = _options(args, plan)
-    kind: Kind = _latents().Latents(**options) if args.latents else Pixels(**options)
+    kind, options = _kind(args, plan)
     with _signals_wait():
         from convert.engine.shards import PartWriter  # streaming
 
@@ -96,11 +95,16 @@ def _convert(args: argparse.Namespace, source: dict[str, Any], output: Output) -
     return 0
 
 
-def _options(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
-    """The arguments of the class of what is made of images."""
+def _kind(args: argparse.Namespace, plan: Plan) -> tuple[Kind, dict[str, Any]]:
+    """What is made of images, and the arguments of its class."""
+    options: dict[str, Any] = {"check": args.check or "decode"}
+    if not args.latents and args.image_size is None:
+        return Pixels(**options), options
+    cropping, latents = _torch_kinds()
     if not args.latents:
-        return {"image_size": args.image_size, "quality": args.quality, "check": args.check or "decode"}
-    return {
+        options = {"image_size": args.image_size, "quality": args.quality}
+        return cropping.CroppedPixels(**options), options
+    options = {
         "vae": args.vae,
         "image_size": args.image_size or _first_size(plan, args.skip_bad),
         "crop": args.image_size is not None,
@@ -108,6 +112,7 @@ def _options(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
         "batch_size": args.batch_size,
         "cores": 1 if args.engine == "ray" else len(os.sched_getaffinity(0)),  # ray starts an actor per core
     }
+    return latents.Latents(**options), options
 
 
 def _first_size(plan: Plan, skip_bad: bool) -> int:
@@ -115,7 +120,7 @@ def _first_size(plan: Plan, skip_bad: bool) -> int:
     for part in plan.reading.parts:
         for sample in read_part(plan.source, plan.reading, part):
             try:
-                height, width = _latents().levels(sample.image, 3, None).shape[-2:]
+                height, width = _torch_kinds()[0].levels(sample.image, 3, None).shape[-2:]
             except BadPicture as error:
                 if skip_bad:
                     continue
@@ -187,10 +192,10 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _latents() -> ModuleType:
+def _torch_kinds() -> tuple[ModuleType, ModuleType]:
     with _signals_wait():
-        from convert.kinds import latents  # torch and diffusers
-    return latents
+        from convert.kinds import cropping, latents  # torch
+    return cropping, latents
 
 
 @contextmanager

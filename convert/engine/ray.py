@@ -23,7 +23,7 @@ from convert.engine.decoders import Decoders
 from convert.engine.output import Output, OutputError
 from convert.engine.pipeline import Job, convert_parts
 from convert.engine.shards import PartWriter
-from convert.kinds.pixels import Pixels
+from convert.kinds.latents import Latents
 from convert.sources.parts import InputError
 from sit_composer.errors import UserError
 
@@ -70,7 +70,7 @@ def convert_on_ray(job: Job, options: dict[str, Any], todo: list[int]) -> Iterat
         signal.signal(signal.SIGTERM, handler)  # ray has set its own
         ray.data.DataContext.get_current().enable_progress_bars = False  # `Progress` counts images
         resources = ray.cluster_resources()
-        gpus = int(resources.get("GPU", 0)) if kind is not Pixels else 0
+        gpus = int(resources.get("GPU", 0)) if kind is Latents else 0
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
         cpus = max(1, int(min(node.get("CPU", 0) // node["GPU"] for node in nodes))) if gpus else 1  # per actor
         workers = cpus if gpus else 0

@@ -25,6 +25,17 @@ SHARD = re.compile(r"(again-)?shard\.[\d.]+\.mds")
 FAULTS_SHOWN = 20
 
 
+def run(args: argparse.Namespace) -> int:
+    """Prints the report, and returns the exit code. Raises UserError if the options or the store don't fit."""
+    verification = Verification(args)
+    for line in verification.report():
+        print(line)
+    faults = verification.faults
+    more = f", of which {FAULTS_SHOWN} are shown" if faults > FAULTS_SHOWN else ""
+    print(f"{args.uri}: " + (f"{faults} fault{'' if faults == 1 else 's'}{more}" if faults else "all is well"))
+    return 1 if faults else 0
+
+
 class Verification:
     """The checks of a folder of shards, and the number of their ``faults``. ``args`` is the command line."""
 
@@ -70,7 +81,7 @@ class Verification:
             if self.args.source:
                 report.append(self._check_source(spec))
         if self.args.grid and content.write_grid(self.args.grid):
-            report.append(f"{self.args.grid}: look at it")
+            report.append(f"{self.args.grid}: written")
         return report
 
     def _check_counts(self, spec: DataSpec, shards: list[Reader]) -> None:

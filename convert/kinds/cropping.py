@@ -1,6 +1,7 @@
 """Images cropped as training crops them, for shards of cropped images and of latents. This imports torch."""
 
 import io
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,21 @@ from PIL import Image
 from torch import Tensor
 
 from convert.kinds import BadPicture, Look
-from convert.kinds.pixels import GREY, opened, read_file
+from convert.kinds.pixels import GREY, Pixels, opened, read_file
 from sit_composer.data.pictures import center_crop, decode_image
 
 MAX_PIXELS = 1 << 26  # of an image whose short side is resized, before it is cropped
+
+
+class CroppedPixels(Pixels):
+    """Samples of kind ``pixels``, cropped to squares of ``image_size`` pixels, as training does.
+
+    With a ``quality``, 1 to 100, they become JPEGs; else PNGs, which are lossless.
+    """
+
+    def __init__(self, image_size: int, quality: int | None) -> None:
+        self.prepare = partial(cropped, image_size=image_size, quality=quality)
+        self.preload = ["convert.kinds.cropping"]
 
 
 def cropped(image: bytes | Path | None, image_size: int, quality: int | None) -> tuple[bytes, Look]:

@@ -1,4 +1,4 @@
-"""Images as shards of pixels keep them: their own bytes, or cropped and encoded again."""
+"""Images as shards of pixels keep them, with their own bytes; and what is read of image files."""
 
 import io
 import struct
@@ -21,26 +21,13 @@ BOMB = 89_478_485  # pixels of an image that may be an attack; PIL's Image.MAX_I
 
 
 class Pixels:
-    """Samples of kind ``pixels``.
-
-    Args:
-        image_size: side in pixels to which images are cropped, as training does; None keeps their bytes.
-        quality: of the JPEG that a cropped image becomes, 1 to 100; None makes a PNG, which is lossless.
-        check: for images that keep their bytes: "decode" each, or only read its "header".
-    """
+    """Samples of kind ``pixels``. ``check`` is whether to "decode" each image, or only to read its "header"."""
 
     columns: ClassVar[dict[str, str]] = {"image": "bytes", "label": "int"}
 
-    def __init__(self, image_size: int | None = None, quality: int | None = None, check: str = "decode") -> None:
-        self.image_size = image_size
-        if image_size is None:
-            self.prepare = partial(checked, look=decoded if check == "decode" else glance)
-            self.preload = ["PIL.Image"]
-        else:
-            from convert.kinds import cropping  # torch: images that keep their bytes don't need it
-
-            self.prepare = partial(cropping.cropped, image_size=image_size, quality=quality)
-            self.preload = ["convert.kinds.cropping"]
+    def __init__(self, check: str = "decode") -> None:
+        self.prepare = partial(checked, look=decoded if check == "decode" else glance)
+        self.preload = ["PIL.Image"]
 
     def rows(self, images: Iterable[tuple[Sample, Any]]) -> Iterator[Row]:
         for sample, image in images:

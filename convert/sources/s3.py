@@ -127,7 +127,7 @@ def _path(uri: str) -> str:
     path = uri.removeprefix(SCHEME).rstrip("/")
     bucket = path.partition("/")[0]
     if not bucket or not all(c.isalnum() or c in ".-_" for c in bucket):
-        raise InputError("s3://: expected s3://BUCKET/KEY, without credentials, which come from the environment")
+        raise InputError("s3://: expected s3://BUCKET/KEY (credentials come from the environment)")
     return path
 
 

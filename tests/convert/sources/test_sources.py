@@ -267,7 +267,7 @@ def test_hugging_face_data_set_saved_to_disk(tmp_path, hf_rows, small_parts):
 def test_a_glob_names_a_file_once(tmp_path):
     write_parquet(tmp_path / "a" / "b" / "t.parquet", PICTURES[:2], [0, 1])
     assert read(f"{tmp_path}/**/**/*.parquet")[1] == [(PICTURES[0], 0), (PICTURES[1], 1)]
-    with pytest.raises(InputError, match="no such file or folder; braces are not expanded, but a glob is"):
+    with pytest.raises(InputError, match="no such file or folder; braces are not expanded, but globs are"):
         read(f"{tmp_path}/t-{{0..2}}.parquet")
 
 
