@@ -43,10 +43,8 @@ def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
 
 
 def what_is_made(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that decide what is made of images, as the spec's source records them: those that were given.
-
-    Raises InputError for options that don't go together.
-    """
+    """The options that decide what is made of images, as the spec's source records them: those that were given. Raises
+    InputError for options that don't go together."""
     if args.latents != (args.vae is not None):
         raise InputError("--latents and --vae go together: the latents are that autoencoder's")
     for name in ("encode_dtype", "batch_size"):

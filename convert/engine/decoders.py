@@ -52,10 +52,8 @@ class Decoders:
 
 
 def ahead(prepare: Callable[[Any], Any], samples: Iterable[Numbered], decoders: Decoders) -> Iterator[Prepared]:
-    """Each sample with its prepared image, or with what is wrong with that, in order. Decoders work ahead.
-
-    Raises InputError if one of them dies.
-    """
+    """Each sample with its prepared image, or with what is wrong with that, in order. Decoders work ahead. Raises
+    InputError if one of them dies."""
     if decoders.pool is None:
         for part, sample in samples:
             yield Prepared(part, sample, None if sample is None else _attempt(prepare, sample.image))

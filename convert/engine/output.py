@@ -36,10 +36,8 @@ class OutputError(UserError):
 
 
 class Output:
-    """The place that ``--out`` names. One process holds it, from `begin` on; others may `put` into it meanwhile.
-
-    Raises OutputError, StorageError if it cannot be an output.
-    """
+    """The place that ``--out`` names. One process holds it, from `begin` on; others may `put` into it meanwhile. Raises
+    OutputError, StorageError if it cannot be an output."""
 
     def __init__(self, out: str) -> None:
         self.uri = out
@@ -112,10 +110,8 @@ class Output:
     # --- A conversion's course: begin, put, publish ---
 
     def begin(self, plan: Plan, overwrite: bool) -> dict[int, dict[str, Any]]:
-        """Takes the place. Returns the records of the plan's parts that are finished, by number.
-
-        Raises OutputError if another conversion is at work there, or was begun under another plan.
-        """
+        """Takes the place. Returns the records of the plan's parts that are finished, by number. Raises OutputError if
+        another conversion is at work there, or was begun under another plan."""
         self._take()
         files = _entries(self.place) if self.path else self.store.listing()
         if self.path and PLAN_NAME in files:

@@ -54,10 +54,8 @@ def identity(files: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def vae_identity(vae: str) -> dict[str, str]:
-    """The identity of an autoencoder, as its name may later mean another one: a folder's digest, or a commit.
-
-    Raises InputError if it is not a folder, not in the Hub's cache, and the Hub can't be reached.
-    """
+    """The identity of an autoencoder, as its name may later mean another one: a folder's digest, or a commit. Raises
+    InputError if it is not a folder, not in the Hub's cache, and the Hub can't be reached."""
     if os.path.isdir(vae):
         hashes = []
         for file in sorted(file for file in Path(vae).rglob("*") if file.suffix in (".json", ".safetensors")):

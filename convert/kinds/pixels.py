@@ -56,10 +56,8 @@ def decoded(data: bytes) -> Look:
 
 
 def glance(data: bytes) -> Look:
-    """Reads an image's header, and checks that its file has an end. This is a hundred times as fast as decoding.
-
-    Raises BadPicture if it has no end, or is larger than PIL takes without a warning.
-    """
+    """Reads an image's header, and checks that its file has an end. This is a hundred times as fast as decoding. Raises
+    BadPicture if it has no end, or is larger than PIL takes without a warning."""
     look = _glance_jpeg(data) if data[:2] == b"\xff\xd8" else _glance_png(data) if data[:4] == b"\x89PNG" else None
     if look is None:  # another format, or an unusual one, which PIL may read
         with opened(data) as image:

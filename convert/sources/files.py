@@ -19,10 +19,8 @@ def object_store() -> ModuleType:
 
 
 def list_files(source: str, format: str) -> list[str]:
-    """The files of a format that a path or a glob names, sorted.
-
-    Raises InputError if there are none, or if they are of several splits.
-    """
+    """The files of a format that a path or a glob names, sorted. Raises InputError if there are none, or if they are of
+    several splits."""
     if source.startswith(SCHEME):
         found = object_store().list_remote(source)
         if not found:

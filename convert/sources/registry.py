@@ -34,10 +34,8 @@ def describe(
     config: str | None = None,
     streaming: bool = False,
 ) -> dict[str, Any]:
-    """Settles what a source is: its format, its absolute path or its name, and the columns and split to read.
-
-    Raises InputError if there is no such source, its format is in doubt, or an option does not apply to it.
-    """
+    """Settles what a source is: its format, its absolute path or its name, and the columns and split to read. Raises
+    InputError if there is no such source, its format is in doubt, or an option does not apply to it."""
     is_remote = source.startswith(SCHEME)
     source = SCHEME + source.removeprefix(SCHEME).rstrip("/") if is_remote else source
     format = format or (_infer_remote_format(source) if is_remote else _infer_format(source))

@@ -25,9 +25,7 @@ SILENCE = 30  # seconds without a byte, after which a request has failed
 
 def list_remote(source: str) -> list[str]:
     """The URIs of an object, of all objects below a prefix, or of all that a glob matches, sorted; no hidden ones.
-
-    Raises InputError if the store doesn't answer, or denies access.
-    """
+    Raises InputError if the store doesn't answer, or denies access."""
     path = _path(source)
     segments = path.split("/")
     plain = next((k for k, segment in enumerate(segments) if MAGIC.search(segment)), len(segments))
@@ -58,10 +56,8 @@ def _matches(names: list[str], patterns: list[str]) -> bool:
 
 
 def fingerprint(uri: str) -> dict[str, Any]:
-    """An object's URI, its bytes, and when it was modified.
-
-    Raises InputError if it is not there, or the store doesn't answer.
-    """
+    """An object's URI, its bytes, and when it was modified. Raises InputError if it is not there, or the store doesn't
+    answer."""
     with reading(uri):
         info = _store().get_file_info(_path(uri))
     if info.type != fs.FileType.File:

@@ -107,10 +107,8 @@ def read_labels(table: Table, description: dict[str, Any], or_strings: bool = Tr
 
 
 def _check_labels(table: Table, first: int, labels: pa.Array, classes: int) -> int:
-    """The largest label from row ``first`` on, or -1 if they are strings.
-
-    Raises InputError naming the first row whose label is null or not a class.
-    """
+    """The largest label from row ``first`` on, or -1 if they are strings. Raises InputError naming the first row whose
+    label is null or not a class."""
     if labels.null_count:
         row = first + pc.index(pc.is_null(labels), True).as_py()
         raise InputError(f"{table.name} row {row}: the label is null; --label-column none converts without labels")
@@ -125,10 +123,8 @@ def _check_labels(table: Table, first: int, labels: pa.Array, classes: int) -> i
 
 
 def merge_classes(labels: tuple[Labels, ...]) -> list[str] | None:
-    """The names of the classes of all tables; None if they are integers that were not all read.
-
-    Raises InputError if the tables have different kinds of labels.
-    """
+    """The names of the classes of all tables; None if they are integers that were not all read. Raises InputError if
+    the tables have different kinds of labels."""
     first = labels[0]
     for other in labels:
         if other.kind != first.kind:

@@ -72,10 +72,8 @@ def read_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iter
 def _samples(
     name: str, description: dict[str, Any], read_images: bool = True
 ) -> Iterator[tuple[str, bytes | bool | None, str | None]]:
-    """Where each sample of a tar is, its image (True if it is not read; None if there is none), and its label.
-
-    Raises InputError if the tar is broken or holds no image; if a sample with an image has no label.
-    """
+    """Where each sample of a tar is, its image (True if it is not read; None if there is none), and its label. Raises
+    InputError if the tar is broken or holds no image; if a sample with an image has no label."""
     images = {description["image_column"]} if description["image_column"] else IMAGES
     labels = {"json", description["label_column"]}
     extensions: set[str] = set()
