@@ -37,7 +37,12 @@ class Tally:
         """The counts of several parts together."""
         tally = cls()
         for record in records:
-            tally.merge(record)
+            for label, count in record["counts"].items():
+                tally.counts[int(label)] = tally.counts.get(int(label), 0) + count
+            tally.skipped += record["skipped"]
+            tally.reasons += record["reasons"]
+            tally.colour |= record["colour"]
+            tally.sizes += [size for size in record["sizes"] if size not in tally.sizes]
         return tally
 
     @property
@@ -52,15 +57,6 @@ class Tally:
         self.colour |= not grey
         if len(self.sizes) < 2 and size not in self.sizes:
             self.sizes.append(size)
-
-    def merge(self, record: dict[str, Any]) -> None:
-        """Counts a part's images."""
-        for label, count in record["counts"].items():
-            self.counts[int(label)] = self.counts.get(int(label), 0) + count
-        self.skipped += record["skipped"]
-        self.reasons += record["reasons"]
-        self.colour |= record["colour"]
-        self.sizes += [size for size in record["sizes"] if size not in self.sizes]
 
 
 @dataclass(frozen=True)

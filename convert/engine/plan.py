@@ -15,7 +15,7 @@ from typing import Any
 from convert.sources.parts import InputError, SourcePlan
 
 PLAN_NAME = "plan.json"
-LATE = ("files", "vae_digest", "vae_commit")  # keys of a source that are known only after it has been read
+LATE = ("device", "encode_dtype", "files", "vae_digest", "vae_commit")  # keys that a source gets after the first checks
 FILES_NAMED = 1000  # of more files, a plan keeps only their number, bytes and digest
 
 
