@@ -84,9 +84,10 @@ class LocalFolder:
         """
         file = self.path / name
         with self._errors():
+            if before is None:
+                self._make()
             try:
                 if before is None:
-                    self._make()
                     with open(file, "xb") as new:  # a kill here leaves an empty file
                         new.write(content)
                     return True
