@@ -78,7 +78,7 @@ def load_inception(device: str) -> Callable[[Tensor], dict[str, Tensor]]:
     except Exception as error:
         cache = Path(torch.hub.get_dir(), "checkpoints", Path(URL_INCEPTION_V3).name)
         raise UserError(
-            f"--features inception: its weights come over the network once, and can't be had ({one_line(error)}); "
+            f"--features inception: its weights come over the network once, and could not be loaded ({one_line(error)}); "
             f"put {URL_INCEPTION_V3} at {cache}, or give --features FILE"
         ) from None
     network.to(device)
