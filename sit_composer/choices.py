@@ -147,10 +147,29 @@ def check_tolerances(atol: float, rtol: float, prefix: str = "") -> None:
         raise UserError(f"{prefix}atol: got 0, and {prefix}rtol too, expected a number above 0 for one of them")
 
 
-METRICS = ("fid", "sfid", "is", "precision", "recall", "kid")
-OUTPUT = {"sfid": "spatial", "is": "logits"}  # that a metric needs of the extractor; the others need features
-NEEDS_PICTURES = ("precision", "recall", "kid")  # of the reference too: its statistics don't do
-LEAST = {"fid": 2, "sfid": 2, "is": 20, "precision": 4, "recall": 4, "kid": 2}  # pictures
+WEIGHTS = ("ema", "training")  # of a checkpoint
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a metric of evaluation needs, and how a table shows it."""
+
+    heading: str
+    output: str  # of the extractor: features, spatial or logits
+    reference: str | None  # what it needs of the reference: statistics, images or nothing
+    least: int  # images per set
+    digits: str = ".2f"
+    factor: int = 1  # of the value in the table
+
+
+METRICS = {
+    "fid": Metric("FID", "features", "statistics", least=2),
+    "sfid": Metric("sFID", "spatial", "statistics", least=2),
+    "is": Metric("IS", "logits", None, least=20),
+    "precision": Metric("P", "features", "images", least=4, digits=".3f"),
+    "recall": Metric("R", "features", "images", least=4, digits=".3f"),
+    "kid": Metric("KID × 10³", "features", "images", least=2, digits=".3f", factor=1000),
+}
 
 
 @dataclass(frozen=True)

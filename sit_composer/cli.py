@@ -31,19 +31,36 @@ def number(bounds: Bounds) -> Callable[[str], int | float]:
     return parse
 
 
-def run_command(work: Callable[[], int | None], stopped: str = "stopped") -> int:
-    """Calls a command's work, and returns its exit code. A UserError or OSError is printed as one line.
+def refuse_idle(parser: argparse.ArgumentParser, args: argparse.Namespace, *rules: tuple[str, bool, str]) -> None:
+    """Ends the command for an option that was given and has no effect.
+
+    Args:
+        rules: names of options, whether they have an effect, and what is said if not: "without --classes".
+    """
+    for names, has_effect, reason in rules:
+        for name in names.split():
+            if getattr(args, name) is not None and not has_effect:
+                parser.error(f"argument --{name.replace('_', '-')}: has no effect {reason}")
+
+
+def run_command(
+    work: Callable[[], int | None],
+    stopped: str = "stopped",
+    errors: tuple[type[Exception], ...] = (UserError, OSError),
+) -> int:
+    """Calls a command's work, and returns its exit code. An error of the user's becomes one line, without a traceback.
 
     Args:
         work: returns the exit code; None is 0.
         stopped: what is printed after Ctrl-C.
+        errors: those of the user.
     """
     try:
         return work() or 0
     except KeyboardInterrupt:
         print(f"\n{stopped}", file=sys.stderr)
         return INTERRUPTED
-    except (UserError, OSError) as error:
+    except errors as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
 

@@ -169,7 +169,7 @@ class SiT(nn.Module):
         """
         checkpoints = importlib.import_module("sit_composer.checkpoint.load")  # which itself imports this module
         checkpoint = checkpoints.load_checkpoint(checkpoints.fetch(folder_or_hub_id), weights)
-        network = cls(**checkpoint.record["model"])
+        network = cls(**checkpoint.record.model)
         network.load_state_dict(checkpoint.weights)
         return network.eval()
 

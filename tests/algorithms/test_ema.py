@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from sit_composer.algorithms.ema import EMA
 from sit_composer.callbacks.run_record import RunRecord
 from sit_composer.checkpoint.load import load_checkpoint
+from sit_composer.checkpoint.record import Record
 from sit_composer.training.model import ComposerSiT
 from sit_composer.transport import Transport
 from tests.helpers.averages import DECAY, History, closed_form
@@ -23,7 +24,7 @@ def trainer_of(tmp_path=None, **arguments) -> tuple[Trainer, EMA, History]:
     samples = [{name: column[i] for name, column in data.items()} for i in range(32)]
     model = ComposerSiT(small_network(), Transport(), SPEC)
     ema, history = EMA(DECAY), History()
-    record = {"model": {}, "transport": {}, "autoencoder": SPEC.as_dict(), "classes": []}
+    record = Record(model={}, transport={}, autoencoder=SPEC, classes=[""] * 1000)
     trainer = Trainer(
         model=model, train_dataloader=DataLoader(samples, batch_size=8), eval_dataloader=DataLoader(samples, 8),
         optimizers=torch.optim.AdamW(model.network.parameters(), lr=1e-2), algorithms=[ema], seed=0,
@@ -80,7 +81,7 @@ def test_evaluation_uses_the_average_and_gives_the_weights_back():
 def test_a_resumed_average_goes_on_to_the_bit(tmp_path):
     whole, ema, _ = trainer_of()
     whole.fit()
-    first, _, _ = trainer_of(tmp_path, max_duration="4ba")  # four batches: an epoch's end, where all RNG is restored
+    first, _, _ = trainer_of(tmp_path, max_duration="4ba")  # an epoch's end, where Composer restores the random state
     first.fit()
     second, resumed, _ = trainer_of(tmp_path / "again", load_path=str(tmp_path / "latest-rank0.pt"))
     second.fit()

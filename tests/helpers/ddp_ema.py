@@ -1,4 +1,7 @@
-"""Two ranks under DDP, with other data each: is their average the same, and right?   composer -n 2 -m tests.helpers.ddp_ema"""
+"""Checks that two ranks under DDP, with different data, have the same, correct average:
+
+composer -n 2 -m tests.helpers.ddp_ema
+"""
 
 import torch
 import torch.distributed

@@ -1,4 +1,4 @@
-"""A run whose checkpoints go to object storage, a real one on loopback."""
+"""A run whose checkpoints go to a real object store on loopback."""
 
 import tempfile
 
@@ -19,9 +19,9 @@ def test_each_resume_from_s3_goes_on_from_the_newest_checkpoint(run, s3, tmp_pat
         assert run(f"trainer.max_duration={batches}ba", "trainer.save_num_checkpoints_to_keep=2", *REMOTE) == 0
         assert newest(S3Folder(FOLDER)) == f"ep0-ba{batches}-rank0.pt"
     names = set(S3Folder(FOLDER).listing())
-    assert names == {"config.yaml", "ep0-ba4-rank0.pt", "ep0-ba6-rank0.pt"}  # the oldest was pruned, the lease let go
+    assert names == {"config.yaml", "ep0-ba4-rank0.pt", "ep0-ba6-rank0.pt"}  # the oldest is pruned, the lease released
     assert differences(bits(tmp_path / "whole"), fetched(tmp_path)) == []
-    # The commands read it from there.
+    # The commands read it from S3.
     here = load_checkpoint(str(tmp_path / "whole"))
     there = load_checkpoint(FOLDER)
     assert (there.step, there.source) == (6, FOLDER)

@@ -15,7 +15,7 @@ def shards(tmp_path_factory) -> dict[str, bytes]:
 
 
 def test_a_checkpoint_of_several_ranks_is_complete_when_the_last_shard_is_there(s3, tmp_path, shards):
-    """Rank 0 has only the metadata here, and another rank the shard that they name."""
+    """Here rank 0 has only the metadata, and another rank the shard that the metadata names."""
     folder, place = S3Folder("s3://sit/run"), tmp_path / "ep1-ba30"
     lease = Lease(folder, BEAT)
     lease.acquire()
