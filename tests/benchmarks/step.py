@@ -2,8 +2,8 @@
 
 Trains one network on one batch of latents in two ways, in turn: with a plain loop (posterior, noise, times, loss,
 AdamW, and the average, one parameter at a time), and with Composer's Trainer, `ComposerSiT` and `EMA`, where noise,
-times and label dropout depend on each sample's key. Uses a GPU in bfloat16, if there is one. Prints a Markdown table of the
-medians, and ours over the loop's.
+times and label dropout depend on each sample's key. Uses a GPU in bfloat16, if there is one. Prints a Markdown table
+of the medians, and ours over the loop's.
 """
 
 import argparse
