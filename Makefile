@@ -34,4 +34,7 @@ bench: install
 	$(PYTHON) tests/benchmarks/loader.py --workers 2
 	$(PYTHON) tests/benchmarks/step.py
 lint: install
-	.venv/bin/ruff format --check . && .venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/lint-imports --no-logo
+	.venv/bin/mypy
