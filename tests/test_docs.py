@@ -26,25 +26,26 @@ from omegaconf import OmegaConf
 from sit_composer.config.checks import check
 from sit_composer.config.load import load_config
 from sit_composer.config.schema import Config
-from sit_composer.sit import size_table
-from tests.conftest import ROOT
 
+ROOT = Path(__file__).parents[1]
 ORDER = ("data", "training", "resuming", "clusters", "sampling", "evaluation", "weights", "python")  # others follow
 PAGES = [
     ROOT / "README.md",
     *(ROOT / "docs" / f"{name}.md" for name in ORDER),
     *sorted(path for path in (ROOT / "docs").glob("*.md") if path.stem not in ORDER),
 ]
-COMMANDS = {  # how a command begins: the module whose `main` parses what follows
-    **{f"python -m {name}": name for name in (
-        *(f"sit_composer.{name}" for name in ("sample", "evaluate", "bits_per_dim", "export", "memory")),
-        "tests.helpers.torture",
-    )},
-    **{f"python {path}.py": path.replace("/", ".") for path in (
-        "convert/to_mds", "convert/verify_mds", "sit_composer/train",
-        *(f"tests/benchmarks/{name}" for name in ("convert", "crop", "loader", "step", "time_sampling")),
-    )},
-}  # fmt: skip
+MODULES = (
+    *("sit_composer.sample", "sit_composer.evaluate", "sit_composer.bits_per_dim", "sit_composer.export"),
+    *("sit_composer.memory", "tests.helpers.torture"),
+)
+SCRIPTS = (
+    *("convert/to_mds.py", "convert/verify_mds.py", "sit_composer/train.py", "tests/benchmarks/convert.py"),
+    *("tests/benchmarks/crop.py", "tests/benchmarks/loader.py", "tests/benchmarks/step.py"),
+    "tests/benchmarks/time_sampling.py",
+)
+COMMANDS = {f"python -m {module}": module for module in MODULES} | {  # how a command begins: its module
+    f"python {path}": path.removesuffix(".py").replace("/", ".") for path in SCRIPTS
+}
 OTHERS = ("make", "pip", "huggingface-cli", "python -m pytest")  # whose arguments are not checked
 SECTIONS = {f.name for f in dataclasses.fields(Config)}
 NAMES = re.compile(r"(?:sit_composer|convert|yamls|tests|docs)/[\w/]+(?:\.\w+)?")  # of our files
@@ -198,6 +199,7 @@ def check_command(line: str) -> None:
         check(load_config(arguments.yaml, arguments.overrides), ranks=1)
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "shell")], ids=lambda page: page.stem)
 def test_commands_that_cannot_run_here_have_options_and_keys_that_exist(page, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
@@ -249,6 +251,7 @@ def is_key(name: str) -> bool:
     return re.sub("^eval_data", "data", name) in keys
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # a module without `main` runs again as a script
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_keys_options_and_files_in_the_text_exist(page):
     codes = IN_TEXT.findall(text_of(page))
@@ -270,8 +273,8 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_relative_links_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
-    for link in links:
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text):
         if "://" in link:
             continue
         path, _, anchor = link.partition("#")
@@ -287,10 +290,6 @@ def test_the_readme_is_short_and_leads_to_every_page():
     readme = (ROOT / "README.md").read_text()
     assert len(readme.splitlines()) <= 200
     assert [page.name for page in PAGES[1:] if f"(docs/{page.name})" not in readme] == []
-
-
-def test_the_readme_has_the_table_of_sizes_that_the_code_computes():
-    assert size_table() in (ROOT / "README.md").read_text()
 
 
 def test_images_are_small():
