@@ -135,7 +135,7 @@ def test_a_pages_commands_run(page, reader, names):
                 run(command, reader)
         elif "torch.jit.script" in content:  # which reads its source from a file
             (reader / "block.py").write_text(content)
-            runpy.run_path("block.py")
+            runpy.run_path("block.py", run_name="block")
         else:
             exec(content, names)
     if page.stem == "sampling":
