@@ -2,9 +2,11 @@
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 PYTHON := .venv/bin/python
 RUN := runs/quickstart
+# A file's tests share what they train, so a file is one process's work; tests/conftest.py puts the longest files first.
+PYTEST := $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install quickstart test test-slow bench lint
+.PHONY: install quickstart test test-slow test-nightly bench lint
 .DELETE_ON_ERROR:
 
 install: .venv/installed
@@ -25,9 +27,11 @@ quickstart: install
 	@echo $(RUN)/samples/grid.png
 
 test: install
-	$(PYTHON) -m pytest -n 2 --dist loadfile -m 'not slow'
+	$(PYTEST) -m 'not slow and not nightly'
 test-slow: install
-	$(PYTHON) -m pytest -n 2 --dist loadfile -m slow
+	$(PYTEST) -m 'slow and not nightly'
+test-nightly: install
+	$(PYTEST) -m nightly
 bench: install
 	$(PYTHON) tests/benchmarks/crop.py
 	$(PYTHON) tests/benchmarks/convert.py --latents 0

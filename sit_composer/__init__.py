@@ -4,7 +4,18 @@ The names below load on first use, so that ``import sit_composer`` is light. Non
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # type checkers can't follow __getattr__
+    from sit_composer.checkpoint.load import fetch as fetch
+    from sit_composer.checkpoint.load import load_checkpoint as load_checkpoint
+    from sit_composer.guidance import Guidance as Guidance
+    from sit_composer.likelihood import log_likelihood as log_likelihood
+    from sit_composer.samplers import sample_ode as sample_ode
+    from sit_composer.samplers import sample_sde as sample_sde
+    from sit_composer.sit import SiT as SiT
+    from sit_composer.sit import build_sit as build_sit
+    from sit_composer.transport import Transport as Transport
 
 PUBLIC = {  # name: its module
     "SiT": "sit",

@@ -1,29 +1,14 @@
-"""The names that configs, command lines and code share. Nothing heavy is imported here: a config is checked at once."""
+"""Every option's names, bounds and shared defaults. Config, --help, constructors and commands read them here.
+
+Torch is not imported, so that a command can refuse a wrong value at once.
+"""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from sit_composer.errors import UserError
-
-SIZES = {  # name: (hidden_size, depth, num_heads), table 1 of DiT (arXiv 2212.09748)
-    "S": (384, 12, 6),
-    "B": (768, 12, 12),
-    "L": (1024, 24, 16),
-    "XL": (1152, 28, 16),
-}
-VARIANTS = [f"SiT-{size}/{patch}" for size in SIZES for patch in (2, 4, 8)]
-PATHS = ("Linear", "GVP", "VP")
-PREDICTIONS = ("velocity", "noise", "score")
-LOSS_WEIGHTS = (None, "velocity", "likelihood")
-TIME_SAMPLINGS = ("uniform", "logit-normal")
-DIFFUSION_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
-LAST_STEPS = (None, "Mean", "Tweedie", "Euler")
-SDE_METHODS = ("Euler", "Heun")
-# torchdiffeq's solvers, and heun for its heun2. Two are left out: its fehlberg2 gives wrong answers (0.408 for e⁻¹ in
-# 0.2.5), and its wrapper round scipy's wants options of its own.
-FIXED_STEP_METHODS = ("euler", "heun", "heun2", "heun3", "midpoint", "rk4", "explicit_adams", "implicit_adams")
-ADAPTIVE_METHODS = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
-ODE_METHODS = FIXED_STEP_METHODS + ADAPTIVE_METHODS
 
 
 @dataclass(frozen=True)
@@ -44,56 +29,152 @@ class Bounds:
         return enough and (value < self.most if self.below else value <= self.most)
 
     def check(self, name: str, value: float) -> None:
-        """Raises UserError, naming the option, its value and what is expected, unless the value is within the bounds."""
+        """Raises UserError, naming the option, its value and the bounds, unless the value is within them."""
         if not self.admit(value):
             raise UserError(f"{name}: got {value}, expected {self}")
 
     def __str__(self) -> str:
         kind = "a whole number" if self.whole else "a number"
-        if math.isfinite(self.least) and math.isfinite(self.most):
-            return (
-                f"{kind} in {'(' if self.above else '['}{self.least:.10g}, {self.most:.10g}{')' if self.below else ']'}"
-            )
-        if math.isfinite(self.least):
+        if not math.isfinite(self.least):
+            return kind
+        if not math.isfinite(self.most):
             return f"{kind} above {self.least:g}" if self.above else f"{kind} of at least {self.least:g}"
-        return kind
+        left, right = "(" if self.above else "[", ")" if self.below else "]"
+        return f"{kind} in {left}{self.least:.10g}, {self.most:.10g}{right}"
 
 
 COUNT = Bounds(1, whole=True)
 FROM_ZERO = Bounds(0, whole=True)
+FINITE = Bounds()
 POSITIVE = Bounds(0, above=True)
 NOT_NEGATIVE = Bounds(0)
+BELOW_ONE = Bounds(0, 1, below=True)
+INSIDE_UNIT = Bounds(0, 1, above=True, below=True)
 EPS = Bounds(0, 0.5, below=True)
+TORCH_SEED = Bounds(0, 2**32 - 1, whole=True)
 TIME_POINTS = Bounds(2, whole=True)  # of a solver, both ends included
 
 
-def choose(name: str, value: object, choices: tuple) -> None:
+def choose(name: str, value: object, choices: Collection[object]) -> None:
     """Raises UserError, naming the option, its value and what is expected, unless the value is one of the choices."""
-    if value not in choices:
+    if value not in tuple(choices):
         raise UserError(f"{name}: got {value!r}, expected {', '.join(str(choice) for choice in choices)}")
+
+
+SIZES = {  # name: (hidden_size, depth, num_heads), table 1 of DiT (arXiv 2212.09748)
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+VARIANTS = [f"SiT-{size}/{patch}" for size in SIZES for patch in (2, 4, 8)]
 
 
 def variant(name: str) -> dict[str, int]:
     """The SiT arguments behind a name such as ``"SiT-XL/2"``.
 
     Raises:
-        ValueError: if there is no such variant.
+        UserError: if there is no such variant.
     """
-    choose("model.name", name, tuple(VARIANTS))
+    choose("model.name", name, VARIANTS)
     size, patch = name.removeprefix("SiT-").split("/")
     hidden_size, depth, num_heads = SIZES[size]
     return {"hidden_size": hidden_size, "depth": depth, "num_heads": num_heads, "patch_size": int(patch)}
 
 
-METRICS = ("fid", "sfid", "is", "precision", "recall", "kid")
-OUTPUT = {"sfid": "spatial", "is": "logits"}  # that a metric needs of the extractor; the others need features
-NEEDS_PICTURES = ("precision", "recall", "kid")  # of the reference too: its statistics don't do
-LEAST = {"fid": 2, "sfid": 2, "is": 20, "precision": 4, "recall": 4, "kid": 2}  # pictures
+def check_sizes(hidden_size: int, num_heads: int, input_size: int, patch_size: int, prefix: str = "") -> None:
+    """Raises UserError unless these sizes of a SiT divide each other as they must."""
+    sizes = {"hidden_size": hidden_size, "num_heads": num_heads, "input_size": input_size, "patch_size": patch_size}
+    for name, size in sizes.items():
+        COUNT.check(prefix + name, size)
+    if hidden_size % num_heads or hidden_size % 4:
+        what = f"a multiple of num_heads ({num_heads}), and of 4 for the sin-cos positions"
+        raise UserError(f"{prefix}hidden_size: got {hidden_size}, expected {what}")
+    if input_size % patch_size:
+        raise UserError(f"{prefix}input_size: got {input_size}, expected a multiple of patch_size ({patch_size})")
+
+
+@dataclass(frozen=True)
+class PathFacts:
+    """What the checks must know of a path; its formulas are in `interpolant`. Noise is at t = 0, data at t = 1."""
+
+    pole_at_noise: bool  # α = 0 at t = 0, so that what divides by α has a pole there
+    pole_at_data: bool = False  # dσ/dt is infinite at t = 1, so that the velocity has a pole there, and no path beyond
+    train_eps: float = 1e-3  # how far training times stay from a pole, unless a value is given; as released
+    sample_eps: float = 1e-3  # the same for sampling
+
+
+PATHS = {
+    "Linear": PathFacts(pole_at_noise=True),
+    "GVP": PathFacts(pole_at_noise=True),
+    "VP": PathFacts(pole_at_noise=False, pole_at_data=True, train_eps=1e-5),
+}
+PREDICTIONS = ("velocity", "noise", "score")
+LOSS_WEIGHTS = (None, "velocity", "likelihood")
+TIME_SAMPLINGS = ("uniform", "logit-normal")
+DIFFUSION_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
+LAST_STEPS = (None, "Mean", "Tweedie", "Euler")
+
+
+def check_poles(transport: Any, prefix: str = "") -> None:
+    """Raises UserError for an eps of 0, of a Transport or its config, with which the times would reach a pole.
+
+    Training draws times from [0, 1), so that only the pole at t = 0 matters, which the weights of a noise or score
+    error have. Sampling evaluates both ends: a velocity computed from noise or score has a pole at t = 0.
+    """
+    path, converted = PATHS[transport.path_type], transport.prediction != "velocity"
+    weighted = converted and transport.loss_weight is not None
+    what = f"expected a number above 0, as {transport.path_type} with prediction {transport.prediction}"
+    if transport.train_eps == 0 and weighted and path.pole_at_noise:
+        raise UserError(f"{prefix}train_eps: got 0, {what} and loss_weight {transport.loss_weight} has a pole at t = 0")
+    if transport.sample_eps == 0 and (converted or path.pole_at_data):
+        raise UserError(f"{prefix}sample_eps: got 0, {what} has a pole at t = {int(path.pole_at_data)}")
+
+
+SDE_METHODS = ("Euler", "Heun")
+# torchdiffeq's solvers, with heun as a name for heun2. Two are left out: fehlberg2 gives wrong answers (0.408 for e⁻¹
+# in 0.2.5), and the wrapper around SciPy's solvers takes other options.
+FIXED_STEP_METHODS = ("euler", "heun", "heun2", "heun3", "midpoint", "rk4", "explicit_adams", "implicit_adams")
+ADAPTIVE_METHODS = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
+ODE_METHODS = FIXED_STEP_METHODS + ADAPTIVE_METHODS
+
+
+def check_tolerances(atol: float, rtol: float, prefix: str = "") -> None:
+    """Raises UserError for tolerances below 0, or for two zeros, with which an adaptive solver would never end."""
+    NOT_NEGATIVE.check(f"{prefix}atol", atol)
+    NOT_NEGATIVE.check(f"{prefix}rtol", rtol)
+    if atol == rtol == 0:
+        raise UserError(f"{prefix}atol: got 0, and {prefix}rtol too, expected a number above 0 for one of them")
+
+
+WEIGHTS = ("ema", "training")  # of a checkpoint
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a metric of evaluation needs, and how a table shows it."""
+
+    heading: str
+    output: str  # of the extractor: features, spatial or logits
+    reference: str | None  # what it needs of the reference: statistics, images or nothing
+    least: int  # images per set
+    digits: str = ".2f"
+    factor: int = 1  # of the value in the table
+
+
+METRICS = {
+    "fid": Metric("FID", "features", "statistics", least=2),
+    "sfid": Metric("sFID", "spatial", "statistics", least=2),
+    "is": Metric("IS", "logits", None, least=20),
+    "precision": Metric("P", "features", "images", least=4, digits=".3f"),
+    "recall": Metric("R", "features", "images", least=4, digits=".3f"),
+    "kid": Metric("KID × 10³", "features", "images", least=2, digits=".3f", factor=1000),
+}
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn: the part of the settings that `generate` takes."""
+    """How images are generated: the part of the settings that `generate` takes."""
 
     mode: str = "ODE"
     sampling_method: str = "dopri5"
@@ -110,20 +191,18 @@ class Sampling:
     last_step_size: float = 0.04
 
 
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # other decoders of PIL are not for unknown files
-
-
-EXACT_DIMS = 4096  # the most for which an evaluation of the field may take a backward pass a dimension
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # PIL's other decoders aren't safe for any file
+EXACT_DIMS = 4096  # an exact trace takes one backward pass per dimension; with more, it is refused
 
 
 @dataclass(frozen=True)
 class Solve:
-    """How log p is taken. What the solver doesn't use is None."""
+    """How log p is computed. An option that the solver doesn't use is None."""
 
     sampling_method: str = "dopri5"
     num_steps: int | None = None  # of a fixed-step solver
     atol: float | None = 1e-5  # of an adaptive one
     rtol: float | None = 1e-5
     probes: int | None = 1
-    exact: bool = False  # the whole trace instead of probes
+    exact: bool = False  # the exact trace instead of probes
     seed: int = 0

@@ -1,8 +1,8 @@
-"""What a user is told in one line, without a traceback; and the commands' exit codes."""
+"""The errors that a user sees as one line, without a traceback; and the commands' exit codes."""
 
 USAGE = 2  # a mistake in a config, a command or the data
 INTERRUPTED = 130  # 128 + SIGINT
-EVICTED = 143  # 128 + SIGTERM: schedulers take it for "told to end", and start the job again
+EVICTED = 143  # 128 + SIGTERM: schedulers read it as "told to end", and start the job again
 
 
 class UserError(ValueError):

@@ -3,42 +3,35 @@
 DIR/checkpoint-STEP/ gets
   model.safetensors   the training weights, with the authors' names
   ema.safetensors     their average
-  ema.pt              the average once more, a bare state dict, as the authors' code loads it (their sample.py's --ckpt
-                      builds a network without learn_sigma, and fails on one with it, on their own train.py's too)
-  config.json         what they mean: network, transport, autoencoder, classes
-  trainer_state.json  steps, epochs and samples trained; the source's and the files' hashes
-and with --hub, DIR/hub-STEP/ gets a model's folder for the Hugging Face Hub: the average as model.safetensors,
-config.json, trainer_state.json, and README.md, the model card. `huggingface-cli upload OWNER/NAME DIR/hub-STEP` puts
-it there. `sit_composer.sample` and `SiT.from_pretrained` take either folder. What is there already is left as it is.
+  ema.pt              the average again, as a bare state dict that the authors' code loads (their sample.py's --ckpt
+                      builds a network without learn_sigma, and fails on one with it, even on their own train.py's)
+  config.json         what the weights mean: network, transport, autoencoder, classes
+  trainer_state.json  steps, epochs and samples trained; the hashes of the source and of the files
+With --hub, DIR/hub-STEP/ gets a model's folder for the Hugging Face Hub: the average as model.safetensors,
+config.json, trainer_state.json, and README.md, the model card. `huggingface-cli upload OWNER/NAME DIR/hub-STEP`
+uploads it. `sit_composer.sample` and `SiT.from_pretrained` take either folder. Existing folders are left unchanged.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from sit_composer.errors import UserError
+from sit_composer.cli import make_parser, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 when all is written, 2 for a mistake that it names."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sit_composer.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Returns the exit code: 0 if everything is written, 2 for a mistake that it names."""
+    parser = make_parser("python -m sit_composer.export", __doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's checkpoint file or folder, or the authors'")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the folders go")
+    parser.add_argument("--out", required=True, metavar="DIR", help="parent of the written folders")
     parser.add_argument("--hub", action="store_true", help="write a folder for the Hugging Face Hub as well")
     args = parser.parse_args(argv)
-    try:
-        from sit_composer.checkpoint.export import export  # torch: only once the options are right
+
+    def work() -> None:
+        from sit_composer.checkpoint.export import export  # imports torch: only once the options are valid
 
         export(args.checkpoint, Path(args.out), args.hub)
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A folder of drawn pictures: numbered PNGs, a grid of them, an array, and the settings that they were drawn with."""
+"""A folder of generated images: numbered PNGs, a grid of them, an array, and the settings they were generated with."""
 
 import argparse
 import io
@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,196 +14,99 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch import Tensor
 from torchvision.io import encode_png
 from tqdm import tqdm
 
-from sit_composer.autoencoder import SLICE_SIZE, load_autoencoder, to_uint8
-from sit_composer.checkpoint.load import build_network, load_checkpoint
-from sit_composer.checkpoint.record import describe
+from sit_composer.autoencoder import SLICE_SIZE, Autoencoder, to_uint8
+from sit_composer.checkpoint.load import load_checkpoint
+from sit_composer.checkpoint.record import Checkpoint, Record
 from sit_composer.choices import Sampling
 from sit_composer.errors import UserError
 from sit_composer.generate import Work, generate
 from sit_composer.guidance import Guidance
-from sit_composer.outputs import _write, write_arrays, write_json
-from sit_composer.transport import Transport
+from sit_composer.outputs import write_arrays, write_bytes, write_json
 
 SETTINGS = "sampling.json"
 
 
-def claim(out: Path, settings: dict[str, Any], count: int) -> list[int]:
-    """Makes the folder ours, and gives the indices of the pictures that it lacks.
-
-    Raises:
-        UserError: if it holds something else, which is left as it is.
-    """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out: {out} is a file; it takes a folder")
-    if out.is_dir() and [path.name for path in out.iterdir()] not in ([], [SETTINGS]):  # the settings of none are free
-        try:
-            before = dict(json.loads((out / SETTINGS).read_text()))
-        except (OSError, ValueError, TypeError):
-            raise UserError(f"--out: {out} holds files that are not samples; choose another folder") from None
-        for name, value in settings.items():
-            if before.get(name) != json.loads(json.dumps(value)):
-                raise UserError(f"--out: {out} holds samples with another {name}; delete it or choose another")
-        return [i for i in range(count) if not (out / f"{i:06d}.png").exists()]
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(settings, out / SETTINGS)
-    return list(range(count))
-
-
-def read_pictures(out: Path, count: int) -> list[Image.Image]:
-    """The pictures as PIL images."""
-    pictures = []
-    for i in range(count):
-        with Image.open(out / f"{i:06d}.png") as image:
-            pictures.append(image.copy())
-    return pictures
-
-
-def write_png(picture: Tensor, path: Path) -> None:
-    """Writes a uint8 (C, H, W) picture, all of it or nothing."""
-    _write(path, bytes(encode_png(picture).numpy()))
-
-
-def write_npz(pictures: list[Image.Image], labels: list[int], path: Path) -> None:
-    """Writes the pictures as ADM's evaluation takes them: arr_0, uint8 (N, H, W, 3); the labels lie beside."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_arrays(path, arr_0=np.stack([np.asarray(p.convert("RGB")) for p in pictures]), labels=np.array(labels))
-
-
-def write_grid(pictures: list[Image.Image], labels: list[int], path: Path, columns: int = 10, rows: int = 10) -> None:
-    """Writes a grid of the pictures, small ones enlarged: a row a class where there are several of every one."""
-    classes = sorted(set(labels), key=labels.index)
-    each = [[i for i, label in enumerate(labels) if label == c][:columns] for c in classes[:rows]]
-    if min(map(len, each)) == 1:  # fill the rows
-        shown = range(min(len(labels), rows * columns))
-        width = min(math.ceil(math.sqrt(len(shown))), columns)
-        each = [shown[i : i + width] for i in shown[::width]]
-    side = pictures[0].width
-    zoom = max(1, 48 // side)
-    step = side * zoom + 2
-    grid = Image.new(pictures[0].mode, (max(len(row) for row in each) * step - 2, len(each) * step - 2), "white")
-    for y, row in enumerate(each):
-        for x, i in enumerate(row):
-            grid.paste(pictures[i].resize((side * zoom, side * zoom), Image.NEAREST), (x * step, y * step))
-    buffer = io.BytesIO()
-    grid.save(buffer, "PNG")
-    _write(path, buffer.getvalue())
-
-
 def run(args: argparse.Namespace) -> None:
-    """Draws what is asked for and not there yet; each rank of a launcher its share.
-
-    Raises:
-        UserError: for a checkpoint, class or setting that can't be used.
-    """
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Generates the images that are asked for and missing; each rank of a launcher its share."""
+    rank, _ = my_rank()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     checkpoint = load_checkpoint(args.checkpoint, args.weights)
-    record = checkpoint.record
-    network = build_network(checkpoint, device)
-    guide = weaker = None
-    if args.guide:
-        weaker = load_checkpoint(args.guide, args.weights)
-        for name in ("input_size", "in_channels", "num_classes"):
-            theirs, ours = weaker.record["model"][name], record["model"][name]
-            if theirs != ours:
-                raise UserError(f"--guide: {args.guide} has {name} {theirs}, and {args.checkpoint} has {ours}")
-        for part, names in (("transport", ("path_type", "prediction")), ("autoencoder", record["autoencoder"])):
-            for name in names:
-                theirs, ours = weaker.record[part].get(name), record[part][name]
-                if theirs != ours:
-                    raise UserError(f"--guide: {args.guide} has {part}.{name} {theirs}, {args.checkpoint} has {ours}")
-        if weaker.record["classes"] != record["classes"]:
-            raise UserError(f"--guide: {args.guide} has other classes than {args.checkpoint}, or in another order")
-        guide = build_network(weaker, device)
-    if args.cfg_scale is None:
-        args.cfg_scale = 1.0 if network.null_label is None and guide is None else 4.0
-    if args.cfg_channels is None:
-        args.cfg_channels = record.get("cfg_channels")  # released weights are guided as released
-    for name, default in (("decode_dtype", "float32"), ("decode_batch_size", SLICE_SIZE)):
-        value = getattr(args, name)
-        if record["autoencoder"]["name"] is not None:
-            setattr(args, name, value or default)
-        elif value is not None:
-            option = f"--{name.replace('_', '-')}"
-            raise UserError(f"{option}: got {value}; {args.checkpoint} draws pixels, which nothing decodes")
-    sampling = Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__})
+    weaker = load_checkpoint(args.guide, args.weights) if args.guide else None
+    if weaker is not None:
+        check_guide(args, checkpoint.record, weaker.record)
+    complete(args, checkpoint.record)
+    sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
+    network, guide = checkpoint.build_network(device), weaker and weaker.build_network(device)
     guidance = Guidance(network, sampling.cfg_scale, sampling.cfg_channels, sampling.cfg_interval, guide)
-    labels = choose_labels(args, record["classes"])
+    labels = choose_labels(args, checkpoint.record.classes)
     settings = {
-        "checkpoint": describe(checkpoint),
-        "guide": describe(weaker) if weaker else None,
+        "checkpoint": checkpoint.describe(),
+        "guide": weaker.describe() if weaker else None,
         **asdict(sampling),
         "labels": labels,
-        **{name: record[name] for name in ("model", "transport", "autoencoder")},
+        **checkpoint.record.settings(),
         "decode_dtype": args.decode_dtype,
     }
     out = Path(args.out)
-    if ranks > 1:
-        dist.init_process_group("gloo")
-    todo: list[list[int] | UserError | None] = [None]
-    if rank == 0:
-        try:
-            todo = [claim(out, settings, len(labels))]
-        except (UserError, OSError) as error:
-            todo = [error if isinstance(error, UserError) else UserError(f"--out: {error}")]
-    if ranks > 1:
-        dist.broadcast_object_list(todo)
-    if isinstance(todo[0], UserError):
-        raise todo[0]
-    missing = todo[0][rank::ranks]
+    missing = claim_for_all(out, settings, len(labels))
     if args.idle_steps and rank == 0:
         print(f"note: {sampling.sampling_method} chooses its own steps; --num-steps has no effect", file=sys.stderr)
-    if todo[0]:
-        transport = Transport(**record["transport"])
-        known = record["autoencoder"]
-        vae = {}
-        if known["name"] is not None:
-            vae = {"dtype": getattr(torch, args.decode_dtype), "slice_size": args.decode_batch_size}
-        autoencoder = load_autoencoder(known["name"], known["channels"], device, **vae)
-        if autoencoder.spec.as_dict() != known:
-            raise UserError(
-                f"{args.checkpoint}: trained on latents of {known}, and the autoencoder of that name is now "
-                f"{autoencoder.spec.as_dict()}"
-            )
+    if missing:
         settings["decode_batch_size"] = args.decode_batch_size
-        drawn, before = Work(), Work()
-        if rank == 0:
-            before = Work.of_earlier(out / SETTINGS, len(labels) - len(todo[0]))
-        with tqdm(total=len(missing), unit="img", desc="sampling", disable=True if rank > 0 else None) as bar:
-            for start in range(0, len(missing), args.batch_size):
-                indices = missing[start : start + args.batch_size]
-                latents, used = generate(guidance, transport, [labels[i] for i in indices], indices, sampling)
-                for i, picture in zip(indices, to_uint8(autoencoder.decode(latents)).cpu(), strict=True):
-                    write_png(picture, out / f"{i:06d}.png")
-                bar.update(len(indices))
-                drawn += Work(len(indices), **{name: count * len(indices) for name, count in used.items()})
-                if rank == 0:  # what is known, should it be stopped
-                    write_json({**settings, **(before + drawn).means()}, out / SETTINGS)
-        works = [drawn] * ranks
-        if ranks > 1:
-            # The last that ranks say to each other. The group is not destroyed: while that holds the GIL, Gloo's thread
-            # may want it to free what was gathered, and both wait for ever (seen with torch 2.7.0).
-            dist.all_gather_object(works, drawn)
-        if rank == 0:
-            write_json({**settings, **sum(works, before).means()}, out / SETTINGS)
+        generate_missing(args, checkpoint, guidance, sampling, settings, missing)
     if rank == 0:
-        pictures = read_pictures(out, len(labels))
+        images = read_images(out, len(labels))
         if args.npz:
-            write_npz(pictures, labels, Path(args.npz))
-        write_grid(pictures, labels, out / "grid.png")
+            write_npz(images, labels, Path(args.npz))
+        write_grid(images, labels, out / "grid.png")
         print(out / "grid.png")
 
 
-def choose_labels(args: argparse.Namespace, classes: list[str]) -> list[int]:
-    """The label of each picture to draw, in order of the classes.
+def my_rank() -> tuple[int, int]:
+    """The launcher's rank and number of ranks."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-    Raises:
-        UserError: for a class that there isn't.
-    """
+
+def check_guide(args: argparse.Namespace, record: Record, weaker: Record) -> None:
+    """Raises UserError, naming the difference, if the guide predicts something else than the network."""
+    theirs = field_of(weaker)
+    for name, ours in field_of(record).items():
+        if theirs[name] != ours:
+            raise UserError(f"--guide: {args.guide} has {name} {theirs[name]}, expected {ours} as in {args.checkpoint}")
+    if weaker.classes != record.classes:
+        raise UserError(f"--guide: {args.guide} has other classes than {args.checkpoint}, or in another order")
+
+
+def field_of(record: Record) -> dict[str, Any]:
+    """What networks must share for one to guide the other, besides their classes."""
+    transport = record.build_transport()
+    return {
+        **{name: record.argument(name) for name in ("input_size", "in_channels", "num_classes")},
+        **{f"transport.{name}": getattr(transport, name) for name in ("path_type", "prediction")},
+        **{f"autoencoder.{name}": value for name, value in record.autoencoder.as_dict().items()},
+    }
+
+
+def complete(args: argparse.Namespace, record: Record) -> None:
+    """Sets the defaults that depend on the network; raises UserError for options of a decoder if there is none."""
+    if args.cfg_scale is None:
+        args.cfg_scale = 4.0 if record.has_null_class or args.guide else 1.0
+    if args.cfg_channels is None:
+        args.cfg_channels = record.cfg_channels
+    for name, default in (("decode_dtype", "float32"), ("decode_batch_size", SLICE_SIZE)):
+        value = getattr(args, name)
+        if record.autoencoder.name is not None:
+            setattr(args, name, value or default)
+        elif value is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option}: got {value}, but {args.checkpoint} generates pixels, which need no decoder")
+
+
+def choose_labels(args: argparse.Namespace, classes: list[str]) -> list[int]:
+    """The label of each image, in order of the classes; raises UserError for a class that doesn't exist."""
     if args.classes is None:
         count = args.num_images or 16
         if args.labels == "random":
@@ -214,6 +117,127 @@ def choose_labels(args: argparse.Namespace, classes: list[str]) -> list[int]:
         name = name.strip()
         label = classes.index(name) if name in classes else int(name) if name.isdecimal() else -1
         if not 0 <= label < len(classes):
-            raise UserError(f"--classes: got {name!r}; it takes labels 0 to {len(classes) - 1}, or the classes' names")
+            raise UserError(f"--classes: got {name!r}, expected labels 0 to {len(classes) - 1}, or the classes' names")
         labels += [label] * args.per_class
     return labels
+
+
+def claim_for_all(out: Path, settings: dict[str, Any], count: int) -> list[int]:
+    """What `claim` gives on rank 0, on all ranks; they join a process group."""
+    rank, ranks = my_rank()
+    if ranks > 1:
+        dist.init_process_group("gloo")
+    answer: list[list[int] | UserError | None] = [None]
+    if rank == 0:
+        try:
+            answer = [claim(out, settings, count)]
+        except (UserError, OSError) as error:
+            answer = [error if isinstance(error, UserError) else UserError(f"--out: {error}")]
+    if ranks > 1:
+        dist.broadcast_object_list(answer)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    return answer[0]
+
+
+def claim(out: Path, settings: dict[str, Any], count: int) -> list[int]:
+    """Makes the folder for these settings, and gives the indices of the missing images.
+
+    Raises:
+        UserError: if it holds something else, which is left unchanged.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out: {out} is a file, expected a folder")
+    if out.is_dir() and [path.name for path in out.iterdir()] not in ([], [SETTINGS]):  # settings alone are replaced
+        try:
+            before = dict(json.loads((out / SETTINGS).read_text()))
+        except (OSError, ValueError, TypeError):
+            raise UserError(f"--out: {out} holds files that are not samples; choose another folder") from None
+        for name, value in settings.items():
+            if before.get(name) != json.loads(json.dumps(value)):
+                raise UserError(f"--out: {out} holds samples with another {name}; delete it or choose another")
+        return [i for i in range(count) if not image_file(out, i).exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(settings, out / SETTINGS)
+    return list(range(count))
+
+
+def generate_missing(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    guidance: Guidance,
+    sampling: Sampling,
+    settings: dict[str, Any],
+    missing: list[int],
+) -> None:
+    """Generates this rank's share of the missing images, and notes the work of all ranks with the settings."""
+    rank, ranks = my_rank()
+    out, labels = Path(args.out), settings["labels"]
+    autoencoder, transport = load_decoder(args, checkpoint, guidance), checkpoint.record.build_transport()
+    done, before = Work(), Work()
+    if rank == 0:
+        before = Work.of_earlier(out / SETTINGS, len(labels) - len(missing))
+    share = missing[rank::ranks]
+    with tqdm(total=len(share), unit="img", desc="sampling", disable=True if rank > 0 else None) as bar:
+        for start in range(0, len(share), args.batch_size):
+            indices = share[start : start + args.batch_size]
+            latents, used = generate(guidance, transport, [labels[i] for i in indices], indices, sampling)
+            for i, image in zip(indices, to_uint8(autoencoder.decode(latents)).cpu(), strict=True):
+                write_bytes(bytes(encode_png(image).numpy()), image_file(out, i))
+            bar.update(len(indices))
+            done += Work(len(indices), **{name: count * len(indices) for name, count in used.items()})
+            if rank == 0:  # the work so far, in case the command is stopped
+                write_json({**settings, **(before + done).means()}, out / SETTINGS)
+    works = [done] * ranks
+    if ranks > 1:
+        # The ranks' last communication. The group is not destroyed: while that holds the GIL, Gloo's thread may need
+        # the GIL to free what was gathered, and both wait forever (seen with torch 2.7.0).
+        dist.all_gather_object(works, done)
+    if rank == 0:
+        write_json({**settings, **sum(works, before).means()}, out / SETTINGS)
+
+
+def load_decoder(args: argparse.Namespace, checkpoint: Checkpoint, guidance: Guidance) -> Autoencoder:
+    device = next(guidance.network.parameters()).device
+    if checkpoint.record.autoencoder.name is None:
+        return checkpoint.load_autoencoder(device)
+    return checkpoint.load_autoencoder(device, getattr(torch, args.decode_dtype), args.decode_batch_size)
+
+
+def image_file(out: Path, index: int) -> Path:
+    return out / f"{index:06d}.png"
+
+
+def read_images(out: Path, count: int) -> list[Image.Image]:
+    """The images as PIL images."""
+    images = []
+    for i in range(count):
+        with Image.open(image_file(out, i)) as image:
+            images.append(image.copy())
+    return images
+
+
+def write_npz(images: list[Image.Image], labels: list[int], path: Path) -> None:
+    """Writes the images as ADM's evaluation takes them: arr_0, uint8 (N, H, W, 3); and the labels."""
+    arrays = [np.asarray(image.convert("RGB")) for image in images]
+    write_arrays(path, arr_0=np.stack(arrays), labels=np.array(labels))
+
+
+def write_grid(images: list[Image.Image], labels: list[int], path: Path, columns: int = 10, rows: int = 10) -> None:
+    """Writes a grid of the images, small ones enlarged: one row per class if all have several images."""
+    classes = sorted(set(labels), key=labels.index)
+    cells = [[i for i, label in enumerate(labels) if label == c][:columns] for c in classes[:rows]]
+    if min(map(len, cells)) == 1:  # fill the rows
+        shown = range(min(len(labels), rows * columns))
+        width = min(math.ceil(math.sqrt(len(shown))), columns)
+        cells = [shown[i : i + width] for i in shown[::width]]
+    side = images[0].width
+    zoom = max(1, 48 // side)
+    step = side * zoom + 2
+    grid = Image.new(images[0].mode, (max(len(row) for row in cells) * step - 2, len(cells) * step - 2), "white")
+    for y, row in enumerate(cells):
+        for x, i in enumerate(row):
+            grid.paste(images[i].resize((side * zoom, side * zoom), Image.NEAREST), (x * step, y * step))
+    buffer = io.BytesIO()
+    grid.save(buffer, "PNG")
+    write_bytes(buffer.getvalue(), path)

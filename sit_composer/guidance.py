@@ -1,8 +1,8 @@
 """Guidance of what a network predicts: v_weak + scale · (v - v_weak), within an interval of times.
 
-v_weak is the prediction without the label (classifier-free guidance, arXiv 2207.12598), or that of a weaker network
-with it (autoguidance, arXiv 2406.02507). Guiding the prediction guides the velocity and the score alike, as each is
-affine in it. The interval (arXiv 2404.07724) is in our time, from noise at 0 to data at 1.
+v_weak is the prediction without the label (classifier-free guidance, arXiv 2207.12598), or the prediction of a weaker
+network with the label (autoguidance, arXiv 2406.02507). Guiding the prediction also guides the velocity and the score,
+as both are affine in it. The interval (arXiv 2404.07724) is in our time, from noise at 0 to data at 1.
 """
 
 import math
@@ -17,17 +17,18 @@ from sit_composer.sit import SiT
 class Guidance:
     """A guided network: ``Guidance(network, scale)(x, t, y)``, of the same shapes as the network itself.
 
-    ``passes`` counts, a sample, the networks' forward passes: 2 an evaluation where it guides, 1 where it doesn't.
+    ``passes`` counts the forward passes per sample: 2 per evaluation inside the interval, 1 outside.
 
     Args:
         network: a SiT, trained with label dropout unless there is a guide.
-        scale: 1 is no guidance; more follows the labels more closely, and varies less.
-        channels: guide only the first so many, and leave the rest conditional; the release guides 3 of 4. None: all.
-        interval: the times (from, to) within which it guides, both included.
+        scale: 1 is no guidance; a larger scale follows the labels more closely, with less variety.
+        channels: guide only this many first channels, and leave the rest conditional; the release guides 3 of 4. None
+            guides all.
+        interval: the first and the last time at which it guides.
         guide: a weaker network, for autoguidance.
 
     Raises:
-        UserError: for a scale other than 1 without a null class or a guide, or an interval that is none.
+        UserError: for a scale other than 1 without a null class or a guide, or for an invalid interval.
     """
 
     def __init__(
@@ -40,25 +41,25 @@ class Guidance:
     ):
         if scale != 1 and network.null_label is None and guide is None:
             raise UserError(
-                f"cfg_scale: got {scale:g}, but the network has no null class to guide away from "
-                "(it was trained with class_dropout_prob 0); it takes 1"
+                f"cfg_scale: got {scale:g}, expected 1: the network was trained with class_dropout_prob 0, and has no "
+                "null class to guide away from"
             )
         if not 0 <= interval[0] <= interval[1] <= 1:
             raise UserError(
-                f"cfg_interval: got {interval[0]:g} to {interval[1]:g}; it takes two times in [0, 1] in order"
+                f"cfg_interval: got {interval[0]:g} to {interval[1]:g}, expected two times in [0, 1], in order"
             )
         self.network = network
         self.scale = scale
         self.channels = channels
-        # An adaptive solver also asks beyond its ends: what reaches to an end reaches past it.
-        # And times are float32, in which 0.7 is less than 0.7.
+        # An adaptive solver also evaluates past the ends 0 and 1, so that an interval up to an end includes what is
+        # beyond. The margin is for times in float32, in which 0.7 is less than Python's 0.7.
         first, last = interval[0] - 1e-6, interval[1] + 1e-6
         self.interval = (-math.inf if interval[0] == 0 else first, math.inf if interval[1] == 1 else last)
         self.guide = guide
         self.passes = 0
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        # Samplers have one time for the whole batch.
+        # Samplers use one time for the whole batch.
         if self.scale == 1 or not self.interval[0] <= float(t[0]) <= self.interval[1]:
             self.passes += 1
             return self.network(x, t, y)

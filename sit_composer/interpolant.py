@@ -1,40 +1,44 @@
 """The paths between noise and data: x_t = α_t x₁ + σ_t x₀, eq. (1) of SiT (arXiv 2401.08740).
 
 Time runs from noise, x_0 = x₀ ~ N(0, I), to data, x_1 = x₁: the paper's t is our 1 - t. A path is its α_t, σ_t and
-their derivatives; velocity, score and noise are three readings of one field, and convert into each other here.
+their derivatives. Velocity v, score s and noise ε describe one field, and are converted into each other here.
 
 With the Wronskian W_t = α̇_t σ_t - α_t σ̇_t, solving x = α x₁ + σ ε, v = α̇ x₁ + σ̇ ε for the noise gives
 
-    ε = (α̇ x - α v) / W,        s = -ε / σ,        v = (α̇/α) x + (σ W / α) s,
+    ε = (α̇ x - α v) / W,        s = -ε / σ,        v = (α̇/α) x + (σ W / α) s.
 
-of which the second is eq. (8) without its removable 0/0, and the third is that equation solved for v.
+The second is eq. (8) without its removable 0/0, and the third is that equation solved for v.
+
+To add a path, write its class here and add its name and poles to `choices.PATHS`.
 """
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from sit_composer.choices import PATHS, PathFacts
+
 
 def expand(t: Tensor, x: Tensor) -> Tensor:
-    """t (N,) as (N, 1, …, 1), to be broadcast over x (N, …)."""
+    """t (N,) as (N, 1, …, 1), which broadcasts over x (N, …)."""
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
 
 class Interpolant(ABC):
-    """A path. All methods are elementwise in t, and keep its shape and dtype."""
+    """A path. All methods work elementwise in t, and keep its shape and dtype."""
 
-    singular_at_noise = True  # α_0 = 0, so that what divides by α has a pole at t = 0
+    facts: ClassVar[PathFacts]  # its poles
 
     @abstractmethod
     def alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """α_t and its derivative."""
+        """α_t and α̇_t."""
 
     @abstractmethod
     def sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """σ_t and its derivative."""
+        """σ_t and σ̇_t."""
 
     def wronskian(self, t: Tensor) -> Tensor:
         """W_t = α̇_t σ_t - α_t σ̇_t, positive on [0, 1)."""
@@ -48,7 +52,7 @@ class Interpolant(ABC):
         return alpha * x1 + sigma * x0, d_alpha * x1 + d_sigma * x0
 
     def score_variance(self, t: Tensor) -> Tensor:
-        """(α̇/α) σ² - σ σ̇ = σ W / α: what multiplies the score in the velocity, and half of SBDM's g²."""
+        """λ_t = (α̇/α) σ² - σ σ̇ = σ W / α, the score's factor in the velocity, and half of SBDM's g²."""
         return self.sigma(t)[0] * self.wronskian(t) / self.alpha(t)[0]
 
     def noise_from_velocity(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
@@ -58,21 +62,21 @@ class Interpolant(ABC):
         return (d_alpha * x - alpha * v) / self.wronskian(t)
 
     def score_from_velocity(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """s = -ε / σ, eqs. (5) and (8); a pole at t = 1, where σ = 0."""
+        """s = -ε / σ, eqs. (5) and (8), with a pole at t = 1, where σ = 0."""
         return -self.noise_from_velocity(v, x, t) / self.sigma(expand(t, x))[0]
 
     def score_from_noise(self, noise: Tensor, t: Tensor) -> Tensor:
-        """s = -ε / σ; a pole at t = 1."""
+        """s = -ε / σ, with a pole at t = 1."""
         return -noise / self.sigma(expand(t, noise))[0]
 
     def velocity_from_score(self, score: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """v = (α̇/α) x + (σ W / α) s; a pole at t = 0 where α = 0."""
+        """v = (α̇/α) x + (σ W / α) s, with a pole at t = 0 if α_0 = 0."""
         t = expand(t, x)
         alpha, d_alpha = self.alpha(t)
         return d_alpha / alpha * x + self.score_variance(t) * score
 
     def velocity_from_noise(self, noise: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """v = (α̇ x - W ε) / α; a pole at t = 0 where α = 0, and VP's at t = 1, where σ̇ is infinite."""
+        """v = (α̇ x - W ε) / α, with a pole at t = 0 if α_0 = 0, and VP's at t = 1, where σ̇ is infinite."""
         t = expand(t, x)
         alpha, d_alpha = self.alpha(t)
         return (d_alpha * x - self.wronskian(t) * noise) / alpha
@@ -80,6 +84,8 @@ class Interpolant(ABC):
 
 class Linear(Interpolant):
     """α = t, σ = 1 - t: straight lines."""
+
+    facts = PATHS["Linear"]
 
     def alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return t, torch.ones_like(t)
@@ -89,7 +95,9 @@ class Linear(Interpolant):
 
 
 class GVP(Interpolant):
-    """α = sin(πt/2), σ = cos(πt/2): variance-preserving on a great circle."""
+    """α = sin(πt/2), σ = cos(πt/2): variance-preserving, α² + σ² = 1."""
+
+    facts = PATHS["GVP"]
 
     def alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
         angle = t * (math.pi / 2)
@@ -100,15 +108,18 @@ class GVP(Interpolant):
         return angle.cos(), -math.pi / 2 * angle.sin()
 
 
-@dataclass(frozen=True)
 class VP(Interpolant):
-    """The variance-preserving diffusion of score-based models: α = exp(-½∫β), σ² = 1 - α², with β linear in 1 - t."""
+    """α = exp(-½∫β), σ² = 1 - α²: the variance-preserving diffusion of arXiv 2011.13456, appendix C.
 
-    beta_min: float = 0.1
-    beta_max: float = 20.0
-    singular_at_noise = False  # α_0 = exp(-5.03)
+    β is linear in the diffusion's time 1 - t, from beta_min at the data to beta_max at the noise; α_0 = exp(-5.03).
+    """
+
+    facts = PATHS["VP"]
+    beta_min = 0.1
+    beta_max = 20.0
 
     def _log_alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """log α_t and its derivative β/2."""
         s, span = 1 - t, self.beta_max - self.beta_min
         return -0.25 * s**2 * span - 0.5 * s * self.beta_min, 0.5 * s * span + 0.5 * self.beta_min
 
@@ -119,12 +130,14 @@ class VP(Interpolant):
 
     def sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         log_alpha, d_log_alpha = self._log_alpha(t)
-        sigma = (-torch.expm1(2 * log_alpha)).sqrt()  # expm1: 1 - exp loses every digit as t -> 1
+        sigma = (-torch.expm1(2 * log_alpha)).sqrt()  # expm1, as 1 - exp loses every digit as t -> 1
         return sigma, -(2 * log_alpha).exp() * d_log_alpha / sigma
 
     def score_variance(self, t: Tensor) -> Tensor:
-        """Here σ W / α = β/2, also at t = 1, where σ is 0 and W infinite."""
+        """λ = β/2, which is finite at t = 1 too, where σ = 0 and W is infinite."""
         return self._log_alpha(t)[1]
 
 
-PATHS: dict[str, type[Interpolant]] = {"Linear": Linear, "GVP": GVP, "VP": VP}
+def make_path(name: str) -> Interpolant:
+    """The path of a name in `choices.PATHS`, which is its class's."""
+    return {cls.__name__: cls for cls in Interpolant.__subclasses__()}[name]()

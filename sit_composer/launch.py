@@ -1,32 +1,36 @@
-"""Composer's launcher, with what a scheduler needs of it:   python sit_composer/launch.py [composer's arguments]
+"""Composer's launcher, made fit for schedulers:   python sit_composer/launch.py [composer's arguments]
 
-A SIGTERM goes to the ranks, each of which gets it once, and the launcher waits for them as long as they take to save.
-Composer's own kills a rank 30 seconds later, and at a second SIGTERM, which some schedulers send, ends without them.
+It passes a SIGTERM on to the ranks, once to each, and waits for them as long as they take to save. Composer's own kills
+a rank after 30 seconds, and at a second SIGTERM, which some schedulers send, it exits without waiting.
 
-The exit code is that of the first rank to fail, or 128 + N if signal N ended it. Composer's own is the lowest rank's,
-which may be that of one that the launcher ended because another had failed; and 256 - N for signal N.
+The exit code is that of the first rank to fail, or 128 + N if signal N ended that rank. Composer's own is the lowest
+rank's, which may be one that the launcher ended because another had failed; and 256 - N for signal N.
 """
 
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import FrameType
 
+# A script run by its path finds its own folder first, where config, data and others would shadow other packages.
+if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
+    del sys.path[0]
 import psutil
 
 
 def main() -> int:
     """Runs the launcher, and returns its exit code."""
     signal.signal(signal.SIGTERM, pass_on)
-    from composer.cli import launcher  # takes seconds, in which a SIGTERM may come; and sets a handler of its own
+    from composer.cli import launcher  # takes seconds, in which a SIGTERM may come; it sets a handler of its own
 
     signal.signal(signal.SIGTERM, pass_on)
     failed: list[int] = []
     monitor = launcher._monitor_processes
 
     def watch(processes: dict[int, subprocess.Popen]) -> None:
-        monitor(processes)  # returns when all have ended, or one has failed
+        monitor(processes)  # returns when all have exited, or one has failed
         failed.extend(process.returncode for process in processes.values() if process.returncode)
 
     launcher._monitor_processes = watch
@@ -36,8 +40,8 @@ def main() -> int:
 
 
 def pass_on(number: int, frame: FrameType | None) -> None:
-    """Sends SIGTERM to the ranks, and waits until they have ended; without ranks, ends this process."""
-    # Not SIG_IGN, which a rank that is yet to be started would inherit.
+    """Sends SIGTERM to the ranks, and waits until they have exited; if there are none yet, exits."""
+    # Not SIG_IGN, which a rank that is started later would inherit.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     ranks = psutil.Process().children()
     if not ranks:
@@ -45,7 +49,7 @@ def pass_on(number: int, frame: FrameType | None) -> None:
     for rank in ranks:
         rank.send_signal(number)
     for rank in ranks:
-        os.waitid(os.P_PID, rank.pid, os.WEXITED | os.WNOWAIT)  # the launcher is the one to take its exit code
+        os.waitid(os.P_PID, rank.pid, os.WEXITED | os.WNOWAIT)  # leaves its exit code to the launcher
 
 
 if __name__ == "__main__":

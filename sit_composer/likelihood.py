@@ -1,4 +1,4 @@
-"""log p(x) by the probability-flow ODE, run from data back to noise (arXiv 1810.01367, eqs. 3 and 7).
+"""log p(x) by the probability-flow ODE, integrated from data back to noise (FFJORD, arXiv 1810.01367, eqs. 3 and 7).
 
 Along dx = v dt the density changes by d log p / dt = -∇·v, so that log p(x₁) = log N(x₀) - ∫₀¹ ∇·v dt.
 """
@@ -7,18 +7,17 @@ import math
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
-from sit_composer.choices import ODE_METHODS, choose
+from sit_composer.choices import COUNT
 from sit_composer.errors import UserError
-from sit_composer.samplers import check_steps, check_tolerances, in_float32, solver
-from sit_composer.transport import Transport
+from sit_composer.samplers import check_solver, in_float32, integrate
+from sit_composer.transport import Model, Transport
 
 
 @torch.no_grad()
 def log_likelihood(
     tr: Transport,
-    model,
+    model: Model,
     x: Tensor,
     *,
     sampling_method: str = "dopri5",
@@ -33,25 +32,23 @@ def log_likelihood(
 ) -> Tensor:
     """The log density of data x (N, …), in nats: (N,).
 
-    It is that of p at the end of `Transport.interval`: of data itself, or, where the field has a pole at the data, of
-    data with the path's noise of that last time (1e-3, unless sample_eps says otherwise).
+    p is the density at the end of `Transport.interval`: of the data or, where the field has a pole at the data, of the
+    data with the path's noise at that time (1 - 1e-3, unless sample_eps is given).
 
     Args:
         sampling_method, num_steps, atol, rtol: the solver, as for `sample_ode`.
-        probes: Hutchinson's estimate ∇·v ≈ εᵀ(∂v/∂x)ε is averaged over so many ε of ±1. They are drawn once a solve, as
-            FFJORD does: with a new one at each call, an adaptive solver would take the noise for stiffness.
-        exact: the whole trace instead, at one backward pass a dimension.
-        generator: where the probes come from, on the CPU; None is torch's own.
+        probes: the number of vectors ε of ±1 over which Hutchinson's estimate ∇·v ≈ εᵀ(∂v/∂x)ε is averaged. As in
+            FFJORD, they are drawn once per solve: an adaptive solver would take new ones at each call for stiffness.
+        exact: the exact trace instead, at one backward pass per dimension.
+        generator: draws the probes, on the CPU; None is torch's own.
         noise: the probes themselves, (probes, N, …), if the caller draws them.
 
     Raises:
-        UserError: for an unknown solver, fewer than 2 time points, no tolerance or probe, or noise of another shape.
+        UserError: for an unknown solver, fewer than 2 time points, no tolerance or probe, noise of another shape, or a
+            solver that gives up.
     """
-    choose("sampling_method", sampling_method, ODE_METHODS)
-    check_steps(num_steps)
-    check_tolerances(atol, rtol)
-    if probes < 1:
-        raise UserError(f"probes: got {probes}; it takes 1 or more")
+    check_solver(sampling_method, num_steps, atol, rtol)
+    COUNT.check("probes", probes)
     t0, t1 = tr.interval(eval=True)
     model, x = in_float32(model, x)
     times = torch.linspace(t1, t0, num_steps, device=x.device, dtype=x.dtype)
@@ -60,57 +57,59 @@ def log_likelihood(
         device = generator.device if generator else "cpu"
         noise = torch.randint(0, 2, shape, generator=generator, device=device) * 2 - 1
     elif noise.shape != shape:
-        raise UserError(f"noise: got {tuple(noise.shape)}; it takes {shape}")
+        raise UserError(f"noise: got {tuple(noise.shape)}, expected {shape}")
     noise = noise.to(x.device, x.dtype)  # (probes, N, …)
 
     def drift(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             x = state[0].detach().requires_grad_()
             v = tr.velocity(model, x, t.expand(len(x)), **model_kwargs)
-            if not v.requires_grad:  # a field that doesn't depend on x
+            if not v.requires_grad:  # the field doesn't depend on x
                 return v, x.new_zeros(len(x))
             divergence = _trace(v, x) if exact else _hutchinson(v, x, noise)
         return v.detach(), divergence
 
     start = (x, x.new_zeros(len(x)))
-    z, change = odeint(drift, start, times, atol=atol, rtol=rtol, **solver(sampling_method, stop_at=times[-1:]))
-    z, change = z[-1], change[-1]  # change is ∫ ∇·v from t1 down to t0
+    states, changes = integrate(drift, start, times, sampling_method, atol, rtol, overstep=False)
+    z, change = states[-1], changes[-1]  # change is ∫ ∇·v dt from t1 down to t0
     prior = -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1)
     return prior + change
 
 
 def _hutchinson(v: Tensor, x: Tensor, noise: Tensor) -> Tensor:
+    """The mean of εᵀ(∂v/∂x)ε over the probes ε of noise (probes, N, …): (N,)."""
     estimates = [
         (torch.autograd.grad(v, x, e, retain_graph=i + 1 < len(noise))[0] * e).flatten(1).sum(1)
         for i, e in enumerate(noise)
     ]
-    return torch.stack(estimates).mean(0)  # (N,)
+    return torch.stack(estimates).mean(0)
 
 
 def _trace(v: Tensor, x: Tensor) -> Tensor:
+    """∇·v, one dimension after another: (N,)."""
     flat = v.flatten(1)  # (N, D)
     diagonal = [
         torch.autograd.grad(flat[:, d].sum(), x, retain_graph=True)[0].flatten(1)[:, d] for d in range(flat.shape[1])
     ]
-    return torch.stack(diagonal).sum(0)  # (N,)
+    return torch.stack(diagonal).sum(0)
 
 
 def dequantize(levels: Tensor, noise: Tensor) -> Tensor:
-    """8-bit levels (N, C, H, W) with noise u of that shape, uniform on [0, 1), as pictures: (l + u - ½) / 127.5 - 1.
+    """8-bit levels (N, C, H, W) with noise u of that shape, uniform on [0, 1), as images: (l + u - ½) / 127.5 - 1.
 
-    Each level gets the interval of width 1 about the place where training has it (`autoencoder.from_uint8`). As in
-    arXiv 1511.01844, section 3.1, a density's integral over the interval is the probability of the level, and by
-    Jensen's inequality the mean of log p over u is not more than its logarithm: the bits are an upper bound.
+    Each level is spread over the interval of width 1 around its value in training (`autoencoder.from_uint8`). As in
+    arXiv 1511.01844, section 3.1, the density's integral over the interval is the level's probability, and by Jensen's
+    inequality the mean of log p over u is at most that probability's logarithm: the bits are an upper bound.
     """
     return (levels + noise - 0.5) / 127.5 - 1
 
 
 def bits_per_dim(log_p: Tensor, dims: int, levels: float = 127.5) -> Tensor:
-    """Bits a dimension of 8-bit pictures whose density was taken on [-1, 1]: p(level) = p(x) / levels a dimension.
+    """Bits per dimension (N,) of 8-bit images, from a density over [-1, 1]: p(level) = p(x) / levels per dimension.
 
     Args:
-        log_p: nats of each picture, (N,).
-        dims: dimensions of a picture.
-        levels: how many levels a unit of x is; 1 for data whose density is wanted as it is.
+        log_p: nats of each image, (N,).
+        dims: dimensions of an image.
+        levels: levels per unit of x; 1 for the density itself, as of latents.
     """
     return (math.log(levels) - log_p / dims) / math.log(2)

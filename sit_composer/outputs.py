@@ -1,10 +1,11 @@
-"""Whether a command may write a file: known before its work, and not after it; and never over what isn't its own."""
+"""The files that commands write: checks before the work, and writing a whole file or nothing."""
 
 import io
 import json
 import os
+import platform
 import zipfile
-from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,71 +14,63 @@ import numpy as np
 from sit_composer.errors import UserError
 
 
-def check_output(option: str, path: str | None, suffix: str, is_own: Callable[[Path], bool]) -> None:
-    """Checks that an option's file, if it is given, can be written.
+def check_output(option: str, path: str | None, suffix: str, *names: str) -> None:
+    """Checks that the file of an option, if given, can be written.
 
     Args:
-        option: its name, as on the command line.
-        path: what it got.
-        suffix: of the file's name; "" for any.
-        is_own: tells of a file that is there already whether such a command made it; it is replaced then.
+        option: the option's name on the command line.
+        path: its value.
+        suffix: the expected end of the file's name; "" for any.
+        names: keys or arrays in the files that the command writes; an existing file is replaced only if it has them.
 
     Raises:
-        UserError: if it can't, or is somebody else's.
+        UserError: if the file can't be written, or another program wrote it.
     """
     if path is None:
         return
     file = Path(path)
     if not path.endswith(suffix) or not file.name or file.is_dir():
-        ending = f" that ends in {suffix}" if suffix else ""
-        raise UserError(f"{option}: got {path}; it takes a file's name{ending}")
+        raise UserError(f"{option}: got {path}, expected a file name{f' that ends in {suffix}' if suffix else ''}")
     above = next(parent for parent in file.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise UserError(f"{option}: {path} can't be written in {above}")
-    if file.exists() and not is_own(file):
-        raise UserError(f"{option}: {path} is there, and not what this command writes; delete it, or choose another")
+    if file.exists() and not _holds(file, suffix, set(names)):
+        raise UserError(f"{option}: {path} exists, and this command didn't write it; delete it, or choose another")
 
 
-def holds_key(key: str) -> Callable[[Path], bool]:
-    """Tells whether a file is a JSON object with that key."""
-
-    def look(file: Path) -> bool:
-        try:
+def _holds(file: Path, suffix: str, names: set[str]) -> bool:
+    """Whether a file is a JSON object with these keys, or an npz with exactly these arrays and perhaps NAME_s."""
+    try:
+        if suffix == ".json":
             content = json.loads(file.read_text())
-        except (OSError, ValueError):
-            return False
-        return isinstance(content, dict) and key in content
-
-    return look
-
-
-def holds_arrays(*names: str) -> Callable[[Path], bool]:
-    """Tells whether a file is an npz of arrays of those names, and of no others; NAME_s may lie beside NAME."""
-
-    def look(file: Path) -> bool:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                held = {name.removesuffix(".npy") for name in archive.namelist()}
-        except (OSError, zipfile.BadZipFile):
-            return False
-        return {name.removesuffix("_s") for name in held} == set(names)
-
-    return look
+            return isinstance(content, dict) and names <= content.keys()
+        with zipfile.ZipFile(file) as archive:
+            return {name.removesuffix(".npy").removesuffix("_s") for name in archive.namelist()} == names
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
+    """Writes a JSON object, one line per key."""
     lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in content.items())
-    _write(path, f"{{\n{lines}\n}}\n".encode())
+    write_bytes(f"{{\n{lines}\n}}\n".encode(), path)
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """Writes an npz, all of it or nothing."""
+    """Writes an npz."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
-    _write(path, buffer.getvalue())
+    write_bytes(buffer.getvalue(), path)
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_bytes(content: bytes, path: Path) -> None:
+    """Writes a file, and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(content)
     temporary.replace(path)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of Python and of packages, for results."""
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

@@ -1,8 +1,8 @@
-"""Training's random numbers: a function of seed, epoch and sample, and of nothing else.
+"""Training's random numbers: a function of seed, epoch and sample alone.
 
-A sample's key is a hash of the three, and the numbers are hashes of the key and a counter. So a sample gets the same
-noise on any rank, in any microbatch, and after any interruption: there is no generator's state that could be lost. The
-hash is splitmix64 (Steele, Lea & Flood, OOPSLA 2014), whose output passes BigCrush.
+A sample's key is a hash of the three, and its random numbers are hashes of the key and a counter. No generator's state
+can be lost: a sample gets the same noise on any rank, in any microbatch, and after any interruption. The hash is
+splitmix64 (Steele, Lea & Flood, OOPSLA 2014), whose output passes BigCrush.
 """
 
 import math
@@ -13,12 +13,12 @@ from torch import Tensor
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
 MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
-# What the numbers are for. Each purpose has 2**40 of a key's counters.
+# The purposes of the numbers. Each has 2**40 of a key's counters.
 X0, TIME, DROP, POSTERIOR = range(4)
 
 
 def sample_key(*words: int) -> int:
-    """A 64-bit hash of whole numbers, as a signed one, for an int64 tensor holds no other."""
+    """A 64-bit hash of whole numbers, as a signed integer, which an int64 tensor can hold."""
     x = 0
     for word in words:
         x = (x + word + GOLDEN) & MASK
@@ -29,9 +29,9 @@ def sample_key(*words: int) -> int:
 
 
 def normal(keys: Tensor, purpose: int, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers, float32 (N, *shape), for int64 keys (N,), by Box and Muller's method."""
+    """Standard normal numbers, float32 (N, *shape), for int64 keys (N,), by the Box–Muller transform."""
     size = math.prod(shape)
-    bits = _bits(keys, purpose, (size + 1) // 2)  # (N, size / 2): each makes two
+    bits = _bits(keys, purpose, (size + 1) // 2)  # (N, size / 2): each gives two numbers
     radius = (-2 * ((_high(bits) + 1).float() * 2.0**-32).log()).sqrt()
     angle = (bits & 0xFFFFFFFF).float() * (2 * math.pi * 2.0**-32)
     both = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
@@ -39,12 +39,12 @@ def normal(keys: Tensor, purpose: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def uniform(keys: Tensor, purpose: int) -> Tensor:
-    """A number in [0, 1), float32 (N,), for each of int64 keys (N,)."""
+    """Uniform numbers in [0, 1), float32 (N,), for int64 keys (N,)."""
     return (_high(_bits(keys, purpose, 1)[:, 0]) >> 8).float() * 2.0**-24
 
 
 def _bits(keys: Tensor, purpose: int, count: int) -> Tensor:
-    """64 random bits (N, count); int64 arithmetic wraps around, as the hash's does."""
+    """64 random bits, int64 (N, count). int64 arithmetic wraps around, as the hash needs."""
     counter = torch.arange(1, count + 1, device=keys.device) + (purpose << 40)
     x = keys[:, None] + counter * _signed(GOLDEN)
     for shift, factor in MIX:
@@ -57,7 +57,7 @@ def _high(bits: Tensor) -> Tensor:
 
 
 def _shifted(x: Tensor, by: int) -> Tensor:
-    return (x >> by) & ((1 << (64 - by)) - 1)  # torch's shift repeats the sign
+    return (x >> by) & ((1 << (64 - by)) - 1)  # clears the sign bits, which torch's shift copies
 
 
 def _signed(x: int) -> int:

@@ -1,6 +1,6 @@
 """From noise to data: the probability-flow ODE, eq. (2) of SiT (arXiv 2401.08740), and the SDE, eq. (4).
 
-A model is any callable ``model(x, t, **kwargs)``; wrap it in `Counted` to learn how often it was evaluated.
+A model is any callable ``model(x, t, **kwargs)``; `Counted` counts its evaluations.
 """
 
 from collections.abc import Callable
@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from sit_composer.choices import ADAPTIVE_METHODS, LAST_STEPS, ODE_METHODS, SDE_METHODS, choose
-from sit_composer.errors import UserError
-from sit_composer.transport import SINGULAR_EPS, Transport, at_least_float32
+from sit_composer import choices
+from sit_composer.errors import UserError, one_line
+from sit_composer.transport import Model, Transport, at_least_float32
+
+Field = Callable[[Tensor, Tensor], Tensor]  # of x (N, …) and t (N,)
 
 
 class Counted:
     """A model that counts its evaluations."""
 
-    def __init__(self, model):
+    def __init__(self, model: Model):
         self.model = model
         self.evaluations = 0
 
@@ -28,32 +30,32 @@ class Counted:
         return self.model(x, t, **model_kwargs)
 
 
-def check_steps(num_steps: int) -> None:
-    """Raises UserError for fewer than two time points."""
-    if num_steps < 2:
-        raise UserError(f"num_steps: got {num_steps}; it takes 2 or more, as it counts the time points, both ends too")
+def check_solver(sampling_method: str, num_steps: int, atol: float, rtol: float) -> None:
+    """Raises UserError for an unknown ODE solver, or for options with which it can't run."""
+    choices.choose("sampling_method", sampling_method, choices.ODE_METHODS)
+    choices.TIME_POINTS.check("num_steps", num_steps)
+    choices.check_tolerances(atol, rtol)
 
 
-def check_tolerances(atol: float, rtol: float) -> None:
-    """Raises UserError for two zeros, for which an adaptive solver would take ever smaller steps, for ever."""
-    if not (min(atol, rtol) >= 0 and max(atol, rtol) > 0):
-        raise UserError(f"atol, rtol: got {atol:g} and {rtol:g}; they take numbers above 0")
+def integrate(drift: Callable, start: Any, times: Tensor, method: str, atol: float, rtol: float, overstep: bool) -> Any:
+    """torchdiffeq's solution at all times, for a state that is a tensor or a tuple of tensors.
 
-
-def solver(sampling_method: str, stop_at: Tensor | None = None) -> dict[str, Any]:
-    """The solver as torchdiffeq takes it. An adaptive one's last step goes past the end, and back by interpolation;
-    given the time ``stop_at`` (1,), it ends there."""
-    method = "heun2" if sampling_method == "heun" else sampling_method
+    With ``overstep``, an adaptive solver's last step may go past the last time, from where it interpolates back.
+    """
     options = None
     if method == "explicit_adams":  # its order of 12 is unstable: with 100 steps, e⁻¹ comes out as 7
         options = {"max_order": 4}
-    elif method in ADAPTIVE_METHODS and stop_at is not None:
-        options = {"step_t": stop_at}
-    return {"method": method, "options": options}
+    elif method in choices.ADAPTIVE_METHODS and not overstep:
+        options = {"step_t": times[-1:]}
+    method = "heun2" if method == "heun" else method
+    try:
+        return odeint(drift, start, times, method=method, atol=atol, rtol=rtol, options=options)
+    except AssertionError as error:  # how torchdiffeq reports steps that became too small, or values that aren't finite
+        raise UserError(f"the solver gave up ({one_line(error)}); try a larger atol or rtol") from error
 
 
-def in_float32(model, z: Tensor) -> tuple[Any, Tensor]:
-    """The model and its state, as samplers take them: of half precision, times would coincide and steps be lost."""
+def in_float32(model: Model, z: Tensor) -> tuple[Model, Tensor]:
+    """The model and z, for solvers in float32 at least. In half precision, times would coincide and steps be lost."""
     dtype = at_least_float32(z)
     if dtype == z.dtype:
         return model, z
@@ -67,7 +69,7 @@ def in_float32(model, z: Tensor) -> tuple[Any, Tensor]:
 @torch.no_grad()
 def sample_ode(
     tr: Transport,
-    model,
+    model: Model,
     z: Tensor,
     *,
     sampling_method: str = "dopri5",
@@ -86,11 +88,9 @@ def sample_ode(
         reverse: from data to noise instead; z is then data.
 
     Raises:
-        UserError: for an unknown solver, fewer than 2 time points, or no tolerance.
+        UserError: for an unknown solver, fewer than 2 time points, no tolerance, or a solver that gives up.
     """
-    choose("sampling_method", sampling_method, ODE_METHODS)
-    check_steps(num_steps)
-    check_tolerances(atol, rtol)
+    check_solver(sampling_method, num_steps, atol, rtol)
     t0, t1 = tr.interval(eval=True)
     if reverse:
         t0, t1 = t1, t0
@@ -100,15 +100,30 @@ def sample_ode(
     def drift(t: Tensor, x: Tensor) -> Tensor:
         return tr.velocity(model, x, t.expand(len(x)), **model_kwargs)
 
-    # VP has no σ beyond t = 1: it is the square root of less than 0.
-    how = solver(sampling_method, stop_at=times[-1:] if tr.path_type == "VP" else None)
-    return odeint(drift, x, times, atol=atol, rtol=rtol, **how)[-1].to(z.dtype)
+    overstep = not tr.path.facts.pole_at_data  # beyond which there is no path
+    return integrate(drift, x, times, sampling_method, atol, rtol, overstep)[-1].to(z.dtype)
+
+
+def _euler(drift: Field, diffusion: Field, x: Tensor, t: Tensor, dt: Tensor, dw: Tensor) -> Tensor:
+    """A step of Euler and Maruyama."""
+    return x + drift(x, t) * dt + (2 * diffusion(x, t)).sqrt() * dw
+
+
+def _heun(drift: Field, diffusion: Field, x: Tensor, t: Tensor, dt: Tensor, dw: Tensor) -> Tensor:
+    """The step's noise first, then Heun's step along the drift."""
+    x = x + (2 * diffusion(x, t)).sqrt() * dw
+    first = drift(x, t)
+    second = drift(x + dt * first, t + dt)
+    return x + 0.5 * dt * (first + second)
+
+
+SDE_STEPS = {"Euler": _euler, "Heun": _heun}  # by the names in choices.SDE_METHODS
 
 
 @torch.no_grad()
 def sample_sde(
     tr: Transport,
-    model,
+    model: Model,
     z: Tensor,
     *,
     sampling_method: str = "Euler",
@@ -123,54 +138,45 @@ def sample_sde(
     """Integrates dx = (v + w s) dt + √(2w) dW from noise z (N, …); returns the final batch (N, …).
 
     Args:
-        sampling_method: ``Euler`` (Euler-Maruyama: mean and variance are of order 1) or ``Heun`` (two evaluations a
-            step: as it adds a step's noise at its start, the mean is of order 2 and the variance still of order 1).
+        sampling_method: ``Euler`` (Euler-Maruyama: mean and variance are of order 1) or ``Heun`` (two evaluations per
+            step; it adds a step's noise at the step's start, so that the mean is of order 2, the variance of order 1).
         diffusion_form, diffusion_norm: the w of `Transport.diffusion`.
-        last_step: how the last last_step_size of time is crossed, without noise: ``Mean`` (the SDE's drift),
-            ``Euler`` (the ODE's), ``Tweedie`` (straight to the expected data), or None (there is no last step).
-            ``Mean`` leaves out that stretch's noise: take a form that is 0 at the data with it, or a small size.
+        last_step: the last step, of size last_step_size, without noise: ``Mean`` (along the SDE's drift), ``Euler``
+            (along the ODE's), ``Tweedie`` (to the expected data), or None (no last step). ``Mean`` leaves out the noise
+            of that time: use it with a form that is 0 at the data, or with a small size.
         num_steps: time points before the last step.
-        draw: gives each step's noise, of z's shape; None is torch.randn.
+        draw: returns each step's noise, of z's shape; None is torch.randn.
 
     Raises:
-        UserError: for an unknown method, form or last step, a last step outside (0, 1), or too few time points.
+        UserError: for an unknown method, form or last step, or a number out of bounds.
     """
-    choose("sampling_method", sampling_method, SDE_METHODS)
-    choose("last_step", last_step, LAST_STEPS)
-    check_steps(num_steps)
-    if last_step is None:
-        last_step_size = 0.0
-    elif not 0 < last_step_size < 1:
-        raise UserError(f"last_step_size: got {last_step_size}; it takes a number in (0, 1)")
-    t0, t1 = tr.interval(sde=True, eval=True, diffusion_form=diffusion_form, last_step_size=last_step_size)
+    choices.choose("sampling_method", sampling_method, choices.SDE_METHODS)
+    choices.choose("last_step", last_step, choices.LAST_STEPS)
+    choices.TIME_POINTS.check("num_steps", num_steps)
+    if last_step is not None:
+        choices.INSIDE_UNIT.check("last_step_size", last_step_size)
+    size = 0.0 if last_step is None else last_step_size
+    t0, t1 = tr.interval(sde=True, eval=True, diffusion_form=diffusion_form, last_step_size=size)
     if sampling_method == "Heun" and t1 == 1:
-        t1 = 1 - SINGULAR_EPS  # Heun evaluates the score at its end, where it has a pole
+        t1 = 1 - tr.path.facts.sample_eps  # Heun evaluates the score at its end, where the score has a pole
     model, x = in_float32(model, z)
     times = torch.linspace(t0, t1, num_steps, device=x.device, dtype=x.dtype)
-
-    def drift_and_diffusion(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        velocity, score = tr.velocity_and_score(model, x, t, **model_kwargs)
-        diffusion = tr.diffusion(x, t, diffusion_form, diffusion_norm)
-        return velocity + diffusion * score, diffusion
-
+    dt = times[1] - times[0]
     if draw is None:
         draw = partial(torch.randn, x.shape, device=x.device, dtype=x.dtype)
-    dt = times[1] - times[0]
-    for time in times[:-1]:
-        t = time.expand(len(x))
-        dw = draw() * dt.sqrt()
-        if sampling_method == "Euler":
-            drift, diffusion = drift_and_diffusion(x, t)
-            x = x + drift * dt + (2 * diffusion).sqrt() * dw
-        else:  # the noise first, then Heun's step for the drift
-            x = x + (2 * tr.diffusion(x, t, diffusion_form, diffusion_norm)).sqrt() * dw
-            first, _ = drift_and_diffusion(x, t)
-            second, _ = drift_and_diffusion(x + dt * first, t + dt)
-            x = x + 0.5 * dt * (first + second)
 
+    def diffusion(x: Tensor, t: Tensor) -> Tensor:
+        return tr.diffusion(x, t, diffusion_form, diffusion_norm)
+
+    def drift(x: Tensor, t: Tensor) -> Tensor:
+        velocity, score = tr.velocity_and_score(model, x, t, **model_kwargs)
+        return velocity + diffusion(x, t) * score
+
+    for time in times[:-1]:
+        x = SDE_STEPS[sampling_method](drift, diffusion, x, time.expand(len(x)), dt, draw() * dt.sqrt())
     t = times[-1].expand(len(x))
     if last_step == "Mean":
-        x = x + drift_and_diffusion(x, t)[0] * last_step_size
+        x = x + drift(x, t) * last_step_size
     elif last_step == "Euler":
         x = x + tr.velocity(model, x, t, **model_kwargs) * last_step_size
     elif last_step == "Tweedie":  # E[x₁ | x] = (x + σ² s) / α

@@ -7,18 +7,18 @@ In the shape comments N is the batch, C the channels, H = W the input's side, p 
 tokens, and D the hidden size.
 """
 
+import importlib
 import math
 
 import torch
 from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
 
-import sit_composer
-from sit_composer.choices import VARIANTS, variant
+from sit_composer.choices import VARIANTS, check_sizes, variant
 
 
 def build_sit(name: str, **overrides) -> "SiT":
-    """Builds a variant by name; any argument of `SiT` may be given over it.
+    """Builds a variant by name; further arguments of `SiT` override the variant's.
 
     >>> build_sit("SiT-XL/2", input_size=64)
     """
@@ -26,7 +26,7 @@ def build_sit(name: str, **overrides) -> "SiT":
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Shifts and scales every token of x (N, T, D) by its sample's shift and scale (N, D)."""
+    """x · (1 + scale) + shift for every token of x (N, T, D), with a shift and scale (N, D) per sample."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
@@ -54,7 +54,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Embeds labels (N,) as vectors (N, D); in training, drops some to the null class, whose label is num_classes."""
+    """Embeds labels (N,) as vectors (N, D). Training replaces some by the null class, whose label is num_classes."""
 
     def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float):
         super().__init__()
@@ -71,7 +71,7 @@ class LabelEmbedder(nn.Module):
 
 
 class SiTBlock(nn.Module):
-    """A transformer block whose layer norms and residual gates are set by the condition (adaLN-Zero)."""
+    """A transformer block whose layer norms and gates depend on the condition (adaLN-Zero, arXiv 2212.09748)."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
@@ -89,7 +89,7 @@ class SiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Maps each token to its patch's pixels."""
+    """Maps each token (N, T, D) to the pixels of its patch (N, T, p²·out_channels)."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
         super().__init__()
@@ -103,21 +103,24 @@ class FinalLayer(nn.Module):
 
 
 class SiT(nn.Module):
-    """The transformer. ``forward(x, t, y)`` gives the predicted field of x's shape.
+    """The transformer. ``forward(x, t, y)`` returns the predicted field, of x's shape.
 
     Args:
-        input_size: the side of the latents (or pictures), in latent pixels.
+        input_size: the side of the latents (or images), in latent pixels.
         patch_size: the side of a token's patch; divides input_size.
         in_channels: channels of the latents.
         hidden_size: width D; a multiple of num_heads and of 4.
         depth: number of blocks.
         num_heads: attention heads.
-        mlp_ratio: width of a block's MLP over D.
-        class_dropout_prob: how often a training label is dropped to the null class. 0 leaves that class out of the
-            table, and guidance with it.
+        mlp_ratio: width of a block's MLP, divided by D.
+        class_dropout_prob: the probability that training replaces a label by the null class. With 0, there is no null
+            class, and no guidance.
         num_classes: number of labels; the null class, if any, is label num_classes.
-        learn_sigma: keep the release's unused second half of the output channels. It is computed and dropped: the
-            released weights have it, the loss never sees it, and a new network may leave it out.
+        learn_sigma: keep the release's unused second half of the output channels. The released weights have it; it is
+            computed and dropped, without effect on the loss, and a new network may omit it.
+
+    Raises:
+        UserError: for a size that is not a multiple of what it must be.
     """
 
     def __init__(
@@ -134,13 +137,7 @@ class SiT(nn.Module):
         learn_sigma: bool = True,
     ):
         super().__init__()
-        for size, name, part, part_name in (
-            (hidden_size, "hidden_size", num_heads, "num_heads"),
-            (hidden_size, "hidden_size", 4, "4, for the sin-cos positions"),
-            (input_size, "input_size", patch_size, "patch_size"),
-        ):
-            if size % part:
-                raise ValueError(f"{name} {size} is not a multiple of {part_name}{'' if part == 4 else f' {part}'}")
+        check_sizes(hidden_size, num_heads, input_size, patch_size)
         self.input_size = input_size
         self.patch_size = patch_size
         self.in_channels = in_channels
@@ -161,23 +158,23 @@ class SiT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id: str, weights: str = "ema") -> "SiT":
-        """The trained network of an exported folder, a checkpoint or a model on the Hugging Face Hub, to evaluate.
+        """The trained network of an exported folder, a checkpoint or a model on the Hugging Face Hub, in eval mode.
 
         Args:
-            folder_or_hub_id: what `checkpoint.load_checkpoint` takes, or else a name such as "owner/name".
+            folder_or_hub_id: what `checkpoint.load.load_checkpoint` takes, or a Hub name such as "owner/name".
             weights: "ema" or "training".
 
         Raises:
-            checkpoint.CheckpointError: if there are no such weights.
+            checkpoint.safe_load.CheckpointError: if there are no such weights.
         """
-        # By the package's public names, which load on first use: the network itself knows no checkpoint.
-        checkpoint = sit_composer.load_checkpoint(sit_composer.fetch(folder_or_hub_id), weights)
-        network = cls(**checkpoint.record["model"])
+        checkpoints = importlib.import_module("sit_composer.checkpoint.load")  # which itself imports this module
+        checkpoint = checkpoints.load_checkpoint(checkpoints.fetch(folder_or_hub_id), weights)
+        network = cls(**checkpoint.record.model)
         network.load_state_dict(checkpoint.weights)
         return network.eval()
 
     def initialize_weights(self) -> None:
-        """The release's initialization: every block starts as the identity, and the output as zero."""
+        """The release's initialization: every block starts as the identity, and the output is zero (adaLN-Zero)."""
 
         def xavier(module: nn.Module) -> None:
             if isinstance(module, nn.Linear):
@@ -186,24 +183,24 @@ class SiT(nn.Module):
 
         self.apply(xavier)
         self.pos_embed.data.copy_(sincos_positions(self.hidden_size, self.input_size // self.patch_size))
-        projection = self.x_embedder.proj  # a convolution, initialized as the linear map that it is
+        projection = self.x_embedder.proj  # a convolution, initialized as a linear layer
         nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
         nn.init.zeros_(projection.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        zeroed = [block.adaLN_modulation[-1] for block in self.blocks]
-        for layer in [*zeroed, self.final_layer.adaLN_modulation[-1], self.final_layer.linear]:
+        modulations = [block.adaLN_modulation[-1] for block in self.blocks]
+        for layer in [*modulations, self.final_layer.adaLN_modulation[-1], self.final_layer.linear]:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     @property
     def null_label(self) -> int | None:
-        """The label that means "no class", or None if the network was trained without one."""
+        """The null class's label, or None if the network was trained without one."""
         return self.num_classes if self.class_dropout_prob > 0 else None
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        """Tokens (N, T, p²·C) to pictures (N, C, H, W)."""
+        """Tokens (N, T, p²·C) to images (N, C, H, W)."""
         grid, p, c = self.input_size // self.patch_size, self.patch_size, self.out_channels
         x = x.reshape(-1, grid, grid, p, p, c)  # (N, H/p, W/p, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, c, grid * p, grid * p)  # (N, C, H, W)
@@ -211,19 +208,20 @@ class SiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor, draws: Tensor | None = None) -> Tensor:
         """The field at x (N, C, H, W) and times t (N,), for labels y (N,): (N, C, H, W).
 
-        In training, labels are dropped by draws (N,) from [0, 1), below class_dropout_prob; None draws them.
+        In training, a label whose draw, of draws (N,) in [0, 1), is below class_dropout_prob becomes the null class.
+        None uses torch's own generator.
         """
         x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         c = self.t_embedder(t) + self.y_embedder(y, self.training, draws)  # (N, D)
         for block in self.blocks:
             x = block(x, c)  # (N, T, D)
         x = self.unpatchify(self.final_layer(x, c))  # (N, out_channels, H, W)
-        return x[:, : self.in_channels]  # learn_sigma's second half goes
+        return x[:, : self.in_channels]  # without learn_sigma's second half
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
-        """Guidance as released, for parity: x (2N, …) is a batch twice, y (2N,) its labels and then null labels.
+        """Guidance as released, for parity: x (2N, …) is a batch twice, y (2N,) its labels, then null labels.
 
-        Only the first three channels are guided, as in the release; `guidance.Guidance` guides all.
+        It guides only the first three channels, as the release does; `guidance.Guidance` guides all.
         """
         half = x[: len(x) // 2]
         out = self.forward(torch.cat([half, half]), t, y)  # (2N, C, H, W)
@@ -232,9 +230,9 @@ class SiT(nn.Module):
         return torch.cat([torch.cat([guided, guided]), out[:, 3:]], dim=1)
 
     def forward_macs(self) -> int:
-        """Multiply-accumulates of one forward pass over one sample (a FLOP count is twice that).
+        """Multiply-accumulates of one forward pass over one sample (FLOPs are twice that).
 
-        Matrix products only, as is the custom: T·D² for every D×D map over the tokens, 2·T²·D for attention.
+        As usual, only matrix products are counted: T·D² for every D×D map over the tokens, 2·T²·D for attention.
         """
         d, p, tokens = self.hidden_size, self.patch_size, self.x_embedder.num_patches
         hidden = self.blocks[0].mlp.fc1.out_features if len(self.blocks) else 0
@@ -245,7 +243,7 @@ class SiT(nn.Module):
 
 
 def sincos_positions(dim: int, grid: int) -> Tensor:
-    """Fixed positions of a grid × grid picture: (1, grid², dim); half of dim for the column, then half for the row."""
+    """Sinusoids of the positions in a grid × grid image: (1, grid², dim), half for the column, half for the row."""
 
     def one_axis(position: Tensor) -> Tensor:  # (grid²,) -> (grid², dim/2)
         omega = torch.arange(dim // 4, dtype=torch.float64) / (dim / 4)
@@ -257,7 +255,7 @@ def sincos_positions(dim: int, grid: int) -> Tensor:
 
 
 def size_table() -> str:
-    """All variants at 256² over an 8× autoencoder, as a Markdown table: parameters (trained) and forward GMACs."""
+    """A Markdown table of all variants for 256² images and an 8× autoencoder: trained parameters, forward GMACs."""
     lines = ["| model | parameters | GMACs, forward |", "| --- | ---: | ---: |"]
     for name in VARIANTS:
         with torch.device("meta"):

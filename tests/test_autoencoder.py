@@ -141,17 +141,15 @@ def test_what_overflows_in_float16_is_refused_and_never_a_black_picture(copy):
     latents = torch.randn(2, 4, 4, 4)
     for dtype in (torch.float32, torch.bfloat16):
         assert KLAutoencoder(folder, dtype=dtype).decode(latents).isfinite().all()
-    message = "copy: decodes latents in float16 to NaN or infinite values; take bfloat16 or float32"
+    message = "copy: decodes latents in float16 to NaN or infinite values; use bfloat16 or float32"
     with pytest.raises(UserError, match=message):
         KLAutoencoder(folder, dtype=torch.float16).decode(latents)
-    with pytest.raises(UserError, match="encodes pictures in float32 to NaN or infinite values; its weights or what"):
+    with pytest.raises(UserError, match="encodes images in float32 to NaN or infinite values; its weights or its"):
         KLAutoencoder(folder).moments(torch.full((1, 3, 16, 16), torch.nan))
 
 
 def test_float16_is_refused_where_the_config_says_that_it_overflows(folders, copy):
-    with pytest.raises(
-        UserError, match=r"sdxl: its config\.json says force_upcast, as it overflows in float16; take b"
-    ):
+    with pytest.raises(UserError, match=r"sdxl: its config\.json has force_upcast, as it overflows in float16; use b"):
         KLAutoencoder(folders("sdxl"), dtype=torch.float16)
     KLAutoencoder(folders("sdxl"), dtype=torch.bfloat16)
     old = KLAutoencoder(copy(force_upcast=None), dtype=torch.float16)  # SD's own, older than the key
@@ -160,7 +158,7 @@ def test_float16_is_refused_where_the_config_says_that_it_overflows(folders, cop
 
 
 def test_numbers_a_channel_are_refused(copy):
-    with pytest.raises(UserError, match="has latents_mean or latents_std, numbers for each channel") as error:
+    with pytest.raises(UserError, match="has latents_mean or latents_std, numbers per channel") as error:
         KLAutoencoder(copy(latents_mean=[0.1] * 4, latents_std=[0.9] * 4))
     assert "\n" not in str(error.value)
 

@@ -4,8 +4,8 @@ import gzip
 import math
 import re
 import struct
-import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +13,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from convert import to_mds
+from sit_composer import evaluate, train
 from sit_composer.config.load import load_config
 from sit_composer.errors import UserError
-from tests.benchmarks import time_sampling
+from tests.benchmarks import convert, loader, step, time_sampling
 from tests.benchmarks.time_sampling import read_idx, steps_to, table, threshold
-from tests.conftest import ROOT
 
 DISTANCES = st.lists(st.floats(0.1, 100), min_size=1, max_size=8)
 
@@ -116,8 +117,17 @@ def test_a_missing_source_is_told_in_one_line(tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+def run_here(*command: object) -> None:
+    """Runs a command of time_sampling's in this process, where Composer is imported already."""
+    mains = {"to_mds.py": to_mds.main, "sit_composer.evaluate": evaluate.main, "train.py": train.main}
+    words = [str(word) for word in command]
+    names = [Path(word).name for word in words]
+    at = next(i for i, name in enumerate(names) if name in mains)
+    assert mains[names[at]](words[at + 1 :]) == 0
+
+
 @pytest.mark.slow
-def test_a_whole_run_and_what_is_done_is_skipped(tmp_path):
+def test_a_whole_run_and_what_is_done_is_skipped(tmp_path, monkeypatch, capsys):
     make_source(tmp_path / "source")
     config = yaml.safe_load(time_sampling.YAML.read_text())
     config["model"] |= {"hidden_size": 16, "depth": 1}
@@ -126,12 +136,11 @@ def test_a_whole_run_and_what_is_done_is_skipped(tmp_path):
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
     places = ["--source", tmp_path / "source", "--out", tmp_path / "out", "--yaml", tmp_path / "small.yaml"]
     options = ["--arms", "uniform", "logit-normal", "--seeds", "0", "--plot", tmp_path / "plot.png"]
-    command = [sys.executable, ROOT / "tests/benchmarks/time_sampling.py", *places, *options]
+    monkeypatch.setattr(time_sampling, "run", run_here)
     outputs = []
     for _ in range(2):
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 0, done.stdout + done.stderr
-        outputs.append(done.stdout)
+        assert time_sampling.main([str(word) for word in [*places, *options]]) == 0
+        outputs.append(capsys.readouterr().out)
     assert "| logit-normal(0, 1) |" in outputs[0]
     assert outputs[0].splitlines()[-4:] == outputs[1].splitlines()[-4:]
     assert "logit-normal-0" in outputs[0].splitlines()
@@ -139,32 +148,35 @@ def test_a_whole_run_and_what_is_done_is_skipped(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
+def test_a_command_that_fails_is_named():
+    with pytest.raises(UserError, match=r"-c exit\(3\): failed with exit code 3"):
+        time_sampling.run(sys.executable, "-S", "-c", "exit(3)")
+
+
 @pytest.mark.slow
-def test_conversion_is_compared_with_plain_loops():
+def test_conversion_is_compared_with_plain_loops(capsys):
     options = ["--pictures", "20", "--rounds", "1", "--latents", "40", "--vae", "tiny", "--image-size", "16"]
-    command = [sys.executable, str(ROOT / "tests/benchmarks/convert.py"), *options]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rates = re.findall(r"^\| (.*) \| ([\d.]+) \| ([\d.]+) \|$", done.stdout, re.MULTILINE)
+    assert convert.main(options) == 0
+    out = capsys.readouterr().out
+    rates = re.findall(r"^\| (.*) \| ([\d.]+) \| ([\d.]+) \|$", out, re.MULTILINE)
     assert len(rates) == 6
     assert all(float(rate) > 0 for _, rate, _ in rates)
-    busy = re.search(r"the encoders are at work ([\d.]+)% of the time", done.stdout)
+    busy = re.search(r"the encoders are at work ([\d.]+)% of the time", out)
     assert 0 < float(busy[1]) <= 100
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "options", "rows"),
+    ("benchmark", "options", "rows"),
     [
-        ("loader", ["--latents", "300", "--pixels", "20", "--rounds", "1", "--workers", "1"], ["latents", "pixels"]),
-        ("step", ["--batch-size", "2", "--rounds", "1", "--steps", "2"], ["SiT-S/8, 2"]),
+        (loader, ["--latents", "300", "--pixels", "20", "--rounds", "1", "--workers", "1"], ["latents", "pixels"]),
+        (step, ["--batch-size", "2", "--rounds", "1", "--steps", "2"], ["SiT-S/8, 2"]),
     ],
 )
-def test_loader_and_step_are_compared_with_plain_ones(name, options, rows):
-    command = [sys.executable, str(ROOT / f"tests/benchmarks/{name}.py"), *options]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = re.findall(r"^\| ([^|]*) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", done.stdout, re.MULTILINE)
+def test_loader_and_step_are_compared_with_plain_ones(benchmark, options, rows, capsys):
+    assert benchmark.main(options) == 0
+    pattern = r"^\| ([^|]*) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$"
+    found = re.findall(pattern, capsys.readouterr().out, re.MULTILINE)
     assert [what for what, *_ in found] == rows
     for _, theirs, ours, ratio in found:
         assert float(ours) / float(theirs) == pytest.approx(float(ratio), rel=0.03)

@@ -1,4 +1,4 @@
-"""The launch recipes: what they say, and run.sh for real, with its signals and on two nodes."""
+"""The launch recipes: their content, and real runs of run.sh, with signals and on two nodes."""
 
 import getpass
 import os
@@ -18,7 +18,8 @@ import torch
 import yaml
 
 from sit_composer.checkpoint.load import load_checkpoint
-from tests.conftest import ROOT, free_ports
+from tests.helpers.paths import ROOT
+from tests.helpers.s3 import free_ports
 
 CLUSTERS = ROOT / "yamls" / "clusters"
 TINY = ["model.hidden_size=32", "model.depth=1", "model.num_heads=2", "scheduler={constant: {}}"]
@@ -42,7 +43,7 @@ os.rename(f"{folder}/{rank}.tmp", f"{folder}/{rank}")
 while mode == "wait" and not told:
     time.sleep(0.01)
 if mode == "wait":
-    time.sleep(35 if rank else 0.1)  # one that uploads, for longer than the launcher's 30 s
+    time.sleep(35 if rank else 0.1)  # an upload that takes longer than the launcher's 30 s
     with open(f"{folder}/{rank}.told", "w") as file:
         file.write(str(told))
     sys.exit(143)
@@ -64,7 +65,7 @@ def environment(**variables: object) -> dict[str, str]:
 
 @pytest.fixture
 def started():
-    """Starts commands in sessions of their own, of which nothing is left at the end."""
+    """Starts commands in sessions of their own, and kills these at the end."""
     processes = []
 
     def start(command: list[str], **options: object) -> subprocess.Popen:
@@ -82,15 +83,16 @@ def started():
 
 
 def recipes(folder: Path, training: str) -> None:
-    """A copy of the recipes, which start that training."""
+    """Copies the recipes to a folder where they start this training."""
     shutil.copytree(CLUSTERS, folder / "yamls" / "clusters", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "sit_composer").mkdir()
+    shutil.copy(ROOT / "sit_composer" / "launch.py", folder / "sit_composer")
     (folder / "sit_composer" / "train.py").write_text(training)
 
 
 @pytest.fixture
 def stand_in(tmp_path, started):
-    """Starts run.sh with a stand-in for the training, which does what mode= says."""
+    """Starts run.sh with a stand-in for the training, controlled by mode=."""
     recipes(tmp_path, TRAIN)
 
     def start(mode: str, **variables: object) -> tuple[subprocess.Popen, Path]:
@@ -186,14 +188,14 @@ def test_slurm_refuses_secrets_that_others_can_read(tmp_path, mode, line):
 @pytest.mark.parametrize(
     ("variables", "line"),
     [
-        ({"NNODES": 2, "NODE_RANK": 0}, "MASTER_ADDR: none, and NNODES=2; give node 0's name or address"),
-        ({"NNODES": 2, "MASTER_ADDR": "a"}, "NODE_RANK: none, and NNODES=2; give each node its own, from 0"),
-        ({"NNODES": 2, "NODE_RANK": 2, "MASTER_ADDR": "a"}, "NODE_RANK: got 2; of NNODES=2 it is 0 to 1"),
-        ({"NNODES": "two"}, "NNODES: got two; it takes a number"),
-        ({"NNODES": 0}, "NNODES: got 0; it takes at least 1"),
-        ({"NODE_RANK": -1}, "NODE_RANK: got -1; it takes a number"),
-        ({"NPROC_PER_NODE": 0}, "NPROC_PER_NODE: got 0; it takes at least 1"),
-        ({"NPROC_PER_NODE": "08"}, "NPROC_PER_NODE: got 08; it takes a number"),
+        ({"NNODES": 2, "NODE_RANK": 0}, "MASTER_ADDR: not set, expected node 0's name or address (NNODES=2)"),
+        ({"NNODES": 2, "MASTER_ADDR": "a"}, "NODE_RANK: not set, expected each node's own number, from 0 (NNODES=2)"),
+        ({"NNODES": 2, "NODE_RANK": 2, "MASTER_ADDR": "a"}, "NODE_RANK: got 2, expected 0 to 1 (NNODES=2)"),
+        ({"NNODES": "two"}, "NNODES: got two, expected a whole number"),
+        ({"NNODES": 0}, "NNODES: got 0, expected at least 1"),
+        ({"NODE_RANK": -1}, "NODE_RANK: got -1, expected a whole number"),
+        ({"NPROC_PER_NODE": 0}, "NPROC_PER_NODE: got 0, expected at least 1"),
+        ({"NPROC_PER_NODE": "08"}, "NPROC_PER_NODE: got 08, expected a whole number"),
     ],
 )
 def test_run_sh_refuses_what_makes_no_sense_in_one_line(variables, line):
@@ -213,7 +215,7 @@ def test_run_sh_wants_a_yaml(arguments):
 
 @pytest.mark.slow
 def test_run_sh_gives_the_ranks_their_numbers_and_the_first_failure_is_its_exit_code(stand_in):
-    """Composer's own code is rank 0's, 143 here, for it was told to end when rank 1 had failed."""
+    """Composer's own code is rank 0's, here 143, as it ends rank 0 when rank 1 has failed."""
     left_over = {"WORLD_SIZE": 16, "LOCAL_WORLD_SIZE": 8, "BASE_RANK": 3}
     fail, folder = stand_in("fail", NPROC_PER_NODE=2, **left_over)
     kill, _ = stand_in("kill", NPROC_PER_NODE=2, MASTER_PORT=31234)
@@ -260,7 +262,7 @@ def sh(command: str) -> None:
 
 @pytest.fixture
 def nodes():
-    """Two machines, nearly: each has its own network, /dev/shm and name. Gives what to put before a command."""
+    """Two simulated machines, each with its own network, /dev/shm and name: the prefixes for their commands."""
     names = [f"sit{os.getpid()}{letter}" for letter in "ab"]
     try:
         for name in names:
@@ -281,7 +283,7 @@ def nodes():
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_nodes_train_what_one_node_with_two_ranks_does(nodes, started, digits_shards, tmp_path):
     def command(node: str, name: str) -> list[str]:
         data = tmp_path / f"shards-{name}-{node}"
@@ -296,7 +298,7 @@ def test_two_nodes_train_what_one_node_with_two_ranks_does(nodes, started, digit
     for i, prefix in enumerate(nodes):
         place = tmp_path / f"node{i}"
         place.mkdir()
-        # gloo would take the address of the machine's name, which the namespaces don't have.
+        # By default, gloo takes the address of the machine's name, which the namespaces don't have.
         variables = {"TMPDIR": place, "GLOO_SOCKET_IFNAME": "veth0"}
         variables |= {"NNODES": 2, "NODE_RANK": i, "MASTER_ADDR": "10.77.0.1", "NPROC_PER_NODE": 1}
         both.append(started([*prefix, *command(str(i), "two")], cwd=ROOT, env=environment(**variables)))
@@ -336,9 +338,9 @@ PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
 """
 
 
-@pytest.fixture(params=["linuxproc"])  # pgid works too, for as many minutes more
+@pytest.fixture(params=["linuxproc"])  # pgid works too, and takes as long again
 def slurm(request, tmp_path_factory, started):
-    """A cluster of one node, this machine. Gives a function that runs one of its commands."""
+    """A cluster of one node, this machine: a function that runs one of its commands."""
     daemons = [shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") for name in ("munged", "slurmctld", "slurmd")]
     if None in daemons:
         pytest.skip("Slurm isn't installed; on Debian: apt install slurm-wlm munge")
@@ -374,9 +376,9 @@ def slurm(request, tmp_path_factory, started):
     time.sleep(1)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_slurm_trains_requeues_what_a_sigterm_has_saved_and_lets_a_cancelled_job_be(slurm, digits_shards, tmp_path):
-    """A cluster of this machine, and the training itself, on the digits."""
+    """On a cluster of this machine, with the real training on the digits."""
     log, folder = tmp_path / "log", tmp_path / "run"
     secrets = tmp_path / "secrets"
     secrets.write_text("HF_TOKEN=not-a-token\n")
@@ -410,11 +412,11 @@ def test_slurm_trains_requeues_what_a_sigterm_has_saved_and_lets_a_cancelled_job
 
     job = submit(1_000_000)
     assert first_batch("$SLURM_RESTART_COUNT") == 0
-    slurm("scancel", "--signal=TERM", job)  # to the training alone, as --signal has it before the time limit
+    slurm("scancel", "--signal=TERM", job)  # to the run only, as --signal does before the time limit
     state_is(job, "PENDING")
     (stopped,) = saved()
-    time.sleep(3)  # within a second, the node would take it for the job that it has just ended
-    slurm("scontrol", "update", f"jobid={job}", "starttime=now")  # Slurm lets it wait for two minutes
+    time.sleep(3)  # earlier, the node confuses it with the job that it has just ended
+    slurm("scontrol", "update", f"jobid={job}", "starttime=now")  # Slurm would wait for two minutes
     assert first_batch("1") == stopped
     slurm("scancel", job)
     state_is(job, "CANCELLED")

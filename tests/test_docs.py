@@ -26,8 +26,8 @@ from omegaconf import OmegaConf
 from sit_composer.config.checks import check
 from sit_composer.config.load import load_config
 from sit_composer.config.schema import Config
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 ORDER = ("data", "training", "resuming", "clusters", "sampling", "evaluation", "weights", "python")  # others follow
 PAGES = [
     ROOT / "README.md",

@@ -8,7 +8,8 @@ from sklearn.datasets import load_digits
 
 from sit_composer import sample, train
 from sit_composer.data.stream import load_spec
-from tests.conftest import ROOT, png
+from tests.helpers.images import png
+from tests.helpers.paths import ROOT
 
 from convert.sources import parts  # isort: skip
 from convert import verify_mds  # isort: skip

@@ -6,7 +6,7 @@ from sit_composer.guidance import Guidance
 from sit_composer.samplers import Counted, sample_ode
 from sit_composer.sit import SiT
 from sit_composer.transport import Transport
-from tests.training.test_model import small_network
+from tests.helpers.networks import small_network
 
 
 @pytest.fixture

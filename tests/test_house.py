@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 PRODUCT = [path for room in ("sit_composer", "convert") for path in sorted((ROOT / room).rglob("*.py"))]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
@@ -53,4 +53,4 @@ def test_tests_import_helpers_and_no_other_tests():
         for node in ast.walk(parse(path))
         if isinstance(node, ast.ImportFrom) and node.module
     }
-    assert {where: name for where, name in imports.items() if re.search(r"^tests\.(.*\.)?test_", name)} == {}
+    assert {where: name for where, name in imports.items() if re.search(r"^tests\.(.*\.)?(test_|conftest)", name)} == {}

@@ -11,7 +11,7 @@ from sit_composer.errors import UserError
 from sit_composer.likelihood import bits_per_dim, dequantize, log_likelihood
 from sit_composer.samplers import sample_ode
 from sit_composer.transport import Transport
-from tests.test_samplers import MEAN, STD, gaussian
+from tests.helpers.gaussian import MEAN, STD, gaussian
 
 
 def exact_log_p(x, mean=MEAN, std=STD):
@@ -124,7 +124,7 @@ def test_given_probes_are_the_ones_that_are_used(tiny):
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-3)
     other = log_likelihood(Transport(), tiny, x, noise=noise.flip(1), y=y, **options)
     assert ((other - whole).abs() > 1e-2).any()
-    with pytest.raises(UserError, match=re.escape("noise: got (2, 4, 4, 8, 8); it takes (3, 4, 4, 8, 8)")):
+    with pytest.raises(UserError, match=re.escape("noise: got (2, 4, 4, 8, 8), expected (3, 4, 4, 8, 8)")):
         log_likelihood(Transport(), tiny, x, noise=noise, y=y, **options | {"probes": 3})
 
 
@@ -167,7 +167,8 @@ def test_bits_of_levels_are_the_closed_forms_and_bound_the_codes_length():
 
 
 @pytest.mark.parametrize(
-    ("option", "named"), [({"probes": 0}, "probes: got 0"), ({"num_steps": 1}, "num_steps: got 1")]
+    ("option", "named"),
+    [({"probes": 0}, "probes: got 0, expected a whole number of at least 1"), ({"num_steps": 1}, "num_steps: got 1")],
 )
 def test_a_wrong_option_is_named(option, named):
     with pytest.raises(UserError, match=re.escape(named)):

@@ -1,7 +1,6 @@
 """Sampling and the checkpoints it reads, on a tiny network that two batches trained."""
 
 import contextlib
-import copy
 import io
 import json
 import os
@@ -22,9 +21,8 @@ from sit_composer.choices import Sampling
 from sit_composer.gallery import SETTINGS, write_grid
 from sit_composer.generate import generate
 from sit_composer.guidance import Guidance
-from sit_composer.sit import SiT
 from sit_composer.transport import Transport
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +108,8 @@ UNEVEN += ["--weights", "training", "--cfg-scale", "1"]
 def evaluations(checkpoints, batches: list[list[int]], count: int) -> dict[int, int]:
     """What each picture of ``count`` takes of the solver of ``UNEVEN`` when drawn with its batch."""
     checkpoint = load_checkpoint(str(checkpoints), "training")
-    guidance = Guidance(sample.build_network(checkpoint, "cpu"), 1.0)
-    transport = Transport(**checkpoint.record["transport"])
+    guidance = Guidance(checkpoint.build_network(), 1.0)
+    transport = checkpoint.record.build_transport()
     taken = {}
     for batch in batches:
         labels = [i * 10 // count for i in batch]
@@ -122,6 +120,7 @@ def evaluations(checkpoints, batches: list[list[int]], count: int) -> dict[int, 
     return taken
 
 
+@pytest.mark.slow
 def test_two_ranks_draw_what_one_draws_and_count_for_both(draw, checkpoints, tmp_path):
     options = ["--num-images", "6", "--num-steps", "5", *UNEVEN]
     assert draw(*options) == 0
@@ -208,7 +207,7 @@ def test_latents_are_decoded_by_the_autoencoder_they_are_of_and_in_no_dtype_it_o
         assert draw("--num-images", "1", "--decode-dtype", "float16", checkpoint=latent[0]) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ")
-        assert "config.json says force_upcast" in error
+        assert "config.json has force_upcast" in error
         change(latent[1], scaling_factor=0.5)
         assert draw("--num-images", "1", checkpoint=latent[0]) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -251,7 +250,7 @@ def test_what_is_drawn_already_is_kept(draw, tmp_path):
 def test_training_weights_are_drawn_from_when_asked_for(checkpoints, tmp_path):
     training, ema = (load_checkpoint(str(checkpoints), which) for which in ("training", "ema"))
     assert not torch.equal(training.weights["final_layer.linear.weight"], ema.weights["final_layer.linear.weight"])
-    network = SiT(**training.record["model"])
+    network = training.record.build_network()
     network.load_state_dict(training.weights, strict=True)
     network.load_state_dict(ema.weights, strict=True)
     guidance = Guidance(network.eval(), 2.0)
@@ -263,30 +262,39 @@ def test_training_weights_are_drawn_from_when_asked_for(checkpoints, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--classes", "10"], "--classes: got '10'; it takes labels 0 to 9"),
+        (["--classes", "10"], "--classes: got '10', expected labels 0 to 9"),
         (["--classes", "-1"], "--classes: got '-1'"),
-        (["--sampling-method", "Euler"], "argument --sampling-method: got Euler; ODE takes euler"),
-        (["--mode", "SDE", "--sampling-method", "dopri5"], "argument --sampling-method: got dopri5; SDE takes Euler"),
-        (["--num-steps", "1"], "argument --num-steps: got 1; it takes 2 or more"),
-        (["--cfg-scale", "nan"], "argument --cfg-scale: got nan; it takes a number, 0 or more"),
-        (["--mode", "SDE", "--diffusion-norm", "-1"], "argument --diffusion-norm: got -1.0"),
-        (["--per-class", "3"], "argument --per-class: goes with --classes"),
-        (["--npz", "/"], "argument --npz: got /; it takes a file's name"),
-        (["--npz", "/dev/null/x.npz"], "argument --npz: /dev/null/x.npz can't be written in /dev/null"),
-        (["--npz", __file__], "is there, and not what this command writes; delete it, or choose another"),
-        (["--last-step", "Euler"], "argument --last-step: goes with --mode SDE"),
-        (["--diffusion-norm", "2"], "argument --diffusion-norm: goes with --mode SDE"),
-        (["--mode", "SDE", "--atol", "1e-3"], "argument --atol: goes with an adaptive ODE solver (dopri5"),
-        (["--sampling-method", "heun", "--rtol", "1e-3"], "argument --rtol: goes with an adaptive ODE solver"),
-        (["--mode", "SDE", "--last-step", "None", "--last-step-size", "0.1"], "--last-step-size: goes with a --last"),
-        (["--cfg-scale", "1", "--cfg-interval", "0", "0.5"], "argument --cfg-interval: goes with a --cfg-scale other"),
-        (["--classes", "1", "--labels", "random"], "argument --labels: random goes with --num-images"),
-        (["--atol", "0", "--rtol", "0"], "argument --atol: got 0, and --rtol too; one of them takes more"),
+        (["--sampling-method", "Euler"], "--sampling-method of the ODE: got 'Euler', expected euler"),
+        (
+            ["--mode", "SDE", "--sampling-method", "dopri5"],
+            "--sampling-method of the SDE: got 'dopri5', expected",
+        ),
+        (["--num-steps", "1"], "argument --num-steps: got '1', expected a whole number of at least 2"),
+        (["--cfg-scale", "nan"], "argument --cfg-scale: got 'nan', expected a number of at least 0"),
+        (["--mode", "SDE", "--diffusion-norm", "-1"], "argument --diffusion-norm: got '-1', expected a number"),
+        (["--per-class", "3"], "argument --per-class: has no effect without --classes"),
+        (["--npz", "/"], "--npz: got /, expected a file name"),
+        (["--npz", "/dev/null/x.npz"], "--npz: /dev/null/x.npz can't be written in /dev/null"),
+        (["--npz", __file__], "exists, and this command didn't write it; delete it, or choose another"),
+        (["--last-step", "Euler"], "argument --last-step: has no effect without --mode SDE"),
+        (["--diffusion-norm", "2"], "argument --diffusion-norm: has no effect without --mode SDE"),
+        (["--mode", "SDE", "--atol", "1e-3"], "argument --atol: has no effect without an adaptive ODE solver (dopri5"),
+        (
+            ["--sampling-method", "heun", "--rtol", "1e-3"],
+            "argument --rtol: has no effect without an adaptive",
+        ),
+        (["--mode", "SDE", "--last-step", "None", "--last-step-size", "0.1"], "--last-step-size: has no effect"),
+        (
+            ["--cfg-scale", "1", "--cfg-interval", "0", "0.5"],
+            "argument --cfg-interval: has no effect with --cfg",
+        ),
+        (["--classes", "1", "--labels", "random"], "argument --labels: random has no effect without --num"),
+        (["--atol", "0", "--rtol", "0"], "--atol: got 0, and --rtol too, expected a number above 0"),
         (["--atol", "1e-30", "--rtol", "1e-30"], "the solver gave up"),
-        (["--decode-dtype", "float16"], "--decode-dtype: got float16; "),
-        (["--decode-batch-size", "4"], "draws pixels, which nothing decodes"),
-        (["--decode-batch-size", "0"], "argument --decode-batch-size: got 0; it takes 1 or more"),
-        (["--num-images", "0"], "argument --num-images: got 0; it takes 1 or more"),
+        (["--decode-dtype", "float16"], "--decode-dtype: got float16, but "),
+        (["--decode-batch-size", "4"], "generates pixels, which need no decoder"),
+        (["--decode-batch-size", "0"], "argument --decode-batch-size: got '0', expected a whole number of at least 1"),
+        (["--num-images", "0"], "argument --num-images: got '0', expected a whole"),
         (["--mode", "SDE", "--last-step-size", "2"], "last_step_size: got 2.0"),
     ],
 )
@@ -299,14 +307,18 @@ def test_a_wrong_option_is_named(draw, tmp_path, capsys, options, message):
 
 def test_a_guide_that_predicts_something_else_is_refused(draw, checkpoints, tmp_path, monkeypatch, capsys):
     checkpoint = load_checkpoint(str(checkpoints), "ema")
-    changed = replace(checkpoint, record=copy.deepcopy(checkpoint.record))
-    found = {"other": changed, str(checkpoints): checkpoint}
+    found = {str(checkpoints): checkpoint}
     monkeypatch.setattr("sit_composer.gallery.load_checkpoint", lambda path, which: found[path])
-    for part, name, value in (("transport", "prediction", "noise"), ("classes", 0, "another")):
-        changed.record[part][name] = value
+    autoencoder, classes = replace(checkpoint.record.autoencoder, scale=0.5), checkpoint.record.classes
+    for name, value, message in (
+        ("transport", {**checkpoint.record.transport, "prediction": "noise"}, "transport.prediction noise"),
+        ("autoencoder", autoencoder, "autoencoder.scale 0.5"),
+        ("model", {**checkpoint.record.model, "in_channels": 3}, "in_channels 3"),
+        ("classes", [*classes[1:], classes[0]], "other classes"),
+    ):
+        found["other"] = replace(checkpoint, record=replace(checkpoint.record, **{name: value}))
         assert draw("--guide", "other", "--num-images", "1") == 2
-        changed.record[part][name] = checkpoint.record[part][name]
-        assert "--guide: other has " in capsys.readouterr().err
+        assert f"--guide: other has {message}" in capsys.readouterr().err
 
 
 def test_num_steps_of_an_adaptive_solver_are_said_to_have_no_effect(draw, capsys):

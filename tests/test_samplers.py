@@ -13,28 +13,12 @@ from sit_composer.choices import (
     PREDICTIONS,
     SDE_METHODS,
 )
+from sit_composer.errors import UserError
 from sit_composer.guidance import Guidance
+from sit_composer.likelihood import log_likelihood
 from sit_composer.samplers import Counted, sample_ode, sample_sde
 from sit_composer.transport import Transport
-
-MEAN, STD = 0.7, 0.4
-
-
-def gaussian(tr: Transport):
-    """The exact network for data ~ N(MEAN, STD²), whatever tr says that a network predicts."""
-
-    def model(x, t):
-        t = t.reshape(-1, *[1] * (x.ndim - 1))
-        (alpha, d_alpha), (sigma, d_sigma) = tr.path.alpha(t), tr.path.sigma(t)
-        variance = alpha**2 * STD**2 + sigma**2
-        centred = (x - alpha * MEAN) / variance  # minus the score
-        if tr.prediction == "score":
-            return -centred
-        if tr.prediction == "noise":
-            return sigma * centred
-        return d_alpha * (MEAN + alpha * STD**2 * centred) + d_sigma * sigma * centred
-
-    return model
+from tests.helpers.gaussian import MEAN, STD, gaussian
 
 
 @pytest.mark.parametrize("spec", ["ode_euler_linear", "ode_dopri5_linear_cfg4", "sde_euler_linear_sigma"])
@@ -247,12 +231,27 @@ def test_evaluations_are_counted():
     ("call", "named"),
     [
         (lambda tr: sample_ode(tr, None, torch.zeros(1), sampling_method="Euler"), "sampling_method: got 'Euler'"),
-        (lambda tr: sample_ode(tr, None, torch.zeros(1), num_steps=1), "num_steps: got 1"),
+        (
+            lambda tr: sample_ode(tr, None, torch.zeros(1), num_steps=1),
+            "num_steps: got 1, expected a whole number of at",
+        ),
+        (
+            lambda tr: sample_ode(tr, None, torch.zeros(1), atol=0, rtol=0),
+            "atol: got 0, and rtol too, expected a number",
+        ),
+        (lambda tr: sample_ode(tr, None, torch.zeros(1), rtol=-1), "rtol: got -1, expected a number of at least 0"),
         (lambda tr: sample_sde(tr, None, torch.zeros(1), sampling_method="euler"), "sampling_method: got 'euler'"),
-        (lambda tr: sample_sde(tr, None, torch.zeros(1), last_step_size=1.5), "last_step_size: got 1.5"),
+        (lambda tr: sample_sde(tr, None, torch.zeros(1), last_step_size=1.5), "last_step_size: got 1.5, expected"),
         (lambda tr: sample_sde(tr, None, torch.zeros(1), diffusion_form="none"), "diffusion_form: got 'none'"),
     ],
 )
 def test_a_wrong_option_is_named(call, named):
     with pytest.raises(ValueError, match=re.escape(named)):
         call(Transport())
+
+
+@pytest.mark.parametrize("solve", [sample_ode, log_likelihood])
+def test_a_solver_that_gives_up_says_what_to_do(solve):
+    tr = Transport()
+    with pytest.raises(UserError, match=r"the solver gave up \(underflow in dt .*\); try a larger atol or rtol"):
+        solve(tr, gaussian(tr), torch.randn(2, 1), atol=1e-30, rtol=1e-30)

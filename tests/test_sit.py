@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sit_composer.choices import VARIANTS
 from sit_composer.sit import SiT, build_sit, sincos_positions, size_table
 from sit_composer.transport import Transport
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 
 def test_outputs_losses_and_gradients_are_the_references(tiny, reference, meta):
@@ -85,9 +85,9 @@ def test_positions_tell_every_cell_apart():
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"hidden_size": 100, "num_heads": 16}, "hidden_size 100 is not a multiple of num_heads 16"),
-        ({"hidden_size": 18, "num_heads": 2}, "multiple of 4"),
-        ({"input_size": 33}, "input_size 33 is not a multiple of patch_size 2"),
+        ({"hidden_size": 100, "num_heads": 16}, r"hidden_size: got 100, expected a multiple of num_heads \(16\)"),
+        ({"hidden_size": 18, "num_heads": 2}, r"hidden_size: got 18, .* and of 4"),
+        ({"input_size": 33}, r"input_size: got 33, expected a multiple of patch_size \(2\)"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(arguments, named):

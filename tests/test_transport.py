@@ -140,16 +140,27 @@ def test_sbdm_keeps_off_the_noise_end_where_it_is_singular():
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"path_type": "linear"}, "path_type: got 'linear'; it takes Linear, GVP, VP"),
+        ({"path_type": "linear"}, "path_type: got 'linear', expected Linear, GVP, VP"),
         ({"prediction": "data"}, "prediction: got 'data'"),
         ({"loss_weight": "snr"}, "loss_weight: got 'snr'"),
-        ({"train_eps": 0.5}, "train_eps: got 0.5"),
+        ({"train_eps": 0.5}, "train_eps: got 0.5, expected a number in [0, 0.5)"),
         ({"sample_eps": -0.1}, "sample_eps: got -0.1"),
-        ({"sample_eps": 0.0, "prediction": "noise"}, "sample_eps: got 0; Linear with noise has a pole at t = 0"),
-        ({"sample_eps": 0.0, "path_type": "VP"}, "sample_eps: got 0; VP with velocity has a pole at t = 1"),
-        ({"time_sampling": "cosine"}, "time_sampling: got 'cosine'; it takes uniform, logit-normal"),
-        ({"time_std": 0.0}, "time_std: got 0.0"),
-        ({"time_shift": 0.0}, "time_shift: got 0.0"),
+        (
+            {"sample_eps": 0.0, "prediction": "noise"},
+            "sample_eps: got 0, expected a number above 0, as Linear with prediction noise has a pole at t = 0",
+        ),
+        (
+            {"sample_eps": 0.0, "path_type": "VP"},
+            "sample_eps: got 0, expected a number above 0, as VP with prediction velocity has a pole at t = 1",
+        ),
+        (
+            {"train_eps": 0.0, "prediction": "score", "loss_weight": "velocity"},
+            "train_eps: got 0, expected a number above 0, as Linear with prediction score and loss_weight velocity has",
+        ),
+        ({"time_sampling": "cosine"}, "time_sampling: got 'cosine', expected uniform, logit-normal"),
+        ({"time_mean": float("nan")}, "time_mean: got nan, expected a number"),
+        ({"time_std": 0.0}, "time_std: got 0.0, expected a number above 0"),
+        ({"time_shift": 0.0}, "time_shift: got 0.0, expected a number above 0"),
     ],
 )
 def test_a_wrong_argument_is_named(arguments, named):
@@ -171,3 +182,19 @@ def test_times_noise_and_loss_of_half_precision_are_float32(dtype):
     assert tr.training_loss(model, x1).dtype == torch.float32
     half = x0[:5].to(dtype)
     assert tr.loss(half, t[:5].to(dtype), half, half).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_training_loss_is_the_loss_at_the_drawn_times_and_noise(dtype):
+    tr, x1 = Transport("GVP", "noise"), torch.randn(8, 1, 4, 4).to(dtype)
+
+    def model(x, t, scale):
+        return scale * x
+
+    torch.manual_seed(1)
+    loss = tr.training_loss(model, x1, scale=0.5)
+    torch.manual_seed(1)
+    t, x0 = tr.draw(x1)
+    assert torch.equal(loss, tr.loss_at(model, t, x0, x1, scale=0.5))
+    xt = tr.path.interpolate(t, x0, x1)[0].to(dtype)
+    assert torch.equal(loss, tr.loss((0.5 * xt).float(), t, x0, x1))

@@ -1,13 +1,13 @@
 """The exponential moving average of the weights, on Composer's `EMA` algorithm.
 
-What differs from Composer 0.32's own, and why:
+How it differs from Composer 0.32's own, and why:
 
-- It starts from the initial weights, as SiT's does, where Composer's starts from those after the first batch.
-- A checkpoint's ``state.model`` holds the training weights, always. Composer's swaps the average in before a save,
-  so that whoever loads a checkpoint without the algorithm, or weights only, trains on from the average in silence.
-- The average is kept by the callback `EMAWeights`: the state of algorithms is a list, which a sharded checkpoint
-  stores as one pickled blob of rank 0's; the state of callbacks is a dict of tensors, each stored as what it is.
-- The update is one fused call over all tensors, on whatever part of each this rank holds; nothing is gathered.
+- It starts from the initial weights, as SiT's does; Composer's starts from those after the first batch.
+- A checkpoint's ``state.model`` always holds the training weights. Composer's swaps the average in before a save, so
+  loading without the algorithm, or weights only, silently trains on from the average.
+- The callback `EMAWeights` keeps the average: a sharded checkpoint stores the state of callbacks, a dict, tensor by
+  tensor, but the state of algorithms, a list, as one pickled blob of rank 0's.
+- The update is one fused call over the part of each tensor that this rank holds; nothing is gathered.
 """
 
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ class EMA(ComposerEMA):
         if event == Event.BEFORE_LOAD:  # the model is on its device, and sharded if it will be
             self.weights.start(state)
         elif event == Event.AFTER_LOAD:
-            if not self.weights.loaded:  # weights came without an average, or none came: start from what is there
+            if not self.weights.loaded:  # no checkpoint, or one without an average: start from the weights
                 self.weights.restart()
         elif event == Event.BATCH_END:
             self.weights.update(self.decay)
@@ -49,34 +49,35 @@ class EMA(ComposerEMA):
             self.weights.swap()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"repr": f"EMA(decay={self.decay})"}  # the tensors are EMAWeights'
+        return {"repr": f"EMA(decay={self.decay})"}  # EMAWeights has the tensors
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:
         pass
 
 
 class EMAWeights(Callback):
-    """The averaged weights, as Composer checkpoints them: ``params``, a tensor for each trained parameter's name."""
+    """The averaged weights, as Composer checkpoints them: ``params``, a tensor by each trained parameter's name."""
 
     def __init__(self) -> None:
-        self.params: dict[str, Tensor] = {}  # name -> average, alike in place, sharding and dtype to the parameter
+        self.params: dict[str, Tensor] = {}  # name -> average, with the parameter's sharding and dtype
         self.loaded = False
         self.swapped = False  # whether the model holds the average, and params the weights
         self._state: State | None = None
-        self._trained: list[Tensor] = []  # the parameters that they are averages of, in the same order
+        self._trained: list[Tensor] = []  # the parameters, in the order of params
 
     def start(self, state: State) -> None:
-        """Takes the model's trained parameters as they are."""
-        trained = {clean_name(name): p for name, p in state.model.named_parameters() if p.requires_grad}
+        """Starts from the model's trained parameters as they are."""
+        named = [(name, p) for name, p in state.model.named_parameters() if p.requires_grad]
         self._state = state
-        self._trained = list(trained.values())
-        self.params = {name: p.detach().clone() for name, p in trained.items()}
+        self._trained = [p for _, p in named]
+        # Activation checkpointing inserts a module, which is no part of a parameter's name.
+        self.params = {name.replace("_checkpoint_wrapped_module.", ""): p.detach().clone() for name, p in named}
         self.loaded = self.swapped = False
 
     @torch.no_grad()
     def _local(self) -> tuple[list[Tensor], list[Tensor]]:
-        """What this rank holds of the averages, and of the parameters."""
-        # Asked anew each time: FSDP2 moves the uneven shards to other storage before its first forward pass.
+        """This rank's part of the averages, and of the parameters."""
+        # Not kept: FSDP2 moves uneven shards to other storage before its first forward pass.
         return [_shard(average) for average in self.params.values()], [_shard(p) for p in self._trained]
 
     @torch.no_grad()
@@ -92,8 +93,8 @@ class EMAWeights(Callback):
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchanges average and weights, in place; twice is nothing, to the bit."""
-        # FSDP2 leaves what it gathered for a forward pass without a backward one; the next would use that again.
+        """Exchanges average and weights in place; a second call restores every bit."""
+        # After a forward pass with no backward pass, FSDP2 keeps the gathered weights, and would use them again.
         for module in self._state.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -115,7 +116,7 @@ class EMAWeights(Callback):
     def state_dict(self) -> dict[str, Any]:
         if self._state is None or self._state.fsdp_sharded_state_dict_enabled:
             return {"params": self.params}  # each rank stores its shards
-        # Every rank takes part in gathering; rank 0 writes.
+        # All ranks gather; rank 0 writes.
         return {"params": {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in self.params.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -126,16 +127,10 @@ class EMAWeights(Callback):
         for name, average in self.params.items():
             stored = state["params"][name]
             if isinstance(average, DTensor) and not isinstance(stored, DTensor):  # each rank has read all of it
-                stored = distribute_tensor(
-                    stored.to(average.device), average.device_mesh, average.placements, src_data_rank=None
-                )
+                mesh, placements = average.device_mesh, average.placements
+                stored = distribute_tensor(stored.to(average.device), mesh, placements, src_data_rank=None)
             average.copy_(stored)
         self.loaded = True
-
-
-def clean_name(name: str) -> str:
-    """A parameter's name without what activation checkpointing puts into it."""
-    return name.replace("_checkpoint_wrapped_module.", "")
 
 
 def _shard(tensor: Tensor) -> Tensor:

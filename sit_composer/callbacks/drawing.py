@@ -1,12 +1,14 @@
-"""What a run adds to Composer's callbacks: a record of what is trained, and the quality of its samples."""
+"""Generates images in the middle of training, for the callbacks that show or measure them."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
-from composer.core import State
+from composer.core import Callback, Event, State
 from composer.core.precision import get_precision_context
-from composer.utils import dist
+from composer.loggers import Logger
+from composer.utils import create_interval_scheduler, dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
@@ -17,46 +19,30 @@ from sit_composer.generate import generate
 from sit_composer.guidance import Guidance
 
 
+@dataclass
 class Drawing:
-    """Draws pictures from the averaged weights in the middle of training, each rank its share of them.
+    """Generates images from the averaged weights in the middle of training; each rank generates its share.
 
-    Their noise comes from generators of their own, and the network is in evaluation mode meanwhile: training's bits
-    are the same with it and without. All ranks call the network equally often, as sharded weights need.
-
-    Args:
-        labels: of the pictures, in order.
-        sampling: how they are drawn.
-        autoencoder: decodes them.
-        weights: the average; None draws from the training weights.
-        batch_size: pictures at a time on a rank.
-        before_each: called before each such batch, on all ranks; it may raise.
+    Their noise has its own generators, and the network is in evaluation mode meanwhile, so training's bits are the
+    same with and without it. All ranks call the network equally often, as sharded weights need.
     """
 
-    def __init__(
-        self,
-        labels: list[int],
-        sampling: Sampling,
-        autoencoder: Autoencoder,
-        weights: EMAWeights | None,
-        batch_size: int = 64,
-        before_each: Callable[[], None] = lambda: None,
-    ):
-        self.labels = labels
-        self.sampling = sampling
-        self.autoencoder = autoencoder
-        self.weights = weights
-        self.batch_size = batch_size
-        self.before_each = before_each
+    labels: list[int]  # of the images, in order
+    sampling: Sampling
+    autoencoder: Autoencoder  # decodes the images
+    weights: EMAWeights | None  # the average; None takes the training weights
+    batch_size: int = 64  # images at a time per rank
+    before_each: Callable[[], None] = lambda: None  # called before each batch, on all ranks; it may raise
 
     def __call__(self, state: State, process: Callable[[Tensor], Tensor]) -> Tensor:
-        """What process makes of the pictures, uint8 (n, C, H, W), put together: a row a picture, on every rank."""
+        """All images' rows, on every rank; ``process`` makes n rows from n images, uint8 (n, C, H, W)."""
         model = state.model.module if hasattr(state.model, "module") else state.model  # DDP's wrapper
         rank, ranks, count = dist.get_global_rank(), dist.get_world_size(), len(self.labels)
-        share = [min(i, count - 1) for i in range(rank, -(-count // ranks) * ranks, ranks)]  # the last one to fill up
+        share = [min(i, count - 1) for i in range(rank, -(-count // ranks) * ranks, ranks)]  # padded with the last one
         training = model.training
         model.eval()
         parts = []
-        # FSDP2 gathers weights in the precision of training, autocast's, and callbacks are called without autocast.
+        # FSDP2 gathers weights in autocast's precision, and Composer calls callbacks without autocast.
         sharded = any(isinstance(module, FSDPModule) for module in model.modules())
         precision = get_precision_context(state.precision) if sharded else nullcontext()
         averaged = self.weights.in_model() if self.weights is not None else nullcontext()
@@ -71,3 +57,23 @@ class Drawing:
         model.train(training)
         shares = dist.all_gather(torch.cat(parts))  # of rank 0, 1, …
         return torch.stack(list(shares), dim=1).flatten(0, 1)[:count]
+
+
+class DrawingCallback(Callback):
+    """Calls `draw` at each interval (a time string such as ``1000ba``) and at the end of training."""
+
+    def __init__(self, interval: str, drawing: Drawing):
+        self.due = create_interval_scheduler(interval)
+        self.drawing = drawing
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        if self.due(state, Event.BATCH_CHECKPOINT):
+            self.draw(state, logger)
+
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        if self.due(state, Event.EPOCH_CHECKPOINT):
+            self.draw(state, logger)
+
+    def draw(self, state: State, logger: Logger) -> None:
+        """Generates the images and does with them what the callback is for; called on all ranks."""
+        raise NotImplementedError

@@ -6,29 +6,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from composer.core import Callback, Event, State
+from composer.core import State
 from composer.loggers import Logger
-from composer.utils import create_interval_scheduler, dist
+from composer.utils import dist
 from torch import Tensor
 
-from sit_composer.callbacks.drawing import Drawing
+from sit_composer.callbacks.drawing import Drawing, DrawingCallback
 from sit_composer.evaluation.features import Extractor
 from sit_composer.evaluation.metrics import frechet_distance, statistics
 from sit_composer.outputs import write_json
 
 
-class FrechetDistance(Callback):
-    """Measures every so often how far drawn pictures are from real ones; logs ``metrics/frechet_distance``.
+class FrechetDistance(DrawingCallback):
+    """Measures at each interval how far generated images are from real ones; logs ``metrics/frechet_distance``.
 
-    The values so far are in the checkpoint, so that a resumed run has those that an uninterrupted one has. With few
-    pictures the number is biased upwards: compare it with others of the same count only.
+    The values so far are in the checkpoint, so a resumed run has the same as an uninterrupted one. With few images the
+    number is biased upwards: compare only numbers of the same image count.
 
     Args:
-        interval: how often, a time string such as ``10000ba``; and at the end of training.
-        drawing: what is drawn.
-        extractor: gives the pictures' features.
-        reference: mean (D,) and covariance (D, D) of the real ones' features.
-        file: where the values go, as JSON; None: to the loggers alone.
+        interval: a time string such as ``10000ba``; the end of training counts too.
+        drawing: generates the images.
+        extractor: gives the images' features.
+        reference: mean (D,) and covariance (D, D) of the real images' features.
+        file: gets the values, as JSON; None: only the loggers get them.
     """
 
     def __init__(
@@ -39,16 +39,13 @@ class FrechetDistance(Callback):
         reference: tuple[np.ndarray, np.ndarray],
         file: str | None,
     ):
-        self.due = create_interval_scheduler(interval)
-        self.drawing = drawing
+        super().__init__(interval, drawing)
         self.extractor = extractor
         self.reference = reference
         self.file = file
         self.values: dict[str, float] = {}  # batch -> distance
 
-    def batch_checkpoint(self, state: State, logger: Logger, event: Event = Event.BATCH_CHECKPOINT) -> None:
-        if not self.due(state, event):
-            return
+    def draw(self, state: State, logger: Logger) -> None:
         features = self.drawing(state, self.features).cpu().numpy()  # (N, D)
         distance: list[float | None] = [None]
         if dist.get_global_rank() == 0:
@@ -59,21 +56,18 @@ class FrechetDistance(Callback):
         logger.log_metrics({"metrics/frechet_distance": distance[0]})
         if dist.get_global_rank() != 0:
             return
-        print(f"batch {batch}: Fréchet distance {distance[0]:.2f} of {len(self.drawing.labels)} pictures", flush=True)
+        count, sampling = len(self.drawing.labels), self.drawing.sampling
+        print(f"batch {batch}: Fréchet distance {distance[0]:.2f} of {count} images", flush=True)
         if self.file is not None:
             Path(self.file).parent.mkdir(parents=True, exist_ok=True)
-            names = ("sampling_method", "num_steps", "cfg_scale", "seed")
-            what = {name: getattr(self.drawing.sampling, name) for name in names}
-            what |= {"pictures": len(self.drawing.labels), "features": self.extractor.identity}
-            write_json({**what, "frechet_distance": self.values}, Path(self.file))
+            settings = {k: getattr(sampling, k) for k in ("sampling_method", "num_steps", "cfg_scale", "seed")}
+            settings |= {"pictures": count, "features": self.extractor.identity}
+            write_json({**settings, "frechet_distance": self.values}, Path(self.file))
 
-    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
-        self.batch_checkpoint(state, logger, Event.EPOCH_CHECKPOINT)
-
-    def features(self, pictures: Tensor) -> Tensor:
-        """Features (n, D) of pictures (n, C, H, W)."""
-        features = self.extractor(pictures.expand(-1, 3, -1, -1))["features"]
-        return torch.from_numpy(features).to(pictures.device)
+    def features(self, images: Tensor) -> Tensor:
+        """Features (n, D) of images (n, C, H, W)."""
+        features = self.extractor(images.expand(-1, 3, -1, -1))["features"]
+        return torch.from_numpy(features).to(images.device)
 
     def state_dict(self) -> dict[str, Any]:
         return {"values": json.dumps(self.values)}

@@ -1,4 +1,4 @@
-"""What a checkpoint's weights mean, kept in every checkpoint."""
+"""Keeps the record of the network in every checkpoint."""
 
 import json
 from collections.abc import Callable
@@ -7,15 +7,17 @@ from typing import Any
 from composer.core import Callback, State
 from composer.loggers import Logger
 
+from sit_composer.checkpoint.record import Record
+
 
 class RunRecord(Callback):
-    """Keeps in every checkpoint what its weights mean: the network, the transport, the autoencoder, the classes.
+    """Keeps the record of the network in every checkpoint, so that it can be sampled from wherever it is moved to.
 
-    So a checkpoint can be sampled from wherever it was moved to. ``save_config`` is called once, when the first batch
-    is about to be trained: a run that was refused, or is finished, leaves no config behind.
+    ``save_config`` is called once, before the first batch is trained: a run that is refused, or is finished already,
+    leaves no config behind.
     """
 
-    def __init__(self, record: dict[str, Any], save_config: Callable[[], None] | None = None):
+    def __init__(self, record: Record, save_config: Callable[[], None] | None = None):
         self.record = record
         self.save_config = save_config
 
@@ -25,11 +27,11 @@ class RunRecord(Callback):
             self.save_config = None
 
     def state_dict(self) -> dict[str, Any]:
-        # As one text: sharded loading goes into dicts, writes to what it finds there, and misses what it doesn't.
-        return {"record": json.dumps(self.record)}
+        # One text, not a dict: sharded loading fills in dicts that exist, and misses keys that they lack.
+        return {"record": json.dumps(self.record.as_dict())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        theirs, ours = json.loads(state["record"])["classes"], self.record["classes"]
+        theirs, ours = json.loads(state["record"])["classes"], self.record.classes
         if theirs != ours:
             pairs = enumerate(zip(theirs, ours, strict=False))
             label = next((i for i, (a, b) in pairs if a != b), min(len(theirs), len(ours)))

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,23 +11,69 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from sit_composer.checkpoint.load import find_checkpoint, load_checkpoint
-from sit_composer.checkpoint.record import CONFIG, EXPORTED, FORMAT, Checkpoint, NoSuchWeights, digest
+from sit_composer.checkpoint.record import CONFIG, EXPORTED, FORMAT, Checkpoint, NoSuchWeights, Record, digest
 from sit_composer.choices import Sampling
-from sit_composer.errors import UserError
+from sit_composer.errors import UserError, first_line
 
 STATE = "trainer_state.json"
-Writer = Callable[[Path], None]  # writes the file of that path
+Content = str | dict[str, Tensor]  # of a file: text, or tensors
+
+CARD = """---
+# Choose a license, and name it here:   license: …
+library_name: sit_composer
+tags:
+- sit
+- class-conditional-image-generation
+---
+
+# SiT, {image_size}×{image_size} images of {num_classes} classes
+
+A Scalable Interpolant Transformer ([arXiv 2401.08740](https://arxiv.org/abs/2401.08740)), trained for
+{step} steps. `model.safetensors` holds {which}, with the names of the authors' state dicts.
+`config.json` describes the network, the transport, the autoencoder and the classes.
+
+It works on {latents}. The path is {path_type}, and the network
+predicts the {prediction}. {guidance}
+
+{sigma}## Sampling
+
+```bash
+huggingface-cli download OWNER/NAME --local-dir NAME
+python -m sit_composer.sample NAME --out samples --num-images 16
+```
+
+The default settings:
+
+```json
+{settings}
+```
+
+From Python, the network alone:
+
+```python
+import torch
+
+from sit_composer.sit import SiT
+
+network = SiT.from_pretrained("OWNER/NAME")
+x, t = torch.randn(2, {channels}, {side}, {side}), torch.tensor([0.0, 0.5])  # noise is at 0, data at 1
+labels = torch.tensor([0, {last_label}])
+with torch.no_grad():
+    {prediction} = network(x, t, labels)
+```
+"""
+SIGMA = """`learn_sigma` is true: the last layer has the second half of output channels of the released networks. It is
+never trained, and the network drops its output. In the authors' code, build the network with `learn_sigma=True`.
+
+"""
 
 
 def export(path: str, out: Path, hub: bool = False) -> None:
-    """Writes out/checkpoint-STEP, and out/hub-STEP if asked for.
-
-    Raises:
-        UserError: for what is no checkpoint, or a folder that is there and is something else.
-    """
-    place = str(find_checkpoint(path))  # both kinds from the same file, though a run may be writing the next
+    """Writes out/checkpoint-STEP, and out/hub-STEP if asked for; raises UserError if that is impossible."""
+    place = str(find_checkpoint(path))  # the same file for both weights, though a run may be writing the next
     held: dict[str, Checkpoint] = {}
     for which in EXPORTED:
         try:
@@ -41,55 +86,57 @@ def export(path: str, out: Path, hub: bool = False) -> None:
         print(f"{place}: it has no {which} weights; exporting the others")
     step = next(iter(held.values())).step
 
-    files = {EXPORTED[which]: _safetensors(checkpoint) for which, checkpoint in held.items()}
+    files: dict[str, Content] = {EXPORTED[which]: checkpoint.weights for which, checkpoint in held.items()}
     if "ema" in held:
-        files["ema.pt"] = _state_dict(held["ema"])
+        files["ema.pt"] = held["ema"].weights
     write_folder(out / f"checkpoint-{step}", held, {which: EXPORTED[which] for which in held}, files)
     if hub:
         which = "ema" if "ema" in held else "training"
-        files = {"model.safetensors": _safetensors(held[which])}
-        files["README.md"] = lambda file: file.write_text(model_card(held[which]), "utf-8")
+        files = {"model.safetensors": held[which].weights, "README.md": model_card(held[which])}
         write_folder(out / f"hub-{step}", {which: held[which]}, {which: "model.safetensors"}, files)
 
 
-def write_folder(
-    folder: Path, held: dict[str, "Checkpoint"], weights: dict[str, str], files: dict[str, Writer]
-) -> None:
-    """Writes files, config.json and trainer_state.json as a folder: all of it or nothing, and over nothing.
+def write_folder(folder: Path, held: dict[str, Checkpoint], weights: dict[str, str], files: dict[str, Content]) -> None:
+    """Writes a folder, completely or not at all, with config.json and trainer_state.json; an existing one is kept.
 
     Args:
-        folder: what it will be.
-        held: the checkpoints that it is made of, "ema" or "training" or both.
-        weights: which file has which of them.
-        files: name -> what writes it.
-
-    Raises:
-        UserError: if the folder is there and is something else, or can't be written.
+        held: its checkpoints, "ema" or "training" or both.
+        weights: the file of each.
+        files: the content of each other file.
     """
     first = next(iter(held.values()))
     trained = {name: getattr(first, name) for name in ("step", "epoch", "samples")}
-    config = _json({**FORMAT, "weights": weights, "trained": trained, **first.record})
-    files = {**files, CONFIG: lambda file: file.write_text(config, "utf-8")}
+    config = _json({**FORMAT, "weights": weights, "trained": trained, **first.record.as_dict()})
+    files = {**files, CONFIG: config}
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         source = {Path(path).name: digest(path) for path in sorted({checkpoint.path for checkpoint in held.values()})}
         if folder.exists():
             if not _is_this(folder, config, source, set(files)):
-                raise UserError(f"--out: {folder} is there, and is not this export; choose another, or move it away")
+                raise UserError(f"--out: {folder} exists and is not this export; choose another, or move it away")
             print(f"{folder}: already exported")
             return
         temporary.mkdir(parents=True)
-        for name, write in files.items():
-            write(temporary / name)
-        hashes = {name: digest(str(temporary / name)) for name in files}
-        (temporary / STATE).write_text(_json({**trained, "source": source, "sha256": hashes}), "utf-8")
-        temporary.rename(folder)  # fails if the folder has come to be, with something in it
-    except (OSError, SafetensorError, RuntimeError) as error:  # a full disk is torch.save's RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        for name, content in files.items():
+            _write(temporary / name, content)
+        hashes = {name: digest(temporary / name) for name in files}
+        _write(temporary / STATE, _json({**trained, "source": source, "sha256": hashes}))
+        temporary.rename(folder)  # fails if the folder exists by now and is not empty
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"--out: can't write {folder}: {reason}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(folder)
+
+
+def _write(file: Path, content: Content) -> None:
+    if isinstance(content, str):
+        file.write_text(content, "utf-8")
+    elif file.suffix == ".pt":  # cloned, as torch.save writes the whole storage that a tensor is a view of
+        torch.save({name: tensor.detach().clone() for name, tensor in content.items()}, file)
+    else:
+        save_file({name: tensor.contiguous() for name, tensor in content.items()}, file, metadata={"format": "pt"})
 
 
 def _is_this(folder: Path, config: str, source: dict[str, str], files: set[str]) -> bool:
@@ -100,96 +147,46 @@ def _is_this(folder: Path, config: str, source: dict[str, str], files: set[str])
         return (
             state["source"] == source
             and hashes.keys() == files
-            and hashes["config.json"] == hashlib.sha256(config.encode()).hexdigest()
-            and all(digest(str(folder / name)) == known for name, known in hashes.items())
+            and hashes[CONFIG] == hashlib.sha256(config.encode()).hexdigest()
+            and all(digest(folder / name) == known for name, known in hashes.items())
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-def _safetensors(checkpoint: "Checkpoint") -> Writer:
-    tensors = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
-    return lambda file: save_file(tensors, file, metadata={"format": "pt"})
-
-
-def _state_dict(checkpoint: "Checkpoint") -> Writer:
-    """A bare state dict, cloned, so that nothing of a larger storage that a tensor lies in is saved with it."""
-    return lambda file: torch.save({n: t.detach().clone() for n, t in checkpoint.weights.items()}, file)
 
 
 def _json(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
-def model_card(checkpoint: "Checkpoint") -> str:
-    """The README.md of a model on the Hugging Face Hub: what it is, and how to draw from it."""
+def model_card(checkpoint: Checkpoint) -> str:
+    """The README.md of a model on the Hugging Face Hub: what it is, and how to sample from it."""
     record = checkpoint.record
-    model, transport, autoencoder = record["model"], record["transport"], record["autoencoder"]
-    guided = model["class_dropout_prob"] > 0
-    settings = {**asdict(Sampling()), "cfg_scale": 4.0 if guided else 1.0}
-    side, channels = model["input_size"], model["in_channels"]
-    pictures = side * autoencoder["downsample"]
-    latents = (
-        f"latents of `{autoencoder['name']}`, which are {side}×{side} of {channels} channels"
-        if autoencoder["name"]
-        else f"the pixels themselves, {channels} a colour channel each"
-        if channels > 1
-        else "the pixels themselves, in grey"
+    transport = record.build_transport()
+    channels, side, _ = record.latent_shape
+    if record.has_null_class:
+        guidance = "It was trained with a null class, so that it can be guided."
+    else:
+        guidance = "It was trained without a null class, and can't be guided: leave `cfg_scale` at 1."
+    settings = {**asdict(Sampling()), "cfg_scale": 4.0 if record.has_null_class else 1.0}
+    return CARD.format(
+        image_size=record.image_size,
+        num_classes=record.num_classes,
+        last_label=record.num_classes - 1,
+        step=checkpoint.step,
+        which="the exponential moving average" if checkpoint.which == "ema" else "the training weights, not an average",
+        latents=_latents(record),
+        channels=channels,
+        side=side,
+        path_type=transport.path_type,
+        prediction=transport.prediction,
+        guidance=guidance,
+        sigma=SIGMA if record.argument("learn_sigma") else "",
+        settings=_json(settings).strip(),
     )
-    guidance = (
-        "It was trained with a null class, so that it can be guided."
-        if guided
-        else "It was trained without a null class, and can't be guided: leave `cfg_scale` at 1."
-    )
-    sigma = (
-        "`learn_sigma` is true: the last layer has the released networks' second half of output channels, which are "
-        "never trained; the network leaves them out of what it returns. In the authors' code, build it with "
-        "`learn_sigma=True`.\n\n"
-        if model["learn_sigma"]
-        else ""
-    )
-    which = "the exponential moving average" if checkpoint.which == "ema" else "the training weights, not an average"
-    return f"""---
-# Choose a license, and name it here:   license: …
-library_name: sit_composer
-tags:
-- sit
-- class-conditional-image-generation
----
 
-# SiT, {pictures}×{pictures} pictures of {model["num_classes"]} classes
 
-A Scalable Interpolant Transformer ([arXiv 2401.08740](https://arxiv.org/abs/2401.08740)), trained for
-{checkpoint.step} steps. `model.safetensors` holds {which}, with the names of the authors' state dicts.
-`config.json` tells all that belongs to them.
-
-It works on {latents}. The path is {transport["path_type"]}, and the network
-predicts the {transport["prediction"]}. {guidance}
-
-{sigma}## Sampling
-
-```bash
-huggingface-cli download OWNER/NAME --local-dir NAME
-python -m sit_composer.sample NAME --out samples --num-images 16
-```
-
-The settings that it takes where none are given:
-
-```json
-{_json(settings).strip()}
-```
-
-From Python, the network alone:
-
-```python
-import torch
-
-from sit_composer.sit import SiT
-
-network = SiT.from_pretrained("OWNER/NAME")
-x, t = torch.randn(2, {channels}, {side}, {side}), torch.tensor([0.0, 0.5])  # noise is at 0, data at 1
-labels = torch.tensor([0, {model["num_classes"] - 1}])
-with torch.no_grad():
-    {transport["prediction"]} = network(x, t, labels)
-```
-"""
+def _latents(record: Record) -> str:
+    channels, side, _ = record.latent_shape
+    if record.autoencoder.name:
+        return f"latents of `{record.autoencoder.name}`, which are {side}×{side} with {channels} channels"
+    return f"the pixels themselves, {f'{channels} color channels each' if channels > 1 else 'in grayscale'}"

@@ -1,8 +1,8 @@
-"""The folder of a run's checkpoints, on a file system or in object storage: what is in it, and which is the newest.
+"""The folder of a run's checkpoints, on a file system or in object storage: which are complete, and which is newest.
 
-A checkpoint is there or it isn't: what a kill left half written or half uploaded is never resumed from. A file is
-whole if its archive can be opened, whose table is written last (an object in S3 appears as a whole anyway); a sharded
-one if its metadata is there, written last, and every file that it names is, with the bytes that it speaks of.
+Only a complete checkpoint is resumed from, never one that a kill left half written or half uploaded. A file is complete
+if its archive can be opened, whose table is written last (an object in S3 appears as a whole anyway). A sharded one is
+complete if its metadata, written last, exists, and every file that it names has at least the bytes that it names.
 """
 
 import re
@@ -12,12 +12,12 @@ from pathlib import Path
 from sit_composer.checkpoint.safe_load import METADATA, CheckpointError, load_metadata, sharded_files
 from sit_composer.storage import LocalFolder, RunFolder, S3Folder, StorageError
 
-CHECKPOINT = re.compile(r"ep(\d+)-ba(\d+)(-rank0\.pt)?")  # a file of all, or a folder of shards
-SHARD = re.compile(r"\.metadata|__\d+_\d+\.distcp")  # no other name is touched: it could lead out of the folder
+CHECKPOINT = re.compile(r"ep(\d+)-ba(\d+)(-rank0\.pt)?")  # a file, or a folder of shards
+SHARD = re.compile(r"\.metadata|__\d+_\d+\.distcp")  # other names are ignored: they could lead out of the folder
 
 
 def checkpoints(folder: RunFolder) -> dict[str, list[str]]:
-    """The names of checkpoints, whole or not, from the oldest to the newest, with their files' names."""
+    """The names of all checkpoints, complete or not, from the oldest to the newest, with their files' names."""
     found: dict[str, list[str]] = {}
     for name in folder.listing():
         top, _, file = name.partition("/")
@@ -35,7 +35,7 @@ def is_complete(folder: RunFolder, name: str, sizes: dict[str, int]) -> bool:
     """Whether the checkpoint of that name can be resumed from; sizes is the folder's listing.
 
     Raises:
-        StorageError: if that can't be read, which is no sign that it is incomplete.
+        StorageError: if it can't be read, so that it may be complete.
     """
     if name.endswith(".pt"):
         return folder.is_whole(name)
@@ -46,8 +46,8 @@ def is_complete(folder: RunFolder, name: str, sizes: dict[str, int]) -> bool:
     try:
         needed = sharded_files(load_metadata(content, where))
     except CheckpointError as error:
-        if content.endswith(b"."):  # the last byte of a whole pickle, which this program doesn't know
-            raise StorageError(f"{error}; move the checkpoint away to go on from an older one") from None
+        if content.endswith(b"."):  # the last byte of a whole pickle, but one of an unknown kind
+            raise StorageError(f"{error}; move the checkpoint away to resume from an older one") from None
         return False
     return bool(needed) and all(sizes.get(f"{name}/{file}", -1) >= size for file, size in needed.items())
 
@@ -63,38 +63,36 @@ def prune(folder: RunFolder, keep: int) -> None:
     sizes, found, kept = folder.listing(), checkpoints(folder), 0
     for name in reversed(found):
         if kept >= max(keep, 1):
-            # The metadata first: without it the rest is no checkpoint, whenever this is interrupted.
-            folder.delete(sorted(found[name], key=lambda file: not file.endswith(METADATA)))
+            _delete(folder, found[name])
         elif is_complete(folder, name, sizes):
             kept += 1
 
 
 def clear_incomplete(folder: RunFolder) -> None:
-    """Deletes what an earlier run left half done after its newest complete checkpoint.
-
-    So that the files of a checkpoint that is written again are all of one writing.
+    """Deletes incomplete checkpoints newer than the newest complete one, so that no old file mixes with new ones.
 
     Raises:
-        StorageError: if there are several and none is complete, which no kill leaves behind. All are left alone.
+        StorageError: if there are several and none is complete, which no kill causes. All are kept.
     """
     found, last = checkpoints(folder), newest(folder)
     if last is None and len(found) > 1:
         raise StorageError(
-            f"{folder.uri}: none of its {len(found)} checkpoints is whole. If nodes save here, all must see the same "
-            "folder; else move them away, or choose another run_name"
+            f"{folder.uri}: got {len(found)} checkpoints, expected at least one complete. If several nodes save here, "
+            "all must see the same folder; else move them away, or choose another run_name"
         )
     for name in reversed(found):
         if name == last:
             break
-        folder.delete(sorted(found[name], key=lambda file: not file.endswith(METADATA)))
+        _delete(folder, found[name])
+
+
+def _delete(folder: RunFolder, files: list[str]) -> None:
+    """Deletes a checkpoint's files, the metadata first: the rest alone is incomplete if this is interrupted."""
+    folder.delete(sorted(files, key=lambda file: not file.endswith(METADATA)))
 
 
 def fetch_checkpoint(folder: S3Folder, name: str, place: Path) -> None:
-    """Downloads a checkpoint, a file or a folder, into the folder ``place``.
-
-    Raises:
-        StorageError: if it can't be had, whole.
-    """
+    """Downloads a checkpoint, a file or a folder, into the folder ``place``; raises StorageError if incomplete."""
     sizes, files = folder.listing(), checkpoints(folder).get(name, [])
     for file in files:
         (place / file).parent.mkdir(parents=True, exist_ok=True)
@@ -102,4 +100,4 @@ def fetch_checkpoint(folder: S3Folder, name: str, place: Path) -> None:
         list(pool.map(lambda file: folder.download(file, place / file), files))
     local = LocalFolder(str(place))
     if not all(local.listing().get(file) == sizes[file] for file in files) or not is_complete(local, name, sizes):
-        raise StorageError(f"{folder.uri}/{name}: did not come whole")
+        raise StorageError(f"{folder.uri}/{name}: the download is incomplete")

@@ -3,8 +3,8 @@
 Three kinds are read, all without running code that might be in them:
 
 - A run's. Composer's ``state.model`` holds the training weights, the state of the callback `EMAWeights` their average,
-  and `RunRecord`'s says what network they fit.
-- The authors' ``.pt``, as released or as their ``train.py`` writes it. The network is told from the tensors' shapes.
+  and the state of `RunRecord` the record of the network.
+- The authors' ``.pt``, as released or as their ``train.py`` writes it. The network follows from the tensors' shapes.
 - A folder that `sit_composer.export` wrote: safetensors, and the record as ``config.json``.
 
 Weights are asked for by name, "ema" or "training".
@@ -15,7 +15,9 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +26,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file as load_safetensors
 
 from sit_composer.checkpoint.folder import CHECKPOINT, fetch_checkpoint, newest
-from sit_composer.checkpoint.record import (
-    CONFIG,
-    EXPORTED,
-    FORMAT,
-    WEIGHTS,
-    Checkpoint,
-    NoSuchWeights,
-    _check_fit,
-    _check_record,
-)
-from sit_composer.checkpoint.released import _are_weights, _from_authors
+from sit_composer.checkpoint.record import CONFIG, EXPORTED, FORMAT, Checkpoint, NoSuchWeights, Record, check_fit
+from sit_composer.checkpoint.released import are_weights, from_authors
 from sit_composer.checkpoint.safe_load import METADATA, CheckpointError, load_file, load_sharded
-from sit_composer.choices import choose
-from sit_composer.sit import SiT
+from sit_composer.choices import WEIGHTS, choose
+from sit_composer.cli import is_remote
+from sit_composer.errors import first_line
 from sit_composer.storage import LocalFolder, S3Folder
 
 PREFIX = "network."  # of ComposerSiT's parameters
+Part = Callable[[str], dict[str, Any]]  # the part of a run's state at a path such as callbacks.RunRecord
 
 
 def load_checkpoint(path: str, weights: str = "ema") -> Checkpoint:
@@ -58,48 +53,54 @@ def load_checkpoint(path: str, weights: str = "ema") -> Checkpoint:
     choose("weights", weights, WEIGHTS)
     place = find_checkpoint(path)
     if _is_sharded(place):
-        checkpoint = _from_run(place, _read_run(place, weights), weights)
+        checkpoint = _from_run(place, partial(_part_of_folder, place), weights)
     elif place.is_dir():
         checkpoint = _from_export(place, weights)
     else:
-        content = _read(place)
-        if "state" not in content and any(_are_weights(c) for c in (content, content.get("model"), content.get("ema"))):
-            checkpoint = _from_authors(place, content, weights)
+        content = load_file(place)
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{place}: not a checkpoint of sit_composer's (it holds a {type(content).__name__})")
+        if "state" not in content and any(map(are_weights, (content, content.get("model"), content.get("ema")))):
+            checkpoint = from_authors(place, content, weights)
         else:
-            checkpoint = _from_run(place, content, weights)
+            checkpoint = _from_run(place, partial(_part_of_file, content), weights)
     for name, tensor in checkpoint.weights.items():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(
-                f"{checkpoint.path}: {name} has values that are NaN or infinite; take a checkpoint from before that"
+                f"{checkpoint.path}: {name} has values that are NaN or infinite; take an earlier checkpoint"
             )
-    return replace(checkpoint, source=path if "://" in path else checkpoint.path)
+    return replace(checkpoint, source=path if is_remote(path) else checkpoint.path)
 
 
 def find_checkpoint(path: str) -> Path:
     """What is read for a path: a file, the folder of a sharded checkpoint, or an exported folder.
 
-    Of a run's folder it is the newest complete checkpoint. What is in object storage is downloaded to a temporary
-    folder, which goes with the process.
+    For a run's folder it is the newest complete checkpoint. Objects in object storage are downloaded to a temporary
+    folder, which is deleted when the process ends.
 
     Raises:
         CheckpointError: if there is nothing, or nothing that can be read.
     """
     if path.startswith("s3://"):
         return _download(path)
-    if "://" in path:
+    if is_remote(path):
         raise CheckpointError(f"{path}: checkpoints are read from local paths and s3://; download it first")
     place = Path(path)
     if not place.exists():
         raise CheckpointError(f"{path}: no checkpoint here")
     if place.is_dir() and not (place / CONFIG).is_file() and not _is_sharded(place):
-        name = newest(LocalFolder(path))
-        if name is None:
-            raise CheckpointError(f"{path}: no complete checkpoint here")
-        return place / name
-    place = place.resolve() if place.is_symlink() else place  # never by the name of "latest", which may move on
+        return place / _newest(LocalFolder(path))
+    place = place.resolve() if place.is_symlink() else place  # "latest" may be changed to another checkpoint
     if place.name in ("ema.pt", *EXPORTED.values()) and (place.parent / CONFIG).is_file():
         raise CheckpointError(f"{place}: part of an exported folder; give the folder, whose {CONFIG} belongs to it")
     return place
+
+
+def _newest(folder: LocalFolder | S3Folder) -> str:
+    name = newest(folder)
+    if name is None:
+        raise CheckpointError(f"{folder.uri}: no complete checkpoint here")
+    return name
 
 
 def _download(uri: str) -> Path:
@@ -119,74 +120,60 @@ def _download(uri: str) -> Path:
         for name in exported:
             folder.download(name, place / name)
         return place
-    name = newest(folder)
-    if name is None:
-        raise CheckpointError(f"{uri}: no complete checkpoint here")
+    name = _newest(folder)
     fetch_checkpoint(folder, name, place)
     return place / name
 
 
 def fetch(folder_or_hub_id: str) -> str:
-    """The path itself if something is there, or else that of a snapshot of the Hugging Face Hub's model of that name.
+    """The path itself if something is there, else the path of a snapshot of the Hugging Face Hub's model of that name.
 
     Raises:
         CheckpointError: if there is none of that name, or the Hub can't be reached.
     """
     if Path(folder_or_hub_id).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", folder_or_hub_id):
         return folder_or_hub_id
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # only a Hub's name needs it
 
     try:
         return snapshot_download(folder_or_hub_id, allow_patterns=[CONFIG, *EXPORTED.values()])
     except Exception as error:  # huggingface_hub's, its HTTP client's or the system's
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{folder_or_hub_id}: no such folder, and not from the Hub either: {reason}") from error
+        reason = f"no such folder, and not from the Hub either: {first_line(error)}"
+        raise CheckpointError(f"{folder_or_hub_id}: {reason}") from error
 
 
-def _from_run(file: Path, content: dict[str, Any], which: str) -> Checkpoint:
-    state = content.get("state", {})
+def _from_run(file: Path, part: Part, which: str) -> Checkpoint:
     try:
-        callbacks = state["callbacks"]
-        record = json.loads(callbacks["RunRecord"]["record"])
-        time = state["timestamp"]["Timestamp"]
-        step, epoch, samples = int(time["batch"]), int(time["epoch"]), int(time["sample"])
-        weights = {name.removeprefix(PREFIX): tensor for name, tensor in state["model"].items()}
+        record = json.loads(part("callbacks.RunRecord")["record"])
+        time = part("timestamp.Timestamp")
+        step, epoch, samples = (int(time[name]) for name in ("batch", "epoch", "sample"))
+        weights = {name.removeprefix(PREFIX): tensor for name, tensor in part("model").items()}
+    except CheckpointError:
+        raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CheckpointError(f"{file}: not a checkpoint of sit_composer's (it has no {error})") from None
-    if which == "ema":
-        if "EMAWeights" not in callbacks:
-            raise NoSuchWeights(
-                f"{file}: no EMA weights, as it was trained with `ema: null`; ask for the training weights"
-            )
-        average = {name.removeprefix(PREFIX): t for name, t in callbacks["EMAWeights"]["params"].items()}
-        weights = {**weights, **average}  # frozen ones are in training alone
-    return Checkpoint(weights, which, record, step, str(file), epoch, samples)
+    if which == "ema":  # the average lacks the weights that are frozen
+        try:
+            weights |= {name.removeprefix(PREFIX): t for name, t in part("callbacks.EMAWeights.params").items()}
+        except KeyError:
+            reason = "no EMA weights, as it was trained with `ema: null`; ask for the training weights"
+            raise NoSuchWeights(f"{file}: {reason}") from None
+    return Checkpoint(weights, which, Record.from_dict(record, file), step, str(file), epoch, samples)
 
 
-def _read(file: Path) -> dict[str, Any]:
-    content = load_file(file)
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: not a checkpoint of sit_composer's (it holds a {type(content).__name__})")
-    return content
+def _part_of_file(content: dict[str, Any], path: str) -> dict[str, Any]:
+    level = content["state"]
+    for name in path.split("."):
+        level = level[name]
+    return level
 
 
-def _read_run(folder: Path, which: str) -> dict[str, Any]:
-    """What `_from_run` needs of a sharded checkpoint, as a file would have it."""
-    places = {
-        "state.model.": ("model",),
-        "state.timestamp.Timestamp.": ("timestamp", "Timestamp"),
-        "state.callbacks.RunRecord.": ("callbacks", "RunRecord"),
-    }
-    if which == "ema":
-        places["state.callbacks.EMAWeights.params."] = ("callbacks", "EMAWeights", "params")
-    state: dict[str, Any] = {}
-    for name, value in load_sharded(folder, lambda name: name.startswith(tuple(places))).items():
-        prefix = next(prefix for prefix in places if name.startswith(prefix))
-        level = state
-        for step in places[prefix]:
-            level = level.setdefault(step, {})
-        level[name.removeprefix(prefix)] = value
-    return {"state": state}
+def _part_of_folder(folder: Path, path: str) -> dict[str, Any]:
+    prefix = f"state.{path}."
+    found = load_sharded(folder, lambda name: name.startswith(prefix))
+    if not found:
+        raise KeyError(path)
+    return {name.removeprefix(prefix): value for name, value in found.items()}
 
 
 def _is_sharded(path: Path) -> bool:
@@ -196,35 +183,27 @@ def _is_sharded(path: Path) -> bool:
 def _from_export(folder: Path, which: str) -> Checkpoint:
     config = folder / CONFIG
     try:
-        record = json.loads(config.read_text("utf-8"))
-        found = {name: record.pop(name, None) for name in FORMAT}
+        content = json.loads(config.read_text("utf-8"))
+        found = {name: content.get(name) for name in FORMAT}
         if found["format"] != FORMAT["format"]:
             raise ValueError("sit_composer.export didn't write it")
         if found != FORMAT:
-            raise ValueError(f"of version {found['version']}; this program reads version {FORMAT['version']}")
-        files, trained = record.pop("weights"), record.pop("trained")
+            raise ValueError(f"got version {found['version']}, expected version {FORMAT['version']}")
+        files, trained = content["weights"], content["trained"]
         step, epoch, samples = (int(trained[name]) for name in ("step", "epoch", "samples"))
         if which not in files:
             raise NoSuchWeights(f"{folder}: no {which} weights; ask for the {', '.join(files)} ones")
-        if files[which] not in EXPORTED.values():  # nothing outside of the folder, and nothing pickled
-            raise ValueError(f"{which} weights in {files[which]!r}; they are in {' or '.join(EXPORTED.values())}")
+        if files[which] not in EXPORTED.values():  # nothing outside the folder, and nothing pickled
+            raise ValueError(f"{which} weights: got {files[which]!r}, expected {' or '.join(EXPORTED.values())}")
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{config}: not an export's: {error}") from None
-    _check_record(config, record)
+    record = Record.from_dict(content, config)
     file = folder / files[which]
     try:
         weights = load_safetensors(file)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: missing or damaged: {str(error).splitlines()[0]}") from None
-    _check_fit(file, record["model"], weights)
+        raise CheckpointError(f"{file}: missing or damaged: {first_line(error)}") from None
+    check_fit(file, record.model, weights)
     return Checkpoint(weights, which, record, step, str(file), epoch, samples)
-
-
-def build_network(checkpoint: Any, device: str) -> Any:
-    """The network that a checkpoint's weights fit, ready to be evaluated."""
-
-    network = SiT(**checkpoint.record["model"])
-    network.load_state_dict(checkpoint.weights)
-    return network.to(device).eval().requires_grad_(False)

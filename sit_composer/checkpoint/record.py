@@ -1,6 +1,7 @@
-"""What a network is, and what a checkpoint holds of it."""
+"""What a network is, which training writes into every checkpoint; and a checkpoint's weights with it."""
 
 import hashlib
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,19 +9,88 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sit_composer.autoencoder import AutoencoderSpec
+from sit_composer.autoencoder import SLICE_SIZE, Autoencoder, AutoencoderSpec, load_autoencoder
 from sit_composer.checkpoint.safe_load import CheckpointError
+from sit_composer.errors import UserError
 from sit_composer.sit import SiT
 from sit_composer.transport import Transport
 
-WEIGHTS = ("ema", "training")
 CONFIG = "config.json"  # an exported folder's record
 FORMAT = {"format": "sit_composer", "version": 1}  # of CONFIG
 EXPORTED = {"training": "model.safetensors", "ema": "ema.safetensors"}
+REFUSALS = (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError)  # of constructors, for wrong arguments
 
 
 class NoSuchWeights(CheckpointError):
-    """The checkpoint is sound, and holds the other kind of weights only."""
+    """The checkpoint is sound, but holds only the other kind of weights."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a network is: everything that is needed to use its weights."""
+
+    model: dict[str, Any]  # SiT's arguments
+    transport: dict[str, Any]  # Transport's arguments
+    autoencoder: AutoencoderSpec
+    classes: list[str]  # a name for each label
+    ema_decay: float | None = None  # None without an average
+    cfg_channels: int | None = None  # channels that sampling guides by default; None: all
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any], where: str | Path) -> "Record":
+        """The record that `as_dict` gave, read from ``where``; raises CheckpointError for a part that is wrong."""
+        for name, make in (("model", on_meta), ("transport", Transport), ("autoencoder", AutoencoderSpec)):
+            try:
+                make(**content[name])
+            except REFUSALS as error:
+                reason = f"{error} is missing" if isinstance(error, KeyError) else error
+                raise CheckpointError(f"{where}: {name}: {reason}") from None
+        rest = {name: content.get(name) for name in ("classes", "ema_decay", "cfg_channels")}
+        autoencoder = AutoencoderSpec(**content["autoencoder"])
+        record = cls(content["model"], content["transport"], autoencoder, **rest)
+        if not isinstance(record.classes, list) or len(record.classes) != record.num_classes:
+            raise CheckpointError(f"{where}: classes: expected {record.num_classes} names, one per class of the model")
+        return record
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record as JSON holds it."""
+        guided = {} if self.cfg_channels is None else {"cfg_channels": self.cfg_channels}
+        return {**self.settings(), "classes": self.classes, **guided, "ema_decay": self.ema_decay}
+
+    def settings(self) -> dict[str, Any]:
+        """The parts that results hold."""
+        return {"model": self.model, "transport": self.transport, "autoencoder": self.autoencoder.as_dict()}
+
+    def argument(self, name: str) -> Any:
+        """An argument of the network, or its default."""
+        return self.model.get(name, inspect.signature(SiT).parameters[name].default)
+
+    @property
+    def num_classes(self) -> int:
+        return self.argument("num_classes")
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the network works on."""
+        side = self.argument("input_size")
+        return self.argument("in_channels"), side, side
+
+    @property
+    def image_size(self) -> int:
+        """The side of the images, in pixels."""
+        return self.argument("input_size") * self.autoencoder.downsample
+
+    @property
+    def has_null_class(self) -> bool:
+        """Whether the network was trained with label dropout, so that it can be guided."""
+        return self.argument("class_dropout_prob") > 0
+
+    def build_network(self) -> SiT:
+        """The network, with initial weights."""
+        return SiT(**self.model)
+
+    def build_transport(self) -> Transport:
+        return Transport(**self.transport)
 
 
 @dataclass(frozen=True)
@@ -29,46 +99,51 @@ class Checkpoint:
 
     weights: dict[str, Tensor]  # on the CPU
     which: str  # "ema" or "training"
-    record: dict[str, Any]  # RunRecord's: model, transport, autoencoder, classes
-    step: int  # batches trained; 0 where the file doesn't tell, as in the released ones
-    path: str  # the file that they came from
-    epoch: int = 0  # whole epochs trained; 0 where the file doesn't tell
-    samples: int = 0  # samples trained on; 0 where the file doesn't tell
+    record: Record
+    step: int  # batches trained; 0 if the file doesn't say, as the released ones
+    path: str  # the file that the weights come from
+    epoch: int = 0  # whole epochs trained; 0 if the file doesn't say
+    samples: int = 0  # samples trained on; 0 if the file doesn't say
     source: str = ""  # where the user has it: the path, or the URI that it was downloaded from
 
+    def build_network(self, device: torch.device | str = "cpu") -> SiT:
+        """The network with these weights, for evaluation."""
+        network = self.record.build_network()
+        network.load_state_dict(self.weights)
+        return network.to(device).eval().requires_grad_(False)
 
-def digest(place: str) -> str:
+    def load_autoencoder(
+        self, device: torch.device | str, dtype: torch.dtype = torch.float32, slice_size: int = SLICE_SIZE
+    ) -> Autoencoder:
+        """The autoencoder of the network's latents; raises UserError if the one of that name is another now."""
+        known = self.record.autoencoder
+        autoencoder = load_autoencoder(known.name, known.channels, device, dtype, slice_size)
+        if autoencoder.spec != known:
+            raise UserError(
+                f"{self.source}: trained on latents of {known.as_dict()}, but the autoencoder of that name is now "
+                f"{autoencoder.spec.as_dict()}"
+            )
+        return autoencoder
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies the weights, as results record it."""
+        return {"path": self.source, "step": self.step, "sha256": digest(self.path), "weights": self.which}
+
+
+def digest(place: str | Path) -> str:
     """The sha256 of a checkpoint's file; of a sharded one's folder, that of its files' names and sha256s."""
     if not Path(place).is_dir():
         with open(place, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    lines = [f"{file.name} {digest(str(file))}\n" for file in sorted(Path(place).iterdir())]
+    lines = [f"{file.name} {digest(file)}\n" for file in sorted(Path(place).iterdir())]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _check_record(file: Path, record: dict[str, Any]) -> None:
-    """Checks that the record can be used.
-
-    Raises:
-        CheckpointError: naming what in it can't.
-    """
-    makers = {"model": _without_memory, "transport": Transport, "autoencoder": AutoencoderSpec}
-    for name, maker in makers.items():
-        try:
-            maker(**record[name])
-        except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else error
-            raise CheckpointError(f"{file}: {name}: {reason}") from None
-    classes, count = record.get("classes"), record["model"]["num_classes"]
-    if not isinstance(classes, list) or len(classes) != count:
-        raise CheckpointError(f"{file}: classes: it takes {count} names, as many as model.num_classes")
-
-
-def _check_fit(file: Path, model: dict[str, Any], weights: dict[str, Tensor]) -> None:
-    """Checks that the network's tensors are there, all of them, in their shapes, and nothing else is."""
+def check_fit(file: Path, model: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """Raises CheckpointError, naming a tensor, unless the weights are exactly the network's, in their shapes."""
     try:
-        expected = {name: tuple(tensor.shape) for name, tensor in _without_memory(**model).state_dict().items()}
-    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        expected = {name: tuple(tensor.shape) for name, tensor in on_meta(**model).state_dict().items()}
+    except REFUSALS as error:
         raise CheckpointError(f"{file}: not the weights of a SiT: {error}") from None
     for name in weights.keys() - expected.keys():
         raise CheckpointError(f"{file}: not the weights of a SiT: it has {name}, which a SiT has not")
@@ -76,19 +151,10 @@ def _check_fit(file: Path, model: dict[str, Any], weights: dict[str, Tensor]) ->
         if name not in weights:
             raise CheckpointError(f"{file}: not the weights of a SiT: {name} is missing")
         if tuple(weights[name].shape) != shape:
-            raise CheckpointError(f"{file}: {name} is {tuple(weights[name].shape)}; it takes {shape}")
+            raise CheckpointError(f"{file}: {name}: got shape {tuple(weights[name].shape)}, expected {shape}")
 
 
-def _without_memory(**model: Any) -> SiT:
+def on_meta(**model: Any) -> SiT:
+    """The network without memory for its weights."""
     with torch.device("meta"):
         return SiT(**model)
-
-
-def describe(checkpoint: Any) -> dict[str, Any]:
-    """What identifies a checkpoint's weights."""
-    return {
-        "path": checkpoint.source,
-        "step": checkpoint.step,
-        "sha256": digest(checkpoint.path),
-        "weights": checkpoint.which,
-    }

@@ -7,62 +7,67 @@ from typing import Any
 
 from torch import Tensor
 
-from sit_composer.autoencoder import AutoencoderSpec
-from sit_composer.checkpoint.record import Checkpoint, NoSuchWeights, _check_fit, _check_record
+from sit_composer.checkpoint.record import Checkpoint, NoSuchWeights, Record, check_fit
 from sit_composer.checkpoint.safe_load import CheckpointError
 from sit_composer.choices import SIZES
 
+TRANSPORT = {
+    "path_type": "Linear",
+    "prediction": "velocity",
+    "loss_weight": None,
+    "train_eps": None,
+    "sample_eps": None,
+}
 
-def _are_weights(content: Any) -> bool:
+
+def are_weights(content: Any) -> bool:
+    """Whether this is a state dict of a SiT."""
     return isinstance(content, dict) and isinstance(content.get("x_embedder.proj.weight"), Tensor)
 
 
-def _from_authors(file: Path, content: dict[str, Any], which: str) -> Checkpoint:
+def from_authors(file: Path, content: dict[str, Any], which: str) -> Checkpoint:
     """A bare state dict, which is the average, or a dict of model, ema, opt and args.
 
-    A bare one doesn't tell its path and prediction: they are taken for the released ones', Linear and velocity.
+    A bare one is assumed to have the path and the prediction of the released ones, Linear and velocity.
     """
-    held = {"ema": content} if _are_weights(content) else {"training": content.get("model"), "ema": content.get("ema")}
+    held = {"ema": content} if are_weights(content) else {"training": content.get("model"), "ema": content.get("ema")}
     weights = held.get(which)
-    if not _are_weights(weights):
-        other = next(name for name in held if name != which)
+    if not are_weights(weights):
+        other = "ema" if which == "training" else "training"
         raise NoSuchWeights(f"{file}: no {which} weights, only the {other} ones; ask for those")
     args = content.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else {}
     model = _network_of(file, weights, args)
-    _check_fit(file, model, weights)
+    check_fit(file, model, weights)
     if model["in_channels"] != 4:
         raise CheckpointError(
-            f"{file}: of {model['in_channels']} channels, where the authors' autoencoder has 4; if sit_composer "
+            f"{file}: got {model['in_channels']} channels, expected the 4 of the authors' autoencoder; if sit_composer "
             "exported it, give the exported folder"
         )
-    names = ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps")
-    transport = {"path_type": "Linear", "prediction": "velocity", "loss_weight": None, "train_eps": None}
-    transport = {**transport, "sample_eps": None, **{name: args[name] for name in names if name in args}}
+    transport = {name: args.get(name, default) for name, default in TRANSPORT.items()}
     if transport["prediction"] == "velocity" and transport["path_type"] != "VP":
         transport |= {"train_eps": None, "sample_eps": None}  # their code takes 0 then, whatever the arguments are
-    autoencoder = f"stabilityai/sd-vae-ft-{args.get('vae', 'ema')}"
+    name = f"stabilityai/sd-vae-ft-{args.get('vae', 'ema')}"
     record = {
         "model": model,
         "transport": transport,
-        "autoencoder": AutoencoderSpec(autoencoder, channels=4, downsample=8, scale=0.18215).as_dict(),
+        "autoencoder": {"name": name, "channels": 4, "downsample": 8, "scale": 0.18215},
         "classes": [str(label) for label in range(model["num_classes"])],
-        "cfg_channels": 3,  # how their sampling guides
-        "ema_decay": 0.9999,  # train.py's, which it has no option for
+        "cfg_channels": 3,  # as their sampling guides
+        "ema_decay": 0.9999,  # fixed in their train.py
     }
-    _check_record(file, record)
     try:  # AdamW counts its steps for each parameter
         step = int(next(iter(content["opt"]["state"].values()))["step"])
     except (KeyError, TypeError, StopIteration):
         step = 0
-    return Checkpoint(dict(weights), which, record, step, str(file))
+    return Checkpoint(dict(weights), which, Record.from_dict(record, file), step, str(file))
 
 
 def _network_of(file: Path, weights: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Any]:
     """The arguments of the `SiT` that such weights fit, from their shapes.
 
-    Shapes don't tell two things. The heads come from the table of sizes (or ``args.num_heads``, which forks have); and
-    the label table's last row is taken for the null class, which the authors' code always has, unless
+    Shapes don't say two things. The heads come from the table of sizes (or ``args.num_heads``, which forks have). The
+    label table's last row is assumed to be the null class, which the authors' code always has, unless
     ``args.num_classes`` says otherwise.
     """
     try:
@@ -81,15 +86,14 @@ def _network_of(file: Path, weights: dict[str, Tensor], args: dict[str, Any]) ->
             "class_dropout_prob": 0.1 if rows > num_classes else 0.0,
             "learn_sigma": len(weights["final_layer.linear.weight"]) == 2 * channels * patch * patch,
         }
-    except KeyError as error:
-        raise CheckpointError(f"{file}: not the weights of a SiT: {error} is missing") from None
-    except (ValueError, IndexError, TypeError) as error:
-        raise CheckpointError(f"{file}: not the weights of a SiT: {error}") from None
+    except (KeyError, ValueError, IndexError, TypeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{file}: not the weights of a SiT: {reason}") from None
     heads = {hidden_size: num_heads for hidden_size, _, num_heads in SIZES.values()}
     num_heads = args.get("num_heads", heads.get(hidden))
     if num_heads is None:
         raise CheckpointError(
-            f"{file}: the number of attention heads can't be told: the width is {hidden}, and the known sizes have "
-            f"{', '.join(map(str, heads))}; add it to the file's args as num_heads"
+            f"{file}: the number of attention heads is unknown: got width {hidden}, expected one of "
+            f"{', '.join(map(str, heads))}; add the number to the file's args as num_heads"
         )
     return {**shapes, "num_heads": num_heads}

@@ -1,8 +1,8 @@
-"""Checkpoints are read without running code that might be in them.
+"""Reads checkpoints without running code that might be in them.
 
 A pickle can call any function. A checkpoint of one file is read by torch's restricted unpickler, which makes tensors
-and the few other kinds that are allowed below. Of a sharded one, the tensors and values are read in that way, and the
-`.metadata` that says where each lies, which torch would unpickle as it is, by an unpickler with a list of its own.
+and the few other types that are allowed below. The tensors and values of a sharded one are read in the same way, and
+its `.metadata`, the places of the tensors, by an unpickler with a list of its own: torch would allow anything in it.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
-from sit_composer.errors import UserError
+from sit_composer.errors import UserError, first_line
 
-METADATA = ".metadata"  # of a sharded checkpoint: where each tensor lies
-# What checkpoints hold beside tensors and Python's own containers: times, versions and numpy's random state (Composer),
-# and the command line's arguments (the authors). All of it is data only.
+METADATA = ".metadata"  # of a sharded checkpoint: the places of the tensors
+# In checkpoints beside tensors and Python's own containers: times, versions and numpy's random state (Composer), and
+# the command line's arguments (the authors). All of these are only data.
 DATA_ONLY = [
     argparse.Namespace,
     datetime.timedelta,
@@ -46,30 +46,28 @@ METADATA_ONLY = {
 
 
 class CheckpointError(UserError):
-    """Why a checkpoint can't be used."""
+    """A checkpoint can't be used."""
 
 
 def load_file(file: Path | str | io.BytesIO, mmap: bool = True) -> Any:
     """The content of a file that torch.save wrote, on the CPU.
 
     Raises:
-        CheckpointError: if it is none, or holds what could run code.
+        CheckpointError: if it is not such a file, or could run code.
     """
     name = "a value" if isinstance(file, io.BytesIO) else file
     try:
         with torch.serialization.safe_globals(DATA_ONLY):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{name}: not a checkpoint that can be read without running code in it: {reason}"
-        ) from None
+        reason = "not a checkpoint that can be read without running code in it"
+        raise CheckpointError(f"{name}: {reason}: {first_line(error)}") from None
     except (OSError, RuntimeError, ValueError, EOFError) as error:
-        raise CheckpointError(f"{name}: not a checkpoint: {str(error).strip().splitlines()[0]}") from None
+        raise CheckpointError(f"{name}: not a checkpoint: {first_line(error)}") from None
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """Makes what a sharded checkpoint's `.metadata` consists of, and refuses all else."""
+    """Makes the objects of a sharded checkpoint's `.metadata`, and refuses others."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in METADATA_ONLY:
@@ -83,21 +81,21 @@ def load_metadata(content: bytes, where: str) -> metadata.Metadata:
     """The parsed `.metadata` of a sharded checkpoint, named ``where`` in errors.
 
     Raises:
-        CheckpointError: if it is none, could run code, or names files outside of its folder.
+        CheckpointError: if it is not metadata, could run code, or names files outside its folder.
     """
     try:
         found = MetadataUnpickler(io.BytesIO(content)).load()
         names = {info.relative_path for info in found.storage_data.values()}
-    except Exception as error:  # pickle raises whatever a damaged file leads to
+    except Exception as error:  # pickle raises any kind for a damaged file
         raise CheckpointError(f"{where}: not a sharded checkpoint's metadata: {error}") from None
     for name in names:
         if Path(name).name != name:
-            raise CheckpointError(f"{where}: names {name!r}, a file outside of the checkpoint's folder")
+            raise CheckpointError(f"{where}: names {name!r}, a file outside the checkpoint's folder")
     return found
 
 
 def sharded_files(found: metadata.Metadata) -> dict[str, int]:
-    """The files that a sharded checkpoint must have, and the bytes that each must have at least."""
+    """The files that a sharded checkpoint must have, and the least size of each in bytes."""
     sizes: dict[str, int] = {}
     for info in found.storage_data.values():
         sizes[info.relative_path] = max(sizes.get(info.relative_path, 0), info.offset + info.length)
@@ -118,8 +116,7 @@ class SafeReader(dcp.FileSystemReader):
 class SafePlanner(DefaultLoadPlanner):
     """Loads values by the restricted unpickler.
 
-    What a callback of Composer's keeps may be lacking, as when the run has one more than before. What training depends
-    on may not.
+    The state of a Composer callback may be missing, as when the run has a new one; that of our own may not.
     """
 
     def set_up_planner(
@@ -137,7 +134,7 @@ class SafePlanner(DefaultLoadPlanner):
 
 
 def load_sharded(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Any]:
-    """The wanted entries of a sharded checkpoint, whole and on the CPU, by their full names: state.model.….
+    """The wanted entries of a sharded checkpoint, unsharded and on the CPU, by their full names: state.model.….
 
     Raises:
         CheckpointError: if something is missing, damaged, or could run code.
@@ -155,7 +152,7 @@ def load_sharded(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Any]:
         dcp.load(content, storage_reader=reader, planner=SafePlanner(), no_dist=True)
     except CheckpointError:
         raise
-    except (Exception, CheckpointException) as error:  # torch wraps what a damaged file leads to in its own kinds
+    except (Exception, CheckpointException) as error:  # torch has its own kinds for damaged files
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise CheckpointError(f"{folder}: missing or damaged: {reason}") from None
     return content

@@ -1,6 +1,6 @@
 """What a run's config must fulfil beyond keys and types, checked before torch is imported.
 
-Every check raises a UserError, mostly ConfigError, with one line: the key, what it got, and what it takes.
+Every check raises a UserError, mostly ConfigError, with one line: the key, its value, and what is expected.
 """
 
 import dataclasses
@@ -10,25 +10,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sit_composer.choices import (
-    FIXED_STEP_METHODS,
-    LOSS_WEIGHTS,
-    ODE_METHODS,
-    PATHS,
-    PREDICTIONS,
-    TIME_SAMPLINGS,
-    choose,
-)
-from sit_composer.config import composer_classes as composer_api
-from sit_composer.config.schema import (
-    Config,
-    ConfigError,
-    DrawingConfig,
-    ModelConfig,
-    SampleGridConfig,
-    TransportConfig,
-    network_arguments,
-)
+from sit_composer.choices import FIXED_STEP_METHODS, check_poles, check_sizes, choose
+from sit_composer.config import composer_classes
+from sit_composer.config.schema import Config, ConfigError, ModelConfig, TransportConfig, network_arguments
 
 # Trainer arguments that have a key of their own, or that a YAML can't hold.
 TRAINER_KEYS_ELSEWHERE = {
@@ -36,7 +20,7 @@ TRAINER_KEYS_ELSEWHERE = {
     "schedulers": "scheduler", "algorithms": "algorithms", "callbacks": "callbacks", "loggers": "loggers",
     "run_name": "run_name", "seed": "seed", "precision": "precision", "parallelism_config": "fsdp",
 }  # fmt: skip
-FIXED_TRAINER_KEYS = {  # what resuming, uploading and pruning rely on
+FIXED_TRAINER_KEYS = {  # on which resuming, uploading and pruning rely
     "save_filename", "save_latest_filename", "save_ignore_keys", "num_concurrent_uploads", "upload_timeout_in_seconds",
     "load_object_store", "load_exclude_algorithms",
 }  # fmt: skip
@@ -49,59 +33,39 @@ DRAWING_TIME = re.compile(r"[1-9]\d*(ba|ep|sp)|0?\.\d*[1-9]\d*dur")
 def check(config: Config, ranks: int | None = None) -> None:
     """Checks all that can be known before the data and the libraries are loaded; ``ranks`` of None: the launcher's."""
     check_no_credentials(vars(config))
+    check_keys(config)
     check_model(config.model)
     check_transport(config.transport)
     ranks = ranks or int(os.environ.get("WORLD_SIZE", 1))
-    for section, data in (("data", config.data), ("eval_data", config.eval_data)):
-        if data is not None:
-            _at_least(f"{section}.global_batch_size", data.global_batch_size, 1)
-            _at_least(f"{section}.num_workers", data.num_workers, 0)
-            _at_least(f"{section}.num_canonical_nodes", data.num_canonical_nodes, 1)
-            for name in ("image_size", "predownload"):
-                if getattr(data, name) is not None:
-                    _at_least(f"{section}.{name}", getattr(data, name), 1)
-            if data.global_batch_size % ranks:
-                got = f"{section}.global_batch_size: got {data.global_batch_size}"
-                raise ConfigError(f"{got}; with {ranks} ranks it takes a multiple of {ranks}")
-    if not 0 < config.optimizer.lr < math.inf:
-        raise ConfigError(f"optimizer.lr: got {config.optimizer.lr}; it takes a number above 0")
-    for name in ("eps", "weight_decay"):
-        if not 0 <= getattr(config.optimizer, name) < math.inf:
-            raise ConfigError(f"optimizer.{name}: got {getattr(config.optimizer, name)}; it takes a number, 0 or more")
-    if not 0 <= config.seed < 2**32:
-        raise ConfigError(f"seed: got {config.seed}; it takes a whole number from 0 to 4294967295")
-    if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
-        raise ConfigError(f"optimizer.betas: got {config.optimizer.betas}; it takes two numbers in [0, 1)")
-    if config.ema is not None and not 0 < config.ema.decay < 1:
-        raise ConfigError(f"ema.decay: got {config.ema.decay}; it takes a number between 0 and 1")
+    for section in ("data", "eval_data"):
+        data = getattr(config, section)
+        if data is not None and data.global_batch_size % ranks:
+            got = f"{section}.global_batch_size: got {data.global_batch_size}"
+            raise ConfigError(f"{got}, expected a multiple of {ranks} ({ranks} ranks)")
+    if len(config.optimizer.betas) != 2:
+        raise ConfigError(f"optimizer.betas: got {config.optimizer.betas}, expected two numbers in [0, 1)")
     for section in ("sample_grid", "frechet"):
         if getattr(config, section) is not None:
             check_drawing(config, section)
-    choose("precision", config.precision, ("fp32", "amp_bf16", "amp_fp16"))
-    if config.fsdp is not None:
-        choose("fsdp.state_dict_type", config.fsdp.state_dict_type, ("sharded", "full"))
-        choose("fsdp.mixed_precision", config.fsdp.mixed_precision, ("DEFAULT", "PURE", "FULL"))
+    if config.fsdp is not None and ranks % config.fsdp.data_parallel_replicate_degree:
         replicas = config.fsdp.data_parallel_replicate_degree
-        _at_least("fsdp.data_parallel_replicate_degree", replicas, 1)
-        if ranks % replicas:
-            raise ConfigError(
-                f"fsdp.data_parallel_replicate_degree: got {replicas}; it takes a divisor of {ranks} ranks"
-            )
-    for name, value in vars(config.supervision).items():
-        if not 0 < value < math.inf:
-            raise ConfigError(f"supervision.{name}: got {value}; it takes a number of seconds above 0")
-    if len(config.scheduler) > 1:
-        raise ConfigError(f"scheduler: got {len(config.scheduler)} of them; it takes one, such as {{constant: {{}}}}")
+        raise ConfigError(f"fsdp.data_parallel_replicate_degree: got {replicas}, expected a divisor of {ranks} ranks")
     check_trainer(config)
-    for section in composer_api.GROUPS:
-        for name, arguments in getattr(config, section).items():
-            if section == "callbacks" and name.lower() in ("checkpoint_saver", "checkpointsaver"):
-                raise ConfigError(f"callbacks.{name}: set it by trainer.save_interval and the keys beside it")
-            if section == "algorithms" and name.lower() == "ema":
-                raise ConfigError("algorithms.ema: set it as ema.decay; Composer's own is not used")
-            if not isinstance(arguments, dict | None):
-                raise ConfigError(f"{section}.{name}: got {arguments!r}; it takes its arguments, as {{name: value}}")
-            composer_api.check_group(section, name, arguments or {})
+    check_composer(config)
+
+
+def check_keys(section: Any, prefix: str = "") -> None:
+    """Checks every value by the bounds and choices beside its key in the schema."""
+    for f in dataclasses.fields(section):
+        value, name = getattr(section, f.name), prefix + f.name
+        if dataclasses.is_dataclass(value):
+            check_keys(value, f"{name}.")
+        elif value is not None:
+            if f.metadata["choices"] is not None:
+                choose(name, value, f.metadata["choices"])
+            if f.metadata["bounds"] is not None:
+                for number in value if isinstance(value, list) else [value]:
+                    f.metadata["bounds"].check(name, number)
 
 
 def check_no_credentials(value: Any, name: str = "") -> None:
@@ -117,112 +81,87 @@ def check_no_credentials(value: Any, name: str = "") -> None:
         check_no_credentials(item, f"{name}.{key}" if name else str(key))
 
 
-def check_transport(transport: TransportConfig) -> None:
-    """Checks the objective."""
-    choose("transport.path_type", transport.path_type, PATHS)
-    choose("transport.prediction", transport.prediction, PREDICTIONS)
-    choose("transport.loss_weight", transport.loss_weight, LOSS_WEIGHTS)
-    choose("transport.time_sampling", transport.time_sampling, TIME_SAMPLINGS)
-    velocity, vp = transport.prediction == "velocity", transport.path_type == "VP"
-    weighted = transport.loss_weight is not None
-    for name, pole in (("train_eps", weighted and not velocity and not vp), ("sample_eps", vp or not velocity)):
-        eps = getattr(transport, name)
-        if eps is not None and not 0 <= eps < 0.5:
-            raise ConfigError(f"transport.{name}: got {eps}; it takes a number in [0, 0.5)")
-        if eps == 0 and pole:
-            raise ConfigError(f"transport.{name}: got 0; there is a pole at an end of the times, it takes more")
-    for name in ("time_std", "time_shift"):
-        if not 0 < getattr(transport, name) < math.inf:
-            raise ConfigError(f"transport.{name}: got {getattr(transport, name)}; it takes a number above 0")
-    if not math.isfinite(transport.time_mean):
-        raise ConfigError(f"transport.time_mean: got {transport.time_mean}; it takes a number")
-    if transport.time_sampling == "uniform":
-        for name, default in (("time_mean", 0), ("time_std", 1)):
-            if getattr(transport, name) != default:
-                raise ConfigError(f"transport.{name}: goes with transport.time_sampling=logit-normal")
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ConfigError(f"{name}: got {value}; it takes a whole number, {least} or more")
-
-
 def check_model(model: ModelConfig) -> None:
     """Checks that a network of these sizes exists."""
     arguments = network_arguments(model)
     for name, value in arguments.items():
         if value is None:
-            raise ConfigError(f"model.{name}: no value; give it, or a variant as model.name=SiT-XL/2")
-        if name not in ("class_dropout_prob", "learn_sigma", "mlp_ratio"):
-            _at_least(f"model.{name}", value, 1)
+            raise ConfigError(f"model.{name}: no value; set it, or a variant as model.name=SiT-XL/2")
+    sizes = {name: arguments[name] for name in ("hidden_size", "num_heads", "input_size", "patch_size")}
+    check_sizes(**sizes, prefix="model.")
     if not 1 <= model.mlp_ratio * arguments["hidden_size"] < math.inf:
-        raise ConfigError(f"model.mlp_ratio: got {model.mlp_ratio}; it takes a number of at least 1 / hidden_size")
-    if not 0 <= model.class_dropout_prob < 1:
-        raise ConfigError(f"model.class_dropout_prob: got {model.class_dropout_prob}; it takes a number in [0, 1)")
-    hidden_size, num_heads = arguments["hidden_size"], arguments["num_heads"]
-    if hidden_size % num_heads or hidden_size % 4:
-        raise ConfigError(
-            f"model.hidden_size: got {hidden_size}; it takes a multiple of num_heads ({num_heads}), and of 4 for the "
-            "sin-cos positions"
-        )
-    if model.input_size % arguments["patch_size"]:
-        raise ConfigError(
-            f"model.input_size: got {model.input_size}; it takes a multiple of patch_size ({arguments['patch_size']})"
-        )
+        raise ConfigError(f"model.mlp_ratio: got {model.mlp_ratio}, expected a number of at least 1 / hidden_size")
+
+
+def check_transport(transport: TransportConfig) -> None:
+    """Checks what the keys of the objective ask of each other."""
+    check_poles(transport, prefix="transport.")
+    if transport.time_sampling == "uniform":
+        for name in ("time_mean", "time_std"):
+            if getattr(transport, name) != getattr(TransportConfig(), name):
+                raise ConfigError(f"transport.{name}: goes with transport.time_sampling=logit-normal")
 
 
 def check_drawing(config: Config, section: str) -> None:
-    """Checks what pictures are drawn with during training."""
-    drawing: DrawingConfig = getattr(config, section)
+    """Checks how images are generated during training."""
+    drawing = getattr(config, section)
     if not DRAWING_TIME.fullmatch(drawing.interval):
-        takes = "a time in batches, epochs, samples or parts of the run, such as 1000ba, 5ep, 100000sp or 0.1dur"
-        raise ConfigError(f"{section}.interval: got {drawing.interval!r}; it takes {takes}")
-    # Ranks that hold shards of one network must call it equally often, and an adaptive solver decides by its batch.
-    methods = ODE_METHODS if config.fsdp is None else FIXED_STEP_METHODS
-    choose(f"{section}.sampling_method", drawing.sampling_method, methods)
-    _at_least(f"{section}.num_steps", drawing.num_steps, 2)
-    _at_least(f"{section}.batch_size", drawing.batch_size, 1)
-    _at_least(f"{section}.seed", drawing.seed, 0)
-    if not 0 <= drawing.cfg_scale < math.inf:
-        raise ConfigError(f"{section}.cfg_scale: got {drawing.cfg_scale}; it takes a number, 0 or more")
+        expected = "a time in batches, epochs, samples or parts of the run, such as 1000ba, 5ep, 100000sp or 0.1dur"
+        raise ConfigError(f"{section}.interval: got {drawing.interval!r}, expected {expected}")
+    if config.fsdp is not None:
+        # Ranks that share a network's weights must call it equally often, and an adaptive solver decides by its batch.
+        choose(f"{section}.sampling_method", drawing.sampling_method, FIXED_STEP_METHODS)
     if drawing.cfg_scale != 1 and config.model.class_dropout_prob == 0:
-        raise ConfigError(f"{section}.cfg_scale: got {drawing.cfg_scale}; without class dropout it takes 1")
-    if isinstance(drawing, SampleGridConfig):
-        _at_least(f"{section}.per_class", drawing.per_class, 1)
-        for label in drawing.labels or []:
-            if not 0 <= label < config.model.num_classes:
-                raise ConfigError(f"{section}.labels: got {label}; it takes labels 0 to {config.model.num_classes - 1}")
-        return
-    _at_least(f"{section}.num_images", drawing.num_images, 2)
-    for name in ("reference", "features"):
-        path = getattr(drawing, name)
-        if not (name == "features" and path == "inception") and not Path(path).is_file():
-            raise ConfigError(f"{section}.{name}: no file {path!r}")
+        raise ConfigError(f"{section}.cfg_scale: got {drawing.cfg_scale}, expected 1, as there is no class dropout")
+    for label in getattr(drawing, "labels", None) or []:
+        if label >= config.model.num_classes:
+            last = config.model.num_classes - 1
+            raise ConfigError(f"{section}.labels: got {label}, expected labels from 0 to {last}")
+    if section == "frechet":
+        for name in ("reference", "features"):
+            path = getattr(drawing, name)
+            if not (name == "features" and path == "inception") and not Path(path).is_file():
+                raise ConfigError(f"{section}.{name}: no file {path!r}")
 
 
 def check_trainer(config: Config) -> None:
-    """Checks the Trainer's arguments by its own signature, and those that would undo what the others promise."""
+    """Checks the Trainer's arguments by its own signature, and refuses those that would break resuming."""
     trainer = config.trainer
     for name in trainer.keys() & TRAINER_KEYS_ELSEWHERE.keys():
-        raise ConfigError(f"trainer.{name}: set it as {TRAINER_KEYS_ELSEWHERE[name]}, at the top")
+        raise ConfigError(f"trainer.{name}: set it as {TRAINER_KEYS_ELSEWHERE[name]}, at the top level")
     for name in sorted(trainer.keys() & FIXED_TRAINER_KEYS):
         raise ConfigError(f"trainer.{name}: is fixed here, as resuming relies on it; leave it out")
-    composer_api.check_trainer(trainer)
+    composer_classes.check("trainer", {**trainer, "model": None}, "Trainer", "trainer/trainer.py")
     if "max_duration" not in trainer:
-        raise ConfigError("trainer.max_duration: no value; it takes a time, such as 400000ba or 80ep")
+        raise ConfigError("trainer.max_duration: no value, expected a time, such as 400000ba or 80ep")
     for name in ("max_duration", "save_interval", "eval_interval"):
         if name in trainer and not TIME.fullmatch(str(trainer[name])):
-            raise ConfigError(f"trainer.{name}: got {trainer[name]!r}; it takes a time, such as 1000ba or 1ep")
+            raise ConfigError(f"trainer.{name}: got {trainer[name]!r}, expected a time, such as 1000ba or 1ep")
     if trainer.get("autoresume") and not trainer.get("save_folder"):
         raise ConfigError("trainer.save_folder: no value; autoresume needs one to resume from")
     if trainer.get("save_weights_only"):
-        raise ConfigError(
-            "trainer.save_weights_only: got True; it would leave out the EMA and what the weights mean, it takes false"
-        )
+        what = "the EMA and the record of the network would be left out"
+        raise ConfigError(f"trainer.save_weights_only: got True, expected false: {what}")
     if re.fullmatch(r"0+\D*", str(trainer.get("save_interval", 1))):
-        raise ConfigError(
-            f"trainer.save_interval: got {trainer['save_interval']}; nothing would be saved, it takes more"
-        )
+        got = f"trainer.save_interval: got {trainer['save_interval']}"
+        raise ConfigError(f"{got}, expected a time above 0: nothing would be saved")
     micro = trainer.get("device_train_microbatch_size", 1)
     if micro != "auto" and not (isinstance(micro, int) and micro >= 1):
-        raise ConfigError(f"trainer.device_train_microbatch_size: got {micro}; it takes 1 or more, or auto on a GPU")
+        got = f"trainer.device_train_microbatch_size: got {micro}"
+        raise ConfigError(f"{got}, expected a whole number of at least 1, or auto on a GPU")
+
+
+def check_composer(config: Config) -> None:
+    """Checks the names and arguments of Composer's schedulers, algorithms, callbacks and loggers."""
+    if len(config.scheduler) > 1:
+        raise ConfigError(f"scheduler: got {len(config.scheduler)} of them, expected one, such as {{constant: {{}}}}")
+    for section in composer_classes.GROUPS:
+        for name, arguments in getattr(config, section).items():
+            if section == "callbacks" and name.lower() in ("checkpoint_saver", "checkpointsaver"):
+                raise ConfigError(f"callbacks.{name}: set it by trainer.save_interval and the keys beside it")
+            if section == "algorithms" and name.lower() == "ema":
+                raise ConfigError("algorithms.ema: set it as ema.decay; Composer's own is not used")
+            if not isinstance(arguments, dict | None):
+                got = f"{section}.{name}: got {arguments!r}"
+                raise ConfigError(f"{got}, expected its arguments, as {{name: value}}")
+            composer_classes.check_group(section, name, arguments or {})

@@ -1,18 +1,20 @@
-"""What Composer's classes take, read from its source: importing Composer takes 15 s, and a misspelt key should not."""
+"""Composer's classes by their names in the YAML: find, check, build.
+
+Finding and checking read Composer's source: importing Composer takes 15 s, and a misspelt key should not.
+"""
 
 import ast
-import difflib
+import contextlib
 import importlib
 import importlib.util
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sit_composer.choices import choose
-from sit_composer.config.schema import ConfigError
-from sit_composer.errors import UserError
+from sit_composer.config.schema import ConfigError, suggest
+from sit_composer.errors import UserError, one_line
 
-GROUPS = {  # section of the YAML: (package whose __init__ exports the classes, what their names end with)
+GROUPS = {  # section of the YAML: (package whose __init__ exports the classes, ending of their names)
     "callbacks": ("callbacks", ""),
     "loggers": ("loggers", "logger"),
     "algorithms": ("algorithms", ""),
@@ -22,53 +24,53 @@ PLAIN = {"bool": bool, "int": int, "float": float, "str": str, "None": type(None
 
 
 @cache
-def _tree(*path: str) -> ast.Module:
+def _tree(path: str) -> ast.Module:
+    """The syntax tree of a file in Composer's package."""
     composer = importlib.util.find_spec("composer")
     if composer is None or not composer.submodule_search_locations:
         raise UserError("mosaicml (the package composer) is not installed: run `make install`")
-    return ast.parse(Path(composer.submodule_search_locations[0], *path).read_text())
+    return ast.parse(Path(composer.submodule_search_locations[0], path).read_text())
 
 
-def _plain_name(text: str) -> str:
-    return text.replace("_", "").lower()
+def _plain_name(text: str, ending: str) -> str:
+    return text.replace("_", "").lower().removesuffix(ending)
 
 
 def find_class(section: str, name: str) -> tuple[str, str]:
-    """The class behind a YAML's name for it: (its name, its module), for speed_monitor SpeedMonitor.
+    """A class's name and module for its name in the YAML: SpeedMonitor's for speed_monitor.
 
     Raises:
         UserError: if Composer has none of that name.
     """
     package, ending = GROUPS[section]
     classes = {}
-    for node in _tree(package, "__init__.py").body:
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(f"composer.{package}."):
-            for exported in node.names:
-                if _plain_name(exported.name).endswith(ending) and exported.name not in ("Logger", "ComposerScheduler"):
-                    classes[_plain_name(exported.name).removesuffix(ending)] = (exported.name, node.module)
-    wanted = _plain_name(name).removesuffix(ending)
+    for node in _tree(f"{package}/__init__.py").body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"composer.{package}."):
+            for exported in (alias.name for alias in node.names):
+                if exported.lower().endswith(ending) and exported not in ("Logger", "ComposerScheduler"):
+                    classes[_plain_name(exported, ending)] = (exported, node.module)
+    wanted = _plain_name(name, ending)
     if wanted not in classes:
-        close = difflib.get_close_matches(wanted, classes, n=1)
-        hint = f"; did you mean {classes[close[0]][0]}?" if close else f"; it has {', '.join(sorted(classes))}"
-        raise UserError(f"{section}.{name}: Composer has no such thing{hint}")
+        hint = suggest(wanted, {plain: exported for plain, (exported, _) in sorted(classes.items())})
+        raise UserError(f"{section}.{name}: Composer has no such class; {hint}")
     return classes[wanted]
 
 
-def _arguments(class_name: str, path: tuple[str, ...]) -> dict[str, tuple[ast.expr | None, bool]] | None:
-    """{argument: (annotation, required)} of a class; None if it takes any (``**kwargs``), or can't be told."""
-    for node in ast.walk(_tree(*path)):
-        if isinstance(node, ast.ClassDef) and node.name == class_name:
-            for method in node.body:
-                if isinstance(method, ast.FunctionDef) and method.name == "__init__":
-                    if method.args.kwarg is not None:
-                        return None
-                    positional, defaults = method.args.args[1:], method.args.defaults
-                    required = len(positional) - len(defaults)
-                    found = {a.arg: (a.annotation, i < required) for i, a in enumerate(positional)}
-                    only = zip(method.args.kwonlyargs, method.args.kw_defaults, strict=True)
-                    return found | {a.arg: (a.annotation, default is None) for a, default in only}
-            return None if node.bases else {}
-    return None
+def _arguments(class_name: str, tree: ast.Module) -> dict[str, tuple[ast.expr | None, bool]] | None:
+    """{argument: (annotation, required)} of a class; None if it accepts any (``**kwargs``) or inherits them."""
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == class_name]
+    for node in classes:
+        for method in node.body:
+            if isinstance(method, ast.FunctionDef) and method.name == "__init__":
+                arguments = method.args
+                if arguments.kwarg is not None:
+                    return None
+                positional = arguments.args[1:]
+                required = len(positional) - len(arguments.defaults)
+                found = {a.arg: (a.annotation, i < required) for i, a in enumerate(positional)}
+                only = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+                return found | {a.arg: (a.annotation, default is None) for a, default in only}
+    return {} if classes and not classes[0].bases else None
 
 
 def _accepts(annotation: ast.expr | None) -> set[str] | None:
@@ -79,60 +81,45 @@ def _accepts(annotation: ast.expr | None) -> set[str] | None:
     return types if types and types <= PLAIN.keys() else None
 
 
-def check(key: str, arguments: dict[str, Any], class_name: str, path: tuple[str, ...]) -> None:
-    """Checks names, plain types and presence of what a class of Composer is to be built with.
-
-    Args:
-        key: where in the YAML the arguments stand, for errors.
-        path: the class's source file, below the package.
+def check(key: str, arguments: dict[str, Any], class_name: str, file: str) -> None:
+    """Checks the names, plain types and presence of a key's arguments, for a class in a file of Composer's package.
 
     Raises:
-        UserError: naming the key, what it got, and what it takes.
+        UserError: naming the key, its value, and what is expected.
     """
-    known = _arguments(class_name, path)
+    known = _arguments(class_name, _tree(file))
     if known is None:
         return
     for name, value in arguments.items():
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else f"; it takes {', '.join(known) or 'nothing'}"
-            raise UserError(f"{key}.{name}: {class_name} has no such argument{hint}")
+            hint = suggest(name, {argument: argument for argument in known})
+            raise UserError(f"{key}.{name}: {class_name} has no such argument; {hint}")
         types = _accepts(known[name][0])
         if types is not None:
             admitted = tuple(PLAIN[t] for t in types) + ((int,) if "float" in types else ())
             if not isinstance(value, admitted) or (isinstance(value, bool) and "bool" not in types):
-                raise UserError(f"{key}.{name}: got {value!r}; it takes {' or '.join(sorted(types))}")
+                raise UserError(f"{key}.{name}: got {value!r}, expected {' or '.join(sorted(types))}")
     for name, (_, required) in known.items():
         if required and name not in arguments:
             raise UserError(f"{key}.{name}: no value; {class_name} needs one")
 
 
 def check_group(section: str, name: str, arguments: dict[str, Any]) -> None:
-    """`check` for a callback, logger, algorithm or scheduler of Composer's, by its YAML name."""
-    choose("section", section, tuple(GROUPS))
+    """`check` for a callback, logger, algorithm or scheduler of Composer's, by its name in the YAML."""
     class_name, module = find_class(section, name)
-    parts = module.split(".")[1:]
-    for path in ((*parts[:-1], f"{parts[-1]}.py"), (*parts, f"{parts[-1]}.py")):  # a module, or a package of that name
-        try:
-            _tree(*path)
-        except FileNotFoundError:
-            continue
-        check(f"{section}.{name}", arguments, class_name, path)
-        return
+    path = module.removeprefix("composer.").replace(".", "/")
+    for file in (f"{path}.py", f"{path}/{path.rpartition('/')[2]}.py"):  # a module, or a package's module of its name
+        with contextlib.suppress(FileNotFoundError):
+            return check(f"{section}.{name}", arguments, class_name, file)
 
 
-def check_trainer(arguments: dict[str, Any]) -> None:
-    """`check` for the Trainer's own arguments; those that the run's YAML has elsewhere are not asked for."""
-    check("trainer", {**arguments, "model": None}, "Trainer", ("trainer", "trainer.py"))
-
-
-def build(section: str, entries: dict) -> list:
-    """The objects of Composer's that a section of the YAML names."""
+def build(section: str, entries: dict[str, Any]) -> list[Any]:
+    """The objects of Composer's classes that a section of the YAML names."""
     built = []
     for name, arguments in entries.items():
         class_name, module = find_class(section, name)
         try:
             built.append(getattr(importlib.import_module(module), class_name)(**(arguments or {})))
-        except Exception as error:  # whatever the class thinks of its arguments, or of a package that it misses
-            raise ConfigError(f"{section}.{name}: {' '.join(str(error).split())}") from error
+        except Exception as error:  # a class may refuse its arguments in any way, or miss a package
+            raise ConfigError(f"{section}.{name}: {one_line(error)}") from error
     return built

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from sit_composer.config.schema import Config, ConfigError, DataConfig
 from sit_composer.data.spec import SPEC_NAME, DataSpec
+from sit_composer.errors import first_line
 
 
 def local_spec(data: DataConfig, section: str = "data") -> DataSpec | None:
-    """The spec of shards that are all in a local folder; None if they have a remote, which only `data.py` can read.
+    """The spec of shards in a local folder; None if they have a remote, which takes `data.stream.load_spec` to read.
 
     Raises:
         ConfigError: if there is none, or it is malformed.
@@ -19,70 +20,72 @@ def local_spec(data: DataConfig, section: str = "data") -> DataSpec | None:
     try:
         return DataSpec.from_json(path.read_text(), str(path))
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"{section}.local: no shards in {data.local!r} ({path.name}: {reason}); convert/to_mds.py makes them, and "
-            f"{section}.remote names where they are if not here"
-        ) from None
+        reason = getattr(error, "strerror", None) or first_line(error)
+        what = f"no shards in {data.local!r} ({path.name}: {reason})"
+        hint = f"make them by convert/to_mds.py, or set {section}.remote to where they are"
+        raise ConfigError(f"{section}.local: {what}; {hint}") from None
     except ValueError as error:
         raise ConfigError(f"{section}.local: {error}") from None
 
 
 def check_data(config: Config, spec: DataSpec, section: str = "data") -> None:
-    """Checks that the network can be trained on such shards.
+    """Checks that the network fits a section's shards. `check_latents` checks images for an autoencoder, once loaded.
 
     Raises:
-        ConfigError: naming the key, what it got and what the shards hold.
+        ConfigError: naming the key, its value and what the shards hold.
     """
     data: DataConfig = getattr(config, section)
     model, where = config.model, data.remote or data.local
+    classes = f"model.num_classes: got {model.num_classes}, expected {spec.num_classes}: {where} has"
     if spec.num_classes > model.num_classes:
-        raise ConfigError(f"model.num_classes: got {model.num_classes}; {where} has {spec.num_classes} classes")
+        raise ConfigError(f"{classes} {spec.num_classes} classes")
     if spec.num_classes < model.num_classes and section == "data":
-        raise ConfigError(
-            f"model.num_classes: got {model.num_classes}; {where} has only {spec.num_classes} classes, so that the "
-            "others would never be trained"
-        )
+        raise ConfigError(f"{classes} only {spec.num_classes} classes, and the others would never be trained")
     if spec.samples < data.global_batch_size and section == "data":
-        raise ConfigError(
-            f"{section}.global_batch_size: got {data.global_batch_size}; {where} has {spec.samples} samples"
-        )
+        got = f"{section}.global_batch_size: got {data.global_batch_size}"
+        raise ConfigError(f"{got}, expected at most {spec.samples}, the samples of {where}")
     if spec.kind == "latents":
         theirs = spec.autoencoder or {}
         if not _same_place(config.autoencoder.name, theirs["name"]):
-            raise ConfigError(
-                f"autoencoder.name: got {config.autoencoder.name}; {where} was made with {theirs.get('name')}"
-            )
+            got = f"autoencoder.name: got {config.autoencoder.name}"
+            raise ConfigError(f"{got}, expected {theirs['name']}, which made the latents of {where}")
         if data.image_size not in (None, spec.image_size):
-            raise ConfigError(
-                f"{section}.image_size: got {data.image_size}; {where} holds latents of {spec.image_size}"
-            )
+            got = f"{section}.image_size: got {data.image_size}"
+            raise ConfigError(f"{got}, expected {spec.image_size}, as for the latents of {where}")
         check_latents(config, spec.channels, theirs["downsample"], spec.image_size, section)
-    elif data.image_size is None and spec.image_size is not None and config.autoencoder.name is None:
-        check_latents(config, spec.channels, 1, spec.image_size, section)  # enlarged only if data.image_size says so
-    elif config.autoencoder.name is None:
-        check_latents(config, spec.channels, 1, data.image_size or model.input_size, section)
+    elif config.autoencoder.name is None:  # images are enlarged only if data.image_size says so
+        check_latents(config, spec.channels, 1, data.image_size or spec.image_size or model.input_size, section)
 
 
-def _same_place(name: str | None, other: str) -> bool:
-    """Whether two names are of one autoencoder: one on the Hub, or one folder, from here or from the root."""
-    return name == other or (
-        name is not None and os.path.isdir(name) and os.path.realpath(name) == os.path.realpath(other)
-    )
+def check_classes_agree(specs: dict[str, DataSpec]) -> None:
+    """Checks, for the specs of all sections, that labels mean the same in each.
+
+    Raises:
+        ConfigError: naming the section.
+    """
+    for section, spec in specs.items():
+        if spec.classes != specs["data"].classes:
+            raise ConfigError(f"{section}.local: its classes are not data's, or not in the same order")
 
 
 def check_latents(config: Config, channels: int, downsample: int, image_size: int, section: str = "data") -> None:
-    """Checks that pictures of image_size become latents that the network takes."""
-    model = config.model
+    """Checks that the latents of images of image_size have the network's size and channels.
+
+    Raises:
+        ConfigError: naming the key, its value and what is expected.
+    """
+    model, side = config.model, image_size // downsample
     if model.in_channels != channels:
-        raise ConfigError(f"model.in_channels: got {model.in_channels}; the data has {channels}")
+        raise ConfigError(f"model.in_channels: got {model.in_channels}, expected {channels}, the channels of the data")
     if image_size % downsample:
-        raise ConfigError(
-            f"{section}.image_size: got {image_size}; the autoencoder makes one of {downsample} pixels along a side, "
-            f"so it takes a multiple of {downsample}"
-        )
-    if model.input_size != image_size // downsample:
-        raise ConfigError(
-            f"model.input_size: got {model.input_size}; pictures of {image_size} become latents of "
-            f"{image_size // downsample}"
-        )
+        what = f"expected a multiple of {downsample}, the pixels per latent along a side"
+        raise ConfigError(f"{section}.image_size: got {image_size}, {what}")
+    if model.input_size != side:
+        raise ConfigError(f"model.input_size: got {model.input_size}, expected {side} for images of {image_size}")
+
+
+def _same_place(name: str | None, other: str) -> bool:
+    """Whether two names are of one autoencoder: the same on the Hub, or the same folder, relative or absolute."""
+    if name is None or name == other:
+        return name == other
+    return os.path.isdir(name) and os.path.realpath(name) == os.path.realpath(other)

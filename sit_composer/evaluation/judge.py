@@ -5,28 +5,22 @@ import os
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from sit_composer.choices import LEAST, METRICS, NEEDS_PICTURES, OUTPUT
+from sit_composer.choices import METRICS
+from sit_composer.cli import is_remote
 from sit_composer.errors import UserError
 from sit_composer.evaluation.features import Extractor, load_extractor
 from sit_composer.evaluation.metrics import STATISTICS
-from sit_composer.evaluation.picture_sets import PictureSet, is_remote, open_set
-from sit_composer.evaluation.results import compute, describe, save_statistics, versions, write
-from sit_composer.outputs import check_output, holds_arrays, holds_key
+from sit_composer.evaluation.picture_sets import PictureSet, open_set
+from sit_composer.evaluation.results import compute, report, save_statistics
+from sit_composer.outputs import versions, write_json
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The result: metrics, and what they depend on; written to ``args.out`` if that is given.
-
-    Raises:
-        UserError: for what cannot be read, or a metric asked for that cannot be had.
-    """
-    check_output("--out", args.out, ".json", holds_key("metrics"))
-    check_output("--save-statistics", args.save_statistics, ".npz", holds_arrays("mu", "sigma", "features"))
+def run(args: argparse.Namespace) -> None:
+    """Prints the metrics, and writes them with everything that they depend on to ``args.out``, if given."""
     with ExitStack() as stack:
         cache = args.cache
         if cache is not None:
@@ -36,36 +30,34 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 raise UserError(f"--cache: {cache} can't be made ({error.strerror})") from error
         elif is_remote(args.samples) or is_remote(args.reference):
             cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="sit-", ignore_cleanup_errors=True))
-        return judge(args, open_set(args.samples, cache=cache), open_set(args.reference, args.image_size, cache))
+        judge(args, open_set(args.samples, cache=cache), open_set(args.reference, args.image_size, cache))
 
 
-def judge(args: argparse.Namespace, samples: PictureSet, reference: PictureSet) -> dict[str, Any]:
-    """The result of `run`, of sets that are open."""
+def judge(args: argparse.Namespace, samples: PictureSet, reference: PictureSet) -> None:
+    """Does what `run` says, with sets that are open."""
     chosen = Choice(args.by_name)
     chosen.check_sets(samples, reference)
     if args.save_statistics and reference.batches is None:
         raise UserError(f"--save-statistics: {reference.path} has nothing but statistics already")
     extractor = load_extractor(args.features)
     notes = check_statistics(reference, extractor)
+    stored = reference.statistics
 
     fake = extract(samples, extractor, args.batch_size, chosen)
-    dimension = fake["features"].shape[1]
-    stored = reference.statistics
-    for output, (mu, _) in STATISTICS.items():
-        if output in fake and mu in stored and stored[mu].shape != fake[output].shape[1:]:
-            numbers = f"{stored[mu].size} {output} numbers, and {extractor.name} gives {fake[output].shape[1]}"
-            raise UserError(f"{reference.path}: {mu} is of {numbers}: take the extractor that it was made with")
+    check_shapes(fake, reference, extractor)
     real = {}
-    if reference.batches and (not stored or set(chosen.names) & set(NEEDS_PICTURES) or args.save_statistics):
+    needs_images = not stored or any(METRICS[name].reference == "images" for name in chosen.names)
+    if reference.batches and (needs_images or args.save_statistics):
         real = extract(reference, extractor, args.batch_size, chosen, ("features", "spatial"))
         if reference.size != samples.size:
-            sizes = [" × ".join(map(str, pictures.size)) for pictures in (samples, reference)]
-            notes.append(f"the samples are {sizes[0]}, and the reference's pictures {sizes[1]}")
-    for pictures in (samples,) if stored else (samples, reference):
-        if "fid" in chosen.names and pictures.count <= dimension:
+            sizes = [" × ".join(map(str, images.size)) for images in (samples, reference)]
+            notes.append(f"the samples are {sizes[0]}, and the reference's images {sizes[1]}")
+    dimension = fake["features"].shape[1]
+    for images in (samples,) if stored else (samples, reference):
+        if "fid" in chosen.names and images.count <= dimension:
             notes.append(
-                f"{pictures.path}: {pictures.count} pictures for {dimension} features: the covariance is singular, and "
-                f"the Fréchet distance biased; take more than {dimension} (published numbers are of 50,000)"
+                f"{images.path}: {images.count} images for {dimension} features: the covariance is singular, and the "
+                f"Fréchet distance biased; use more than {dimension} (published numbers use 50,000)"
             )
     if extractor.name != "inception":
         notes.append("the features are not Inception's: no number here compares with published ones")
@@ -78,33 +70,45 @@ def judge(args: argparse.Namespace, samples: PictureSet, reference: PictureSet) 
         "left_out": chosen.left_out,
         "warnings": notes,
         "settings": settings,
-        "samples": {**describe(samples), "sampling": samples.settings},
-        "reference": describe(reference)
-        | {"image_size": args.image_size, "statistics": "stored" if stored else "computed"},
+        "samples": {**samples.describe(), "sampling": samples.settings},
+        "reference": {
+            **reference.describe(),
+            "image_size": args.image_size,
+            "statistics": "stored" if stored else "computed",
+        },
         "features": {"name": extractor.name, "of": extractor.identity, "dimension": dimension},
-        "versions": versions(),
+        "versions": versions("sit-composer", "torch", "torch-fidelity", "numpy"),
     }
     if args.out:
-        write(result, Path(args.out))
-    return result
+        write_json(result, Path(args.out))
+    report(result)
 
 
 def check_statistics(reference: PictureSet, extractor: Extractor) -> list[str]:
-    """Forgets stored statistics of another extractor if there are pictures instead, and then says so.
-
-    Raises:
-        UserError: if there are none.
-    """
+    """Drops stored statistics of another extractor, and returns a warning, if there are images instead."""
     if not reference.statistics or reference.of in (None, extractor.identity):
         return []
     if reference.batches is None:
-        raise UserError(f"{reference.path}: statistics of {reference.of}; --features has {extractor.identity}")
+        raise UserError(
+            f"{reference.path}: got statistics of {reference.of}, expected {extractor.identity} (--features)"
+        )
     reference.statistics = {}
-    return [f"{reference.path}: its statistics are of {reference.of}; its pictures were taken instead"]
+    return [f"{reference.path}: its statistics are of {reference.of}; its images were used instead"]
+
+
+def check_shapes(fake: dict[str, np.ndarray], reference: PictureSet, extractor: Extractor) -> None:
+    """Raises UserError if the extractor's outputs are not of the stored statistics' length."""
+    for output, (mu, _) in STATISTICS.items():
+        stored = reference.statistics.get(mu)
+        if output in fake and stored is not None and stored.shape != fake[output].shape[1:]:
+            raise UserError(
+                f"{reference.path}: {mu}: got {stored.size} {output} numbers, expected the {fake[output].shape[1]} of "
+                f"{extractor.name}; use the extractor of these statistics"
+            )
 
 
 class Choice:
-    """The metrics still to compute. One that can't be had is refused if asked for by name, else left out."""
+    """The metrics still to compute. An impossible one is an error if asked for by name, else it is left out."""
 
     def __init__(self, by_name: list[str]) -> None:
         self.by_name = by_name
@@ -121,58 +125,53 @@ class Choice:
     def check_sets(self, samples: PictureSet, reference: PictureSet) -> None:
         """Drops what the sets don't allow; an error if nothing remains."""
         if samples.batches is None:
-            raise UserError(f"{samples.path}: holds statistics only; SAMPLES takes pictures")
+            raise UserError(f"{samples.path}: holds statistics only, expected images for SAMPLES")
         if reference.statistics and "mu_s" not in reference.statistics:
             self.drop("sfid", f"it needs mu_s and sigma_s, which {reference.path} has not")
-        for name in METRICS:
-            sets = [samples] if name == "is" else [samples, reference]
-            if name in NEEDS_PICTURES and reference.batches is None:
-                self.drop(name, f"it needs the reference's pictures, and {reference.path} has statistics only")
-                sets = [samples]
-            for pictures in sets:
-                if pictures.batches and pictures.count < LEAST[name]:
-                    self.drop(name, f"it needs {LEAST[name]} pictures or more; {pictures.path} has {pictures.count}")
+        for name, metric in METRICS.items():
+            if metric.reference == "images" and reference.batches is None:
+                self.drop(name, f"it needs the reference's images, and {reference.path} has statistics only")
+            for images in (samples, reference) if metric.reference else (samples,):
+                if images.batches and images.count < metric.least:
+                    self.drop(name, f"it needs at least {metric.least} images; {images.path} has {images.count}")
         if not self.names:
             raise UserError("; ".join(f"{name}: {reason}" for name, reason in self.left_out.items()))
 
 
 def extract(
-    pictures: PictureSet,
+    images: PictureSet,
     extractor: Extractor,
     batch_size: int,
     chosen: Choice,
-    outputs: tuple = ("features", "spatial", "logits"),
-) -> dict[str, Any]:
-    """Those outputs that the chosen metrics need: float32 arrays (N, D). Notes the pictures' size.
-
-    Raises:
-        UserError: if pictures or extractor fail, an output is not finite, or lacks for a metric asked for by name.
-    """
-    parts: dict[str, list[Any]] = {}
+    outputs: tuple[str, ...] = ("features", "spatial", "logits"),
+) -> dict[str, np.ndarray]:
+    """Those outputs that the chosen metrics need: float32 arrays (N, D). Notes the images' size."""
+    parts: dict[str, list[np.ndarray]] = {}
     done = 0
-    what = f"features of {Path(pictures.path).name}"
-    with tqdm(total=pictures.count, unit="img", desc=what, disable=None) as bar:
-        for batch in pictures.batches(batch_size):
+    title = f"features of {Path(images.path).name}"
+    with tqdm(total=images.count, unit="img", desc=title, disable=None) as bar:
+        for batch in images.batches(batch_size):
             out = extractor(batch)
             if not done:
-                pictures.size = list(batch.shape[-2:])
-                for name, output in OUTPUT.items():
-                    if output not in out:
-                        chosen.drop(name, f"it needs {output}, which {extractor.name} doesn't give")
-            needed = {"features"} | {OUTPUT[name] for name in chosen.names if name in OUTPUT}
-            for name in [name for name in outputs if name in needed]:
-                bad = ~np.isfinite(out[name]).all(axis=1)
+                images.size = list(batch.shape[-2:])
+                for name, metric in METRICS.items():
+                    if metric.output not in out:
+                        chosen.drop(name, f"it needs {metric.output}, which {extractor.name} doesn't give")
+            needed = {"features", *(METRICS[name].output for name in chosen.names)}
+            for output in [output for output in outputs if output in needed]:
+                bad = ~np.isfinite(out[output]).all(axis=1)
                 if bad.any():
                     raise UserError(
-                        f"{extractor.name}: {name} of picture {done + bad.argmax()} of {pictures.path} are not finite"
+                        f"{extractor.name}: {output} of image {done + bad.argmax()} of {images.path} are not finite"
                     )
-                if parts.get(name) and parts[name][0].shape[1] != out[name].shape[1]:
+                before = parts.setdefault(output, [])
+                if before and before[0].shape[1] != out[output].shape[1]:
                     raise UserError(
-                        f"{extractor.name}: {name} are of another length from picture {done} of {pictures.path} on"
+                        f"{extractor.name}: {output} have another length from image {done} of {images.path} on"
                     )
-                parts.setdefault(name, []).append(out[name])
+                before.append(out[output])
             done += len(batch)
             bar.update(len(batch))
-    if done != pictures.count:
-        raise UserError(f"{pictures.path}: {done} pictures were read of {pictures.count}")
-    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    if done != images.count:
+        raise UserError(f"{images.path}: read {done} images, expected {images.count}")
+    return {output: np.concatenate(arrays) for output, arrays in parts.items()}

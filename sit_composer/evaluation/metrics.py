@@ -1,7 +1,7 @@
-"""How far generated pictures are from real ones, as numbers on their features: float arrays (N, D), a row a picture.
+"""Distances between generated and real images, on their features: float arrays (N, D), one row per image.
 
 KID, precision and recall are torch-fidelity's, in float64. The Fréchet distance and the Inception Score are our own:
-theirs lose digits with fewer pictures than features, and give NaN for a class that is nowhere predicted.
+theirs lose digits with fewer images than features, and give NaN for a class that is never predicted.
 """
 
 import numpy as np
@@ -10,10 +10,11 @@ from scipy.special import log_softmax, logsumexp
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_part
 
-SEED = 2020  # of every shuffle and subset, as torch-fidelity has it
+SEED = 2020  # of every shuffle and subset, as in torch-fidelity
 IS_SPLITS = 10
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 NEIGHBOURS = 3
+STATISTICS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # names in a file: mean, covariance
 
 
 def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -28,7 +29,7 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     The squared 2-Wasserstein distance of two Gaussians (Dowson & Landau 1982), for mean (D,) and covariance (D, D).
 
     The trace of the root is the sum of the singular values of Σ₁^½ Σ₂^½. Unlike the root, or the eigenvalues, of the
-    unsymmetric Σ₁Σ₂, these are exact to rounding also where a covariance is singular, that is for N <= D pictures.
+    unsymmetric Σ₁Σ₂, these are exact to rounding even if a covariance is singular, that is for N <= D images.
 
     Raises:
         ValueError: if the shapes differ, or a number is not finite.
@@ -37,7 +38,7 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     d = mu1.size
     if not (mu1.shape == mu2.shape == (d,) and sigma1.shape == sigma2.shape == (d, d)):
         shapes = ", ".join(str(a.shape) for a in (mu1, sigma1, mu2, sigma2))
-        raise ValueError(f"mean (D,) and covariance (D, D) of both sets must fit; got {shapes}")
+        raise ValueError(f"mean (D,) and covariance (D, D) of both sets must fit: got {shapes}")
     if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
         raise ValueError("a mean or covariance has numbers that are not finite")
     cross = np.linalg.svd(_root(sigma1) @ _root(sigma2), compute_uv=False).sum()
@@ -48,7 +49,7 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
 def inception_score(logits: np.ndarray, splits: int = IS_SPLITS) -> tuple[float, float]:
     """exp E[KL(p(y|x) ‖ p(y))], Salimans et al. 2016 (arXiv 1606.03498), section 4: mean and deviation over splits.
 
-    Rows are shuffled first, by a fixed seed: samples lie in order of their class, and a split with a part of the
+    Rows are shuffled first, by a fixed seed: samples are in order of their class, and a split with only some of the
     classes would score lower.
     """
     _check(logits, splits, f"{splits} splits")
@@ -91,30 +92,27 @@ def precision_recall(
     """Improved precision and recall, Kynkäänniemi et al. 2019 (arXiv 1904.06991), eq. 1 to 3.
 
     A set's manifold is the union of balls about its points, each reaching to the point's k-th neighbour. Precision is
-    the part of the generated set on the real one's manifold, recall the reverse. ``block`` rows of distances are in
-    memory at a time; on a GPU if there is one.
+    the part of the generated set on the real set's manifold, recall the reverse. ``block`` rows of distances are in
+    memory at a time, on a GPU if there is one.
     """
     for features in (generated, real):
         _check(features, k + 1, f"a {k}-th neighbour")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # Distances are taken by way of |x|² + |y|² - 2xᵀy: about a common centre they lose fewer digits.
-    centre = real.mean(axis=0, dtype=np.float64)
-    sets = (torch.as_tensor(f - centre, dtype=torch.float64, device=device) for f in (generated, real))
+    # Distances are computed as |x|² + |y|² - 2xᵀy, which loses fewer digits about a common center.
+    center = real.mean(axis=0, dtype=np.float64)
+    sets = (torch.as_tensor(f - center, dtype=torch.float64, device=device) for f in (generated, real))
     return calculate_precision_recall_part(*sets, neighborhood=k, batch_size=block)
 
 
 def _root(sigma: np.ndarray) -> np.ndarray:
     values, vectors = np.linalg.eigh(sigma)
-    # Rounding makes eigenvalues that should be 0 a little more or less; their roots would no longer be so little.
+    # Rounding makes zero eigenvalues slightly positive or negative, and their roots would be much larger.
     values[values < values[-1] * values.size * np.finfo(values.dtype).eps] = 0
     return (vectors * np.sqrt(values)) @ vectors.T
 
 
 def _check(features: np.ndarray, least: int, purpose: str) -> None:
     if features.ndim != 2 or len(features) < least:
-        raise ValueError(f"{purpose} takes an array (N, D) of at least {least} rows; got {features.shape}")
+        raise ValueError(f"{purpose}: got shape {features.shape}, expected an array (N, D) of at least {least} rows")
     if not np.isfinite(features).all():
         raise ValueError("features have numbers that are not finite")
-
-
-STATISTICS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}

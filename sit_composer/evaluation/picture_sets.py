@@ -1,4 +1,4 @@
-"""Where evaluation's pictures come from: a folder, an npz of ADM's, shards, or only the statistics of some."""
+"""The images that evaluation compares: a folder, an ADM npz, shards, or only the statistics of some."""
 
 import hashlib
 import json
@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from numpy.lib import format as npy
+from torch import Tensor
 
 from sit_composer.cli import is_remote
 from sit_composer.data.loader import build_loader
@@ -29,27 +30,30 @@ SUFFIXES = (".png", ".jpg", ".jpeg")
 
 @dataclass
 class PictureSet:
-    """Pictures, statistics of their features, or both."""
+    """Images, statistics of their features, or both."""
 
     path: str
-    count: int | None = None  # of pictures; None if there are statistics only
-    batches: Callable[[int], Iterator[Any]] | None = None  # batch size -> uint8 tensors (n, 3, H, W)
-    statistics: dict[str, Any] = field(default_factory=dict)  # mu, sigma, mu_s, sigma_s
-    of: str | None = None  # the identity of the extractor that the statistics are of, if known
+    count: int | None = None  # of images; None if there are statistics only
+    batches: Callable[[int], Iterator[Tensor]] | None = None  # batch size -> uint8 tensors (n, 3, H, W)
+    statistics: dict[str, np.ndarray] = field(default_factory=dict)  # mu, sigma, mu_s, sigma_s
+    of: str | None = None  # the identity of the statistics' extractor, if known
     settings: dict | None = None  # sampling.json's, without the labels
-    size: list[int] | None = None  # (H, W), known once they were read
+    size: list[int] | None = None  # (H, W), known once images were read
+
+    def describe(self) -> dict[str, Any]:
+        return {"path": self.path, "count": self.count, "size": self.size}
 
 
 def open_set(path: str, image_size: int | None = None, cache: str | None = None) -> PictureSet:
-    """Finds out what lies at ``path``, and how many pictures; none is read yet.
+    """Finds out what is at ``path``, and how many images; none is read yet.
 
     Args:
         path: a file, a folder, or the URI of a folder of shards (s3://, gs://, …).
-        image_size: crops the pictures to it.
+        image_size: crops the images to it.
         cache: a folder for the copies of remote shards, each set's in a folder of its own.
 
     Raises:
-        UserError: if that is not any of what this command takes, or can't be reached.
+        UserError: if it is nothing that this command takes, or can't be reached.
     """
     if is_remote(path):
         name = f"{path.rstrip('/').rpartition('/')[2]}-{hashlib.sha256(path.rstrip('/').encode()).hexdigest()[:8]}"
@@ -59,26 +63,25 @@ def open_set(path: str, image_size: int | None = None, cache: str | None = None)
     if os.path.isfile(path):
         return open_npz(path, image_size)
     folder = Path(path)
-    if (folder / "index.json").exists():
+    if (folder / INDEX_NAME).exists():
         return open_shards(path, image_size)
     settings = read_settings(folder)
     if settings is not None:  # its grid.png is no sample
-        names = [p for p in folder.iterdir() if re.fullmatch(r"\d{6,}\.png", p.name)]
+        files = [file for file in folder.iterdir() if re.fullmatch(r"\d{6,}\.png", file.name)]
         labels = settings.pop("labels", None)
-        if labels is not None and len(names) != len(labels):
-            raise UserError(f"{path}: holds {len(names)} of the {len(labels)} pictures asked for; draw the rest first")
+        if labels is not None and len(files) != len(labels):
+            raise UserError(f"{path}: holds {len(files)} of the {len(labels)} images; generate the others first")
     else:
-        names = list_pictures(folder) or [
-            p for sub in sorted(folder.iterdir()) if sub.is_dir() for p in list_pictures(sub)
-        ]
-    if not names:
-        raise UserError(f"{path}: no PNG or JPEG pictures here, nor in folders here, nor shards with an index.json")
-    names.sort()
-    return PictureSet(path, len(names), lambda n: read_files(names, n, image_size), settings=settings)
+        folders = [sub for sub in folder.iterdir() if sub.is_dir()]
+        files = list_images(folder) or [file for sub in folders for file in list_images(sub)]
+    if not files:
+        raise UserError(f"{path}: no PNG or JPEG images here, nor in folders here, nor shards with an {INDEX_NAME}")
+    files.sort()
+    return PictureSet(path, len(files), lambda n: read_files(files, n, image_size), settings=settings)
 
 
-def list_pictures(folder: Path) -> list[Path]:
-    return [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()]
+def list_images(folder: Path) -> list[Path]:
+    return [f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".") and f.is_file()]
 
 
 def read_settings(folder: Path) -> dict | None:
@@ -91,30 +94,29 @@ def read_settings(folder: Path) -> dict | None:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not isinstance(settings, dict):
-        raise UserError(f"{path}: not what sit_composer.sample writes")
+        raise UserError(f"{path}: sit_composer.sample didn't write it")
     return settings
 
 
-def read_files(names: list[Path], batch_size: int, image_size: int | None) -> Iterator[Any]:
-    def read(name: Path) -> Any:
+def read_files(files: list[Path], batch_size: int, image_size: int | None) -> Iterator[Tensor]:
+    def read(file: Path) -> Tensor:
         try:
-            picture = decode_image(name.read_bytes(), 3)
+            image = decode_image(file.read_bytes(), 3)
         except Exception as error:
-            raise UserError(f"{name}: not a picture that can be read ({error})") from None
-        return center_crop(picture, image_size) if image_size else picture
+            raise UserError(f"{file}: not an image that can be read ({error})") from None
+        return center_crop(image, image_size) if image_size else image
 
     first = None
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(names), batch_size):
-            batch = list(pool.map(read, names[start : start + batch_size]))
+        for start in range(0, len(files), batch_size):
+            names = files[start : start + batch_size]
+            batch = list(pool.map(read, names))
             first = batch[0].shape if first is None else first
-            for name, picture in zip(names[start : start + batch_size], batch, strict=True):
-                if picture.shape != first:
-                    sizes = [f"{shape[1]} × {shape[2]}" for shape in (picture.shape, first)]
-                    advice = "the reference's can be cropped by --image-size"
-                    raise UserError(
-                        f"{name}: is {sizes[0]}, and {names[0]} {sizes[1]}; all must have one size ({advice})"
-                    )
+            for name, image in zip(names, batch, strict=True):
+                if image.shape != first:
+                    got, expected = (f"{shape[1]} × {shape[2]}" for shape in (image.shape, first))
+                    advice = "--image-size crops the reference's images to one size"
+                    raise UserError(f"{name}: got {got}, expected {expected} as {files[0]}; {advice}")
             yield torch.stack(batch)
 
 
@@ -123,13 +125,13 @@ def open_shards(path: str, image_size: int | None, cache: str | None = None) -> 
     remote, local = (path, cache) if cache else (None, path)
     spec = load_spec(remote, local)
     if remote:
-        read_text(remote.rstrip("/"), local, INDEX_NAME)  # it is there, seen before an hour's work and not after it
+        read_text(remote.rstrip("/"), local, INDEX_NAME)  # a missing index is an error now, not after an hour
     if spec.kind != "pixels":
-        raise UserError(f"{path}: shards of {spec.kind}; take the shards of pixels that they were made from")
+        raise UserError(f"{path}: got shards of {spec.kind}, expected the shards of pixels that they were made from")
     if spec.image_size is None and image_size is None:
-        raise UserError(f"{path}: its pictures differ in size; crop them by --image-size (the reference's only)")
+        raise UserError(f"{path}: its images differ in size; crop them by --image-size (only the reference's)")
 
-    def batches(batch_size: int) -> Iterator[Any]:
+    def batches(batch_size: int) -> Iterator[Tensor]:
         options = {"image_size": image_size, "shuffle": False, "drop_last": False}
         for batch in build_loader(remote, local, spec=spec, batch_size=batch_size, **options):
             yield batch["image"].expand(-1, 3, -1, -1)
@@ -138,7 +140,7 @@ def open_shards(path: str, image_size: int | None, cache: str | None = None) -> 
 
 
 def open_npz(path: str, image_size: int | None) -> PictureSet:
-    """An ADM batch, statistics, or both; read by batches, as 50,000 pictures of 256 × 256 are 10 GB."""
+    """An ADM batch, statistics, or both. Images are read in batches, as 50,000 of 256 × 256 are 10 GB."""
     try:
         with np.load(path, allow_pickle=False) as content:
             names = set(content.files)
@@ -150,48 +152,55 @@ def open_npz(path: str, image_size: int | None) -> PictureSet:
                 shape, fortran, dtype = read_header(member)
     except Exception as error:
         raise UserError(f"{path}: not an npz that can be read ({type(error).__name__}: {error})") from None
+    check_arrays(path, statistics)
+    if shape is None:
+        if "mu" not in statistics:
+            raise UserError(f"{path}: got {', '.join(sorted(names)) or 'nothing'}, expected arr_0, or mu and sigma")
+        return PictureSet(path, statistics=statistics, of=of)
+    if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or 0 in shape or fortran:
+        order = " in Fortran's order" if fortran else ""
+        raise UserError(f"{path}: arr_0: got {dtype} {shape}{order}, expected uint8 (N, H, W, 3) in C's order")
+    # An ADM reference batch doesn't name the extractor of its statistics: it is Inception.
+    of = of or ("inception" if statistics else None)
+    settings = settings_beside(Path(path), shape[0])
+    return PictureSet(path, shape[0], lambda n: read_npz(path, shape, n, image_size), statistics, of, settings)
+
+
+def check_arrays(path: str, statistics: dict[str, np.ndarray]) -> None:
+    """Raises UserError for statistics that are incomplete, of wrong shapes or not finite."""
     for mu, sigma in STATISTICS.values():
         if (mu in statistics) != (sigma in statistics):
             raise UserError(f"{path}: has only one of {mu} and {sigma}")
         if mu in statistics:
             shapes = statistics[mu].shape, statistics[sigma].shape
             if len(shapes[0]) != 1 or shapes[1] != shapes[0] * 2:
-                raise UserError(f"{path}: {mu} and {sigma} are {shapes[0]} and {shapes[1]}, not (D,) and (D, D)")
+                raise UserError(f"{path}: {mu} and {sigma}: got {shapes[0]} and {shapes[1]}, expected (D,) and (D, D)")
             if not all(a.dtype.kind == "f" and np.isfinite(a).all() for a in (statistics[mu], statistics[sigma])):
                 raise UserError(f"{path}: {mu} or {sigma} has numbers that are not finite")
-    if shape is None and "mu" not in statistics:
-        raise UserError(f"{path}: has neither arr_0 nor mu and sigma, but {', '.join(sorted(names)) or 'nothing'}")
-    if shape is None:
-        return PictureSet(path, statistics=statistics, of=of)
-    if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or 0 in shape or fortran:
-        order = ", in Fortran's order" if fortran else ""
-        raise UserError(f"{path}: arr_0 is {dtype} {shape}{order}; it takes uint8 (N, H, W, 3), in C's order")
-
-    def batches(batch_size: int) -> Iterator[Any]:
-        with zipfile.ZipFile(path) as file, file.open("arr_0.npy") as member:
-            read_header(member)
-            for start in range(0, shape[0], batch_size):
-                n = min(batch_size, shape[0] - start)
-                try:
-                    content = bytearray(member.read(n * shape[1] * shape[2] * 3))
-                    pictures = torch.frombuffer(content, dtype=torch.uint8).view(n, *shape[1:]).permute(0, 3, 1, 2)
-                except Exception as error:
-                    raise UserError(f"{path}: cut short or damaged at picture {start} ({error})") from None
-                yield torch.stack([center_crop(p, image_size) for p in pictures]) if image_size else pictures
-
-    # An ADM reference batch doesn't say so, but its statistics are Inception's.
-    of = of or ("inception" if statistics else None)
-    return PictureSet(path, shape[0], batches, statistics, of, settings_beside(Path(path), shape[0]))
 
 
-def read_header(member: Any) -> tuple[tuple[int, ...], bool, Any]:
-    """Shape, Fortran order and dtype of the npy file, of which the array follows."""
+def read_npz(path: str, shape: tuple[int, ...], batch_size: int, image_size: int | None) -> Iterator[Tensor]:
+    """The images of arr_0, uint8 (N, H, W, 3), in batches."""
+    with zipfile.ZipFile(path) as file, file.open("arr_0.npy") as member:
+        read_header(member)
+        for start in range(0, shape[0], batch_size):
+            n = min(batch_size, shape[0] - start)
+            try:
+                content = bytearray(member.read(n * shape[1] * shape[2] * 3))
+                images = torch.frombuffer(content, dtype=torch.uint8).view(n, *shape[1:]).permute(0, 3, 1, 2)
+            except Exception as error:
+                raise UserError(f"{path}: cut short or damaged at image {start} ({error})") from None
+            yield torch.stack([center_crop(image, image_size) for image in images]) if image_size else images
+
+
+def read_header(member: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, Fortran order and dtype in an npy file's header; the array follows."""
     version = npy.read_magic(member)
     return (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(member)
 
 
 def settings_beside(npz: Path, count: int) -> dict | None:
-    """The sampling.json in the npz's folder, or in the folder that is named like it, if of as many pictures."""
+    """The sampling.json in the npz's folder, or in the folder of the same name, if it is of as many images."""
     for folder in (npz.with_suffix(""), npz.parent):
         settings = read_settings(folder)
         if settings is not None and len(settings.pop("labels", None) or []) == count:

@@ -1,36 +1,34 @@
-"""What evaluation gives: the numbers, a row of a Markdown table, and statistics to use again."""
+"""The results of evaluation: the values, a row of a Markdown table, and statistics to use again."""
 
-import platform
-from importlib.metadata import version
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sit_composer.choices import SIZES
+from sit_composer.choices import METRICS, SIZES
 from sit_composer.evaluation import metrics
 from sit_composer.evaluation.metrics import STATISTICS, statistics
-from sit_composer.evaluation.picture_sets import PictureSet
-from sit_composer.outputs import write_arrays, write_json
+from sit_composer.outputs import write_arrays
 
 
 def compute(names: list[str], fake: dict, real: dict, stored: dict) -> tuple[dict[str, float], dict[str, Any]]:
     """The metrics, and the settings of those that have any."""
     values: dict[str, float] = {}
     settings: dict[str, Any] = {}
-    for name, output in (("fid", "features"), ("sfid", "spatial")):
-        if name in names:
+    for name in names:
+        if METRICS[name].reference == "statistics":
+            output = METRICS[name].output
             mu, sigma = STATISTICS[output]
-            theirs = (stored[mu], stored[sigma]) if stored else metrics.statistics(real[output])
-            values[name] = metrics.frechet_distance(*metrics.statistics(fake[output]), *theirs)
+            theirs = (stored[mu], stored[sigma]) if stored else statistics(real[output])
+            values[name] = metrics.frechet_distance(*statistics(fake[output]), *theirs)
     if "is" in names:
         values["is"], values["is_std"] = metrics.inception_score(fake["logits"])
         settings |= {"is_splits": metrics.IS_SPLITS, "seed": metrics.SEED}
-    if {"precision", "recall"} & set(names):
-        both = dict(
-            zip(("precision", "recall"), metrics.precision_recall(fake["features"], real["features"]), strict=True)
-        )
-        values |= {name: both[name] for name in both if name in names}
+    if "precision" in names or "recall" in names:
+        precision, recall = metrics.precision_recall(fake["features"], real["features"])
+        both = {"precision": precision, "recall": recall}
+        values |= {name: value for name, value in both.items() if name in names}
         settings["neighbours"] = metrics.NEIGHBOURS
     if "kid" in names:
         values["kid"], values["kid_std"] = metrics.kid(fake["features"], real["features"])
@@ -39,35 +37,27 @@ def compute(names: list[str], fake: dict, real: dict, stored: dict) -> tuple[dic
     return values, settings
 
 
-def save_statistics(path: Path, outputs: dict[str, Any], identity: str) -> None:
-    """Writes mu, sigma and, if there are spatial features, mu_s and sigma_s; and what they are features of."""
+def save_statistics(path: Path, outputs: dict[str, np.ndarray], identity: str) -> None:
+    """Writes mu, sigma and, if there are spatial features, mu_s and sigma_s; and the identity of the extractor."""
     arrays = {}
     for output, names in STATISTICS.items():
         if output in outputs:
             arrays |= zip(names, statistics(outputs[output]), strict=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_arrays(path, **arrays, features=np.array(identity))
 
 
-def describe(pictures: PictureSet) -> dict[str, Any]:
-    return {"path": pictures.path, "count": pictures.count, "size": pictures.size}
+def report(result: dict[str, Any]) -> None:
+    """Prints the metrics that are missing, the warnings, and the table."""
+    for name, reason in result["left_out"].items():
+        print(f"{name} is left out: {reason}", file=sys.stderr)
+    for warning in result["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(markdown(result))
 
 
-def versions() -> dict[str, str]:
-    packages = ("sit-composer", "torch", "torch-fidelity", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
-def write(result: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(result, path)
-
-
-def markdown(result: dict[str, Any]) -> list[str]:
-    """A Markdown table's head and row. Distances of features that aren't Inception's are called FD, not FID."""
+def markdown(result: dict[str, Any]) -> str:
+    """A Markdown table with a row. Distances of features that aren't Inception's are called FD, not FID."""
     sampling, values = result["samples"]["sampling"] or {}, result["metrics"]
-    inception = result["features"]["name"] == "inception"
-    distance, digits = ("FID", ".2f") if inception else ("FD", ".4g")
     sampler = " ".join(str(sampling[name]) for name in ("mode", "sampling_method") if name in sampling)
     evaluations = sampling.get("evaluations")
     cells = {
@@ -76,19 +66,18 @@ def markdown(result: dict[str, Any]) -> list[str]:
         "evals": f"{evaluations:.1f}".removesuffix(".0") if isinstance(evaluations, int | float) else "–",
         "cfg": sampling.get("cfg_scale", "–"),
         "seed": sampling.get("seed", "–"),
-        distance: f"{values['fid']:{digits}}" if "fid" in values else "–",
-        f"s{distance}": f"{values['sfid']:{digits}}" if "sfid" in values else "–",
-        "IS": f"{values['is']:.2f}" if "is" in values else "–",
-        "P": f"{values['precision']:.3f}" if "precision" in values else "–",
-        "R": f"{values['recall']:.3f}" if "recall" in values else "–",
-        "KID × 10³": f"{1000 * values['kid']:.3f}" if "kid" in values else "–",
     }
+    for name, metric in METRICS.items():
+        heading, digits = metric.heading, metric.digits
+        if metric.reference == "statistics" and result["features"]["name"] != "inception":
+            heading, digits = heading.replace("FID", "FD"), ".4g"
+        cells[heading] = f"{metric.factor * values[name]:{digits}}" if name in values else "–"
     rows = [cells.keys(), ["---"] * len(cells), map(str, cells.values())]
-    return ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def model_name(model: dict | None) -> str:
-    """SiT-B/2 for the arguments of that size; others are told by width × depth."""
+    """SiT-B/2 for the arguments of that size; other sizes as width × depth."""
     if not isinstance(model, dict) or "hidden_size" not in model:
         return "–"
     size = (model["hidden_size"], model.get("depth"), model.get("num_heads"))

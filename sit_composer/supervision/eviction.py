@@ -1,4 +1,4 @@
-"""What a SIGTERM means to a run: save, then end, in good time. Spot machines and schedulers send one before a kill."""
+"""What a run does on a SIGTERM: save, then end, in time. Spot machines and schedulers send one before a kill."""
 
 import ctypes
 import os
@@ -11,59 +11,52 @@ from typing import Any
 
 import torch
 import torch.distributed
-from composer.callbacks import CheckpointSaver
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
 from sit_composer.errors import EVICTED
-from sit_composer.storage import StorageError
-from sit_composer.supervision.lease import Lease
 
-PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>: be sent a signal when the parent dies
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>: send this process a signal when its parent dies
 
 
 class Evicted(Exception):
-    """The run was told to end: it has left training, and shall save."""
+    """A SIGTERM came: the run has left training, and must save."""
 
 
 class Eviction(Callback):
-    """After a SIGTERM: leaves training for `save`, on all ranks at the same point.
+    """After a SIGTERM, leaves training on all ranks at the same point, by raising `Evicted`.
 
-    That is the end of a batch, or a batch of an evaluation, or of pictures that are drawn. An evaluation or pictures
-    that were due after the last batch are left out then: the resumed run goes on with the next one.
+    That point is the end of a training batch, or the start of a batch of an evaluation or of generated images. An
+    evaluation or images due after the last batch are skipped: the resumed run continues with the next batch.
 
     Args:
-        grace: seconds that this may take; then the process ends as it is.
-        timeout: seconds for which a rank waits for the others, of which one may wait for a store.
+        grace: seconds until the process exits, saved or not.
+        timeout: seconds that a rank waits for the others, as one of them may wait for a store.
     """
 
     def __init__(self, grace: float, timeout: float):
         self.grace = grace
         self.timeout = timedelta(seconds=timeout)
-        self.saver: CheckpointSaver | None = None
-        self.before_leaving: Callable[[], None] = lambda: None
-        self.lease: Lease | None = None
+        self.check: Callable[[], None] = lambda: None  # raises what ends the run otherwise
         self._training = False
         self._told = False
-        self.installed = False
         self._left = threading.Event()
-        self._before: Any = signal.SIG_DFL
+        self._before: Any = None  # the handler before; None until installed
         self._asked: tuple[Any, torch.Tensor] | None = None
         self._group: Any = None
 
     def install(self) -> None:
-        """Listens from now on; until training starts, a SIGTERM ends the process at once."""
-        self.installed = True
+        """Handles SIGTERM from now on; until training starts, it ends the process at once."""
         self._before = signal.signal(signal.SIGTERM, self._hear)
-        # Python calls its handlers between two of its own steps, which a rank that waits for another one, that is dead,
-        # comes to in minutes. This thread hears of a signal at once.
+        # Python runs signal handlers between two of its own instructions, so a rank blocked on a dead peer may run none
+        # for minutes. This thread sees a signal at once.
         listening, self._pipe = os.pipe()
         os.set_blocking(self._pipe, False)
         signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
         threading.Thread(target=self._time, args=(listening,), name="eviction", daemon=True).start()
         if "LOCAL_RANK" in os.environ and sys.platform == "linux":
-            # Composer's launcher dies of a signal without a word to its ranks, which would train on, alone.
+            # If a signal kills Composer's launcher, it tells its ranks nothing, and they would train on alone.
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
     def _time(self, listening: int) -> None:
@@ -74,7 +67,9 @@ class Eviction(Callback):
         os.close(listening)
 
     def end(self) -> None:
-        """Listens no more."""
+        """Restores the handler that was there before `install`."""
+        if self._before is None:
+            return
         self._left.set()
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, self._before)
@@ -91,35 +86,24 @@ class Eviction(Callback):
             self._group = torch.distributed.new_group(backend="gloo", timeout=self.timeout)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Leaves before an evaluation or pictures take the time that there is."""
-        if self.lease is not None and self.lease.lost is not None:
-            raise StorageError(self.lease.lost)
-        self.leave_if_told()
+        self.check()
+        self.leave_if_told()  # before an evaluation or images take the time that is left
 
     def eval_batch_start(self, state: State, logger: Logger) -> None:
         self.leave_if_told()
 
     def leave_if_told(self) -> None:
-        """To be called by all ranks equally often.
+        """Leaves training if a rank received a SIGTERM. All ranks must call this equally often.
 
         Raises:
-            Evicted: on all of them, once one was told.
+            Evicted: on all ranks.
         """
         if self._training and self._agree():
             raise Evicted
 
-    def save(self, state: State, logger: Logger) -> None:
-        """Saves what was trained, after `Evicted`; the model must hold the training weights."""
-        saver = self.saver
-        if saver is not None:
-            saved = [(time.epoch, time.batch) for time in saver.all_saved_checkpoints_to_timestamp.values()]
-            if (state.timestamp.epoch, state.timestamp.batch) not in saved:
-                saver._save_checkpoint(state, logger)
-        self.before_leaving()
-
     def _agree(self) -> bool:
-        # Ranks hear it at different moments. What they heard is summed while the next batch is computed, on the CPU, so
-        # that no rank waits for another or for its GPU, and all of them know at the end of the same batch.
+        # Ranks receive the signal at different moments. Their flags are summed on the CPU while the next batch is
+        # computed, so no rank waits for another or for its GPU, and all of them know at the end of the same batch.
         if self._group is None:
             return self._told
         agreed = False

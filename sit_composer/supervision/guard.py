@@ -12,10 +12,10 @@ from sit_composer.checkpoint.safe_load import SafePlanner, SafeReader, load_file
 
 
 def guard_composer() -> None:
-    """Makes Composer load checkpoints by `safe_load`; 0.32 unpickles them whole, with `load_weights_only` too.
+    """Makes Composer load checkpoints with `safe_load`; 0.32 unpickles them whole, even with `load_weights_only`.
 
-    Torch's own classes are patched, as Composer has ways around any planner and reader that it is given: after an error
-    of a certain text it tries again with torch's planner, for example.
+    Torch's own classes are patched, as Composer bypasses the planner and reader that it is given: after an error with a
+    certain message, for example, it tries again with torch's planner.
     """
 
     def load(path: Path | str, map_location: str) -> Any:
@@ -27,5 +27,5 @@ def guard_composer() -> None:
 
 
 def excluded_algorithms() -> list[str]:
-    """The algorithms that Composer makes by evaluating a checkpoint's text, if that asks for them. None is needed."""
+    """The algorithms that Composer would make by evaluating a checkpoint's text. No run of ours needs one."""
     return [name for name, c in vars(composer_algorithms).items() if getattr(c, "required_on_load", bool)()]

@@ -1,12 +1,12 @@
-"""One live run a folder: a small file beside the checkpoints, whose holder writes it anew every few seconds.
+"""One live run per folder: its holder rewrites a small file beside the checkpoints every few seconds, a beat each.
 
-A second run of the same name finds it beating, and is refused. After a kill it beats no more, and the next run takes it
-over: at once on the same machine, where the dead process is known to be dead, and after three missed beats elsewhere.
-A run that finds another's name in the file (it was cut off, and was taken for dead) stops, and writes no more.
+A second run of the same name sees the beats and is refused. A killed run beats no more, and the next run takes the
+lease over: at once on the same machine, where the process is known to be dead, and elsewhere after three missed beats.
+A run that finds another owner in the file (it was cut off, and taken for dead) stops, and writes no more.
 
-Each writes on the condition that the file is as it was read, so that two don't take over from the same one, and a beat
-doesn't undo a takeover. What remains: a process that stands still for three beats between a look at the file and the
-request behind it (see `Uploads`) makes that one request when it goes on.
+Each write has the condition that the file is as it was read, so two runs can't both take over from a dead one, and a
+beat can't undo a takeover. One case remains: a process that is suspended for three beats between a look at the file and
+the request after it (see `Uploads`) makes that one request when it continues.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import threading
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 from sit_composer.storage import RunFolder, StorageError
 
@@ -30,7 +31,7 @@ class Lease:
     Args:
         folder: the run's.
         beat: seconds between two beats.
-        owner: of another process of the same run, that keeps it; None: this one does, once it has acquired it.
+        owner: the process of the same run that holds it; None: this one will, once it has acquired it.
     """
 
     def __init__(self, folder: RunFolder, beat: float, owner: str | None = None):
@@ -44,13 +45,14 @@ class Lease:
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
     def acquire(self) -> None:
-        """Takes the lease, waiting out one that may be a dead run's.
+        """Acquires the lease, after waiting for the beats of a run that may be dead.
 
         Raises:
             StorageError: if a live run holds it, or the folder can't be written to.
         """
         there = self.folder.read(NAME)
-        deadline = time.monotonic() + MISSED * max(self.beat, self._beat_of(there))
+        beat = _holder(there).get("beat")
+        deadline = time.monotonic() + MISSED * max(self.beat, beat if isinstance(beat, float | int) else 0)
         while there is not None and not self._is_dead(there) and time.monotonic() < deadline:
             time.sleep(min(self.beat / 2, 1))
             now = self.folder.read(NAME)
@@ -58,36 +60,38 @@ class Lease:
                 raise self._refusal(now)
             there = now
         taken = self._write(there)
-        time.sleep(min(self.beat / 2, 1))  # of two in a store that knows no conditions, the later one has it
+        time.sleep(min(self.beat / 2, 1))  # in a store without conditions, the later of two writers has it
         now = self.folder.read(NAME)
-        if not taken or self._owner(now) != self.owner:
+        if not taken or _holder(now).get("owner") != self.owner:
             raise self._refusal(now)
         self._thread.start()
 
     def check(self) -> bytes | None:
-        """Makes sure, by a look at the folder, that it is held; what the file holds.
+        """Reads the file, and returns its content, if the lease is still held.
 
         Raises:
             StorageError: if another run holds it.
         """
         if self.lost is None:
             now = self.folder.read(NAME)
-            if self._owner(now) != self.owner:
-                self.lost = (
-                    f"{self.folder.uri}: another run{self._where(now)} has taken this one for dead and took over"
-                )
+            if _holder(now).get("owner") == self.owner:
+                return now
+            self.lost = f"{self.folder.uri}: another run{_where(now)} has taken this one for dead and took over"
+        raise StorageError(self.lost)
+
+    def raise_if_lost(self) -> None:
+        """Raises StorageError if the last beat or check found that another run holds the lease."""
         if self.lost is not None:
             raise StorageError(self.lost)
-        return now
 
     def release(self) -> None:
-        """Lets go of it, so that the next run need not wait."""
+        """Gives the lease up, so that the next run need not wait."""
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join(self.beat)
             if self._thread.is_alive():  # the store doesn't answer
                 return
-        with contextlib.suppress(StorageError):  # it will be taken for dead
+        with contextlib.suppress(StorageError):  # the next run will take this one for dead
             self.folder.replace(NAME, self.check(), None)
 
     def _keep(self) -> None:
@@ -95,7 +99,7 @@ class Lease:
             try:
                 there = self.check()
                 if not self._ended.is_set():
-                    self._write(there)  # if another wrote meanwhile, the next look tells who
+                    self._write(there)  # if another run wrote meanwhile, the next check finds it
             except StorageError:
                 if self.lost is not None:
                     return
@@ -107,49 +111,38 @@ class Lease:
         return self.folder.replace(NAME, there, content)
 
     def _is_dead(self, content: bytes) -> bool:
-        """Whether the holder is known to be dead: a process of this machine that isn't there any more."""
-        try:
-            holder = json.loads(content)
-            if any(holder[name] != self._me[name] for name in ("host", "boot", "pids")):
-                return False
-            return _process(int(holder["pid"])) != {name: holder[name] for name in ("pid", "boot", "pids", "started")}
-        except (ValueError, KeyError, TypeError):
+        """Whether the holder is known to be dead: a process of this machine that has ended."""
+        holder = _holder(content)
+        pid, started = holder.get("pid"), holder.get("started")
+        if not isinstance(pid, int) or any(holder.get(name) != self._me[name] for name in ("host", "boot", "pids")):
             return False
+        return started is not None and _process(pid)["started"] != started
 
     def _refusal(self, content: bytes | None) -> StorageError:
-        return StorageError(
-            f"{self.folder.uri}: a run of this name is alive{self._where(content)}; stop it first, or choose another "
-            "run_name"
-        )
+        alive = f"a run of this name is alive{_where(content)}"
+        return StorageError(f"{self.folder.uri}: {alive}; stop it first, or choose another run_name")
 
-    @staticmethod
-    def _where(content: bytes | None) -> str:
-        try:
-            holder = json.loads(content or b"")
-            return f" on {holder['host']}, process {int(holder['pid'])},"
-        except (ValueError, KeyError, TypeError):
-            return ""
 
-    @staticmethod
-    def _beat_of(content: bytes | None) -> float:
-        try:
-            return float(json.loads(content or b"")["beat"])
-        except (ValueError, KeyError, TypeError):
-            return 0.0
+def _holder(content: bytes | None) -> dict[str, Any]:
+    """What the file says of its holder; empty if it isn't there or malformed."""
+    try:
+        holder = json.loads(content or b"{}")
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
 
-    @staticmethod
-    def _owner(content: bytes | None) -> str | None:
-        try:
-            return json.loads(content or b"")["owner"]
-        except (ValueError, KeyError, TypeError):
-            return None
+
+def _where(content: bytes | None) -> str:
+    holder = _holder(content)
+    return f" on {holder['host']}, process {holder['pid']}," if {"host", "pid"} <= holder.keys() else ""
 
 
 def _process(pid: int) -> dict[str, str | int]:
-    """What names a process of this machine: its number is given again to others, also after a boot."""
+    """Identifies a process of this machine, where numbers are reused, after a boot too."""
+    # psutil's create_time() is no identity: it counts from the clock's boot time, which moves when the clock is set.
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        pids = os.readlink("/proc/self/ns/pid")  # containers of one host count their processes apart
+        pids = os.readlink("/proc/self/ns/pid")  # each container numbers its own processes
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # from the third on
         started = "" if fields[0] in "ZX" else fields[19]  # ticks since boot; a zombie is dead
     except (OSError, IndexError):

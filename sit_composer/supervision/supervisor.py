@@ -1,9 +1,9 @@
-"""What makes a run survive: it resumes from the newest complete checkpoint, its checkpoints reach the object store, no
-other run writes beside it, and a SIGTERM saves before it ends.
+"""Keeps a run alive: it resumes from the newest complete checkpoint, uploads its own to an object store, lets no other
+run write beside it, and saves after a SIGTERM before it ends.
 
-Composer saves to a local folder, always. Its own uploads to a store go on in processes that outlive the run, its resume
-looks for a link that is written half a minute after the checkpoint, and takes what an earlier resume downloaded for
-the newest; so uploading, finding and pruning are done here, on threads that end with the run.
+Composer always saves to a local folder here. Its own uploads continue in processes that outlive the run; its resume
+looks for a link that is written half a minute after the checkpoint, and reuses what an earlier resume downloaded. So
+finding, uploading and pruning are done here, on threads that end with the run.
 """
 
 import hashlib
@@ -11,50 +11,51 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from composer import Trainer
+from composer.callbacks import CheckpointSaver
 from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist, format_name_with_dist
 
-from sit_composer.checkpoint.folder import checkpoints, clear_incomplete, fetch_checkpoint, newest
+from sit_composer.checkpoint.folder import checkpoints, clear_incomplete, fetch_checkpoint, newest, prune
 from sit_composer.config.same_run import CONFIG, check_same_config
 from sit_composer.config.schema import Config, ConfigError
 from sit_composer.storage import RunFolder, S3Folder, StorageError, open_run_folder
 from sit_composer.supervision.eviction import Eviction
 from sit_composer.supervision.lease import Lease
-from sit_composer.supervision.uploads import Pruning, Uploads
+from sit_composer.supervision.uploads import Uploads
 
 
 class Supervision:
-    """Holds a run's folder from its start to its end. Every rank makes one, and calls it in the same order.
+    """Holds a run's folder from its start to its end. Every rank has one, and makes the same calls in the same order.
 
-    ``timeout`` is for how many seconds a rank waits for the others.
+    ``timeout`` is how many seconds a rank waits for the others.
     """
 
     def __init__(self, config: Config, timeout: float):
         self.config = config
-        self.resumes = bool(config.trainer.get("autoresume"))
+        self.keep: int = config.trainer.get("save_num_checkpoints_to_keep", -1)
         uri = config.trainer.get("save_folder")
         self.uri = format_name_with_dist(uri, config.run_name) if uri else None
         self.folder: RunFolder | None = open_run_folder(self.uri) if self.uri else None
         self.eviction = Eviction(config.supervision.grace, timeout)
         self.uploads: Uploads | None = None
-        self.pruning: Pruning | None = None
         self.lease: Lease | None = None
-        self._outdated: list[str] = []  # files of an earlier run that this one is to replace
-        # In temporary storage, by the run's name, so that what a killed run left there is found and removed.
+        self._outdated: list[str] = []  # files of an earlier run that this one replaces
+        # In temporary storage, named by the run, so that a killed run's leftovers are found and removed.
         name = hashlib.sha256(f"{self.uri} {dist.get_node_rank()}".encode()).hexdigest()[:16]
         self.staging = Path(tempfile.gettempdir(), f"sit_composer-{os.getuid()}-{name}")
 
     def start(self) -> dict[str, Any]:
-        """Takes the folder, and gives the Trainer's arguments that say where to save and what to resume from.
+        """Acquires the folder. Returns the Trainer's arguments that say where to save and what to resume from.
 
         Raises:
-            ConfigError, StorageError: if a live run has it, it holds a run that isn't to be resumed, or it can't be
-                read or written.
+            ConfigError, StorageError: if a live run holds the folder, it has a run that must not be resumed, or it
+                can't be read or written.
         """
         self.eviction.install()
         if self.folder is None:
@@ -62,29 +63,28 @@ class Supervision:
         owner = _from_rank_0(self._acquire)
         self.lease = self.lease or Lease(self.folder, self.config.supervision.heartbeat, owner)
         self.lease.check()  # also that every rank sees the same folder
-        self.eviction.lease = self.lease
+        self.eviction.check = self.lease.raise_if_lost
         name = _from_rank_0(self._find)
-        keep = self.config.trainer.get("save_num_checkpoints_to_keep", -1)
-        # Composer counts anew at each start, and deletes the newest, too. It is done here.
+        # Composer counts anew at each start, and deletes the newest too. Pruning is done here.
         arguments: dict[str, Any] = {"save_num_checkpoints_to_keep": -1}
         if isinstance(self.folder, S3Folder):
-            if dist.get_local_rank() == 0:
-                shutil.rmtree(self.staging, ignore_errors=True)
-                try:
-                    self.staging.mkdir(mode=0o700)
-                except OSError as error:
-                    raise StorageError(
-                        f"{self.staging}: {error.strerror}; TMPDIR names another place for it"
-                    ) from error
-            dist.barrier()
-            place = self.staging / f"rank{dist.get_global_rank()}"
-            arguments["save_folder"] = str(place)
-            self.uploads = Uploads(self.folder, self.lease, keep, self.config.supervision.patience)
-        elif keep >= 0:
-            self.pruning = Pruning(self.folder, keep)
+            arguments["save_folder"] = self._stage()
+            self.uploads = Uploads(self.folder, self.lease, self.keep, self.config.supervision.patience)
+            self.eviction.check = self.uploads.check
         if name is not None:
             arguments |= {"load_path": str(self._local(name)), "load_weights_only": False, "load_ignore_keys": None}
         return arguments
+
+    def _stage(self) -> str:
+        """The folder of this rank's checkpoints until they are uploaded, empty."""
+        if dist.get_local_rank() == 0:
+            shutil.rmtree(self.staging, ignore_errors=True)
+            try:
+                self.staging.mkdir(mode=0o700)
+            except OSError as error:
+                raise StorageError(f"{self.staging}: {error.strerror}; set TMPDIR to another folder") from error
+        dist.barrier()
+        return str(self.staging / f"rank{dist.get_global_rank()}")
 
     def _acquire(self) -> str:
         lease = Lease(self.folder, self.config.supervision.heartbeat)
@@ -96,34 +96,31 @@ class Supervision:
         return lease.owner
 
     def _find(self) -> str | None:
-        """The checkpoint to resume from, once what a kill left incomplete is gone."""
+        """The checkpoint to resume from. Deletes first what a kill left incomplete."""
         found = checkpoints(self.folder)
-        if self.resumes:
+        if self.config.trainer.get("autoresume"):
             before = self.folder.read(CONFIG)
             if before is not None:
                 check_same_config(self.config, before.decode(), f"{self.uri}/{CONFIG}")
             clear_incomplete(self.folder)
             return newest(self.folder)
         if found and self.config.trainer.get("save_overwrite"):
-            # What was there has later batches, and would be taken for newer than what is to come.
+            # Their batches may be later, and would count as newer than this run's.
             self._outdated = [file for files in found.values() for file in files]
         elif found:
             raise ConfigError(
-                f"trainer.save_folder: {self.uri} holds checkpoints ({list(found)[-1]}); trainer.autoresume=true goes "
-                "on from there, or choose another run_name"
+                f"trainer.save_folder: {self.uri} holds checkpoints ({list(found)[-1]}); trainer.autoresume=true "
+                "resumes from them, or choose another run_name"
             )
         return None
 
     def _local(self, name: str) -> Path:
-        """Where this node has the checkpoint of that name."""
-        sharded, wanted = not name.endswith(".pt"), self.config.fsdp
-        if sharded != (wanted is not None and wanted.state_dict_type == "sharded"):
-            advice = (
-                "fsdp.state_dict_type=sharded reads it" if sharded else "fsdp=null or fsdp.state_dict_type=full does"
-            )
-            raise ConfigError(
-                f"fsdp: {self.uri}/{name} is {'a sharded' if sharded else 'an unsharded'} checkpoint; {advice}"
-            )
+        """The checkpoint of that name on this node."""
+        sharded, fsdp = not name.endswith(".pt"), self.config.fsdp
+        if sharded != (fsdp is not None and fsdp.state_dict_type == "sharded"):
+            kind = "a sharded checkpoint" if sharded else "an unsharded checkpoint"
+            keys = "fsdp.state_dict_type=sharded" if sharded else "fsdp=null or fsdp.state_dict_type=full"
+            raise ConfigError(f"fsdp: {self.uri}/{name} is {kind}, expected {keys}")
         if not isinstance(self.folder, S3Folder):
             if not (Path(self.uri) / name).exists():
                 raise ConfigError(f"trainer.save_folder: node {dist.get_node_rank()} doesn't see {self.uri}/{name}")
@@ -134,44 +131,48 @@ class Supervision:
         return self.staging / "resume" / name
 
     def attach(self, trainer: Trainer) -> None:
-        """Called with the trainer, which has loaded the checkpoint."""
+        """Supervises the trainer, which has loaded the checkpoint."""
         shutil.rmtree(self.staging / "resume", ignore_errors=True)
-        if self._outdated:  # of rank 0; not before all is there that the new run needs
+        if self._outdated:  # on rank 0; not before the new run has all that it needs
             self.folder.delete(self._outdated)
         saver = trainer._checkpoint_saver
-        self.eviction.saver = saver
-        if saver is not None and self.uploads is None:  # Composer writes to the run's folder itself
-            saver._save_checkpoint = self._if_held(saver._save_checkpoint)
-        if self.uploads is not None:
-            self.uploads.saver = saver
-            trainer.state.callbacks.append(self.uploads)  # behind the saver
-        if self.pruning is not None:
-            self.pruning.saver = saver
-            trainer.state.callbacks.append(self.pruning)
-        self.eviction.before_leaving = self.finish
+        if saver is not None:
+            saver._save_checkpoint = partial(self._save, saver, saver._save_checkpoint)
         trainer.state.callbacks.append(self.eviction)
 
-    def _if_held(self, save: Callable[..., None]) -> Callable[..., None]:
-        def save_if_held(state: State, logger: Logger) -> None:
+    def _save(self, saver: CheckpointSaver, save: Callable[..., None], state: State, logger: Logger) -> None:
+        """Lets Composer save a checkpoint; then uploads it, or prunes the folder."""
+        if self.uploads is None:  # Composer writes to the run's folder itself
             self.lease.check()
-            save(state, logger)
+        before = len(saver.saved_checkpoints)
+        save(state, logger)
+        new = saver.saved_checkpoints[before:]  # none on a rank that doesn't write
+        if self.uploads is not None:
+            self.uploads.take(new)
+        elif new and self.keep >= 0 and dist.get_global_rank() == 0:
+            prune(self.folder, self.keep)
 
-        return save_if_held
+    def save_evicted(self, trainer: Trainer) -> None:
+        """Saves after `Evicted`, unless this batch is saved already. The model must hold the training weights."""
+        saver, now = trainer._checkpoint_saver, trainer.state.timestamp
+        if saver is not None:
+            saved = [(time.epoch, time.batch) for time in saver.all_saved_checkpoints_to_timestamp.values()]
+            if (now.epoch, now.batch) not in saved:
+                saver._save_checkpoint(trainer.state, trainer.logger)
+        self.finish()
 
     def finish(self) -> None:
-        """Waits until all that was saved is where it belongs."""
+        """Waits until all checkpoints are uploaded, on all ranks."""
         if self.uploads is not None:
-            self.uploads.take()
             self.uploads.wait()
         if dist.get_world_size() > 1:
             dist.barrier()
 
     def close(self) -> None:
-        """Lets go of the folder."""
-        if self.eviction.installed:
-            self.eviction.end()
+        """Releases the folder."""
+        self.eviction.end()
         if self.uploads is not None and not self.uploads.end():
-            return  # one goes on until the process ends: what it reads stays, and so does the lease, to beat no more
+            return  # it continues until the process ends, so its files stay, and the lease, which then beats no more
         if self.uploads is not None and dist.get_local_rank() == 0:
             shutil.rmtree(self.staging, ignore_errors=True)
         if self.lease is not None and dist.get_global_rank() == 0:
@@ -179,7 +180,7 @@ class Supervision:
 
 
 def _from_rank_0(find: Callable[[], Any]) -> Any:
-    """What rank 0 finds, on every rank; an error of its is raised on every rank."""
+    """Calls ``find`` on rank 0; returns its result, or raises its error, on every rank."""
     found: list[Any] = [None]
     if dist.get_global_rank() == 0:
         try:

@@ -1,4 +1,4 @@
-"""Checkpoints on their way to the object store, while training goes on."""
+"""Uploads checkpoints to the object store while training continues."""
 
 import queue
 import sys
@@ -8,62 +8,43 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from composer.callbacks import CheckpointSaver
-from composer.core import Callback, State
-from composer.loggers import Logger
 from composer.utils import dist
 
 from sit_composer.checkpoint.folder import prune
 from sit_composer.checkpoint.safe_load import METADATA, load_metadata, sharded_files
-from sit_composer.storage import RunFolder, S3Folder, StorageError
+from sit_composer.storage import S3Folder, StorageError
 from sit_composer.supervision.lease import Lease
 
 
-class Uploads(Callback):
-    """Uploads each checkpoint while training goes on, one at a time, and prunes the old ones there.
+class Uploads:
+    """Uploads each checkpoint while training continues, one at a time, and prunes the old ones there.
 
-    The lease is looked at before each request by which a file appears: of a file in parts before the last request,
-    which puts them together, of a sharded checkpoint before the one that brings its metadata, its last file.
+    The lease is checked before each request that makes a file appear. For a file in parts this is the last request,
+    which puts the parts together; a sharded checkpoint becomes complete with its metadata, the last file.
 
     Args:
-        folder: where to.
+        folder: gets the checkpoints.
         lease: must be held, or nothing more is written.
         keep: how many complete checkpoints stay; -1: all.
-        patience: seconds for which a failing upload is tried again.
+        patience: seconds for which a failing upload is retried.
     """
 
     def __init__(self, folder: S3Folder, lease: Lease, keep: int, patience: float):
-        self.folder = S3Folder(folder.uri)  # a client of its own, for the lease writes by the other
+        self.folder = S3Folder(folder.uri)  # with its own client: the lease writes with the other
         self.folder.before_writing(lease.check)
         self.lease = lease
         self.keep = keep
         self.patience = patience
-        self.saver: CheckpointSaver | None = None
         self.failure: StorageError | None = None
-        self._seen = 0
-        self._jobs: queue.Queue[Path | None] = queue.Queue()  # None: no more
+        self._jobs: queue.Queue[Path | None] = queue.Queue()  # None: the end
         self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
         self._thread.start()
 
-    def batch_start(self, state: State, logger: Logger) -> None:
-        self.check()
-
-    def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        self.take()
-
-    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
-        self.take()
-
-    def fit_end(self, state: State, logger: Logger) -> None:
-        self.take()
-        self.wait()
-
     def check(self) -> None:
-        """Raises what made an upload fail for good, or the loss of the lease."""
+        """Raises StorageError if an upload has failed for good, or the lease is lost."""
         if self.failure is not None:
             raise self.failure
-        if self.lease.lost is not None:
-            raise StorageError(self.lease.lost)
+        self.lease.raise_if_lost()
 
     def wait(self) -> None:
         """Waits for all uploads."""
@@ -71,19 +52,17 @@ class Uploads(Callback):
         self.check()
 
     def end(self, seconds: float = 60) -> bool:
-        """Takes no more; whether what was on its way has arrived within so many seconds."""
+        """Takes no more checkpoints; returns whether those taken were uploaded within so many seconds."""
         self._jobs.put(None)
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
-    def take(self) -> None:
-        """Puts what was saved since on its way."""
-        new = self.saver.saved_checkpoints[self._seen :]
-        self._seen += len(new)
-        for path in new:
-            if self._jobs.unfinished_tasks:  # local space for two checkpoints is enough
+    def take(self, files: list[str]) -> None:
+        """Queues files that Composer has saved: a ``.pt``, or a shard with those beside it."""
+        for file in files:
+            if self._jobs.unfinished_tasks:  # so local space for two checkpoints is enough
                 self.wait()
-            self._jobs.put(Path(path))
+            self._jobs.put(Path(file))
 
     def _work(self) -> None:
         while (path := self._jobs.get()) is not None:
@@ -92,7 +71,7 @@ class Uploads(Callback):
                     self._upload(path)
             except StorageError as error:
                 self.failure = error
-            except Exception as error:  # a bug, or a local disk that fails: training must hear of it too
+            except Exception as error:  # a bug or a failing local disk must stop training too
                 self.failure = StorageError(f"{self.folder.uri}: {type(error).__name__}: {error}")
             finally:
                 self._jobs.task_done()
@@ -108,7 +87,7 @@ class Uploads(Callback):
                 self._patiently(lambda shard=shard: self._put(shard, f"{name}/{shard.name}"))
                 shard.unlink()
             metadata = place / METADATA
-            if metadata.exists():  # rank 0's, and the last of all
+            if metadata.exists():  # on rank 0, the last file of all
                 needed = sharded_files(load_metadata(metadata.read_bytes(), str(metadata)))
                 self._patiently(lambda: self._expect(name, needed))
                 self._patiently(lambda: self._put(metadata, f"{name}/{METADATA}"))
@@ -125,7 +104,7 @@ class Uploads(Callback):
         sizes = self.folder.listing()
         late = [file for file, size in needed.items() if sizes.get(f"{name}/{file}", -1) < size]
         if late:
-            raise StorageError(f"{self.folder.uri}/{name}/{late[0]}: its rank hasn't uploaded it")
+            raise StorageError(f"{self.folder.uri}/{name}/{late[0]}: its rank hasn't uploaded it yet")
 
     def _patiently(self, action: Callable[[], Any]) -> None:
         deadline, pause = time.monotonic() + self.patience, 0.5
@@ -136,25 +115,7 @@ class Uploads(Callback):
             except StorageError as error:
                 if self.lease.lost is not None or time.monotonic() + pause > deadline:
                     raise
-                if pause > 4:  # what waits for other ranks is no news at first
-                    print(f"warning: {error}; trying again for {self.patience:.0f} s", file=sys.stderr, flush=True)
+                if pause > 4:  # waiting for other ranks is normal at first
+                    print(f"warning: {error}; retrying for up to {self.patience:.0f} s", file=sys.stderr, flush=True)
                 time.sleep(pause)
                 pause = min(2 * pause, 30)
-
-
-class Pruning(Callback):
-    """Deletes old checkpoints of a folder on a file system, after each save."""
-
-    def __init__(self, folder: RunFolder, keep: int):
-        self.folder = folder
-        self.keep = keep
-        self.saver: CheckpointSaver | None = None
-        self._seen = 0
-
-    def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        if self.saver is not None and len(self.saver.saved_checkpoints) > self._seen:
-            self._seen = len(self.saver.saved_checkpoints)
-            if dist.get_global_rank() == 0:
-                prune(self.folder, self.keep)
-
-    epoch_checkpoint = batch_checkpoint

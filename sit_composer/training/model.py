@@ -13,16 +13,16 @@ GOLDEN_RATIO = 0.6180339887498949
 
 
 class ComposerSiT(ComposerModel):
-    """A SiT and its transport loss over batches of `data.build_loader`.
+    """A SiT and its transport loss over batches of `data.loader.build_loader`.
 
     A batch is a dict of ``label``, ``index`` and ``key`` (each int64 (N,)), and of ``moments`` (N, 2C, H, W) or
     ``image`` (N, C, H, W) uint8.
 
     Args:
-        network: trained; its parameters are the model's, under ``network.``
+        network: its parameters are the model's, under ``network.``
         transport: the objective.
-        autoencoder: what turns moments into latents.
-        encoder: encodes pictures in each step, if the data is pixels and the latents are not. It is kept out of
+        autoencoder: turns moments into latents.
+        encoder: encodes images in each step, if the data is pixels and the network learns latents. It is kept out of
             the module tree, and so out of the optimizer, the shards and the checkpoints.
     """
 
@@ -37,33 +37,31 @@ class ComposerSiT(ComposerModel):
         self.network = network
         self.transport = transport
         self.autoencoder = autoencoder
-        self.encoder = encoder  # no nn.Module, so that it stays outside
-        # Composer asks these of the network: a block is the unit of sharding and of activation checkpointing.
+        self.encoder = encoder  # KLAutoencoder is no nn.Module
+        # Composer asks the network for these: a block is the unit of sharding and of activation checkpointing.
         network.fsdp_wrap_fn = network.activation_checkpointing_fn = _is_block
 
     def latents(self, batch: dict[str, Tensor], keys: Tensor) -> Tensor:
-        """The batch's latents, float32 (N, C, H, W); what is random in them is of the keys (N,)."""
+        """The batch's latents, float32 (N, C, H, W); their random part is drawn by the keys (N,)."""
         if "moments" in batch:
             return self.autoencoder.latents(batch["moments"].float(), self._normal(keys, randomness.POSTERIOR))
-        pictures = from_uint8(batch["image"])
+        images = from_uint8(batch["image"])
         if self.encoder is None:
-            return pictures
-        return self.encoder.encode(pictures, self._normal(keys, randomness.POSTERIOR))
+            return images
+        return self.encoder.encode(images, self._normal(keys, randomness.POSTERIOR))
 
     def _normal(self, keys: Tensor, purpose: int) -> Tensor:
         side = self.network.input_size
         return randomness.normal(keys, purpose, (self.autoencoder.channels, side, side))  # (N, C, H, W)
 
     def _losses(self, batch: dict[str, Tensor], t: Tensor, keys: Tensor) -> Tensor:
-        # Only the network's matrix products follow autocast: x1, t and x0 are float32, and so is all that is made
-        # of them. Its output is made float32 before the target is taken from it.
+        # x1, t and x0 are float32, and so is the loss: only the network's matrix products follow autocast.
         x1, x0 = self.latents(batch, keys), self._normal(keys, randomness.X0)  # (N, C, H, W)
-        xt = self.transport.path.interpolate(t, x0, x1)[0]
-        output = self.network(xt, t, batch["label"], randomness.uniform(keys, randomness.DROP))
-        return self.transport.loss(output.float(), t, x0, x1)
+        draws = randomness.uniform(keys, randomness.DROP)  # whose label is dropped
+        return self.transport.loss_at(self.network, t, x0, x1, y=batch["label"], draws=draws)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """The loss of each sample: (N,). Noise, time and label dropout are its key's: see `randomness`."""
+        """The loss per sample: (N,). A sample's key determines its noise, time and label dropout: see `randomness`."""
         keys = batch["key"]
         return self._losses(batch, self.transport.times(randomness.uniform(keys, randomness.TIME)), keys)
 
@@ -72,11 +70,11 @@ class ComposerSiT(ComposerModel):
         return outputs.mean()
 
     def eval_forward(self, batch: dict[str, Tensor], outputs: Tensor | None = None) -> Tensor:
-        """The loss of each sample, at a time and noise that are its own: (N,).
+        """The loss per sample, (N,), at a time and noise that the sample's index alone determines.
 
-        They depend on the sample's index alone, so that evaluations differ by the weights, and not by the batch size
-        or the state of training. (Ranks that don't divide the samples see a few twice.) The times are evenly spread
-        over the interval (the golden ratio's sequence), as 32 random ones are not.
+        So evaluations differ by the weights, not by the batch size or the state of training. (If the ranks don't
+        divide the samples, a few are counted twice.) The times are the golden ratio's sequence: spread evenly over the
+        interval, where a batch of random ones is not.
         """
         t0, t1 = self.transport.interval()
         t = ((batch["index"].double() * GOLDEN_RATIO + 0.5) % 1 * (t1 - t0) + t0).float()
@@ -89,7 +87,7 @@ class ComposerSiT(ComposerModel):
         metric.update(outputs)
 
     def flops_per_batch(self, batch: dict[str, Tensor]) -> int:
-        """FLOPs of a training step on this batch: 2 a multiply-accumulate, and the backward pass twice the forward."""
+        """FLOPs of a training step on this batch: 2 per multiply-accumulate; a backward pass is two forward passes."""
         return 6 * self.network.forward_macs() * len(batch["label"])
 
 

@@ -1,4 +1,4 @@
-"""FSDP2 through Composer: parameters, gradients, optimizer and average in shards, one a rank."""
+"""FSDP2 through Composer: parameters, gradients, optimizer and average are sharded over the ranks."""
 
 from dataclasses import asdict
 
@@ -13,9 +13,9 @@ from sit_composer.config.schema import FSDPConfig
 
 
 class ShardingConfig(FSDP2Config):
-    """Composer's, with two things that its own code asks for and its FSDP2 class fixes at None.
+    """Composer's, with two properties that its FSDP2 class fixes at None.
 
-    They are the degree of replication, without which there is no HSDP, and the planner that loads checkpoints.
+    These are the degree of replication, which HSDP needs, and the planner that loads checkpoints.
     """
 
     replicas: int = 1
@@ -30,17 +30,17 @@ class ShardingConfig(FSDP2Config):
 
 
 def _policy(precision: Precision, mixed_precision: str) -> MixedPrecisionPolicy:
-    """Composer's policy, but that inputs are not cast.
+    """Composer's policy, except that inputs are not cast.
 
-    Its own rounds the times and noised latents to bfloat16 before the network sees them, while the target is of the
-    exact ones. Autocast casts what goes into matrix products, as it does under DDP.
+    Composer's would round times and noised latents to bfloat16 before the network sees them, while the target is made
+    from the exact ones. Autocast casts the inputs of matrix products, as under DDP.
     """
     _, param_dtype, reduce_dtype, _ = get_mixed_precision(precision, mixed_precision)
     return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
 
 
 def parallelism(fsdp: FSDPConfig | None) -> dict[str, FSDP2Config] | None:
-    """The Trainer's ``parallelism_config``; None is DDP."""
+    """The Trainer's ``parallelism_config``; None for DDP."""
     if fsdp is None:
         return None
     fsdp2.create_mixed_precision_policy = _policy

@@ -6,31 +6,17 @@ import sys
 import pytest
 import torch
 from composer import Trainer
-from composer.core import Callback
 from torch.utils.data import DataLoader
 
 from sit_composer.algorithms.ema import EMA
 from sit_composer.callbacks.run_record import RunRecord
 from sit_composer.checkpoint.load import load_checkpoint
+from sit_composer.checkpoint.record import Record
 from sit_composer.training.model import ComposerSiT
 from sit_composer.transport import Transport
-from tests.conftest import ROOT
-from tests.training.test_model import SPEC, batch, small_network
-
-DECAY = 0.9
-
-
-class History(Callback):
-    """The trained parameters before the first batch, and after each."""
-
-    def __init__(self):
-        self.weights = []
-
-    def _note(self, state, logger):
-        model = state.model.module if hasattr(state.model, "module") else state.model
-        self.weights.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
-
-    fit_start = batch_end = _note
+from tests.helpers.averages import DECAY, History, closed_form
+from tests.helpers.networks import SPEC, batch, small_network
+from tests.helpers.paths import ROOT
 
 
 def trainer_of(tmp_path=None, **arguments) -> tuple[Trainer, EMA, History]:
@@ -38,7 +24,7 @@ def trainer_of(tmp_path=None, **arguments) -> tuple[Trainer, EMA, History]:
     samples = [{name: column[i] for name, column in data.items()} for i in range(32)]
     model = ComposerSiT(small_network(), Transport(), SPEC)
     ema, history = EMA(DECAY), History()
-    record = {"model": {}, "transport": {}, "autoencoder": SPEC.as_dict(), "classes": []}
+    record = Record(model={}, transport={}, autoencoder=SPEC, classes=[""] * 1000)
     trainer = Trainer(
         model=model, train_dataloader=DataLoader(samples, batch_size=8), eval_dataloader=DataLoader(samples, 8),
         optimizers=torch.optim.AdamW(model.network.parameters(), lr=1e-2), algorithms=[ema], seed=0,
@@ -47,15 +33,6 @@ def trainer_of(tmp_path=None, **arguments) -> tuple[Trainer, EMA, History]:
         **({} if tmp_path is None else {"save_folder": str(tmp_path), "save_interval": "3ba"}),
     )  # fmt: skip
     return trainer, ema, history
-
-
-def closed_form(history: History) -> dict[str, torch.Tensor]:
-    """d^n w_0 + (1 - d) Σ d^(n-i) w_i, in float64."""
-    n = len(history.weights) - 1
-    factors = [DECAY**n, *((1 - DECAY) * DECAY ** (n - i) for i in range(1, n + 1))]
-    return {
-        k: sum(f * w[k].double() for f, w in zip(factors, history.weights, strict=True)) for k in history.weights[0]
-    }
 
 
 def test_the_average_is_the_closed_form_from_the_initial_weights():
@@ -104,7 +81,7 @@ def test_evaluation_uses_the_average_and_gives_the_weights_back():
 def test_a_resumed_average_goes_on_to_the_bit(tmp_path):
     whole, ema, _ = trainer_of()
     whole.fit()
-    first, _, _ = trainer_of(tmp_path, max_duration="4ba")  # four batches: an epoch's end, where all RNG is restored
+    first, _, _ = trainer_of(tmp_path, max_duration="4ba")  # an epoch's end, where Composer restores the random state
     first.fit()
     second, resumed, _ = trainer_of(tmp_path / "again", load_path=str(tmp_path / "latest-rank0.pt"))
     second.fit()
@@ -130,6 +107,7 @@ def test_an_average_of_another_model_is_refused():
         ema.weights.load_state_dict({"params": {"network.other": torch.zeros(1)}})
 
 
+@pytest.mark.slow
 def test_two_ranks_hold_the_same_average_and_it_is_the_closed_form():
     composer = os.path.join(os.path.dirname(sys.executable), "composer")
     command = [composer, "-n", "2", "-m", "tests.helpers.ddp_ema"]

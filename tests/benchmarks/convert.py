@@ -160,22 +160,23 @@ def arithmetic(vae: str, size: int, pictures_per_second: float) -> tuple[float, 
 
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         AutoencoderKL.from_pretrained(vae, low_cpu_mem_usage=False).encode(torch.zeros(1, 3, size, size))
-    matrix, seconds = torch.randn(4096, 4096), []
+    matrix, seconds = torch.randn(2048, 2048), []
     for _ in range(5):
         start = time.perf_counter()
         matrix @ matrix
         seconds.append(time.perf_counter() - start)
-    return 2 * counter.get_total_flops() * pictures_per_second / 1e9, 2 * 4096**3 / min(seconds) / 1e9
+    return 2 * counter.get_total_flops() * pictures_per_second / 1e9, 2 * 2048**3 / min(seconds) / 1e9
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=2000, help="pictures whose bytes are kept; 0: none")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--latents", type=int, default=16, help="pictures that are encoded; 0: none")
     parser.add_argument("--vae", choices=WIDTHS, default="sd", help="the autoencoder's channels: %(choices)s")
     parser.add_argument("--image-size", type=int, default=256)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         top = Path(folder)
         if args.pictures:
@@ -190,7 +191,7 @@ def main() -> None:
             }
             show("pixels", compare(sides, table, args.rounds, top), args.pictures)
         if not args.latents:
-            return
+            return 0
         import torch
         from diffusers import AutoencoderKL
 
@@ -208,7 +209,8 @@ def main() -> None:
             done, most = arithmetic(vae, args.image_size, args.latents / medians[loop])
             print(f"\nthe loop's encoder does {done:.0f} GFLOP/s, all told; a matrix product on this CPU {most:.0f}")
         print(f"\nthe encoders are at work {busy(small, vae, options, top):.1%} of the time")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -21,7 +21,7 @@ from sklearn.datasets import load_sample_images
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from sit_composer.data.pictures import center_crop, decode_image
-from tests.data.test_pictures import adm_center_crop
+from tests.helpers.images import adm_center_crop
 
 SIZES = [(500, 375), (375, 500), (1200, 900), (1201, 901), (3000, 2000)]
 TARGET = 256

@@ -41,8 +41,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20, help="of each side in a round (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="of which the median is printed (%(default)s)")
     args = parser.parse_args(argv)
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
     torch.manual_seed(0)
     device = "cuda" if gpu else "cpu"
     network, batch = build_sit(args.model), make_batch(args.batch_size, device)
@@ -114,4 +112,6 @@ def seconds(side: Callable[[int], None], steps: int) -> float:
 
 
 if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
     sys.exit(main())

@@ -13,7 +13,7 @@ from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.record import digest
 from sit_composer.export import main
 from sit_composer.sit import SiT, build_sit
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_the_folder_has_all_of_the_run_to_the_bit(checkpoints, exported):
         before, after = load_checkpoint(str(checkpoints), which), load_checkpoint(str(folder), which)
         assert before.record == after.record
         assert (before.step, before.epoch, before.samples) == (after.step, after.epoch, after.samples) == (2, 0, 128)
-        assert list(before.weights) == list(SiT(**before.record["model"]).state_dict())
+        assert list(before.weights) == list(before.record.build_network().state_dict())
         stored = load_file(folder / f"{name}.safetensors")
         assert before.weights.keys() == after.weights.keys() == stored.keys()
         for key, tensor in before.weights.items():
@@ -62,7 +62,7 @@ def test_the_folder_has_all_of_the_run_to_the_bit(checkpoints, exported):
             assert tensor.dtype == after.weights[key].dtype
     plain = torch.load(folder / "ema.pt", weights_only=True)
     assert all(torch.equal(plain[key], tensor) for key, tensor in before.weights.items())
-    SiT(**before.record["model"]).load_state_dict(plain, strict=True)
+    before.record.build_network().load_state_dict(plain, strict=True)
     state = json.loads((folder / "trainer_state.json").read_text())
     assert state["source"] == {"ep0-ba2-rank0.pt": digest(checkpoints / "ep0-ba2-rank0.pt")}
     assert state["sha256"] == {name: digest(folder / name) for name in content(folder) if name != "trainer_state.json"}
@@ -71,7 +71,7 @@ def test_the_folder_has_all_of_the_run_to_the_bit(checkpoints, exported):
 @pytest.mark.parametrize("folder", ["checkpoint-2", "hub-2"])
 def test_from_pretrained_gives_the_same_outputs(checkpoints, exported, folder):
     run = load_checkpoint(str(checkpoints), "ema")
-    before = SiT(**run.record["model"]).eval()
+    before = run.record.build_network().eval()
     before.load_state_dict(run.weights)
     after = SiT.from_pretrained(str(exported / folder))
     x, t, y = torch.randn(3, 1, 8, 8), torch.rand(3), torch.tensor([0, 5, 10])
@@ -96,7 +96,7 @@ def test_the_hub_folder_has_the_average_and_a_card_that_runs(exported):
     published = load_file(folder / "model.safetensors")
     assert all(torch.equal(published[name], average[name]) for name in average)
     card = (folder / "README.md").read_text()
-    assert "8×8 pictures of 10 classes" in card
+    assert "8×8 images of 10 classes" in card
     settings = json.loads(re.search(r"```json\n(.*?)```", card, re.DOTALL)[1])
     assert (settings["sampling_method"], settings["cfg_scale"]) == ("dopri5", 4.0)
     snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
@@ -134,7 +134,7 @@ def test_a_folder_of_anything_else_is_left_alone(checkpoints, exported, capsys, 
     before = content(folder)
     assert main([str(checkpoints), "--out", str(exported)]) == 2
     error = capsys.readouterr().err.strip()
-    assert error.startswith(f"error: --out: {folder} is there, and is not this export")
+    assert error.startswith(f"error: --out: {folder} exists and is not this export")
     assert "\n" not in error
     assert content(folder) == before
     assert sorted(path.name for path in exported.iterdir()) == ["checkpoint-2", "hub-2"]

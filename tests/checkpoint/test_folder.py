@@ -15,6 +15,7 @@ from sit_composer.checkpoint.folder import checkpoints, clear_incomplete, fetch_
 from sit_composer.errors import UserError
 from sit_composer.storage import LocalFolder, S3Folder, StorageError, open_run_folder
 from sit_composer.supervision.lease import NAME, Lease
+from tests.helpers.checkpoints import sharded_checkpoint
 
 BEAT = 0.3
 
@@ -42,14 +43,8 @@ def archive(tmp_path, text: str = "x" * 1000) -> bytes:
 
 
 @pytest.fixture(scope="session")
-def shards(tmp_path_factory):
-    """A small sharded checkpoint, as torch writes them."""
-    import torch
-    import torch.distributed.checkpoint as dcp
-
-    place = tmp_path_factory.mktemp("sharded") / "ep1-ba30"
-    dcp.save({"a": torch.arange(10.0), "b": "text"}, storage_writer=dcp.FileSystemWriter(place), no_dist=True)
-    return {f"ep1-ba30/{file.name}": file.read_bytes() for file in place.iterdir()}
+def shards(tmp_path_factory) -> dict[str, bytes]:
+    return sharded_checkpoint(tmp_path_factory.mktemp("sharded"))
 
 
 def test_the_newest_complete_checkpoint_is_found(folder, tmp_path, shards):
@@ -100,7 +95,7 @@ def test_a_checkpoint_is_fetched_whole(s3, tmp_path, shards):
     fetch_checkpoint(folder, "ep1-ba30", tmp_path / "here")
     assert {f"ep1-ba30/{file.name}": file.read_bytes() for file in (tmp_path / "here" / "ep1-ba30").iterdir()} == shards
     folder.delete(["ep1-ba30/.metadata"])
-    with pytest.raises(StorageError, match="s3://sit/runs/fetch/ep1-ba30: did not come whole"):
+    with pytest.raises(StorageError, match="s3://sit/runs/fetch/ep1-ba30: the download is incomplete"):
         fetch_checkpoint(folder, "ep1-ba30", tmp_path / "there")
 
 
@@ -127,7 +122,7 @@ def test_of_several_that_replace_a_file_at_once_one_does(folder, before):
         return folder.replace(name, before, content)
 
     with ThreadPoolExecutor(8) as pool:
-        for name in map(str, range(20)):
+        for name in map(str, range(20 if isinstance(folder, LocalFolder) else 6)):  # a race in S3 takes seconds
             if before is not None:
                 folder.write(name, before)
             contents = [b"%d" % i for i in range(8)]
@@ -263,7 +258,7 @@ def test_a_folder_with_nothing_whole_is_not_emptied(folder):
     """As when each node saves to a folder of its own."""
     for batch in (2, 4):
         put(folder, f"ep0-ba{batch}/__0_0.distcp")
-    with pytest.raises(StorageError, match="none of its 2 checkpoints is whole"):
+    with pytest.raises(StorageError, match="got 2 checkpoints, expected at least one complete"):
         clear_incomplete(folder)
     assert len(folder.listing()) == 2
 

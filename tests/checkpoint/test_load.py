@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 
 from sit_composer.autoencoder import AutoencoderSpec
 from sit_composer.checkpoint.load import CheckpointError, fetch, load_checkpoint
-from sit_composer.checkpoint.record import FORMAT, NoSuchWeights
+from sit_composer.checkpoint.record import FORMAT, NoSuchWeights, Record
 from sit_composer.sit import SiT, build_sit
-from sit_composer.transport import Transport
 
 TINY = {"input_size": 8, "hidden_size": 64, "depth": 2, "num_heads": 4, "num_classes": 10}
+TRANSPORT = {"path_type": "VP", "prediction": "noise"}
 
 
 @pytest.fixture
@@ -52,15 +52,15 @@ def test_a_released_file_is_read_and_its_network_is_told_from_its_shapes(tmp_pat
     released = load_checkpoint(save(network.state_dict(), tmp_path / "SiT.pt"))
     assert same(released.weights, network.state_dict())
     assert (released.which, released.step) == ("ema", 0)
-    ours = SiT(**released.record["model"])
+    ours = released.record.build_network()
     ours.load_state_dict(released.weights, strict=True)
     assert (ours.null_label, ours.learn_sigma, ours.input_size) == (1000, network.learn_sigma, network.input_size)
     x, t, y = torch.randn(1, 4, ours.input_size, ours.input_size), torch.tensor([0.3]), torch.tensor([207])
     assert torch.equal(ours.eval()(x, t, y), network.eval()(x, t, y))  # which it isn't with another number of heads
-    transport = Transport(**released.record["transport"])
+    transport = released.record.build_transport()
     assert (transport.path_type, transport.prediction) == ("Linear", "velocity")
-    assert released.record["autoencoder"] == AutoencoderSpec("stabilityai/sd-vae-ft-ema", 4, 8, 0.18215, 0.0).as_dict()
-    assert released.record["classes"][::999] == ["0", "999"]
+    assert released.record.autoencoder == AutoencoderSpec("stabilityai/sd-vae-ft-ema", 4, 8, 0.18215, 0.0)
+    assert released.record.classes[::999] == ["0", "999"]
 
 
 def test_a_released_file_has_no_training_weights(tmp_path):
@@ -74,7 +74,7 @@ def test_the_authors_training_checkpoint_has_both_kinds_and_its_args_count(autho
     assert same(ema.weights, authors["ema"])
     assert same(training.weights, authors["model"])
     assert ema.step == 3
-    assert (ema.record["transport"]["path_type"], ema.record["transport"]["prediction"]) == ("GVP", "score")
+    assert (ema.record.transport["path_type"], ema.record.transport["prediction"]) == ("GVP", "score")
     network = SiT.from_pretrained(path)
     io = reference("tiny_a.io")
     with torch.no_grad():
@@ -84,15 +84,16 @@ def test_the_authors_training_checkpoint_has_both_kinds_and_its_args_count(autho
 def test_the_eps_of_the_authors_arguments_counts_where_it_counts_in_their_code(authors, tmp_path):
     vars(authors["args"]).update(train_eps=1e-5, sample_eps=1e-3, path_type="GVP", prediction="score")
     record = load_checkpoint(save(authors, tmp_path / "a.pt")).record
-    assert (record["transport"]["train_eps"], record["transport"]["sample_eps"]) == (1e-5, 1e-3)
+    assert (record.transport["train_eps"], record.transport["sample_eps"]) == (1e-5, 1e-3)
     authors["args"].prediction = "velocity"
     record = load_checkpoint(save(authors, tmp_path / "b.pt")).record
-    assert Transport(**record["transport"]).interval(eval=True) == Transport(**record["transport"]).interval() == (0, 1)
+    transport = record.build_transport()
+    assert transport.interval(eval=True) == transport.interval() == (0, 1)
 
 
 def test_without_a_row_more_than_classes_there_is_no_null_class(authors, tmp_path):
     authors["args"].num_classes = 11
-    network = SiT(**load_checkpoint(save(authors, tmp_path / "a.pt")).record["model"])
+    network = load_checkpoint(save(authors, tmp_path / "a.pt")).record.build_network()
     assert (network.num_classes, network.null_label) == (11, None)
 
 
@@ -119,21 +120,21 @@ def with_args(**args):
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (lambda a: a["ema"], "the number of attention heads can't be told: the width is 64, and the known sizes have"),
+        (lambda a: a["ema"], "the number of attention heads is unknown: got width 64, expected one of 384, 768"),
         (lambda a: {"model": a["model"], "args": a["args"]}, "no ema weights"),
         (without("ema", "pos_embed"), "not the weights of a SiT: 'pos_embed' is missing"),
         (without("ema", "blocks.1.attn.proj.bias"), "not the weights of a SiT: blocks.1.attn.proj.bias is missing"),
         (change(projector__weight=torch.ones(1)), "it has projector.weight, which a SiT has not"),
-        (change(pos_embed=torch.ones(1, 15, 64)), "pos_embed is (1, 15, 64); it takes (1, 9, 64)"),
+        (change(pos_embed=torch.ones(1, 15, 64)), "pos_embed: got shape (1, 15, 64), expected (1, 9, 64)"),
         (change(pos_embed=torch.ones(64)), "not the weights of a SiT: tuple index out of range"),
         (
             change(t_embedder__mlp__0__bias=torch.tensor([0.0] * 63 + [float("nan")])),
             "t_embedder.mlp.0.bias has values",
         ),
         (change(t_embedder__mlp__0__bias=torch.full((64,), -torch.inf)), "t_embedder.mlp.0.bias has values"),
-        (with_args(num_classes=5), "embedding_table.weight is (11, 64); it takes (6, 64)"),
+        (with_args(num_classes=5), "embedding_table.weight: got shape (11, 64), expected (6, 64)"),
         (with_args(num_classes="ten"), "not the weights of a SiT"),
-        (with_args(prediction="v"), "transport: prediction: got 'v'; it takes velocity, noise, score"),
+        (with_args(prediction="v"), "transport: prediction: got 'v', expected velocity, noise, score"),
         (with_args(path_type=3), "transport: path_type: got 3"),
         (lambda a: a | {"args": argparse.Namespace(num_heads=0)}, "not the weights of a SiT"),
     ],
@@ -149,7 +150,7 @@ def test_what_is_not_quite_an_authors_file_is_refused_in_a_line(authors, tmp_pat
 
 def test_a_network_of_other_latents_than_the_authors_is_not_given_their_autoencoder(tmp_path):
     path = save(build_sit("SiT-S/8", depth=1, in_channels=1).state_dict(), tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match="of 1 channels, where the authors' autoencoder has 4"):
+    with pytest.raises(CheckpointError, match="got 1 channels, expected the 4 of the authors' autoencoder"):
         load_checkpoint(path)
 
 
@@ -183,7 +184,7 @@ def exported(tmp_path, tiny) -> Path:
         "weights": {"ema": "model.safetensors"},
         "trained": {"step": 7, "epoch": 1, "samples": 70},
         "model": TINY,
-        "transport": {"path_type": "VP", "prediction": "noise"},
+        "transport": TRANSPORT,
         "autoencoder": {"name": None, "channels": 4},
         "classes": list("abcdefghij"),
     }
@@ -197,7 +198,7 @@ def test_an_exported_folder_is_read_as_its_config_says(exported, tiny):
     assert same(checkpoint.weights, tiny.state_dict())
     assert (checkpoint.step, checkpoint.epoch, checkpoint.samples) == (7, 1, 70)
     assert checkpoint.path == str(exported / "model.safetensors")
-    assert checkpoint.record.keys() == {"model", "transport", "autoencoder", "classes"}
+    assert checkpoint.record == Record(TINY, TRANSPORT, AutoencoderSpec(None, 4), list("abcdefghij"))
     with pytest.raises(NoSuchWeights, match="no training weights; ask for the ema ones"):
         load_checkpoint(str(exported), "training")
 
@@ -213,17 +214,20 @@ def test_a_file_of_an_exported_folder_is_not_read_without_the_record_beside_it(e
     ("changes", "message"),
     [
         ({"format": "diffusers"}, "sit_composer.export didn't write it"),
-        ({"version": 2}, "of version 2; this program reads version 1"),
-        ({"weights": {"ema": "../model.safetensors"}}, "ema weights in '../model.safetensors'"),
+        ({"version": 2}, "got version 2, expected version 1"),
+        (
+            {"weights": {"ema": "../model.safetensors"}},
+            "ema weights: got '../model.safetensors', expected model",
+        ),
         ({"weights": {"ema": "ema.safetensors"}}, "ema.safetensors: missing or damaged"),
         ({"weights": None}, "not an export's"),
         ({"trained": {}}, "not an export's: 'step'"),
         ({"model": {"width": 3}}, "model: "),
-        ({"model": TINY | {"num_heads": 7}}, "model: hidden_size 64 is not a multiple of num_heads 7"),
+        ({"model": TINY | {"num_heads": 7}}, "model: hidden_size: got 64, expected a multiple of num_heads (7)"),
         ({"model": TINY | {"depth": 3}}, "blocks.2.attn.qkv.weight is missing"),
         ({"transport": {"path_type": "linear"}}, "transport: path_type: got 'linear'"),
         ({"autoencoder": {"name": None}}, "autoencoder: "),
-        ({"classes": ["one"]}, "classes: it takes 10 names"),
+        ({"classes": ["one"]}, "classes: expected 10 names"),
     ],
 )
 def test_a_config_that_cannot_be_used_is_named(exported, changes, message):

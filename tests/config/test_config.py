@@ -6,15 +6,13 @@ import pytest
 import torch
 import yaml
 
-from sit_composer import choices as names
 from sit_composer.config.checks import check
-from sit_composer.config.data_fits import check_data, local_spec
+from sit_composer.config.data_fits import check_classes_agree, check_data, local_spec
 from sit_composer.config.load import load_config
 from sit_composer.config.schema import ConfigError, network_arguments
 from sit_composer.data.spec import DataSpec
-from sit_composer.interpolant import PATHS
 from sit_composer.sit import build_sit
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 QUICKSTART = str(ROOT / "yamls" / "quickstart.yaml")
 PAPER = sorted(path.name for path in (ROOT / "yamls").glob("sit_*.yaml"))
@@ -76,45 +74,50 @@ def test_a_yamls_header_has_the_numbers_that_follow_from_its_network(name):
     [
         ("modl.depth=3", "modl: no such key; did you mean model?"),
         ("model.hiden_size=3", "model.hiden_size: no such key; did you mean hidden_size?"),
-        ("data.num_workers=four", "data.num_workers: got 'four'; it takes a whole number"),
-        ("optimizer.lr=fast", "optimizer.lr: got 'fast'; it takes a number"),
-        ("data.flip=maybe", "data.flip: got 'maybe'; it takes true or false"),
-        ("depth", "'depth': an override is written key=value"),
-        ("model.hidden_size=130", "model.hidden_size: got 130; it takes a multiple of num_heads (4)"),
-        ("model.input_size=9", "model.input_size: got 9; it takes a multiple of patch_size (2)"),
-        ("model.depth=0", "model.depth: got 0; it takes a whole number, 1 or more"),
-        ("model.depth=null", "model.depth: no value; give it, or a variant"),
-        ("model.name=SiT-XXL/2", "model.name: got 'SiT-XXL/2'; it takes SiT-S/2"),
-        ("model.class_dropout_prob=1", "model.class_dropout_prob: got 1.0; it takes a number in [0, 1)"),
-        ("transport.path_type=linear", "transport.path_type: got 'linear'; it takes Linear, GVP, VP"),
+        ("data.num_workers=four", "data.num_workers: got 'four', expected a whole number"),
+        ("optimizer.lr=fast", "optimizer.lr: got 'fast', expected a number"),
+        ("data.flip=maybe", "data.flip: got 'maybe', expected true or false"),
+        ("depth", "'depth': invalid override, expected key=value"),
+        ("model.hidden_size=130", "model.hidden_size: got 130, expected a multiple of num_heads (4)"),
+        ("model.input_size=9", "model.input_size: got 9, expected a multiple of patch_size (2)"),
+        ("model.depth=0", "model.depth: got 0, expected a whole number of at least 1"),
+        ("model.depth=null", "model.depth: no value; set it, or a variant"),
+        ("model.name=SiT-XXL/2", "model.name: got 'SiT-XXL/2', expected SiT-S/2"),
+        ("model.class_dropout_prob=1", "model.class_dropout_prob: got 1.0, expected a number in [0, 1)"),
+        ("transport.path_type=linear", "transport.path_type: got 'linear', expected Linear, GVP, VP"),
         ("transport.prediction=eps", "transport.prediction: got 'eps'"),
-        ("transport.loss_weight=snr", "transport.loss_weight: got 'snr'; it takes None, velocity, likelihood"),
-        ("transport.train_eps=0.6", "transport.train_eps: got 0.6; it takes a number in [0, 0.5)"),
-        ("transport.time_sampling=cosine", "transport.time_sampling: got 'cosine'; it takes uniform, logit-normal"),
-        ("transport.time_std=0", "transport.time_std: got 0.0; it takes a number above 0"),
-        ("transport.time_std=.inf", "transport.time_std: got inf; it takes a number above 0"),
-        ("transport={time_sampling: logit-normal, time_mean: .nan}", "transport.time_mean: got nan; it takes a number"),
+        ("transport.loss_weight=snr", "transport.loss_weight: got 'snr', expected None, velocity, likelihood"),
+        ("transport.train_eps=0.6", "transport.train_eps: got 0.6, expected a number in [0, 0.5)"),
+        ("transport.time_sampling=cosine", "transport.time_sampling: got 'cosine', expected uniform, logit-normal"),
+        ("transport.time_std=0", "transport.time_std: got 0.0, expected a number above 0"),
+        ("transport.time_std=.inf", "transport.time_std: got inf, expected a number above 0"),
+        ("transport={time_sampling: logit-normal, time_mean: .nan}", "transport.time_mean: got nan, expected a number"),
         ("transport.time_mean=1", "transport.time_mean: goes with transport.time_sampling=logit-normal"),
-        ("transport={prediction: noise, sample_eps: 0}", "transport.sample_eps: got 0; there is a pole"),
-        ("transport={prediction: score, loss_weight: velocity, train_eps: 0}", "transport.train_eps: got 0; there is"),
-        ("optimizer.lr=.inf", "optimizer.lr: got inf; it takes a number above 0"),
-        ("transport.time_shift=0", "transport.time_shift: got 0.0; it takes a number above 0"),
+        ("transport={prediction: noise, sample_eps: 0}", "transport.sample_eps: got 0, expected a number above 0"),
+        ("transport={prediction: score, loss_weight: velocity, train_eps: 0}", "transport.train_eps: got 0, expected"),
+        ("optimizer.lr=.inf", "optimizer.lr: got inf, expected a number above 0"),
+        ("transport.time_shift=0", "transport.time_shift: got 0.0, expected a number above 0"),
         ("data.global_batch_size=0", "data.global_batch_size: got 0"),
-        ("optimizer.lr=0", "optimizer.lr: got 0.0; it takes a number above 0"),
-        ("optimizer.betas=[0.9]", "optimizer.betas: got [0.9]; it takes two numbers"),
-        ("ema.decay=1", "ema.decay: got 1.0; it takes a number between 0 and 1"),
-        ("sample_grid={labels: [10]}", "sample_grid.labels: got 10; it takes labels 0 to 9"),
+        ("eval_data={local: x, global_batch_size: 0}", "eval_data.global_batch_size: got 0, expected a whole number"),
+        ("optimizer.betas=[0.9, 1]", "optimizer.betas: got 1.0, expected a number in [0, 1)"),
+        ("sample_grid={labels: [-1]}", "sample_grid.labels: got -1, expected a whole number of at least 0"),
+        ("fsdp={mixed_precision: half}", "fsdp.mixed_precision: got 'half', expected DEFAULT, PURE, FULL"),
+        ("transport.path_type=null", "transport.path_type"),
+        ("optimizer.lr=0", "optimizer.lr: got 0.0, expected a number above 0"),
+        ("optimizer.betas=[0.9]", "optimizer.betas: got [0.9], expected two numbers"),
+        ("ema.decay=1", "ema.decay: got 1.0, expected a number in (0, 1)"),
+        ("sample_grid={labels: [10]}", "sample_grid.labels: got 10, expected labels from 0 to 9"),
         ("frechet={features: none.pt, reference: none.npz}", "frechet.reference: no file 'none.npz'"),
         ("frechet={interval: 5ba}", "frechet.reference: no value"),
         ("frechet={num_images: 1, reference: none.npz}", "frechet.num_images: got 1"),
         ("sample_grid={sampling_method: Euler}", "sample_grid.sampling_method: got 'Euler'"),
         ("sample_grid={interval: often}", "sample_grid.interval: got 'often'"),
-        ("sample_grid={interval: 0ba}", "sample_grid.interval: got '0ba'; it takes a time in batches"),
-        ("sample_grid={interval: 1.5ep}", "sample_grid.interval: got '1.5ep'; it takes a time in batches"),
-        ("sample_grid={interval: '10'}", "sample_grid.interval: got '10'; it takes a time in batches"),
-        ("sample_grid={interval: 5sec}", "sample_grid.interval: got '5sec'; it takes a time in batches"),
-        ("precision=bf16", "precision: got 'bf16'; it takes fp32"),
-        ("fsdp={sharding_strategy: FULL_SHARD}", "fsdp.sharding_strategy: no such key; it takes"),
+        ("sample_grid={interval: 0ba}", "sample_grid.interval: got '0ba', expected a time in batches"),
+        ("sample_grid={interval: 1.5ep}", "sample_grid.interval: got '1.5ep', expected a time in batches"),
+        ("sample_grid={interval: '10'}", "sample_grid.interval: got '10', expected a time in batches"),
+        ("sample_grid={interval: 5sec}", "sample_grid.interval: got '5sec', expected a time in batches"),
+        ("precision=bf16", "precision: got 'bf16', expected fp32"),
+        ("fsdp={sharding_strategy: FULL_SHARD}", "fsdp.sharding_strategy: no such key; expected"),
         ("trainer.save_folder=s3://key:secret@bucket/run", "trainer.save_folder: an address with credentials in it"),
         ("loggers={mlflow: {tracking_uri: 'https://me:secret@host'}}", "loggers.mlflow.tracking_uri: an address with"),
         ("callbacks={checkpoint_saver: {}}", "callbacks.checkpoint_saver: set it by trainer.save_interval"),
@@ -122,33 +125,33 @@ def test_a_yamls_header_has_the_numbers_that_follow_from_its_network(name):
         ("loggers={a: {b: {aws_secret_access_key: abc}}}", "loggers.a.b.aws_secret_access_key: a secret, which"),
         ("loggers={a: {password: 1234}}", "loggers.a.password: a secret, which"),
         ("loggers={a: {uri: 'https://me:sec/ret@host'}}", "loggers.a.uri: an address with credentials in it"),
-        ("supervision.grace=0", "supervision.grace: got 0.0; it takes a number of seconds above 0"),
+        ("supervision.grace=0", "supervision.grace: got 0.0, expected a number above 0"),
         ("trainer.save_filename=x.pt", "trainer.save_filename: is fixed here"),
-        ("fsdp={state_dict_type: local}", "fsdp.state_dict_type: got 'local'; it takes sharded, full"),
-        ("fsdp={data_parallel_replicate_degree: 3}", "fsdp.data_parallel_replicate_degree: got 3; it takes a divisor"),
-        ("scheduler={constant: {}, cosine_annealing: {}}", "scheduler: got 2 of them; it takes one"),
-        ("scheduler={cosine: {}}", "scheduler.cosine: Composer has no such thing"),
-        ("trainer.max_duration=long", "trainer.max_duration: got 'long'; it takes a time"),
+        ("fsdp={state_dict_type: local}", "fsdp.state_dict_type: got 'local', expected sharded, full"),
+        ("fsdp={data_parallel_replicate_degree: 3}", "fsdp.data_parallel_replicate_degree: got 3, expected a divisor"),
+        ("scheduler={constant: {}, cosine_annealing: {}}", "scheduler: got 2 of them, expected one"),
+        ("scheduler={cosine: {}}", "scheduler.cosine: Composer has no such class"),
+        ("trainer.max_duration=long", "trainer.max_duration: got 'long', expected a time"),
         ("trainer.autoresum=true", "trainer.autoresum: Trainer has no such argument; did you mean autoresume?"),
-        ("trainer.progress_bar=7", "trainer.progress_bar: got 7; it takes bool"),
-        ("trainer.precision=fp32", "trainer.precision: set it as precision, at the top"),
+        ("trainer.progress_bar=7", "trainer.progress_bar: got 7, expected bool"),
+        ("trainer.precision=fp32", "trainer.precision: set it as precision, at the top level"),
         ("trainer.save_folder=null", "trainer.save_folder: no value; autoresume needs one"),
-        ("trainer.save_weights_only=true", "trainer.save_weights_only: got True; it would leave out the EMA"),
-        ("trainer.save_interval=0ba", "trainer.save_interval: got 0ba; nothing would be saved"),
+        ("trainer.save_weights_only=true", "trainer.save_weights_only: got True, expected false: the EMA"),
+        ("trainer.save_interval=0ba", "trainer.save_interval: got 0ba, expected a time above 0"),
         ("trainer.device_train_microbatch_size=1.5", "trainer.device_train_microbatch_size: got 1.5"),
-        ("optimizer.weight_decay=-1", "optimizer.weight_decay: got -1.0; it takes a number, 0 or more"),
+        ("optimizer.weight_decay=-1", "optimizer.weight_decay: got -1.0, expected a number of at least 0"),
         ("optimizer.eps=nan", "optimizer.eps: got nan"),
-        ("seed=-1", "seed: got -1; it takes a whole number from 0"),
+        ("seed=-1", "seed: got -1, expected a whole number in [0, 4294967295]"),
         ("model.mlp_ratio=inf", "model.mlp_ratio: got inf"),
-        ("data.image_size=0", "data.image_size: got 0; it takes a whole number, 1 or more"),
+        ("data.image_size=0", "data.image_size: got 0, expected a whole number of at least 1"),
         ("callbacks={a: [", "callbacks={a: [: while parsing a flow"),
         ("callbacks=[speed_monitor]", "callbacks=[speed_monitor]: Cannot merge"),
         ("ema=5", "ema"),
         ("trainer.device_train_microbatch_size=0", "trainer.device_train_microbatch_size: got 0"),
         ("algorithms.ema={}", "algorithms.ema: set it as ema.decay"),
-        ("callbacks.sped_monitor={}", "callbacks.sped_monitor: Composer has no such thing; did you mean SpeedMonitor?"),
+        ("callbacks.sped_monitor={}", "callbacks.sped_monitor: Composer has no such class; did you mean SpeedMonitor?"),
         ("callbacks.speed_monitor.windw_size=3", "windw_size: SpeedMonitor has no such argument; did you mean window_"),
-        ("callbacks.lr_monitor=3", "callbacks.lr_monitor: got 3; it takes its arguments"),
+        ("callbacks.lr_monitor=3", "callbacks.lr_monitor: got 3, expected its arguments"),
         ("loggers.file={filname: x}", "loggers.file.filname: FileLogger has no such argument; did you mean filename?"),
         ("algorithms.gradient_clipping={}", "algorithms.gradient_clipping.clipping_type: no value"),
     ],
@@ -162,7 +165,7 @@ def test_a_mistake_is_told_by_key_value_and_what_is_taken(override, message):
 
 def test_ranks_that_do_not_divide_the_batch_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ConfigError, match="with 3 ranks it takes a multiple of 3"):
+    with pytest.raises(ConfigError, match=r"expected a multiple of 3 \(3 ranks\)"):
         configure()
 
 
@@ -191,20 +194,24 @@ LATENTS = {"name": "some/vae", "scale": 0.2, "shift": 0.0, "channels": 4, "downs
     ("overrides", "changes", "message"),
     [
         ([], {"num_classes": 11, "classes": ["a"] * 11, "class_counts": [1] * 11}, "has 11 classes"),
-        (["model.num_classes=12"], {}, "model.num_classes: got 12; runs/quickstart/shards has only 10 classes"),
-        ([], {"channels": 3}, "model.in_channels: got 1; the data has 3"),
-        (["data.image_size=16"], {}, "model.input_size: got 8; pictures of 16 become latents of 16"),
-        (["model.input_size=16"], {}, "model.input_size: got 16; pictures of 8 become latents of 8"),
-        ([], {"samples": 60}, "data.global_batch_size: got 64; runs/quickstart/shards has 60 samples"),
+        (
+            ["model.num_classes=12"],
+            {},
+            "model.num_classes: got 12, expected 10: runs/quickstart/shards has",
+        ),
+        ([], {"channels": 3}, "model.in_channels: got 1, expected 3"),
+        (["data.image_size=16"], {}, "model.input_size: got 8, expected 16"),
+        (["model.input_size=16"], {}, "model.input_size: got 16, expected 8"),
+        ([], {"samples": 60}, "data.global_batch_size: got 64, expected at most 60"),
         (
             [],
             {"kind": "latents", "autoencoder": LATENTS},
-            "autoencoder.name: got None; runs/quickstart/shards was made",
+            "autoencoder.name: got None, expected some/vae",
         ),
         (
             ["autoencoder.name=some/vae", "model.in_channels=4"],
             {"kind": "latents", "autoencoder": LATENTS, "channels": 4, "image_size": 250},
-            "data.image_size: got 250; the autoencoder makes one of 8 pixels",
+            "data.image_size: got 250, expected a multiple of 8",
         ),
     ],
 )
@@ -224,7 +231,7 @@ def test_one_folder_of_an_autoencoder_has_many_names(tmp_path, monkeypatch):
     }
     for name in ("vae", "./vae", f"{tmp_path}/vae"):
         check_data(configure(f"autoencoder.name={name}", "model.in_channels=4"), spec(**other))
-    with pytest.raises(ConfigError, match=r"autoencoder\.name: got \./no; .* was made with .*/vae"):
+    with pytest.raises(ConfigError, match=r"autoencoder\.name: got \./no, expected .*/vae"):
         check_data(configure("autoencoder.name=./no", "model.in_channels=4"), spec(**other))
 
 
@@ -232,9 +239,16 @@ def test_data_that_fits_passes():
     check_data(configure(), spec())
 
 
+def test_sections_whose_labels_mean_different_things_are_refused():
+    check_classes_agree({"data": spec(), "eval_data": spec()})
+    other = spec(classes=[str(i) for i in reversed(range(10))])
+    with pytest.raises(ConfigError, match=r"eval_data\.local: its classes are not data's"):
+        check_classes_agree({"data": spec(), "eval_data": other})
+
+
 def test_a_folder_without_shards_says_what_makes_them(tmp_path):
     config = configure(f"data.local={tmp_path}")
-    with pytest.raises(ConfigError, match=r"data\.local: no shards in .*convert/to_mds\.py makes them"):
+    with pytest.raises(ConfigError, match=r"data\.local: no shards in .*make them by convert/to_mds\.py"):
         local_spec(config.data)
 
 
@@ -245,10 +259,6 @@ def test_a_malformed_spec_is_named(tmp_path):
     (tmp_path / "spec.json").write_text('{"version": 9}')
     with pytest.raises(ConfigError, match=r"spec\.json is of version 9; this program reads version 1"):
         local_spec(configure(f"data.local={tmp_path}").data)
-
-
-def test_paths_have_one_list_of_names():
-    assert tuple(PATHS) == names.PATHS
 
 
 @pytest.mark.parametrize("arguments", [["--help"], [QUICKSTART, "modl.depth=3"]])

@@ -16,9 +16,11 @@ import pytest
 from sklearn.datasets import load_digits
 
 from sit_composer import storage
-from tests.conftest import ROOT, ROWS, png
-from tests.convert.test_to_mds import read
 from tests.helpers.fault_proxy import FaultProxy
+from tests.helpers.images import png
+from tests.helpers.paths import ROOT
+from tests.helpers.shards import contents, read
+from tests.helpers.tables import ROWS
 
 from convert.engine import output  # isort: skip
 from convert.engine import pipeline  # isort: skip
@@ -42,10 +44,6 @@ def whole(tmp_path, table, convert):
     return contents(tmp_path / "whole")
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
 def finished(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("part.*.json"))
 
@@ -67,6 +65,7 @@ def test_the_bytes_are_the_same_whatever_the_workers(tmp_path, table, convert, w
     assert contents(tmp_path / "out") == whole
 
 
+@pytest.mark.slow
 def test_killed_eight_times_it_comes_to_the_same_bytes(tmp_path, table, whole):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "tests.helpers.torture_convert", "8", "25", "3000", table, "--out", out]

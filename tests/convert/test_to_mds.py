@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from sit_composer.data.spec import DataSpec
+from tests.helpers.shards import read
 
 SCRIPT = Path(__file__).parents[2] / "convert" / "to_mds.py"
 sys.path.insert(0, str(SCRIPT.parent))
@@ -38,16 +38,6 @@ def encode(picture, format):
     file = io.BytesIO()
     picture.save(file, format)
     return file.getvalue()
-
-
-def read(folder):
-    """The spec, and (image, label) of every sample that the index names."""
-    from streaming.base.format import reader_from_json
-
-    shards = json.loads((folder / "index.json").read_text())["shards"]
-    readers = [reader_from_json(str(folder), None, shard) for shard in shards]
-    samples = [(sample["image"], sample["label"]) for reader in readers for sample in reader]
-    return DataSpec.from_json((folder / "spec.json").read_text(), "spec.json"), samples
 
 
 def write_parquet(path, images, labels, **options):

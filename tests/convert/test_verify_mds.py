@@ -12,7 +12,7 @@ from streaming import MDSWriter
 
 from convert import to_mds, verify_mds
 from sit_composer.data.spec import DataSpec
-from tests.data.test_pictures import encode
+from tests.helpers.images import encode
 
 CLASSES = ["ant", "bee", "cat"]
 

@@ -24,7 +24,7 @@ from sit_composer.config.schema import FSDPConfig, ModelConfig, network_argument
 from sit_composer.costs import live_bytes
 from sit_composer.sit import SiT
 from sit_composer.transport import Transport
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 SMALL = {"hidden_size": 64, "depth": 3, "num_heads": 2, "patch_size": 2, "input_size": 16, "num_classes": 10}
 

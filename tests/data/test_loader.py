@@ -18,8 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits, load_sample_images
-from streaming import MDSWriter
+from sklearn.datasets import load_sample_images
 from streaming.base.dataset import _ShardState
 from streaming.base.format import Reader
 
@@ -27,31 +26,8 @@ from sit_composer.data.loader import DataError, build_loader, coin, load_spec
 from sit_composer.data.spec import DataSpec
 from sit_composer.data.stream import CheckedStream, shard_fault
 from sit_composer.randomness import sample_key
-from tests.data.test_pictures import adm_center_crop, encode
-
-SAMPLES = 200
-DIGITS = load_digits()
-
-
-def digit(index: int) -> np.ndarray:
-    return np.round(DIGITS.images[index] * (255 / 16)).astype(np.uint8)
-
-
-def write(folder: Path, columns: dict, rows: list[dict], spec: dict, **options) -> Path:
-    options = {"hashes": ["xxh64"], "size_limit": 4096} | options
-    with MDSWriter(out=str(folder), columns=columns, **options) as writer:
-        for row in rows:
-            writer.write(row)
-    classes = {"num_classes": 10, "classes": [str(i) for i in range(10)], "class_counts": [len(rows) // 10] * 10}
-    spec = {"image_size": 8, "samples": len(rows), **classes} | spec
-    (folder / "spec.json").write_text(DataSpec(**spec).to_json())
-    return folder
-
-
-def write_digits(folder: Path, first: int = 0, **options) -> Path:
-    indices = range(first, first + SAMPLES)
-    rows = [{"image": encode(Image.fromarray(digit(i)), "PNG"), "label": int(DIGITS.target[i])} for i in indices]
-    return write(folder, {"image": "bytes", "label": "int"}, rows, {"kind": "pixels", "channels": 1}, **options)
+from tests.helpers.digits import DIGITS, LOADERS, SAMPLES, digit, gather, loader, write, write_digits
+from tests.helpers.images import adm_center_crop, encode
 
 
 @pytest.fixture(scope="module")
@@ -87,21 +63,6 @@ def never_hangs():
     signal.alarm(0)
     while LOADERS:  # a garbage collector that stops them takes five seconds a worker
         LOADERS.pop().__del__()
-
-
-LOADERS = []
-
-
-def loader(remote, local, **options):
-    options = {"batch_size": 16, "seed": 1, "drop_last": False, "download_retry": 1} | options
-    remote = remote and str(remote)
-    LOADERS.append(build_loader(remote, str(local), spec=load_spec(remote, str(local)), **options))
-    return LOADERS[-1]
-
-
-def gather(batches) -> dict[str, torch.Tensor]:
-    batches = list(batches)
-    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def same(a: dict, b: dict) -> bool:

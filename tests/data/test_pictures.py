@@ -17,28 +17,12 @@ from sklearn.datasets import load_sample_images
 
 from convert.kinds import pixels
 from sit_composer.data.pictures import center_crop, decode_image
+from tests.helpers.images import adm_center_crop, encode
 
 PHOTOGRAPH = Image.fromarray(load_sample_images().images[1]).resize((60, 40))
 
 
-def encode(picture: Image.Image, kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, kind, **options)
-    return file.getvalue()
-
-
 # --- the crop ------------------------------------------------------------------------------------------------------
-
-
-def adm_center_crop(picture: Image.Image, size: int) -> np.ndarray:
-    """ADM's center_crop_arr, by PIL throughout."""
-    while min(*picture.size) >= 2 * size:
-        picture = picture.resize(tuple(side // 2 for side in picture.size), resample=Image.BOX)
-    scale = size / min(*picture.size)
-    picture = picture.resize(tuple(round(side * scale) for side in picture.size), resample=Image.BICUBIC)
-    array = np.array(picture)
-    top, left = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
-    return array[top : top + size, left : left + size]
 
 
 def differences(levels: np.ndarray, size: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Bits a dimension of the digits under small networks that a few batches trained."""
 
+import contextlib
 import json
 import math
 import subprocess
@@ -11,13 +12,14 @@ import torch
 from streaming import MDSWriter
 
 from sit_composer import bits_per_dim, train
-from sit_composer.autoencoder import KLAutoencoder, from_uint8
-from sit_composer.checkpoint.load import build_network, load_checkpoint
+from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder, from_uint8
+from sit_composer.checkpoint.load import load_checkpoint
+from sit_composer.checkpoint.record import Record
 from sit_composer.data.loader import build_loader, load_spec
 from sit_composer.data.spec import SPEC_NAME, DataSpec
+from sit_composer.evaluation.bits import check_fit
 from sit_composer.likelihood import dequantize, log_likelihood
-from sit_composer.transport import Transport
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 SMALL = ["model.hidden_size=32", "model.depth=1", "model.num_heads=2", "scheduler={constant: {}}"]
 FIXED = ("--sampling-method", "heun", "--num-steps", "4")
@@ -78,7 +80,7 @@ def test_the_digits_bits_are_log_ps_of_the_network_given_their_classes(measure, 
     assert line.startswith(f"{result['bits_per_dim']:.4f} ± {result['standard_error']:.4f} bits/dim of 8-bit pictures")
     assert line.count("\n") == 1
     checkpoint = load_checkpoint(str(checkpoints), "training")
-    network, transport = build_network(checkpoint, "cpu"), Transport(**checkpoint.record["transport"])
+    network, transport = checkpoint.build_network(), checkpoint.record.build_transport()
     spec = load_spec(None, str(digits_shards))
     dataset = build_loader(None, str(digits_shards), spec=spec, batch_size=1).dataset
     rows = [dataset[i] for i in result["pictures"]]
@@ -138,26 +140,29 @@ def test_latents_bits_are_called_theirs(measure, latent_checkpoints, latent_shar
 
 
 def refused(capsys, *arguments: str) -> str:
-    assert bits_per_dim.main(list(map(str, arguments))) == 2
+    with contextlib.suppress(SystemExit):  # argparse's way out
+        assert bits_per_dim.main(list(map(str, arguments))) == 2
     out, err = capsys.readouterr()
     assert not out
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    return err
+    (error,) = (line for line in err.splitlines() if "error: " in line)
+    return error
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--mode", "SDE"], "--mode: got SDE; only the ODE has a likelihood"),
-        (["--sampling-method", "Euler"], "--sampling-method: got 'Euler'; it takes euler"),
-        (["--num-steps", "9"], "--num-steps: goes with a fixed-step solver; dopri5 is none"),
-        (["--sampling-method", "rk4", "--rtol", "1"], "--rtol: goes with an adaptive solver; rk4 is none"),
-        (["--probes", "0"], "--probes: got 0; it takes 1 or more"),
-        (["--exact", "--probes", "2"], "--probes: goes without --exact"),
-        (["--atol", "nan"], "--atol: got nan; it takes a number above 0"),
-        (["--num-images", "1798"], "--num-images: got 1798;"),
-        (["--out", "result.txt"], "--out: got result.txt; it takes a file's name that ends in .json"),
+        (["--mode", "SDE"], "unrecognized arguments: --mode SDE"),
+        (["--sampling-method", "Euler"], "--sampling-method: got 'Euler', expected euler"),
+        (["--num-steps", "9"], "argument --num-steps: has no effect without a fixed-step solver (euler"),
+        (
+            ["--sampling-method", "rk4", "--rtol", "1"],
+            "argument --rtol: has no effect without an adaptive solver",
+        ),
+        (["--probes", "0"], "argument --probes: got '0', expected a whole number of at least 1"),
+        (["--exact", "--probes", "2"], "argument --probes: has no effect with --exact"),
+        (["--atol", "nan"], "argument --atol: got 'nan', expected a number above 0"),
+        (["--num-images", "1798"], "--num-images: got 1798, expected at most the 1797"),
+        (["--out", "result.txt"], "--out: got result.txt, expected a file name that ends in .json"),
     ],
 )
 def test_a_wrong_option_is_named_in_one_line(checkpoints, digits_shards, capsys, options, message):
@@ -171,7 +176,7 @@ def test_a_launcher_is_refused(checkpoints, digits_shards, capsys, monkeypatch):
 
 def test_a_trace_of_too_many_dimensions_is_refused(checkpoints, digits_shards, capsys, monkeypatch):
     monkeypatch.setattr("sit_composer.evaluation.bits.EXACT_DIMS", 63)
-    message = "--exact: the network has 64 dimensions; it takes 63 at most"
+    message = "--exact: got a network of 64 dimensions, expected at most 63"
     assert message in refused(capsys, checkpoints, "--data", digits_shards, "--exact")
 
 
@@ -184,9 +189,12 @@ def test_a_solver_that_gives_up_is_told(checkpoints, digits_shards, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"channels": 3}, "pictures of 3 channels; {checkpoint} is of 1"),
-        ({"image_size": 16}, "pixels of pictures of 16; {checkpoint} is of pictures of 8"),
-        ({"num_classes": 9, "classes": list("012345678"), "class_counts": [1] * 9}, "has 9 classes, and {checkpoint}"),
+        ({"channels": 3}, "got images of 3 channels, expected 1 as for {checkpoint}"),
+        ({"image_size": 16}, "got pixels of images of size 16, expected 8 as for {checkpoint}"),
+        (
+            {"num_classes": 9, "classes": list("012345678"), "class_counts": [1] * 9},
+            "got 9 classes, expected 10 as for {checkpoint}",
+        ),
     ],
 )
 def test_shards_that_do_not_fit_are_refused(checkpoints, digits_shards, tmp_path, capsys, change, message):
@@ -196,32 +204,32 @@ def test_shards_that_do_not_fit_are_refused(checkpoints, digits_shards, tmp_path
 
 
 def test_latents_of_another_autoencoder_are_refused(latent_checkpoints, latent_shards, checkpoints, tmp_path, capsys):
-    wanted = f"{checkpoints} was trained on pixels"
+    wanted = f"expected pixels as for {checkpoints}"
     assert wanted in refused(capsys, checkpoints, "--data", latent_shards)
     spec = load_spec(None, str(latent_shards))
     other = DataSpec(**vars(spec) | {"autoencoder": spec.autoencoder | {"scale": 0.5}})
     (tmp_path / SPEC_NAME).write_text(other.to_json())
-    assert "was trained on latents of" in refused(capsys, latent_checkpoints, "--data", tmp_path)
+    assert "expected latents of" in refused(capsys, latent_checkpoints, "--data", tmp_path)
 
 
 def test_names_of_classes_must_agree_unless_they_are_numbers():
     names = {"a": ["a", "b"], "b": ["b", "a"], "numbers": ["0", "1"]}
-    network = {"model": {"input_size": 8, "in_channels": 1}, "autoencoder": {"name": None, "downsample": 1}}
+    model = {"input_size": 8, "in_channels": 1}
 
     def check(ours: str, theirs: str) -> None:
         args = bits_per_dim.parse(["run", "--data", "shards"])
         spec = DataSpec("pixels", 1, 8, 2, names[theirs], [1, 1], 2)
-        bits_per_dim.check_fit(args, network | {"classes": names[ours]}, spec)
+        check_fit(args, Record(model, {}, AutoencoderSpec(None, 1), names[ours]), spec)
 
     for pair in (("a", "a"), ("a", "numbers"), ("numbers", "b")):
         check(*pair)
-    with pytest.raises(ValueError, match="has 2 classes, and run is of 2: for 'a' there is 'b'"):
+    with pytest.raises(ValueError, match="shards: got the class 'b', expected 'a' as for run"):
         check("a", "b")
 
 
 def test_a_wrong_option_is_told_at_once():
-    code = "from sit_composer.bits_per_dim import main; main(['x', '--data', 'y', '--mode', 'SDE'])"
+    code = "from sit_composer.bits_per_dim import main; main(['x', '--data', 'y', '--sampling-method', 'SDE'])"
     command = [sys.executable, "-c", f"import sys; {code}; print('torch' in sys.modules)"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.stderr.startswith("error: --mode: got SDE; only the ODE has a likelihood")
+    assert done.stderr.startswith("error: --sampling-method: got 'SDE', expected euler")
     assert done.stdout == "False\n"  # nothing heavy was imported

@@ -24,7 +24,7 @@ from sit_composer.choices import METRICS
 from sit_composer.evaluation.features import load_inception
 from sit_composer.evaluation.metrics import inception_score, precision_recall
 from sit_composer.evaluation.picture_sets import open_set
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 
 class Features(nn.Module):
@@ -212,7 +212,7 @@ def test_jpeg_and_other_sizes_are_cropped_on_request(judge, halves, digits, tmp_
         noise = rng.integers(0, 256, (20 + i, 30, 3)).astype(np.uint8)
         write_pictures(noise[None], tmp_path / "wide", "jpeg", start=i)
     assert evaluate.main([str(halves[0]), "--reference", str(tmp_path / "wide"), "--features", judge_file(judge)]) == 2
-    assert "000001.jpeg: is 21 × 30, and" in capsys.readouterr().err
+    assert "000001.jpeg: got 21 × 30, expected 20 × 30" in capsys.readouterr().err
     result = judge(halves[0], tmp_path / "wide", "--image-size", "8")
     assert result["reference"]["size"] == [8, 8]
     assert result["reference"]["image_size"] == 8
@@ -254,7 +254,7 @@ def test_samples_bring_their_settings_along_and_not_their_grid(judge, halves, di
 
     (folder / "000039.png").unlink()
     assert evaluate.main([str(folder), "--reference", str(halves[1]), "--features", judge_file(judge)]) == 2
-    assert "holds 39 of the 40 pictures" in capsys.readouterr().err
+    assert "holds 39 of the 40 images" in capsys.readouterr().err
 
 
 def test_stored_statistics_give_the_same_distances(judge, halves, tmp_path):
@@ -291,7 +291,7 @@ def test_a_batch_with_statistics_gives_the_distances_from_them_and_the_rest_from
     np.savez(tmp_path / "batch.npz", arr_0=arrays(halves[1]), **statistics)
     result = judge(halves[0], tmp_path / "batch.npz")
     assert result["metrics"] == against_batch
-    assert "its statistics are of inception; its pictures were taken" in " ".join(result["warnings"])
+    assert "its statistics are of inception; its images were used" in " ".join(result["warnings"])
 
 
 def test_metrics_are_left_out_or_refused_with_the_reason(judge, networks, halves, digits, tmp_path, capsys):
@@ -307,9 +307,9 @@ def test_metrics_are_left_out_or_refused_with_the_reason(judge, networks, halves
     np.savez(tmp_path / "few.npz", arr_0=digits[:3])
     result = judge(tmp_path / "few.npz", halves[1])
     assert set(result["metrics"]) == {"fid", "sfid", "kid", "kid_std"}
-    assert "needs 4 pictures or more" in result["left_out"]["recall"]
-    assert "needs 20 pictures or more" in result["left_out"]["is"]
-    assert "3 pictures for 12 features: the covariance is singular" in " ".join(result["warnings"])
+    assert "needs at least 4 images" in result["left_out"]["recall"]
+    assert "needs at least 20 images" in result["left_out"]["is"]
+    assert "3 images for 12 features: the covariance is singular" in " ".join(result["warnings"])
     assert set(judge(*halves, "--metrics", "recall,fid")["metrics"]) == {"recall", "fid"}
 
 
@@ -354,42 +354,52 @@ def bad(digits, tmp_path_factory):
     [
         ("nothing.npz", "real", [], "nothing.npz: no such file or folder"),
         ("real", "nothing", [], "nothing: no such file or folder"),
-        ("one.npz", "real", ["--metrics", "fid"], "--metrics fid: it needs 2 pictures or more; "),
-        ("one.npz", "real", [], "it needs 2 pictures or more"),
-        ("grey.npz", "real", [], "arr_0 is uint8 (10, 8, 8); it takes uint8 (N, H, W, 3)"),
-        ("channels_first.npz", "real", [], "arr_0 is uint8 (10, 3, 8, 8); it takes"),
-        ("floats.npz", "real", [], "arr_0 is float64 (10, 8, 8, 3); it takes"),
-        ("none.npz", "real", [], "arr_0 is uint8 (0, 8, 8, 3); it takes"),
-        ("names.npz", "real", [], "has neither arr_0 nor mu and sigma, but images"),
-        ("objects.npz", "real", [], "objects.npz: arr_0 is object"),
+        ("one.npz", "real", ["--metrics", "fid"], "--metrics fid: it needs at least 2 images; "),
+        ("one.npz", "real", [], "it needs at least 2 images"),
+        ("grey.npz", "real", [], "arr_0: got uint8 (10, 8, 8), expected uint8 (N, H, W, 3)"),
+        ("channels_first.npz", "real", [], "arr_0: got uint8 (10, 3, 8, 8), expected"),
+        ("floats.npz", "real", [], "arr_0: got float64 (10, 8, 8, 3), expected"),
+        ("none.npz", "real", [], "arr_0: got uint8 (0, 8, 8, 3), expected"),
+        ("names.npz", "real", [], "got images, expected arr_0, or mu and sigma"),
+        ("objects.npz", "real", [], "objects.npz: arr_0: got object"),
         ("cut.npz", "real", [], "cut.npz: not an npz that can be read"),
-        ("weights.pt", "real", [], "weights.pt: has neither arr_0 nor mu"),
-        ("short.npz", "real", [], "short.npz: cut short or damaged at picture"),
+        ("weights.pt", "real", [], ", expected arr_0, or mu and sigma"),
+        ("short.npz", "real", [], "short.npz: cut short or damaged at image"),
         ("mu.npz", "real", [], "has only one of mu and sigma"),
-        ("real", "shape.npz", [], "mu and sigma are (12,) and (12, 11), not (D,) and (D, D)"),
+        ("real", "shape.npz", [], "mu and sigma: got (12,) and (12, 11), expected (D,) and (D, D)"),
         ("real", "nan.npz", [], "mu or sigma has numbers that are not finite"),
-        ("real", "other.npz", [], "mu is of 2048 features numbers, and Full.pt gives 12"),
-        ("real", "foreign.npz", [], "foreign.npz: statistics of inception; --features has sha256:"),
-        ("other.npz", "real", [], "other.npz: holds statistics only; SAMPLES takes pictures"),
-        ("real", "other.npz", ["--metrics", "kid"], "--metrics kid: it needs the reference's pictures"),
+        ("real", "other.npz", [], "mu: got 2048 features numbers, expected the 12 of Full.pt"),
+        ("real", "foreign.npz", [], "foreign.npz: got statistics of inception, expected the --features: sha256:"),
+        ("other.npz", "real", [], "other.npz: holds statistics only, expected images for SAMPLES"),
+        ("real", "other.npz", ["--metrics", "kid"], "--metrics kid: it needs the reference's images"),
         ("real", "other.npz", ["--metrics", "sfid"], "--metrics sfid: it needs mu_s and sigma_s"),
-        ("empty", "real", [], "empty: no PNG or JPEG pictures here"),
-        ("sizes", "real", [], "000003.png: is 9 × 8, and"),
-        ("broken", "real", [], "000001.png: not a picture that can be read"),
+        ("empty", "real", [], "empty: no PNG or JPEG images here"),
+        ("sizes", "real", [], "000003.png: got 9 × 8, expected 8 × 8"),
+        ("broken", "real", [], "000001.png: not an image that can be read"),
         ("latents", "real", [], "spec.json"),
         ("real", "real", ["--features", "nothing.pt"], "--features: nothing.pt is no file"),
         ("real", "real", ["--features", "weights.pt"], "weights.pt is not a TorchScript module"),
         ("real", "real", ["--features", "one.npz"], "one.npz is not a TorchScript module"),
-        ("real", "real", ["--features", Wrong], "Wrong.pt: features are (64, 12, 3, 3) for 64 pictures, not (N, D)"),
-        ("real", "real", ["--features", Fails], "Fails.pt: failed on pictures (64, 3, 8, 8): "),
-        ("black.npz", "real", ["--features", NotANumber], "NotANumber.pt: features of picture 10 of "),
-        ("real", "real", ["--metrics", "fid,psnr"], "argument --metrics: got 'psnr'; it takes fid, sfid"),
-        ("real", "real", ["--batch-size", "0"], "argument --batch-size: got 0; it takes 1 or more"),
+        (
+            "real",
+            "real",
+            ["--features", Wrong],
+            "Wrong.pt: features: got shape (64, 12, 3, 3) for 64 images",
+        ),
+        ("real", "real", ["--features", Fails], "Fails.pt: failed on images (64, 3, 8, 8): "),
+        ("black.npz", "real", ["--features", NotANumber], "NotANumber.pt: features of image 10 of "),
+        ("real", "real", ["--metrics", "fid,psnr"], "--metrics: got 'psnr', expected fid, sfid"),
+        (
+            "real",
+            "real",
+            ["--batch-size", "0"],
+            "argument --batch-size: got '0', expected a whole number",
+        ),
         ("real", "real", ["--cache", "here"], "argument --cache: is for remote shards, and neither SAMPLES nor"),
-        ("real", "real", ["--out", "here"], "--out: got here; it takes a file's name that ends in .json"),
+        ("real", "real", ["--out", "here"], "--out: got here, expected a file name that ends in .json"),
         ("real", "real", ["--out", "/dev/null/x.json"], "--out: /dev/null/x.json can't be written in /dev/null"),
-        ("real", "real", ["--out", "settings.json"], "settings.json is there, and not what this command writes"),
-        ("real", "real", ["--save-statistics", "one.npz"], "one.npz is there, and not what this command writes"),
+        ("real", "real", ["--out", "settings.json"], "settings.json exists, and this command didn't write it"),
+        ("real", "real", ["--save-statistics", "one.npz"], "one.npz exists, and this command didn't write it"),
         ("real", "../../../../../../dev/null", [], "/dev/null"),
     ],
 )
@@ -483,7 +493,7 @@ def test_a_failure_among_remote_pictures_ends_the_command_and_leaves_nothing(
         [*command, networks(Fails)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 2
-    assert "Fails.pt: failed on pictures" in done.stderr
+    assert "Fails.pt: failed on images" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.glob("sit-*"))
 

@@ -184,7 +184,7 @@ def test_precision_is_of_the_generated_and_recall_of_the_real():
         (lambda x: inception_score(x[:9]), "at least 10 rows"),
         (lambda x: kid(x, x[:1]), "at least 2 rows"),
         (lambda x: precision_recall(x[:3], x), "at least 4 rows"),
-        (lambda x: statistics(x[0]), r"got \(3,\)"),
+        (lambda x: statistics(x[0]), r"got shape \(3,\)"),
         (lambda x: statistics(x * np.nan), "not finite"),
         (lambda x: frechet_distance(x[0], np.eye(3), x[0], np.eye(2)), "must fit"),
         (lambda x: frechet_distance(x[0], np.eye(3), x[0] * np.nan, np.eye(3)), "not finite"),

@@ -1,4 +1,7 @@
-"""Two ranks under DDP, with other data each: is their average the same, and right?   composer -n 2 -m tests.helpers.ddp_ema"""
+"""Checks that two ranks under DDP, with different data, have the same, correct average:
+
+composer -n 2 -m tests.helpers.ddp_ema
+"""
 
 import torch
 import torch.distributed
@@ -9,8 +12,8 @@ from torch.utils.data import DataLoader
 from sit_composer.algorithms.ema import EMA
 from sit_composer.training.model import ComposerSiT
 from sit_composer.transport import Transport
-from tests.algorithms.test_ema import DECAY, History, closed_form
-from tests.training.test_model import SPEC, batch, small_network
+from tests.helpers.averages import DECAY, History, closed_form
+from tests.helpers.networks import SPEC, batch, small_network
 
 torch.set_num_threads(1)
 dist.initialize_dist("cpu")

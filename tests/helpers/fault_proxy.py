@@ -1,6 +1,6 @@
-"""A proxy on loopback between a client and an S3 server, which does what networks and stores do: 503s, cuts, stalls.
+"""A proxy on loopback between a client and an S3 server, with the faults of networks and stores: 503s, cuts, stalls.
 
-The client's Host header goes on unchanged, so that the server checks the very signature that the client made.
+It forwards the client's Host header unchanged, so that the server checks the client's own signature.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ FOR_EVER = 1 << 30
 
 @dataclass
 class Fault:
-    """What happens to the next ``times`` requests whose "METHOD /bucket/key?query" the pattern is found in.
+    """A fault in the next ``times`` requests whose "METHOD /bucket/key?query" matches the pattern.
 
     Args:
-        kind: "503"; "501": not implemented; "lost": done, and the connection ends before the answer; "cut": the
+        kind: "503"; "501": not implemented; "lost": done, but the connection ends before the answer; "cut": the
             connection ends after ``after`` bytes of the body, sent or received; "stall": no answer for ``seconds``,
-            and then the right one.
+            then the right one.
     """
 
     kind: str
@@ -60,7 +60,7 @@ class FaultProxy:
         self.listener = ThreadingHTTPServer(("127.0.0.1", 0), handler, bind_and_activate=False)
         self.listener.daemon_threads, self.listener.block_on_close = True, False
         self.listener.request_queue_size = 64
-        self.listener.handle_error = lambda *_: None  # a client that went away
+        self.listener.handle_error = lambda *_: None  # a client disconnected
         self.listener.server_bind()
         self.listener.server_activate()
         self.url = f"http://127.0.0.1:{self.listener.server_port}"
@@ -111,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "stall":
             deadline = time.monotonic() + fault.seconds
             while time.monotonic() < deadline:
-                if self.proxy.ended.wait(0.05) or fault not in self.proxy.faults:  # healed: it is answered no more
+                if self.proxy.ended.wait(0.05) or fault not in self.proxy.faults:  # healed: no answer any more
                     return self.cut()
         if kind == "cut" and length:
             self.rfile.read(min(fault.after, length - 1))
@@ -146,7 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.send_header("Content-Length", str(len(content)))
         if cut is not None and (self.command == "HEAD" or status >= 300 or not content):
-            return self.cut()  # there is no body that matters: not even the headers
+            return self.cut()  # without a body to cut, not even the headers are sent
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content if cut is None else content[: min(cut, len(content) - 1)])

@@ -1,6 +1,6 @@
 """The training command on several CPU ranks:   composer -n 2 -m tests.helpers.ranks YAML [key=value ...]
 
-Two faults of torch 2.7's FSDP2 on the CPU are mended here; neither is there on a GPU.
+It works around two faults of torch 2.7's FSDP2 on the CPU; a GPU has neither.
 """
 
 import sys
@@ -12,9 +12,9 @@ import torch.distributed.fsdp._fully_shard._fsdp_param_group as param_group
 from sit_composer import train
 
 torch.set_num_threads(1)
-# gloo's reduce_scatter(AVG) sums, so that gradients are too large by the world size.
+# gloo's reduce_scatter(AVG) sums, so gradients are too large by a factor of the world size.
 collectives._get_gradient_divide_factors = lambda *_, **__: (1.0, float(torch.distributed.get_world_size()))
-# With replicas, the all-reduce has no event to wait for, as it is done when it returns; and one is asserted.
+# With replicas, the all-reduce is done when it returns and has no event, but torch asserts one.
 foreach_reduce = param_group.foreach_reduce
 
 

@@ -1,8 +1,10 @@
-"""Trains a small network some times in one launch:   composer -n N -m tests.helpers.resume_bits SHARDS TOP WAY:NAME:BATCHES …
+"""Trains a small network several times in one launch:
 
-WAY is ddp, fsdp or hsdp, with -compiled or without. Each run goes on from TOP/WAY/NAME to so many batches, and saves
-there at its end; 7 batches are an epoch, and every fifth is evaluated and sampled from. With :told behind it, the last
-rank gets a SIGTERM in the first evaluation.
+    composer -n N -m tests.helpers.resume_bits SHARDS TOP WAY:NAME:BATCHES …
+
+WAY is ddp, fsdp or hsdp, with -compiled or without. Each run resumes from TOP/WAY/NAME, trains to BATCHES and saves
+there; an epoch has 7 batches, and every fifth batch is evaluated and sampled. With ``:told`` appended, the last rank
+gets a SIGTERM in the first evaluation.
 """
 
 import os
@@ -32,7 +34,7 @@ def run(shards: str, folder: Path, way: str, batches: int, told: bool) -> None:
     if way == "hsdp":
         overrides.append("fsdp={data_parallel_replicate_degree: 2, activation_checkpointing: true}")
     if way.endswith("compiled"):
-        # The default backend takes minutes of C++ compiler; what it shares with this one is under test with shards.
+        # The default backend compiles C++ for minutes; this one tests the parts that both share.
         overrides.append(f"trainer.compile_config={{{'backend: aot_eager' if way.startswith('fsdp') else ''}}}")
     RunRecord.eval_batch_start = tell if told else lambda *_: None
     if train.main([QUICKSTART, *overrides]) != (EVICTED if told else 0):

@@ -1,10 +1,10 @@
-"""Kills a run at random moments and starts it again, with data and checkpoints in a real S3; then looks for a trace:
+"""Kills a run at random moments and restarts it, with data and checkpoints in a real S3; then compares the result:
 
     python -m tests.helpers.torture --kills 50 --ranks 2 --fsdp
 
-Every process of the run is killed with kill -9: while it starts, in a step, in a save, in an upload, in turn. In the
-end all that its last checkpoint holds must equal, bit for bit, that of a run which nobody killed; and each start must
-have gone on from the newest checkpoint that was whole when the one before was killed. Exit code 1 if not.
+Every process of the run is killed with kill -9: in turn while it starts, in a step, in a save, in an upload. In the end
+its last checkpoint must equal, bit for bit, that of a run without kills; and each start must have resumed from the
+newest checkpoint that was complete when the start before was killed. Exit code 1 if not.
 """
 
 import argparse
@@ -23,8 +23,9 @@ from pathlib import Path
 from sit_composer.checkpoint.folder import fetch_checkpoint, newest
 from sit_composer.checkpoint.safe_load import METADATA
 from sit_composer.storage import LocalFolder, S3Folder
-from tests.conftest import ROOT, SeaweedFS
 from tests.helpers.fault_proxy import FaultProxy
+from tests.helpers.paths import ROOT
+from tests.helpers.s3 import SeaweedFS
 
 ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "testkey", "AWS_SECRET_ACCESS_KEY": "testsecret", "AWS_DEFAULT_REGION": "us-east-1"}
 COMPOSER = str(Path(sys.executable).parent / "composer")
@@ -67,7 +68,7 @@ class Torture:
         return self.top / f"temporary-{name}"
 
     def unsent(self, name: str) -> list[Path]:
-        """Rank 0's files of checkpoints there, whole or not."""
+        """Rank 0's files of checkpoints there, complete or not."""
         place = self.temporary(name)
         return [*place.glob("sit_composer-*/rank0/ep*.pt"), *place.glob("sit_composer-*/rank0/ep*/*")]
 
@@ -75,12 +76,12 @@ class Torture:
         return self.top / f"{name}-{attempt}.log"
 
     def batches(self, name: str, attempt: int) -> list[int]:
-        """The batches that an attempt logged having begun."""
+        """The batches that an attempt logged at their start."""
         log = self.log(name, attempt)
         return [int(n) for n in re.findall(r": time/batch: (\d+)", log.read_text())] if log.exists() else []
 
     def await_moment(self, process: subprocess.Popen, name: str, attempt: int, moment: str, rng: random.Random) -> None:
-        """Waits until the run comes to such a moment, one of several, and into it by a random time."""
+        """Waits until the run comes to a moment of this kind, and for a random time within it."""
         if moment == "start":
             self.wait(process, lambda: False, rng.uniform(0, self.startup))
             return
@@ -99,13 +100,13 @@ class Torture:
             time.sleep(rng.uniform(0, 0.1))
 
     def wait(self, process: subprocess.Popen, until, seconds: float = 300, pause: float = 0.05) -> None:
-        """Until something is so, the run has ended, or time is up."""
+        """Waits until a condition holds, the run has ended, or time is up."""
         deadline = time.monotonic() + seconds
         while process.poll() is None and time.monotonic() < deadline and not until():
             time.sleep(pause)
 
     def moment(self, name: str, attempt: int) -> str:
-        """In what the run was killed, by what it left."""
+        """The moment in which the run was killed, judged by the files that it left."""
         if not self.batches(name, attempt):
             return "start"
         for left in self.unsent(name):
@@ -136,7 +137,7 @@ class Torture:
         assert re.fullmatch(rf"ep\d+-ba{BATCHES}(-rank0\.pt)?", last), last
         fetch_checkpoint(folder, last, self.top / name)
         place = self.top / name / last
-        # What S3's client waits between two attempts comes from Python's own generator, which training doesn't use.
+        # The S3 client draws its waits from Python's own generator, which training doesn't use.
         if self.fsdp:
             kept = re.compile(r"(?!.*CheckpointSaver|.*run_name|rng\.\d+\.python).*")
             return load_sharded(place, lambda entry: kept.fullmatch(entry) is not None)
@@ -159,22 +160,22 @@ def batch_of(name: str | None) -> int:
 
 
 def torture(kills: int, ranks: int, fsdp: bool, seed: int, top: Path) -> list[str]:
-    """What went wrong; nothing is what should."""
-    from tests.training.test_train import differences
+    """Returns what went wrong."""
+    from tests.helpers.runs import differences
 
     rng, faults, hit = random.Random(seed), [], Counter()
     (top / "s3").mkdir()
     server = SeaweedFS(top / "s3")
     try:
         server.start()
-        with FaultProxy(server.url) as proxy:  # it does nothing but tell when an upload begins
+        with FaultProxy(server.url) as proxy:  # it only shows when an upload begins
             os.environ["S3_ENDPOINT_URL"] = proxy.url
             run = Torture(top, ranks, fsdp, proxy)
             command = [sys.executable, "convert/to_mds.py", "digits", "--out", "s3://sit/shards"]
             subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
             run.run_to_its_end("whole", 0)
             whole, rounds = run.content("whole"), 0
-            while hit.total() < kills:  # a run that comes to its end between two kills is followed by another
+            while hit.total() < kills:  # a run that ends between two kills is followed by another
                 name, expected, attempt = f"killed{rounds}", 0, 0
                 while hit.total() < kills and expected < BATCHES:
                     process = run.start(name, attempt)

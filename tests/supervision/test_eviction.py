@@ -10,7 +10,7 @@ from sit_composer.supervision.eviction import Eviction
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_process_that_does_not_save_in_time_ends_by_itself(training):
-    """In training after the grace; before it at once."""
+    """In training after the grace; before training at once."""
     before, process = time.monotonic(), os.fork()
     if process == 0:
         eviction = Eviction(grace=3, timeout=60)
@@ -23,7 +23,7 @@ def test_a_process_that_does_not_save_in_time_ends_by_itself(training):
     assert (time.monotonic() - before >= 3) == training
 
 
-def test_a_rank_hears_that_its_launcher_was_killed():
+def test_a_rank_ends_when_its_launcher_is_killed():
     reading, writing = os.pipe()
     launcher = os.fork()
     if launcher == 0:
@@ -38,6 +38,6 @@ def test_a_rank_hears_that_its_launcher_was_killed():
     os.kill(launcher, signal.SIGKILL)
     os.waitpid(launcher, 0)
     before = time.monotonic()
-    assert os.read(reading, 1) == b""  # all who could write have ended
+    assert os.read(reading, 1) == b""  # all writers have ended
     assert time.monotonic() - before < 30
     os.close(reading)

@@ -1,38 +1,27 @@
-"""A run whose checkpoints go to object storage, a real one on loopback."""
+"""A run whose checkpoints go to a real object store on loopback."""
 
 import tempfile
 
 import pytest
 
 from sit_composer.callbacks.run_record import RunRecord
-from sit_composer.checkpoint.folder import fetch_checkpoint, newest
+from sit_composer.checkpoint.folder import newest
 from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.storage import LocalFolder, S3Folder
-from tests.training.test_train import bits, differences, run  # noqa: F401 - a fixture
+from tests.helpers.runs import FOLDER, REMOTE, bits, differences, fetched
 
 pytestmark = pytest.mark.slow
-REMOTE = ["trainer.save_folder=s3://sit/runs/{run_name}", "trainer.save_interval=2ba", "data.flip=true"]
-FOLDER = "s3://sit/runs/quickstart"
 
 
-def fetched(tmp_path) -> dict:
-    folder, place = S3Folder(FOLDER), tmp_path / "fetched"
-    name = newest(folder)
-    fetch_checkpoint(folder, name, place)
-    (place / "latest-rank0.pt").unlink(missing_ok=True)
-    (place / "latest-rank0.pt").symlink_to(name)
-    return bits(place)
-
-
-def test_each_resume_from_s3_goes_on_from_the_newest_checkpoint(run, s3, tmp_path):  # noqa: F811
+def test_each_resume_from_s3_goes_on_from_the_newest_checkpoint(run, s3, tmp_path):
     assert run("trainer.max_duration=6ba", "data.flip=true", folder="whole") == 0
     for batches in (2, 4, 6):
         assert run(f"trainer.max_duration={batches}ba", "trainer.save_num_checkpoints_to_keep=2", *REMOTE) == 0
         assert newest(S3Folder(FOLDER)) == f"ep0-ba{batches}-rank0.pt"
     names = set(S3Folder(FOLDER).listing())
-    assert names == {"config.yaml", "ep0-ba4-rank0.pt", "ep0-ba6-rank0.pt"}  # the oldest was pruned, the lease let go
+    assert names == {"config.yaml", "ep0-ba4-rank0.pt", "ep0-ba6-rank0.pt"}  # the oldest is pruned, the lease released
     assert differences(bits(tmp_path / "whole"), fetched(tmp_path)) == []
-    # The commands read it from there.
+    # The commands read it from S3.
     here = load_checkpoint(str(tmp_path / "whole"))
     there = load_checkpoint(FOLDER)
     assert (there.step, there.source) == (6, FOLDER)
@@ -40,7 +29,7 @@ def test_each_resume_from_s3_goes_on_from_the_newest_checkpoint(run, s3, tmp_pat
     assert load_checkpoint(f"{FOLDER}/ep0-ba4-rank0.pt").step == 4
 
 
-def test_what_a_kill_left_in_s3_is_not_resumed_from(run, s3, tmp_path):  # noqa: F811
+def test_what_a_kill_left_in_s3_is_not_resumed_from(run, s3, tmp_path):
     assert run("trainer.max_duration=6ba", "data.flip=true", folder="whole") == 0
     assert run("trainer.max_duration=2ba", *REMOTE) == 0
     folder = S3Folder(FOLDER)
@@ -54,7 +43,7 @@ def test_what_a_kill_left_in_s3_is_not_resumed_from(run, s3, tmp_path):  # noqa:
     assert LocalFolder(str(tmp_path / "fetched")).is_whole("ep0-ba6-rank0.pt")
 
 
-def test_what_a_kill_left_on_the_disk_is_not_resumed_from(run, s3, tmp_path, monkeypatch):  # noqa: F811
+def test_what_a_kill_left_on_the_disk_is_not_resumed_from(run, s3, tmp_path, monkeypatch):
     (tmp_path / "disk").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "disk"))
     staging = []
@@ -73,14 +62,16 @@ def test_what_a_kill_left_on_the_disk_is_not_resumed_from(run, s3, tmp_path, mon
     assert not staging[0].exists()
 
 
-def test_a_run_of_another_config_is_refused_from_s3_too(run, s3, capsys):  # noqa: F811
+def test_a_run_of_another_config_is_refused_from_s3_too(run, s3, capsys):
     assert run("trainer.max_duration=2ba", *REMOTE) == 0
     assert run("trainer.max_duration=4ba", *REMOTE, "optimizer.lr=1") == 2
-    assert f"optimizer.lr: got 1.0; the run in {FOLDER}, which this one would resume" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "optimizer.lr: got 1.0, expected 0.003" in error
+    assert f"as the run in {FOLDER}, which this one would resume" in error
 
 
 @pytest.mark.parametrize("fault", ["bucket", "secret"])
-def test_a_store_that_refuses_is_one_line(run, s3, capsys, monkeypatch, fault):  # noqa: F811
+def test_a_store_that_refuses_is_one_line(run, s3, capsys, monkeypatch, fault):
     if fault == "secret":
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     uri = "s3://none/run" if fault == "bucket" else "s3://sit/run"

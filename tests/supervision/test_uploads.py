@@ -4,11 +4,18 @@ from sit_composer.checkpoint.folder import newest
 from sit_composer.storage import S3Folder, StorageError
 from sit_composer.supervision.lease import NAME, Lease
 from sit_composer.supervision.uploads import Uploads
-from tests.checkpoint.test_folder import BEAT, shards  # noqa: F401 - a fixture
+from tests.helpers.checkpoints import sharded_checkpoint
+
+BEAT = 0.3
 
 
-def test_a_checkpoint_of_several_ranks_is_complete_when_the_last_shard_is_there(s3, tmp_path, shards):  # noqa: F811
-    """Rank 0 has only the metadata here, and another rank the shard that they name."""
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> dict[str, bytes]:
+    return sharded_checkpoint(tmp_path_factory.mktemp("sharded"))
+
+
+def test_a_checkpoint_of_several_ranks_is_complete_when_the_last_shard_is_there(s3, tmp_path, shards):
+    """Here rank 0 has only the metadata, and another rank the shard that the metadata names."""
     folder, place = S3Folder("s3://sit/run"), tmp_path / "ep1-ba30"
     lease = Lease(folder, BEAT)
     lease.acquire()

@@ -5,7 +5,7 @@ import pytest
 from sit_composer.config.checks import check
 from sit_composer.config.load import load_config
 from sit_composer.training.dry_run import dry_run, hide
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 
 @pytest.fixture

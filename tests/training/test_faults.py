@@ -1,7 +1,7 @@
-"""What an S3 or a disk does wrong, for checkpoints and for shards: tried again, then one line; never a short epoch, a
+"""Faults of an S3 or a disk, for checkpoints and shards: retries, then an error of one line; never a short epoch, a
 hang, a silent skip, or a run that starts from zero.
 
-Between the client and a real S3 stands a proxy that answers 503, cuts connections and stalls.
+A proxy between the client and a real S3 answers 503, cuts connections and stalls.
 """
 
 import os
@@ -20,11 +20,11 @@ from sit_composer.data import stream
 from sit_composer.data.stream import DataError, load_spec
 from sit_composer.storage import LocalFolder, S3Folder, StorageError
 from sit_composer.supervision.lease import NAME, Lease
-from tests.conftest import ROOT
-from tests.data.test_loader import LOADERS, SAMPLES, gather, loader, write_digits
+from sit_composer.supervision.uploads import Uploads
+from tests.helpers.digits import LOADERS, SAMPLES, gather, loader, write_digits
 from tests.helpers.fault_proxy import FaultProxy
-from tests.supervision.test_train_s3 import FOLDER, REMOTE, fetched
-from tests.training.test_train import COMPOSER, QUICKSTART, bits, differences, run  # noqa: F401 - a fixture
+from tests.helpers.paths import ROOT
+from tests.helpers.runs import COMPOSER, FOLDER, QUICKSTART, REMOTE, bits, differences, fetched
 
 pytestmark = pytest.mark.slow  # minutes, of real outages
 KINDS = ("503", "cut", "stall")
@@ -43,13 +43,13 @@ def never_hangs(request) -> Iterator[None]:
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
-    while LOADERS:  # a garbage collector that stops them takes five seconds a worker
+    while LOADERS:  # the garbage collector would take five seconds per worker
         LOADERS.pop().__del__()
 
 
 @pytest.fixture
 def proxy(s3, monkeypatch) -> Iterator[FaultProxy]:
-    """A proxy before the S3 that S3_ENDPOINT_URL names, and clients that wait for a second only."""
+    """A proxy in front of the S3, which S3_ENDPOINT_URL then names; clients wait for only a second."""
     monkeypatch.setattr(storage, "CONNECT_TIMEOUT", 1)
     monkeypatch.setattr(storage, "READ_TIMEOUT", 1)
     with FaultProxy(s3.url) as proxy:
@@ -58,7 +58,7 @@ def proxy(s3, monkeypatch) -> Iterator[FaultProxy]:
 
 
 def last_error(capsys) -> str:
-    """What a command that failed said; no traceback, and one line of its own."""
+    """The one line of error that a failed command printed, without a traceback."""
     said = capsys.readouterr().err
     assert "Traceback" not in said
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
@@ -68,7 +68,7 @@ def last_error(capsys) -> str:
 
 # --- A folder in S3 ---
 
-OPERATIONS = {  # the requests, and what they are for
+OPERATIONS = {  # requests: the operation that makes them
     "list-type": lambda folder, file: folder.listing()["small"] == 5000,
     "GET /sit/runs/f/small": lambda folder, file: folder.read("small") == b"s" * 5000,
     "PUT /sit/runs/f/new": lambda folder, file: folder.write("new", b"n" * 5000) or folder.read("new") == b"n" * 5000,
@@ -116,7 +116,7 @@ def test_a_store_that_stays_broken_is_one_line_that_names_what_was_asked_for(pro
         proxy.heal()
     assert not (tmp_path / "down").exists()
     assert "new" not in folder.listing()
-    assert "up" not in folder.listing()  # nothing is half there
+    assert "up" not in folder.listing()  # nothing appears in part
 
 
 def test_the_store_checks_signatures_behind_the_proxy_too(proxy, monkeypatch):
@@ -128,7 +128,7 @@ def test_the_store_checks_signatures_behind_the_proxy_too(proxy, monkeypatch):
 
 
 def test_the_patience_of_the_product_is_minutes_and_no_more():
-    """A request to a store that stalls for ever, with its backoff."""
+    """For a request to a store that stalls forever, with backoff."""
     worst = storage.ATTEMPTS * max(storage.CONNECT_TIMEOUT, storage.READ_TIMEOUT) + 1 + 2 + 4 + 8 + 16
     assert 60 < worst < 300
 
@@ -169,8 +169,6 @@ def test_letting_go_does_not_wait_for_a_store_that_stalls(proxy):
 
 
 def test_a_run_that_was_cut_off_from_the_store_writes_no_more_when_it_is_back(proxy, s3, tmp_path, monkeypatch):
-    from sit_composer.supervision.supervisor import Uploads
-
     monkeypatch.setattr(storage, "ATTEMPTS", 1)
     folder = S3Folder("s3://sit/run")
     cut_off = Lease(folder, 0.3)
@@ -196,9 +194,7 @@ def test_a_run_that_was_cut_off_from_the_store_writes_no_more_when_it_is_back(pr
 
 @pytest.mark.parametrize("name", ["ep0-ba2-rank0.pt", "ep0-ba2/.metadata"])
 def test_an_upload_that_began_before_a_takeover_does_not_appear_after_it(proxy, s3, tmp_path, name):
-    """Of a file in two parts before they are put together; of a small one before the second attempt."""
-    from sit_composer.supervision.supervisor import Uploads
-
+    """The takeover comes before two parts are put together, or before a small file's second attempt."""
     folder = S3Folder("s3://sit/run")
     zombie = Lease(folder, 60)
     zombie.acquire()
@@ -235,15 +231,15 @@ WHOLE = {}
 
 
 @pytest.fixture
-def whole(run, tmp_path) -> dict:  # noqa: F811
-    """The bits of a run of four batches that nothing befell."""
+def whole(run, tmp_path) -> dict:
+    """The bits of a run of four batches without faults."""
     if not WHOLE:
         assert run("trainer.max_duration=4ba", "data.flip=true", folder="whole") == 0
         WHOLE.update(bits(tmp_path / "whole"))
     return WHOLE
 
 
-def test_a_run_through_faults_of_all_kinds_equals_one_without(run, proxy, tmp_path, whole):  # noqa: F811
+def test_a_run_through_faults_of_all_kinds_equals_one_without(run, proxy, tmp_path, whole):
     for batches in (2, 4):  # the second one resumes
         for pattern in (r"ep0-ba\d", "alive.json", "config.yaml", "list-type"):
             for kind in KINDS:
@@ -257,7 +253,7 @@ def test_a_run_through_faults_of_all_kinds_equals_one_without(run, proxy, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["503", pytest.param("cut", marks=pytest.mark.slow), "stall"])
-def test_a_run_whose_uploads_fail_for_good_ends_with_one_line(run, proxy, capsys, monkeypatch, kind):  # noqa: F811
+def test_a_run_whose_uploads_fail_for_good_ends_with_one_line(run, proxy, capsys, monkeypatch, kind):
     monkeypatch.setattr(storage, "ATTEMPTS", 2)
     proxy.fault(kind, r"(PUT|POST) .*ep0-ba2", after=1000)
     before = time.monotonic()
@@ -265,12 +261,12 @@ def test_a_run_whose_uploads_fail_for_good_ends_with_one_line(run, proxy, capsys
     assert time.monotonic() - before < 60
     assert last_error(capsys).startswith(f"error: {FOLDER}/ep0-ba2-rank0.pt: ")
     proxy.heal()
-    assert set(S3Folder(FOLDER).listing()) == {"config.yaml"}  # and it let go
+    assert set(S3Folder(FOLDER).listing()) == {"config.yaml"}  # and the lease was released
 
 
 FAILS_ON_RANK_1 = """
 import os, sys
-from sit_composer.callbacks import RunRecord
+from sit_composer.callbacks.run_record import RunRecord
 from sit_composer.storage import StorageError
 from tests.helpers.ranks import train
 
@@ -284,7 +280,7 @@ sys.exit(train.main(sys.argv[1:]))
 
 
 def test_an_error_on_one_rank_of_two_ends_the_run(digits_shards, tmp_path):
-    """The other one waits for it, until the launcher ends it."""
+    """The other rank waits for it until the launcher ends it."""
     signal.alarm(400)
     (tmp_path / "script.py").write_text(FAILS_ON_RANK_1)
     tiny = ["model.hidden_size=32", "model.depth=1", "model.num_heads=2", f"data.local={digits_shards}", "fsdp={}"]
@@ -292,11 +288,11 @@ def test_an_error_on_one_rank_of_two_ends_the_run(digits_shards, tmp_path):
     command = [COMPOSER, "-n", "2", str(tmp_path / "script.py"), QUICKSTART, *tiny, *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0  # the launcher's is that of rank 0, which it ended
+    assert done.returncode != 0  # rank 0's, which the launcher ended
     assert "error: what only this rank met" in done.stdout + done.stderr
 
 
-def test_a_run_whose_store_is_broken_never_starts_from_zero(run, proxy, capsys, monkeypatch, tmp_path, whole):  # noqa: F811
+def test_a_run_whose_store_is_broken_never_starts_from_zero(run, proxy, capsys, monkeypatch, tmp_path, whole):
     monkeypatch.setattr(storage, "ATTEMPTS", 2)
     assert run("trainer.max_duration=2ba", *REMOTE) == 0
     before = {name: size for name, size in S3Folder(FOLDER).listing().items() if name != NAME}
@@ -333,7 +329,7 @@ def shards(s3, proxy, tmp_path) -> str:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_through_faults_of_all_kinds_has_every_sample(proxy, shards, tmp_path, workers):
     met = [proxy.fault("503", "spec.json|index.json", times=2)]
-    for number, kind in enumerate(KINDS):  # four times: the client itself asks three times
+    for number, kind in enumerate(KINDS):  # four times: the client itself tries three times
         met.append(proxy.fault(kind, f"{'GET .*' if workers else ''}shard.0000{number}.mds", times=4, seconds=3))
     epoch = gather(loader(shards, tmp_path / "cache", download_retry=14, download_timeout=1, num_workers=workers))
     assert sorted(epoch["index"].tolist()) == list(range(SAMPLES))
@@ -345,7 +341,7 @@ def test_an_epoch_through_faults_of_all_kinds_has_every_sample(proxy, shards, tm
 def test_a_store_that_is_down_for_a_while_holds_an_epoch_up_and_no_more(proxy, shards, tmp_path, workers):
     batches = loader(shards, tmp_path / "cache", download_retry=14, num_workers=workers)
     proxy.fault("503")
-    threading.Timer(30, proxy.heal).start()  # the client itself, with two attempts, gives up earlier
+    threading.Timer(30, proxy.heal).start()  # the client's own two attempts end earlier
     assert sorted(gather(batches)["index"].tolist()) == list(range(SAMPLES))
 
 
@@ -385,7 +381,7 @@ def test_a_spec_that_cannot_be_had_is_one_line_that_names_it(proxy, shards, tmp_
         load_spec(shards, str(tmp_path))
 
 
-def test_a_run_whose_shard_cannot_be_had_ends_with_one_line(run, proxy, shards, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_a_run_whose_shard_cannot_be_had_ends_with_one_line(run, proxy, shards, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(stream, "OUTAGE", 1)
     proxy.fault("503", "shard.00003.mds")
     data = [f"data.remote={shards}", f"data.local={tmp_path / 'cache'}", "data.global_batch_size=20"]
@@ -393,7 +389,7 @@ def test_a_run_whose_shard_cannot_be_had_ends_with_one_line(run, proxy, shards, 
     assert last_error(capsys).startswith(f"error: cannot read the shard {shards}/shard.00003.mds: ")
     proxy.heal()
     assert run("trainer.max_duration=1ep", *data) == 0
-    assert newest(LocalFolder(str(tmp_path / "run"))).endswith("-ba10-rank0.pt")  # of 200 samples, all
+    assert newest(LocalFolder(str(tmp_path / "run"))).endswith("-ba10-rank0.pt")  # all of the 200 samples
 
 
 # --- A full disk ---
@@ -435,7 +431,7 @@ def test_torchs_own_words_for_a_full_disk_are_known(disk, tmp_path):
     assert not storage.is_disk_full(caught.value)
 
 
-def test_a_full_disk_under_the_checkpoints_is_one_line_and_a_rerun_resumes(run, disk, capsys, tmp_path, whole):  # noqa: F811
+def test_a_full_disk_under_the_checkpoints_is_one_line_and_a_rerun_resumes(run, disk, capsys, tmp_path, whole):
     options = [f"trainer.save_folder={disk.path}/run", "trainer.save_interval=2ba", "data.flip=true"]
     assert run("trainer.max_duration=2ba", *options) == 0
     disk.fill(60_000)
@@ -448,7 +444,7 @@ def test_a_full_disk_under_the_checkpoints_is_one_line_and_a_rerun_resumes(run, 
 
 
 def test_a_full_disk_between_a_run_and_s3_is_one_line_and_a_rerun_resumes(
-    run,  # noqa: F811
+    run,
     s3,
     disk,
     capsys,

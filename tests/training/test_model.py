@@ -5,29 +5,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from sit_composer import randomness
 from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder, from_uint8, load_autoencoder, to_uint8
 from sit_composer.randomness import sample_key
-from sit_composer.sit import SiT, SiTBlock
+from sit_composer.sit import SiTBlock
 from sit_composer.training.model import ComposerSiT
 from sit_composer.transport import Transport
-
-SPEC = AutoencoderSpec(name="some/vae", channels=4, downsample=8, scale=0.5, shift=0.1)
-
-
-def small_network(**arguments) -> SiT:
-    torch.manual_seed(0)
-    sizes = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
-    network = SiT(**sizes | arguments)
-    for p in network.parameters():  # a new network's output is zero, which would hide mistakes
-        p.data.add_(0.05 * torch.randn_like(p))
-    return network
-
-
-def batch(count: int = 6) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    moments = torch.randn(count, 8, 8, 8, generator=generator)
-    moments[:, 4:] = moments[:, 4:].abs() * 0.1
-    index = torch.arange(100, 100 + count)
-    keys = torch.tensor([sample_key(0, 0, i) for i in index.tolist()])
-    return {"moments": moments.half(), "label": torch.arange(count) % 10, "index": index, "key": keys}
+from tests.helpers.networks import SPEC, batch, small_network
 
 
 def test_latents_are_mean_plus_deviation_times_noise_shifted_and_scaled():
@@ -64,7 +45,7 @@ def test_the_loss_is_the_transports_and_a_mean_over_samples():
     assert model.loss(losses, data) == losses.mean()
 
 
-def test_training_depends_on_keys_and_weights_alone():
+def test_training_depends_on_keys_and_weights_only():
     """So no rank count, no microbatch and no interruption changes it."""
     model, data, state = ComposerSiT(small_network(), Transport(), SPEC), batch(), torch.get_rng_state()
     whole = model(data)
@@ -87,13 +68,13 @@ def test_under_autocast_only_the_network_is_half():
     assert not torch.equal(seen["t"], seen["t"].bfloat16().float())
 
 
-def test_evaluation_depends_on_sample_and_weights_alone():
+def test_evaluation_depends_on_sample_and_weights_only():
     model = ComposerSiT(small_network(), Transport(), SPEC).eval()
     data = batch()
     torch.manual_seed(0)
     state = torch.get_rng_state()
     whole = model.eval_forward(data)
-    assert torch.equal(torch.get_rng_state(), state)  # training's randomness is left alone
+    assert torch.equal(torch.get_rng_state(), state)  # training's random numbers stay the same
     torch.manual_seed(9)
     order = torch.tensor([4, 1, 5, 0, 3, 2])
     parts = [model.eval_forward({k: v[o] for k, v in data.items()}) for o in order.split(2)]
@@ -122,7 +103,7 @@ def test_the_metric_is_the_mean_over_all_samples():
     assert model.get_metrics(is_train=True) == {}
 
 
-def test_flops_of_a_step_are_six_a_mac():
+def test_flops_of_a_step_are_six_per_mac():
     model = ComposerSiT(small_network(), Transport(), SPEC)
     assert model.flops_per_batch(batch(5)) == 6 * 5 * model.network.forward_macs()
 
@@ -162,7 +143,7 @@ def test_training_on_moments_equals_training_with_the_encoder_in_the_loop(vae_fo
     network = small_network()
     online = ComposerSiT(network, Transport(), encoder.spec, encoder)
     offline = ComposerSiT(network, Transport(), encoder.spec)
-    moments = encoder.moments(from_uint8(levels)).half()  # as shards keep them
+    moments = encoder.moments(from_uint8(levels)).half()  # as shards hold them
     losses = []
     for model, data in ((online, {"image": levels}), (offline, {"moments": moments})):
         losses.append(model.eval()({**data, "label": labels, "key": keys}))
@@ -179,7 +160,7 @@ def test_autocast_does_not_reach_the_autoencoder(vae_folder):
         assert autoencoder.decode(expected[:, :4]).dtype == torch.float32
 
 
-def test_what_is_no_autoencoder_is_refused_in_a_line(tmp_path):
+def test_a_folder_without_an_autoencoder_is_refused_in_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"autoencoder\.name: can't load an AutoencoderKL from") as error:
         load_autoencoder(str(tmp_path), channels=3)
     assert "\n" not in str(error.value)

@@ -12,8 +12,8 @@ from sit_composer.checkpoint.folder import newest
 from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.safe_load import METADATA, load_file, load_metadata, load_sharded
 from sit_composer.storage import LocalFolder
-from tests.conftest import ROOT
-from tests.training.test_train import COMPOSER, differences
+from tests.helpers.paths import ROOT
+from tests.helpers.runs import COMPOSER, differences
 
 pytestmark = pytest.mark.slow
 MOMENTS = {"middle": 4, "epoch": 7, "evaluation": 5}
@@ -32,7 +32,7 @@ def interruptions(way: str, moments=tuple(MOMENTS)) -> list[str]:
 
 @pytest.fixture(scope="session")
 def one(digits_shards, tmp_path_factory) -> Path:
-    """The runs of one process, and one of it that two are to go on with."""
+    """The runs of one process, and a run that two processes will resume."""
     top = tmp_path_factory.mktemp("one")
     launch(1, digits_shards, top, *interruptions("ddp"), "ddp:up:4")
     return top
@@ -40,7 +40,7 @@ def one(digits_shards, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def two(digits_shards, tmp_path_factory, one) -> Path:
-    """The runs of two processes, and one of them that one is to go on with."""
+    """The runs of two processes, and a run that one process will resume."""
     top = tmp_path_factory.mktemp("two")
     (top / "ddp").mkdir()
     (one / "ddp" / "up").rename(top / "ddp" / "up")
@@ -61,7 +61,7 @@ def two(digits_shards, tmp_path_factory, one) -> Path:
 
 
 def content(folder: Path) -> dict:
-    """All that the newest checkpoint holds, but for the count of checkpoints before it."""
+    """Everything in the newest checkpoint, except the list of checkpoints before it."""
     place = folder / newest(LocalFolder(str(folder)))
     if place.is_dir():
         return load_sharded(place, lambda name: "CheckpointSaver" not in name)
@@ -71,7 +71,7 @@ def content(folder: Path) -> dict:
 
 
 def losses(folder: Path, *batches: int) -> list[float]:
-    """Of every batch, in order; a resumed run logs those that it trains."""
+    """Every batch's, in order; a resumed run logs only the batches that it trains."""
     logs = [Path(f"{folder}-{n}.log").read_text() for n in batches]
     return [float(loss) for log in logs for loss in re.findall(r"loss/train/total: (\S+)", log)]
 
@@ -94,16 +94,22 @@ def test_two_ranks_resume_to_the_bit(two, way, moment):
     same_bits(two, way, moment)
 
 
-def test_two_ranks_of_which_one_was_told_to_end_in_an_evaluation_resume_to_the_bit(two):
+def test_two_ranks_resume_to_the_bit_after_a_sigterm_to_one_in_an_evaluation(two):
     whole, told = two / "fsdp" / "whole", two / "fsdp" / "told"
     assert (told / "ep0-ba5" / METADATA).exists()
-    assert "metrics/eval/loss" not in Path(f"{told}-13.log").read_text()  # it was left in its middle
+    assert "metrics/eval/loss" not in Path(f"{told}-13.log").read_text()  # it was interrupted
     assert differences(content(whole), content(told)) == []
     assert losses(whole, 14) == losses(told, 13, 14)
     assert len(losses(told, 14)) == 9
 
 
-@pytest.mark.parametrize(("ranks", "way"), [(1, "ddp-compiled"), (2, "fsdp-compiled")])
+@pytest.mark.parametrize(
+    ("ranks", "way"),
+    [
+        pytest.param(1, "ddp-compiled", marks=pytest.mark.nightly),  # minutes of C++ compiler
+        (2, "fsdp-compiled"),
+    ],
+)
 def test_compiled_runs_resume_to_the_bit(digits_shards, tmp_path, ranks, way):
     launch(ranks, digits_shards, tmp_path, *interruptions(way, ["evaluation"]))
     same_bits(tmp_path, way, "evaluation")
@@ -112,7 +118,7 @@ def test_compiled_runs_resume_to_the_bit(digits_shards, tmp_path, ranks, way):
 @pytest.mark.parametrize("weights", ["training", "ema"])
 @pytest.mark.parametrize("way", ["ddp/whole", "fsdp/whole", "hsdp/whole", "ddp/up", "fsdp/down"])
 def test_any_ranks_train_what_one_process_does(one, two, way, weights):
-    """Also one that was resumed on more ranks, or on fewer: the same samples, noise and batches follow."""
+    """Also after a resume on more or fewer ranks: the same samples, noise and batches follow."""
     expected = load_checkpoint(str(one / "ddp" / "whole"), weights).weights
     got = load_checkpoint(str(two / way), weights).weights
     assert got.keys() == expected.keys()
@@ -123,7 +129,7 @@ def test_any_ranks_train_what_one_process_does(one, two, way, weights):
     assert logged == pytest.approx(losses(one / "ddp" / "whole", 14)[-len(logged) :], abs=2e-4)
 
 
-def test_grids_are_the_same_pictures_whoever_draws_them(one, two):
+def test_any_ranks_generate_the_same_grids(one, two):
     for way in ("ddp", "fsdp"):
         for name in ("ba0000005.png", "ba0000010.png"):
             pictures = [Image.open(top / "whole" / "samples" / name) for top in (one / "ddp", two / way)]
@@ -136,7 +142,7 @@ def test_the_average_is_stored_in_shards_and_apart_from_the_training_weights(two
     average = {name: entry for name, entry in entries.items() if "EMAWeights" in name}
     assert len(average) > 20
     for name, entry in average.items():
-        assert len(entry.chunks) == 2, name  # tensors, a part of each rank's
+        assert len(entry.chunks) == 2, name  # a tensor, a part per rank
     uneven = average["state.callbacks.EMAWeights.params.network.y_embedder.embedding_table.weight"]
     assert [chunk.sizes[0] for chunk in uneven.chunks] == [6, 5]
     weights = [load_checkpoint(str(place), name).weights["final_layer.linear.weight"] for name in ("training", "ema")]

@@ -16,12 +16,12 @@ from sit_composer.config.schema import FSDPConfig
 from sit_composer.training.model import ComposerSiT
 from sit_composer.training.sharding import parallelism
 from sit_composer.transport import Transport
-from tests.training.test_model import SPEC, batch, small_network
+from tests.helpers.networks import SPEC, batch, small_network
 
 
 @pytest.mark.parametrize("mixed_precision", ["DEFAULT", "PURE", "FULL"])
 def test_the_network_sees_exact_times_and_latents_in_bfloat16_too(mixed_precision, monkeypatch):
-    """Composer 0.32's own policy would round them to bfloat16, and the target not."""
+    """Composer 0.32's own policy would round them to bfloat16, but not the target."""
     monkeypatch.setattr("composer.distributed.prepare_distributed._validate_precision", lambda *_: None)  # a CPU
     dist.initialize_dist("cpu")
     model, data = ComposerSiT(small_network(), Transport(), SPEC), batch()
@@ -39,8 +39,8 @@ def test_the_network_sees_exact_times_and_latents_in_bfloat16_too(mixed_precisio
     torch.testing.assert_close(sharded, replicated, rtol=2e-2, atol=1e-2)
 
 
-def test_pictures_are_drawn_from_weights_that_are_gathered_in_bfloat16(monkeypatch):
-    """Without autocast, as Composer calls callbacks, they would meet float32. Composer has it on a GPU alone."""
+def test_images_are_generated_from_weights_gathered_in_bfloat16(monkeypatch):
+    """Composer calls callbacks without autocast, so they would meet float32. Only a GPU has that case in Composer."""
     monkeypatch.setattr("composer.distributed.prepare_distributed._validate_precision", lambda *_: None)  # a CPU
     casts = {Precision.AMP_BF16: torch.bfloat16}
     monkeypatch.setattr(drawing_module, "get_precision_context", lambda p: torch.autocast("cpu", casts[p]))
@@ -49,13 +49,13 @@ def test_pictures_are_drawn_from_weights_that_are_gathered_in_bfloat16(monkeypat
     state = SimpleNamespace(model=model, precision=Precision.AMP_BF16)
     drawing = Drawing([0, 1, 2], Sampling(cfg_scale=1.5, num_steps=5), load_autoencoder(None, 1, "cpu"), weights, 2)
     weights.start(state)
-    exact = drawing(state, lambda pictures: pictures)  # replicated weights are drawn from in float32
+    exact = drawing(state, lambda images: images)  # replicated weights stay float32
     config = parallelism(FSDPConfig())["fsdp"]
     config.device_mesh = init_device_mesh("cpu", (1,))
     parallelize_composer_model(model, None, config, Precision.AMP_BF16)
     weights.start(state)
-    for _ in range(2):  # and again, once gathered weights were left behind
-        rounded = drawing(state, lambda pictures: pictures)
+    for _ in range(2):  # again, now that gathered weights were left
+        rounded = drawing(state, lambda images: images)
         difference = (rounded.int() - exact.int()).abs()
         assert rounded.dtype == torch.uint8
         assert difference.float().mean() < 1

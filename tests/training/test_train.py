@@ -1,4 +1,4 @@
-"""The training command, on the digits' shards: run in this process, so that Composer is imported once."""
+"""The training command on the digits' shards, run in this process, so that Composer is imported once."""
 
 import contextlib
 import json
@@ -16,70 +16,28 @@ import torch
 import yaml
 from PIL import Image
 
-from sit_composer import evaluate, sample, train
+from sit_composer import evaluate, sample
 from sit_composer.callbacks import drawing
 from sit_composer.callbacks.run_record import RunRecord
 from sit_composer.checkpoint.load import load_checkpoint
-from sit_composer.sit import SiT
 from sit_composer.storage import LocalFolder
 from sit_composer.supervision.lease import Lease
-from tests.conftest import ROOT
-from tests.data.test_loader import write
+from tests.helpers.digits import write
 from tests.helpers.judge_digits import judge
-
-QUICKSTART = str(ROOT / "yamls" / "quickstart.yaml")
-COMPOSER = os.path.join(os.path.dirname(sys.executable), "composer")
-
-
-@pytest.fixture
-def run(digits_shards, tmp_path):
-    """Runs the training command on a tiny network; gives its exit code."""
-
-    def run(*overrides: str, folder: str = "run") -> int:
-        tiny = [f"data.local={digits_shards}", "model.hidden_size=32", "model.depth=1", "model.num_heads=2"]
-        places = [
-            f"trainer.save_folder={tmp_path / folder}",
-            "trainer.progress_bar=false",
-            "trainer.save_interval=10ba",
-        ]
-        return train.main([QUICKSTART, *tiny, *places, "scheduler={constant: {}}", *overrides])
-
-    return run
-
-
-def state_of(folder) -> dict:
-    return torch.load(folder / "latest-rank0.pt", weights_only=False)["state"]
-
-
-def differences(a, b, path="") -> list[str]:
-    """Where two nested states differ in a bit; times on the clock aside."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        return [d for k in a if "wct" not in str(k) for d in differences(a[k], b[k], f"{path}/{k}")]
-    if isinstance(a, list | tuple):
-        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{path}/{i}")]
-    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(np.all(a == b))
-    return [] if same else [path]
-
-
-def bits(folder) -> dict:
-    state = state_of(folder)
-    average = state["callbacks"]["EMAWeights"]
-    names = ("model", "optimizers", "schedulers", "timestamp", "dataset_state")
-    rng = torch.load(folder / "latest-rank0.pt", weights_only=False)["rng"]
-    return {**{name: state[name] for name in names}, "ema": average, "rng": rng}
+from tests.helpers.paths import ROOT
+from tests.helpers.runs import COMPOSER, QUICKSTART, bits, differences
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_stopped_in_mid_epoch_resumes_to_the_bit(run, tmp_path, workers):
-    overrides = [f"data.num_workers={workers}", "data.flip=true"]  # flips must resume, too
-    assert run("trainer.max_duration=40ba", *overrides, folder="whole") == 0  # 28 batches an epoch
+    overrides = [f"data.num_workers={workers}", "data.flip=true"]  # flips must resume too
+    assert run("trainer.max_duration=40ba", *overrides, folder="whole") == 0  # 28 batches per epoch
     assert run("trainer.max_duration=10ba", *overrides) == 0
     assert run("trainer.max_duration=40ba", *overrides) == 0
     assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
 
 
-def test_flops_a_second_are_those_of_whole_batches_with_microbatches_too(run, tmp_path):
+def test_flops_per_second_count_whole_batches_with_microbatches_too(run, tmp_path):
     log = tmp_path / "log.txt"
     monitor = ["callbacks.speed_monitor={window_size: 2}", f"loggers={{file: {{filename: '{log}'}}}}"]
     sizes = "trainer.device_train_microbatch_size=24"  # of 64: 24, 24, 16
@@ -90,7 +48,7 @@ def test_flops_a_second_are_those_of_whole_batches_with_microbatches_too(run, tm
         [float(value) for value in re.findall(rf"throughput/{name}_per_sec: ([\d.e+]+)", text)]
         for name in ("flops", "batches")
     )
-    macs = SiT(**load_checkpoint(str(tmp_path / "run")).record["model"]).forward_macs()
+    macs = load_checkpoint(str(tmp_path / "run")).record.build_network().forward_macs()
     assert flops
     for a, b in zip(flops, batches, strict=True):
         assert a / b == pytest.approx(6 * macs * 64, rel=1e-3)
@@ -106,7 +64,7 @@ def test_evaluation_is_logged_and_leaves_the_training_bits_alone(run, tmp_path, 
     assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
 
 
-def test_sample_grids_are_drawn_and_leave_the_training_bits_alone(run, tmp_path):
+def test_sample_grids_leave_the_training_bits_alone(run, tmp_path):
     grid = "sample_grid={interval: 5ba, labels: [3, 7], per_class: 3, num_steps: 3}"
     assert run("trainer.max_duration=10ba", "data.flip=true", folder="whole") == 0
     assert run("trainer.max_duration=10ba", "data.flip=true", grid) == 0
@@ -115,7 +73,7 @@ def test_sample_grids_are_drawn_and_leave_the_training_bits_alone(run, tmp_path)
     assert [path.name for path in grids] == ["ba0000005.png", "ba0000010.png"]
     with Image.open(grids[0]) as picture:
         assert picture.width > picture.height  # three of each of two classes
-    # The pictures are those that the sampling command draws from the same weights.
+    # The sampling command generates the same images from the same weights.
     options = ["--classes", "3,7", "--per-class", "3", "--cfg-scale", "1.5", "--num-steps", "3"]
     out = tmp_path / "out"
     assert sample.main([str(tmp_path / "run"), "--out", str(out), "--sampling-method", "heun", *options]) == 0
@@ -123,15 +81,15 @@ def test_sample_grids_are_drawn_and_leave_the_training_bits_alone(run, tmp_path)
 
 
 @pytest.mark.parametrize(("interval", "drawn"), [("1ep", [28, 56]), ("40ba", [40, 56]), ("0.25dur", [14, 28, 42, 56])])
-def test_a_grid_is_drawn_at_each_interval_and_at_the_end(run, tmp_path, interval, drawn):
+def test_a_grid_is_written_at_each_interval_and_at_the_end(run, tmp_path, interval, drawn):
     grid = f"sample_grid={{interval: {interval}, labels: [3], num_steps: 2}}"
     assert run("trainer.max_duration=2ep", grid) == 0
     assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == [f"ba{n:07}.png" for n in drawn]
 
 
 @pytest.fixture
-def judge_of_pictures(digits_shards, tmp_path) -> dict[str, str]:
-    """A small extractor of features, and the digits' statistics by it."""
+def frechet_files(digits_shards, tmp_path) -> dict[str, str]:
+    """A small feature extractor, and the digits' statistics by it."""
     torch.manual_seed(0)
     example = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
 
@@ -147,8 +105,8 @@ def judge_of_pictures(digits_shards, tmp_path) -> dict[str, str]:
     return files
 
 
-def test_the_frechet_distance_is_logged_resumes_and_leaves_the_training_bits_alone(run, tmp_path, judge_of_pictures):
-    frechet = [f"frechet.{name}={value}" for name, value in judge_of_pictures.items()]
+def test_the_frechet_distance_is_logged_resumes_and_leaves_the_training_bits_alone(run, tmp_path, frechet_files):
+    frechet = [f"frechet.{name}={value}" for name, value in frechet_files.items()]
     frechet += ["frechet.interval=5ba", "frechet.num_images=30", "frechet.num_steps=3", "frechet.batch_size=7"]
     log = tmp_path / "log.txt"
     assert run("trainer.max_duration=20ba", folder="without") == 0
@@ -160,21 +118,21 @@ def test_the_frechet_distance_is_logged_resumes_and_leaves_the_training_bits_alo
     assert results[0] == results[1]
     assert list(results[0]["frechet_distance"]) == ["5", "10", "15", "20"]
     assert f"metrics/frechet_distance: {results[0]['frechet_distance']['20']:.4f}" in log.read_text()
-    # It is what the commands give for the same weights.
+    # The commands give the same for the same weights.
     out, file = tmp_path / "out", tmp_path / "result.json"
     options = ["--num-images", "30", "--cfg-scale", "1", "--num-steps", "3", "--sampling-method", "heun"]
     assert sample.main([str(tmp_path / "run"), "--out", str(out), *options]) == 0
-    features = ["--features", judge_of_pictures["features"], "--metrics", "fid", "--out", str(file)]
-    assert evaluate.main([str(out), "--reference", judge_of_pictures["reference"], *features]) == 0
+    features = ["--features", frechet_files["features"], "--metrics", "fid", "--out", str(file)]
+    assert evaluate.main([str(out), "--reference", frechet_files["reference"], *features]) == 0
     distance = json.loads(file.read_text())["metrics"]["fid"]
     assert results[0]["frechet_distance"]["20"] == pytest.approx(distance, rel=1e-4)
 
 
-def test_a_reference_of_other_features_is_refused_at_the_start(run, tmp_path, judge_of_pictures, capsys):
+def test_a_reference_of_other_features_is_refused_at_the_start(run, tmp_path, frechet_files, capsys):
     np.savez(tmp_path / "other.npz", mu=np.zeros(5), sigma=np.eye(5))
-    frechet = [f"frechet.features={judge_of_pictures['features']}", f"frechet.reference={tmp_path / 'other.npz'}"]
+    frechet = [f"frechet.features={frechet_files['features']}", f"frechet.reference={tmp_path / 'other.npz'}"]
     assert run("trainer.max_duration=5ba", *frechet) == 2
-    assert "is of 5 features" in capsys.readouterr().err
+    assert "has 5 features, expected 16" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -182,7 +140,7 @@ def test_a_finished_run_says_so_and_changes_nothing(run, tmp_path, capsys):
     assert run("trainer.max_duration=10ba") == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.pt")}
     assert run("trainer.max_duration=10ba") == 0
-    assert "quickstart is trained: 10 batches" in capsys.readouterr().out
+    assert "quickstart: already trained, 10 batches" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.pt")} == before
 
 
@@ -235,7 +193,7 @@ def test_a_run_that_is_not_to_be_resumed_leaves_the_one_there_alone(run, tmp_pat
     assert run("trainer.max_duration=10ba") == 0
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
     assert run("trainer.max_duration=20ba", "trainer.autoresume=false") == 2
-    assert "holds checkpoints (ep0-ba10-rank0.pt); trainer.autoresume=true goes on" in capsys.readouterr().err
+    assert "holds checkpoints (ep0-ba10-rank0.pt); trainer.autoresume=true resumes" in capsys.readouterr().err
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
 
 
@@ -248,15 +206,15 @@ def test_a_sigterm_saves_and_the_same_command_goes_on_to_the_bit(run, tmp_path, 
 
     monkeypatch.setattr(RunRecord, "batch_end", told, raising=False)
     assert run("trainer.max_duration=20ba", "supervision.grace=300") == 143
-    assert "told to end; saved" in capsys.readouterr().out
+    assert "ended by a SIGTERM, and saved" in capsys.readouterr().out
     assert (tmp_path / "run" / "ep0-ba7-rank0.pt").exists()
     monkeypatch.undo()
     assert run("trainer.max_duration=20ba") == 0
     assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
 
 
-@pytest.mark.parametrize("when", ["evaluation", "pictures"])
-def test_a_sigterm_in_an_evaluation_or_in_pictures_leaves_and_saves(
+@pytest.mark.parametrize("when", ["evaluation", "images"])
+def test_a_sigterm_in_an_evaluation_or_while_generating_images_leaves_and_saves(
     run, tmp_path, digits_shards, monkeypatch, capsys, when
 ):
     options = ["trainer.max_duration=10ba", "sample_grid={interval: 5ba, labels: [3], num_steps: 3, batch_size: 1}"]
@@ -275,17 +233,17 @@ def test_a_sigterm_in_an_evaluation_or_in_pictures_leaves_and_saves(
     else:
         monkeypatch.setattr(drawing, "generate", lambda *args: told() or generate(*args))
     assert run(*options) == 143
-    assert "told to end; saved" in capsys.readouterr().out
-    assert len(calls) == 2  # of three batches, of four pictures
+    assert "ended by a SIGTERM, and saved" in capsys.readouterr().out
+    assert len(calls) == 2  # of three batches, or four images
     assert sorted(path.name for path in (tmp_path / "run").glob("ep*")) == ["ep0-ba5-rank0.pt"]
     monkeypatch.undo()
     assert run(*options) == 0
     assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
 
 
-@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("told", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_ends_with_workers_for_its_evaluation_too(digits_shards, tmp_path, told):
-    """Its process must: Python waits for workers that are left, and these are deaf to the signal that it sends them."""
+    """Python waits for workers that are left, which ignore the signal that it sends them."""
     log = tmp_path / "log.txt"
     options = ["model.hidden_size=32", "model.depth=1", "model.num_heads=2", "trainer.eval_interval=2ba"]
     options += [f"data.local={digits_shards}", f"trainer.save_folder={tmp_path / 'run'}", "data.num_workers=1"]
@@ -308,7 +266,7 @@ def test_a_run_ends_with_workers_for_its_evaluation_too(digits_shards, tmp_path,
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_what_only_another_node_sees_is_told(tmp_path):
+def test_a_node_reports_what_only_it_sees(tmp_path):
     program = "import sys, time; time.sleep = lambda s: None; from sit_composer.train import main; sys.exit(main())"
     command = [sys.executable, "-c", program, QUICKSTART, f"data.local={tmp_path / 'none'}"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "RANK": "8"}, capture_output=True, text=True)
@@ -318,7 +276,7 @@ def test_what_only_another_node_sees_is_told(tmp_path):
 
 @pytest.mark.slow
 def test_a_sigterm_to_every_process_of_a_run_saves_too(digits_shards, tmp_path):
-    """As schedulers send it; torch's data workers would die of it, and the run of their death."""
+    """As schedulers send it; it would kill torch's data workers, and their death the run."""
     log = tmp_path / "log.txt"
     tiny = ["model.hidden_size=32", "model.depth=1", "model.num_heads=2", "trainer.max_duration=100000ba"]
     places = [f"data.local={digits_shards}", f"trainer.save_folder={tmp_path / 'run'}", "data.num_workers=2"]
@@ -424,7 +382,7 @@ def test_evaluation_data_with_other_classes_is_refused(run, digits_shards, tmp_p
     spec = json.loads((other / "spec.json").read_text())
     (other / "spec.json").write_text(json.dumps({**spec, "classes": spec["classes"][::-1]}))
     assert run("trainer.max_duration=1ba", f"eval_data={{local: {other}, global_batch_size: 9, num_workers: 0}}") == 2
-    assert "eval_data.local: its classes are not data's" in capsys.readouterr().err
+    assert "eval_data.local: its classes differ from data's" in capsys.readouterr().err
     assert run("trainer.max_duration=1ba") == 0
     assert run("trainer.max_duration=2ba", f"data.local={other}") == 2  # and so is resuming on them
     assert "other classes than the data has, from label 0 on" in capsys.readouterr().err
@@ -454,27 +412,27 @@ def test_evaluation_on_latents_of_another_scale_is_refused(run, vae_folder, tmp_
     for name, code in (("a", 0), ("b", 2)):
         places = f"eval_data={{local: {tmp_path / name}, global_batch_size: 9, num_workers: 0}}"
         assert run(*latents, places, folder=name) == code
-    assert "error: eval_data.local: its latents are of " in capsys.readouterr().err
+    assert "error: eval_data.local: got latents of " in capsys.readouterr().err
 
 
-def test_grey_pictures_are_encoded_by_an_autoencoder_of_three_channels(run, vae_folder, digits_shards, tmp_path):
+def test_grey_images_are_encoded_by_an_autoencoder_of_three_channels(run, vae_folder, digits_shards, tmp_path):
     latents = ["model.in_channels=4", "model.input_size=4", f"autoencoder.name={vae_folder}"]
     assert run("trainer.max_duration=1ba", *latents) == 0
-    assert load_checkpoint(str(tmp_path / "run")).record["autoencoder"]["name"] == vae_folder
+    assert load_checkpoint(str(tmp_path / "run")).record.autoencoder.name == vae_folder
 
 
 def test_a_run_of_another_network_under_the_same_name_is_refused(run, tmp_path, capsys):
     assert run("trainer.max_duration=1ba") == 0
     before = sorted((tmp_path / "run").iterdir())
     assert run("trainer.max_duration=2ba", "model.depth=2") == 2
-    assert "model.depth: got 2; the run in" in capsys.readouterr().err
+    assert "model.depth: got 2, expected 4, as the run in" in capsys.readouterr().err
     assert sorted((tmp_path / "run").iterdir()) == before
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["precision=amp_bf16"], "precision: got amp_bf16; there is no GPU here"),
+        (["precision=amp_bf16"], "precision: got amp_bf16, expected fp32: there is no GPU here"),
         (["callbacks.early_stopper={monitor: x, dataloader_label: y, patience: soon}"], "callbacks.early_stopper"),
         (["data.local=nowhere"], "data.local: no shards in 'nowhere'"),
         (["model.num_classes=11"], "has only 10 classes"),
@@ -486,7 +444,7 @@ def test_a_run_of_another_network_under_the_same_name_is_refused(run, tmp_path, 
         (["data.remote=/nowhere/at/all", "data.local=cache"], "cannot read /nowhere/at/all/spec.json"),
     ],
 )
-def test_what_only_the_libraries_know_is_told_in_a_line_too(run, overrides, message, capsys, tmp_path, monkeypatch):
+def test_what_only_the_libraries_refuse_is_one_line_too(run, overrides, message, capsys, tmp_path, monkeypatch):
     if torch.cuda.is_available() and "precision" in message:
         pytest.skip("there is a GPU here, which takes amp_bf16")
     monkeypatch.chdir(tmp_path)
@@ -507,8 +465,9 @@ def test_a_broken_shard_stops_the_command_with_its_name(run, digits_shards, tmp_
     assert shard.name in capsys.readouterr().err
 
 
-def test_the_quickstart_draws_digits_that_are_read_as_asked_for(digits_shards, tmp_path):
-    """The whole road, by the real launcher: 95 % of 500 guided EMA samples are read as the class asked for."""
+@pytest.mark.nightly  # CI runs `make quickstart`, which is judged as well
+def test_the_quickstart_generates_digits_of_the_requested_class(digits_shards, tmp_path):
+    """End to end, with the real launcher: a classifier finds the requested class in 95 % of 500 guided EMA samples."""
     command = [COMPOSER, "-n", "1", "sit_composer/train.py", "yamls/quickstart.yaml"]
     places = [f"data.local={digits_shards}", f"trainer.save_folder={tmp_path / 'run'}"]
     done = subprocess.run([*command, *places], cwd=ROOT, capture_output=True, text=True, timeout=800)

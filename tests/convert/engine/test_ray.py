@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.convert.test_conversion import contents
+from tests.helpers.shards import contents
 
 from convert.sources import parts  # isort: skip
 from convert.engine import pipeline  # isort: skip

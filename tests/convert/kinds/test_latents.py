@@ -14,7 +14,7 @@ from convert import to_mds
 from sit_composer.autoencoder import KLAutoencoder, from_uint8
 from sit_composer.data.loader import build_loader, coin, load_spec
 from sit_composer.data.pictures import center_crop, decode_image
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 SIZES = [(24, 20), (16, 16), (40, 18), (17, 33), (64, 64)]  # width, height
 
@@ -89,7 +89,7 @@ def test_the_spec_names_the_autoencoder_with_its_scale_and_shift(latents, vae_fo
 def test_training_on_latents_is_training_with_the_encoder_in_the_loop(pictures, latents, vae_folder, tmp_path):
     from sit_composer.training.model import ComposerSiT
     from sit_composer.transport import Transport
-    from tests.training.test_model import small_network
+    from tests.helpers.networks import small_network
 
     assert to_mds.main([str(pictures), "--out", str(tmp_path / "pixels")]) == 0
     encoder = KLAutoencoder(vae_folder)

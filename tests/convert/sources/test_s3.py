@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from convert.sources import parts  # noqa: E402
-from convert.sources import s3 as remote  # noqa: E402
-from convert.sources.registry import InputError, describe, plan_source, read_part  # noqa: E402
+from convert.sources import parts
+from convert.sources import s3 as remote
+from convert.sources.registry import InputError, describe, plan_source, read_part
 from tests.helpers.fault_proxy import FaultProxy
 
 IMAGES = [random.Random(k).randbytes(2000 + k) for k in range(200)]

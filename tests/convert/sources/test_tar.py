@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from convert.sources import tar as tar_source  # noqa: E402
-from convert.sources.parts import in_order  # noqa: E402
-from convert.sources.registry import InputError, describe, plan_source, read_part  # noqa: E402
+from convert.sources import tar as tar_source
+from convert.sources.parts import in_order
+from convert.sources.registry import InputError, describe, plan_source, read_part
 
 
 def tar(members, mode="w"):

@@ -1,0 +1,112 @@
+"""A run's inputs: the shards' specs, checked against the config; what turns samples into latents; and the loaders."""
+
+from dataclasses import dataclass, replace
+
+from composer.utils import dist
+
+from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder, load_autoencoder
+from sit_composer.config.data_fits import check_data, check_latents
+from sit_composer.config.schema import Config, ConfigError
+from sit_composer.data.loader import SitLoader, build_loader
+from sit_composer.data.spec import DataSpec
+from sit_composer.data.stream import load_spec
+
+SECTIONS = ("data", "eval_data")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is trained and evaluated on. The dicts have an entry per section: ``data``, ``eval_data``."""
+
+    specs: dict[str, DataSpec]
+    autoencoder: AutoencoderSpec  # of the latents that the network learns
+    encoder: KLAutoencoder | None  # encodes images in each step; None if the shards hold latents, or for pixels
+    loaders: dict[str, SitLoader]
+
+
+def read_specs(config: Config) -> dict[str, DataSpec]:
+    """Reads `spec.json` once for each section of data that the config has.
+
+    Raises:
+        DataError: if it can't be read or is malformed.
+    """
+    sections = {name: getattr(config, name) for name in SECTIONS}
+    return {name: load_spec(data.remote, data.local) for name, data in sections.items() if data is not None}
+
+
+def check_specs(config: Config, specs: dict[str, DataSpec]) -> None:
+    """Checks that the network can be trained on such shards, and evaluated on such others.
+
+    Raises:
+        ConfigError: naming the key, its value and what was expected.
+    """
+    latents: dict[str, AutoencoderSpec] = {}
+    for section, spec in specs.items():
+        check_data(config, spec, section)
+        if "data" in specs and spec.classes != specs["data"].classes:
+            raise ConfigError(f"{section}.local: its classes differ from data's, expected the same in the same order")
+        if spec.kind != "latents":
+            continue
+        # check_data compares the autoencoders' names, and one autoencoder's may be spelled in two ways.
+        latents[section] = AutoencoderSpec(**{**spec.autoencoder, "name": config.autoencoder.name})
+        check_latents(config, latents[section].channels, latents[section].downsample, spec.image_size, section)
+        first = next(iter(latents.values()))
+        if latents[section] != first:
+            raise ConfigError(f"{section}.local: got latents of {latents[section]}, expected data's, of {first}")
+
+
+def open_inputs(config: Config, device: str) -> Inputs:
+    """Reads and checks the specs, loads the encoder if images are to be encoded, and builds the loaders.
+
+    Raises:
+        ConfigError: if the shards, the autoencoder and the network don't fit together.
+        DataError: if the shards can't be read.
+    """
+    specs = read_specs(config)
+    check_specs(config, specs)
+    autoencoder, encoder = _open_autoencoder(config, specs, device)
+    loaders = {}
+    for section, spec in specs.items():
+        image_size = None  # latents have theirs
+        if spec.kind == "pixels":
+            image_size = getattr(config, section).image_size or config.model.input_size * autoencoder.downsample
+            check_latents(config, autoencoder.channels, autoencoder.downsample, image_size, section)
+            if encoder is not None:
+                spec = replace(spec, channels=encoder.picture_channels)  # as images are decoded for it
+        loaders[section] = _loader(config, section, spec, image_size)
+    return Inputs(specs, autoencoder, encoder, loaders)
+
+
+def _open_autoencoder(
+    config: Config, specs: dict[str, DataSpec], device: str
+) -> tuple[AutoencoderSpec, KLAutoencoder | None]:
+    """The autoencoder of the run's latents, and the loaded one if images are encoded in each step."""
+    latents = next((AutoencoderSpec(**spec.autoencoder) for spec in specs.values() if spec.kind == "latents"), None)
+    if config.autoencoder.name is None:
+        return AutoencoderSpec(name=None, channels=specs["data"].channels), None
+    if all(spec.kind == "latents" for spec in specs.values()):
+        return latents, None
+    encoder = load_autoencoder(config.autoencoder.name, 3, device)
+    if latents is not None and encoder.spec != latents:
+        raise ConfigError(f"autoencoder.name: got {encoder.spec}, expected that of the latents, {latents}")
+    return encoder.spec, encoder
+
+
+def _loader(config: Config, section: str, spec: DataSpec, image_size: int | None) -> SitLoader:
+    data, training = getattr(config, section), section == "data"
+    return build_loader(
+        data.remote,
+        data.local,
+        spec=spec,
+        batch_size=data.global_batch_size // dist.get_world_size(),
+        image_size=image_size,
+        flip=data.flip and training,
+        shuffle=data.shuffle and training,
+        seed=config.seed,
+        num_workers=data.num_workers,
+        drop_last=training,
+        predownload=data.predownload,
+        cache_limit=data.cache_limit,
+        # Streaming's default is the number of nodes that a run starts on, so another order on every cluster.
+        num_canonical_nodes=data.num_canonical_nodes,
+    )

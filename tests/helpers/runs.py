@@ -1,0 +1,63 @@
+"""Runs of the quickstart's YAML on a tiny network, in this process, and their bits."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sit_composer import train
+from sit_composer.checkpoint.folder import fetch_checkpoint, newest
+from sit_composer.storage import S3Folder
+from tests.helpers.paths import ROOT
+
+QUICKSTART = str(ROOT / "yamls" / "quickstart.yaml")
+COMPOSER = os.path.join(os.path.dirname(sys.executable), "composer")
+TINY = ["model.hidden_size=32", "model.depth=1", "model.num_heads=2"]
+REMOTE = ["trainer.save_folder=s3://sit/runs/{run_name}", "trainer.save_interval=2ba", "data.flip=true"]
+FOLDER = "s3://sit/runs/quickstart"
+
+
+def runner(shards: Path, top: Path) -> Callable[..., int]:
+    """Returns a function that trains a tiny network on the shards in a folder of top; it returns the exit code."""
+
+    def run(*overrides: str, folder: str = "run") -> int:
+        places = [f"data.local={shards}", f"trainer.save_folder={top / folder}"]
+        rest = ["trainer.progress_bar=false", "trainer.save_interval=10ba", "scheduler={constant: {}}"]
+        return train.main([QUICKSTART, *TINY, *places, *rest, *overrides])
+
+    return run
+
+
+def state_of(folder) -> dict:
+    return torch.load(folder / "latest-rank0.pt", weights_only=False)["state"]
+
+
+def differences(a, b, path="") -> list[str]:
+    """Where two nested states differ in a bit; times on the clock aside."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        return [d for k in a if "wct" not in str(k) for d in differences(a[k], b[k], f"{path}/{k}")]
+    if isinstance(a, list | tuple):
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{path}/{i}")]
+    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(np.all(a == b))
+    return [] if same else [path]
+
+
+def bits(folder) -> dict:
+    state = state_of(folder)
+    average = state["callbacks"]["EMAWeights"]
+    names = ("model", "optimizers", "schedulers", "timestamp", "dataset_state")
+    rng = torch.load(folder / "latest-rank0.pt", weights_only=False)["rng"]
+    return {**{name: state[name] for name in names}, "ema": average, "rng": rng}
+
+
+def fetched(tmp_path) -> dict:
+    folder, place = S3Folder(FOLDER), tmp_path / "fetched"
+    name = newest(folder)
+    fetch_checkpoint(folder, name, place)
+    (place / "latest-rank0.pt").unlink(missing_ok=True)
+    (place / "latest-rank0.pt").symlink_to(name)
+    return bits(place)
