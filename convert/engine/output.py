@@ -69,8 +69,7 @@ class Output:
     def is_done(self, source: dict[str, Any], overwrite: bool) -> bool:
         """Whether the whole conversion of this source is there. False: the place is free, or may be replaced.
 
-        Keys that ``source`` gets only later are not compared before. Raises OutputError if anything
-        else is there.
+        Keys that ``source`` gets only later are not compared before. Raises OutputError if anything else is there.
         """
         files = _entries(self.path) if self.path else self.store.listing()
         _refuse_foreign(self.uri, files)
