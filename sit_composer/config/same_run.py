@@ -34,8 +34,8 @@ def check_same_config(config: Config, text: str, where: str) -> None:
     for name, value in new.items():
         if old[name] != value:
             raise ConfigError(
-                f"{name}: got {value}, expected {old[name]}, as the run in {folder}, which this one would resume, has; "
-                "choose another run_name or save_folder"
+                f"{name}: got {value}, expected {old[name]}, the value of the run in {folder}, which this one would "
+                "resume; choose another run_name or save_folder"
             )
 
 
