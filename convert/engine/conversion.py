@@ -7,7 +7,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +18,7 @@ from convert.engine.output import Output, OutputError
 from convert.engine.pipeline import Job, Tally, convert_parts
 from convert.engine.plan import Plan, identity, vae_identity
 from convert.engine.progress import Progress
-from convert.kinds import BadPicture, Kind
+from convert.kinds import BadPicture
 from convert.kinds.pixels import Pixels
 from convert.sources.parts import MAX_CLASSES, InputError
 from convert.sources.registry import plan_source, read_part
@@ -29,7 +29,7 @@ from sit_composer.storage import StorageError
 FAILED = 1  # exit code for a failing disk or network
 REASONS_SHOWN = 5
 SMALL = 2000  # images; for fewer, starting processes would take longer than the work
-Records = Iterator[dict[str, Any]]  # of parts
+Records = Generator[dict[str, Any], None, None]  # of parts
 
 
 def run(args: argparse.Namespace, source: dict[str, Any]) -> int:
@@ -95,7 +95,7 @@ def _convert(args: argparse.Namespace, source: dict[str, Any], output: Output) -
     return 0
 
 
-def _kind(args: argparse.Namespace, plan: Plan) -> tuple[Kind, dict[str, Any]]:
+def _kind(args: argparse.Namespace, plan: Plan) -> tuple[Any, dict[str, Any]]:
     """What is made of images, and the arguments of its class."""
     options: dict[str, Any] = {"check": args.check or "decode"}
     if not args.latents and args.image_size is None:

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
@@ -51,7 +51,9 @@ class Decoders:
             self.pool.shutdown(cancel_futures=True)
 
 
-def ahead(prepare: Callable[[Any], Any], samples: Iterable[Numbered], decoders: Decoders) -> Iterator[Prepared]:
+def ahead(
+    prepare: Callable[[Any], Any], samples: Iterable[Numbered], decoders: Decoders
+) -> Generator[Prepared, None, None]:
     """Each sample with its prepared image, or with what is wrong with that, in order. Decoders work ahead. Raises
     InputError if one of them dies."""
     if decoders.pool is None:

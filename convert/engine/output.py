@@ -165,11 +165,11 @@ class Output:
 
     def put(self, file: Path) -> None:
         """Moves a file there, under its own name. It appears whole, or not at all."""
-        if self.path:
-            os.replace(file, self.place / file.name)
-        else:
+        if isinstance(self.store, S3Folder):
             self.store.upload(file, file.name)
             file.unlink()
+        else:
+            os.replace(file, self.place / file.name)
 
     def finish_part(self, record: dict[str, Any]) -> None:
         """Notes that a part's shards are all there."""

@@ -58,9 +58,9 @@ def vae_identity(vae: str) -> dict[str, str]:
     InputError if it is not a folder, not in the Hub's cache, and the Hub can't be reached."""
     if os.path.isdir(vae):
         hashes = []
-        for file in sorted(file for file in Path(vae).rglob("*") if file.suffix in (".json", ".safetensors")):
-            with open(file, "rb") as opened:
-                hashes.append([str(file.relative_to(vae)), hashlib.file_digest(opened, "sha256").hexdigest()])
+        for path in sorted(path for path in Path(vae).rglob("*") if path.suffix in (".json", ".safetensors")):
+            with open(path, "rb") as opened:
+                hashes.append([str(path.relative_to(vae)), hashlib.file_digest(opened, "sha256").hexdigest()])
         return {"vae_digest": digest(hashes)}
     from huggingface_hub import errors, hf_hub_download  # only --latents needs it
 
@@ -68,8 +68,8 @@ def vae_identity(vae: str) -> dict[str, str]:
     reached = True
     for file in ("config.json", "vae/config.json"):  # an autoencoder's, or a pipeline's
         try:
-            path = hf_hub_download(vae, file, local_files_only=not reached)  # .../snapshots/COMMIT/config.json
-            return {"vae_commit": Path(path).parents[file.count("/")].name}
+            found = hf_hub_download(vae, file, local_files_only=not reached)  # .../snapshots/COMMIT/config.json
+            return {"vae_commit": Path(found).parents[file.count("/")].name}
         except errors.LocalEntryNotFoundError:
             reached = False
         except Exception:  # reported when the autoencoder is loaded

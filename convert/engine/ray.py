@@ -10,7 +10,7 @@ project's dependencies, the source, the output and the credentials in the same p
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class Converter:
             return {"kind": [type(error).__name__], "content": [str(error)]}
 
 
-def convert_on_ray(job: Job, options: dict[str, Any], todo: list[int]) -> Iterator[dict[str, Any]]:
+def convert_on_ray(job: Job, options: dict[str, Any], todo: list[int]) -> Generator[dict[str, Any], None, None]:
     """Converts the parts with the numbers ``todo``, and yields the record of each, in any order.
 
     ``options`` are the arguments of the job's kind. Raises an actor's InputError or OutputError, and OSError for its

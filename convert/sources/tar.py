@@ -69,9 +69,7 @@ def read_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iter
     check_same(file, fingerprint(file["name"]))
 
 
-def _samples(
-    name: str, description: dict[str, Any], read_images: bool = True
-) -> Iterator[tuple[str, bytes | bool | None, str | None]]:
+def _samples(name: str, description: dict[str, Any], read_images: bool = True) -> Iterator[tuple[str, Any, str | None]]:
     """Where each sample of a tar is, its image (True if it is not read; None if there is none), and its label. Raises
     InputError if the tar is broken or holds no image; if a sample with an image has no label."""
     images = {description["image_column"]} if description["image_column"] else IMAGES
@@ -131,10 +129,11 @@ def _class(text: str, where: str) -> int:
 def _groups(name: str, wanted: Collection[str]) -> Iterator[tuple[str, Group]]:
     """The samples of a tar: the common part of their names, and their members, read if their extension is wanted."""
     seen: set[str] = set()
-    current, group = None, {}
+    current: str | None = None
+    group: Group = {}
     with _tar(name) as tar:
         while (member := tar.next()) is not None:
-            tar.members.clear()  # tarfile would keep them all in memory
+            tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all in memory
             match = NAME.fullmatch(member.name)
             if match is None or not (member.isreg() or member.islnk() or member.issym()):
                 continue
@@ -168,10 +167,10 @@ class _Member(tarfile.TarInfo):
     """Reports a broken or missing header, which tarfile takes for the end of the tar. The end is a block of zeros."""
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+    def frombuf(cls, buf: Any, encoding: str, errors: str) -> Any:
         try:
             return super().frombuf(buf, encoding, errors)
-        except tarfile.EOFHeaderError:
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"it is cut off or broken: {error}, where a member or the end should be") from None
@@ -185,7 +184,7 @@ def _tar(name: str) -> Iterator[tarfile.TarFile]:
     try:
         with s3.reading(name):
             file = s3.RemoteFile(name, s3.CHUNK) if is_remote else open(name, "rb")  # noqa: SIM115 - closed below
-        with file, tarfile.open(fileobj=file, mode=mode, tarinfo=_Member, bufsize=1 << 16) as tar:
+        with file, tarfile.open(None, mode, file, 1 << 16, tarinfo=_Member) as tar:  # type: ignore[call-overload]
             yield tar
     except (tarfile.TarError, EOFError, OSError) as error:
         raise InputError(f"cannot read {name}: {error}") from error

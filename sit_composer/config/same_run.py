@@ -41,7 +41,7 @@ def check_same_config(config: Config, text: str, where: str) -> None:
 
 def _fixed_keys(config: Config) -> dict[str, object]:
     """The keys that can't change between a run and its resumption."""
-    keys = {"seed": config.seed, "ema": None if config.ema is None else "an average"}
+    keys: dict[str, object] = {"seed": config.seed, "ema": None if config.ema is None else "an average"}
     sections = {name: vars(getattr(config, name)) for name in ("transport", "autoencoder", "optimizer")}
     for section, values in {"model": network_arguments(config.model), **sections}.items():
         keys |= {f"{section}.{name}": value for name, value in values.items()}

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from composer.utils import dist
 
-from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder, load_autoencoder
+from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder
 from sit_composer.config.data_fits import check_classes_agree, check_data, check_latents
 from sit_composer.config.schema import Config, ConfigError
 from sit_composer.data.loader import SitLoader, build_loader
@@ -85,7 +85,7 @@ def _open_autoencoder(
         return AutoencoderSpec(name=None, channels=specs["data"].channels), None
     if all(spec.kind == "latents" for spec in specs.values()):
         return latents, None
-    encoder = load_autoencoder(config.autoencoder.name, 3, device)
+    encoder = KLAutoencoder(config.autoencoder.name, device)
     if latents is not None and encoder.spec != latents:
         raise ConfigError(f"autoencoder.name: got {encoder.spec}, expected that of the latents, {latents}")
     return encoder.spec, encoder
