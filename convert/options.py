@@ -4,88 +4,64 @@ import argparse
 from typing import Any
 
 from convert.sources.registry import FORMATS, InputError
+from sit_composer.choices import COUNT, FROM_ZERO, Bounds
+from sit_composer.cli import make_parser, number
 
 DTYPES = ("float32", "bfloat16", "float16")
+QUALITY = Bounds(1, 100, whole=True)  # of a JPEG
 
 
 def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
-    """Parses the command line; ``doc`` is what --help begins with."""
-    parser = argparse.ArgumentParser("to_mds.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Parses the command line; --help begins with ``doc``."""
+    parser = make_parser("to_mds.py", doc)
     add = parser.add_argument
     add("source", metavar="SOURCE", type=_given, help="what to convert")
-    add("--out", metavar="URI", type=_given, required=True, help="where to")
-    add("--format", choices=FORMATS, help="what SOURCE is (default: by its files' names)")
+    add("--out", metavar="URI", type=_given, required=True, help="where to write the shards")
+    add("--format", choices=FORMATS, help="the format of SOURCE (default: by the names of its files)")
     add("--image-column", metavar="NAME", help="of a table; dots go into structs (default: image)")
-    add("--label-column", metavar="NAME", help="of a table (default: label); 'none' for pictures without labels")
+    add("--label-column", metavar="NAME", help="of a table (default: label); 'none' for images without labels")
     add("--split", metavar="NAME", help="of a Hugging Face data set (default: train)")
     add("--config", metavar="NAME", help="of a Hugging Face data set that has several")
-    add("--limit", metavar="N", type=_positive, help="convert the first N pictures of the source")
-    add("--skip-bad", action="store_true", help="leave out pictures that do not decode or encode, and count them")
-    add("--image-size", metavar="N", type=_positive, help="crop pictures to N x N pixels, as training does")
-    add("--quality", metavar="Q", type=_quality, help="keep cropped pictures as JPEG, 1 to 100 (default: as PNG)")
-    add("--latents", action="store_true", help="keep the pictures' latents, and those of their mirror images")
-    add("--vae", metavar="NAME", type=_given, help="whose latents: an AutoencoderKL's name on the Hub, or its folder")
-    add("--encode-dtype", choices=DTYPES, help="in which it computes (default: bfloat16 on a GPU, else float32)")
-    add("--batch-size", metavar="N", type=_positive, help="pictures it encodes at a time (default: 32, fewer on a CPU)")
-    add(
-        "--check",
-        choices=("decode", "header"),
-        help="of pictures that keep their bytes: decode each (the default), or "
-        "only read its header, a hundred times as fast",
-    )
-    add("--workers", metavar="N", type=_count, help="processes that decode; 0: none but this (default: one a core)")
-    add(
-        "--engine",
-        choices=("ray",),
-        help="convert on a Ray cluster, of this machine or RAY_ADDRESS's, with an actor a GPU",
-    )
+    add("--limit", metavar="N", type=number(COUNT), help="convert the first N images of the source")
+    add("--skip-bad", action="store_true", help="leave out images that do not decode or encode, and count them")
+    add("--image-size", metavar="N", type=number(COUNT), help="crop images to N x N pixels, as training does")
+    add("--quality", metavar="Q", type=number(QUALITY), help="store cropped images as JPEG, 1 to 100 (default: as PNG)")
+    add("--latents", action="store_true", help="store latents of the images and of their mirror images instead")
+    add("--vae", metavar="NAME", type=_given, help="the autoencoder: an AutoencoderKL's name on the Hub, or a folder")
+    add("--encode-dtype", choices=DTYPES, help="its dtype (default: bfloat16 on a GPU, else float32)")
+    add("--batch-size", metavar="N", type=number(COUNT), help="images encoded at a time (default: 32, fewer on a CPU)")
+    check = "for images that keep their bytes: decode each (default), or only read its header, a hundred times as fast"
+    add("--check", choices=("decode", "header"), help=check)
+    workers = "processes that decode; 0: only this one (default: one per core)"
+    add("--workers", metavar="N", type=number(FROM_ZERO), help=workers)
+    engine = "convert on a Ray cluster, of this machine or at RAY_ADDRESS, with one actor per GPU"
+    add("--engine", choices=("ray",), help=engine)
     add("--streaming", action="store_true", help="read a Hugging Face data set without keeping a copy of it")
-    add("--log", metavar="FILE", help="add a line of JSON for each event")
-    add("--overwrite", action="store_true", help="replace what another conversion has made or begun there")
+    add("--log", metavar="FILE", help="append one line of JSON per event")
+    add("--overwrite", action="store_true", help="replace another conversion, finished or begun, at --out")
     return parser.parse_args(argv)
 
 
 def what_is_made(args: argparse.Namespace) -> dict[str, Any]:
-    """What the options make of pictures, as the spec's source records it: those that were given.
-
-    Raises:
-        InputError: for options that don't go together.
-    """
+    """The options that decide what is made of images, as the spec's source records them: those that were given. Raises
+    InputError for options that don't go together."""
     if args.latents != (args.vae is not None):
         raise InputError("--latents and --vae go together: the latents are that autoencoder's")
     for name in ("encode_dtype", "batch_size"):
         if getattr(args, name) is not None and not args.latents:
             raise InputError(f"--{name.replace('_', '-')} is for --latents")
     if args.quality is not None and (args.latents or args.image_size is None):
-        raise InputError("--quality is of the pictures that --image-size makes, and not for --latents")
+        raise InputError("--quality is for the images that --image-size crops, and not for --latents")
     if args.check is not None and (args.latents or args.image_size is not None):
-        raise InputError("--check is of pictures that keep their bytes; with --image-size or --latents each is decoded")
+        raise InputError("--check is for images that keep their bytes; with --image-size or --latents each is decoded")
     if args.engine == "ray" and args.workers is not None:
-        raise InputError("--workers is of the one process that converts without --engine ray, which has actors")
+        raise InputError("--workers is for conversions without --engine ray, which starts actors")
     names = ("image_size", "quality", "vae", "encode_dtype", "batch_size")
     made = {name: value for name in names if (value := getattr(args, name)) is not None}
-    return made | ({"check": "header"} if args.check == "header" else {})  # which decides what is left out
-
-
-def _quality(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 100:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 100")
-    return int(text)
+    return made | ({"check": "header"} if args.check == "header" else {})  # it decides which images are left out
 
 
 def _given(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
     return text
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
-    return int(text)

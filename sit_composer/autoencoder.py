@@ -140,7 +140,7 @@ class KLAutoencoder:
         return torch.cat(parts)
 
 
-def autoencoder_kl() -> type:
+def autoencoder_kl() -> Any:
     """diffusers' class."""
     from diffusers import AutoencoderKL  # takes seconds to import, and pixels don't need it
 

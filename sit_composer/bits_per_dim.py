@@ -19,6 +19,7 @@ guidance, either: a guided field leads to a density that is neither the network'
 import argparse
 import os
 import sys
+from typing import Any
 
 from sit_composer import choices
 from sit_composer.cli import make_parser, number, refuse_idle, run_command
@@ -60,6 +61,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     check_output("--out", args.out, ".json", "bits_per_dim")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("this command runs as one process; start it with python, not with a launcher")
+    solver: dict[str, Any]
     if adaptive:
         solver = {"atol": args.atol or 1e-5, "rtol": args.rtol or 1e-5}
     else:

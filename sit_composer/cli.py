@@ -4,12 +4,13 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from sit_composer.choices import Bounds
 from sit_composer.errors import INTERRUPTED, USAGE, UserError
 
 
-def make_parser(prog: str, doc: str | None, **options: str) -> argparse.ArgumentParser:
+def make_parser(prog: str, doc: str | None, **options: Any) -> argparse.ArgumentParser:
     """A parser whose --help begins with a command's docstring, line by line."""
     return argparse.ArgumentParser(
         prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **options

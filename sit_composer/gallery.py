@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
         check_guide(args, checkpoint.record, weaker.record)
     complete(args, checkpoint.record)
     sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
-    network, guide = checkpoint.build_network(device), weaker and weaker.build_network(device)
+    network, guide = checkpoint.build_network(device), weaker.build_network(device) if weaker else None
     guidance = Guidance(network, sampling.cfg_scale, sampling.cfg_channels, sampling.cfg_interval, guide)
     labels = choose_labels(args, checkpoint.record.classes)
     settings = {
@@ -127,7 +127,7 @@ def claim_for_all(out: Path, settings: dict[str, Any], count: int) -> list[int]:
     rank, ranks = my_rank()
     if ranks > 1:
         dist.init_process_group("gloo")
-    answer: list[list[int] | UserError | None] = [None]
+    answer: list[Any] = [None]
     if rank == 0:
         try:
             answer = [claim(out, settings, count)]
@@ -230,7 +230,7 @@ def write_grid(images: list[Image.Image], labels: list[int], path: Path, columns
     if min(map(len, cells)) == 1:  # fill the rows
         shown = range(min(len(labels), rows * columns))
         width = min(math.ceil(math.sqrt(len(shown))), columns)
-        cells = [shown[i : i + width] for i in shown[::width]]
+        cells = [list(shown[i : i + width]) for i in shown[::width]]
     side = images[0].width
     zoom = max(1, 48 // side)
     step = side * zoom + 2

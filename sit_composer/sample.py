@@ -35,8 +35,8 @@ def make_options() -> argparse.ArgumentParser:
     option("--weights", choices=choices.WEIGHTS, default="ema", help="(ema)")
     option("--cfg-scale", type=not_negative, help="guidance; 1 is none (4, or 1 without a null class)")
     option("--cfg-channels", type=count, metavar="C", help="guide only the first C, the release 3 of 4 (all)")
-    both = {"type": float, "nargs": 2, "metavar": ("FROM", "TO")}
-    option("--cfg-interval", **both, help="guide within these times; data is at 1 (0 1)")
+    times = "guide within these times; data is at 1 (0 1)"
+    option("--cfg-interval", type=float, nargs=2, metavar=("FROM", "TO"), help=times)
     option("--guide", metavar="CHECKPOINT", help="guide away from this weaker network, not from the null class")
     option("--mode", choices=("ODE", "SDE"), default="ODE", help="(ODE)")
     methods = f"ODE: {', '.join(choices.ODE_METHODS)} (dopri5); SDE: {', '.join(choices.SDE_METHODS)} (Euler)"

@@ -84,9 +84,10 @@ class LocalFolder:
         """
         file = self.path / name
         with self._errors():
+            if before is None:
+                self._make()
             try:
                 if before is None:
-                    self._make()
                     with open(file, "xb") as new:  # a kill here leaves an empty file
                         new.write(content)
                     return True
@@ -161,7 +162,7 @@ class S3Folder:
             objects = [found for page in pages for found in page.get("Contents", [])]
         return {found["Key"].removeprefix(self.prefix): found["Size"] for found in objects}
 
-    def before_writing(self, check: Callable[[], None]) -> None:
+    def before_writing(self, check: Callable[[], object]) -> None:
         """Calls ``check`` before each request that makes an object appear, retries included; its errors stop it."""
         for operation in ("PutObject", "CompleteMultipartUpload"):
             self.client.meta.events.register(f"request-created.s3.{operation}", lambda **_: check())
@@ -172,7 +173,8 @@ class S3Folder:
     def _get(self, name: str) -> tuple[bytes | None, str]:
         """Content and ETag, which identifies the content in conditions."""
         with self._errors(name):
-            for attempt in range(ATTEMPTS):
+            attempt = 0
+            while True:
                 try:
                     answer = self.client.get_object(**self._where(name))
                 except self.client.exceptions.NoSuchKey:
@@ -180,9 +182,10 @@ class S3Folder:
                 try:
                     return answer["Body"].read(), answer["ETag"]
                 except BotoCoreError:  # cut off or stalled in the middle, where the client doesn't retry
-                    if attempt == ATTEMPTS - 1:
+                    attempt += 1
+                    if attempt == ATTEMPTS:
                         raise
-                time.sleep(random.random() * 2**attempt)
+                time.sleep(random.random() * 2 ** (attempt - 1))
 
     def write(self, name: str, content: bytes) -> None:
         with self._errors(name):

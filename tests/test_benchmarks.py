@@ -149,8 +149,8 @@ def test_a_whole_run_and_what_is_done_is_skipped(tmp_path, monkeypatch, capsys):
 
 
 def test_a_command_that_fails_is_named():
-    with pytest.raises(UserError, match=r"-c exit\(3\): failed with exit code 3"):
-        time_sampling.run(sys.executable, "-S", "-c", "exit(3)")
+    with pytest.raises(UserError, match=r"raise SystemExit\(3\): failed with exit code 3"):
+        time_sampling.run(sys.executable, "-c", "raise SystemExit(3)")
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""From a Parquet file of real pictures to drawn ones, by way of shards of pixels and of latents."""
+"""From a Parquet file of real images to generated images, with shards of pixels and of latents."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,7 +19,7 @@ NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pixels", "latents"])
-def test_a_parquet_file_of_1797_pictures_is_converted_verified_trained_on_and_drawn_from(
+def test_a_parquet_file_is_converted_verified_and_trained_on_and_images_are_generated(
     tmp_path, convert, monkeypatch, vae_folder, kind
 ):
     monkeypatch.setattr(parts, "PART", 500)

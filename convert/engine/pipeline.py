@@ -1,120 +1,101 @@
-"""Parts of a source, one after another: pictures read, prepared ahead in other processes, made rows, and written.
+"""Parts of a source, one after another: images are read, prepared ahead in other processes, made rows, and written.
 
-What a part becomes depends on the plan alone: not on the processes, nor on which parts were finished before.
+The result for a part depends on the plan alone: not on the processes, nor on the parts that were finished before.
 """
 
-import multiprocessing
-import os
-import signal
-import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import groupby, takewhile
-from multiprocessing.connection import wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
+from convert.engine.decoders import Decoders, Prepared, ahead
 from convert.engine.output import Output
 from convert.engine.plan import Plan
-from convert.kinds.pixels import BadPicture, Pixels
+from convert.kinds import BadPicture, Kind, Look
 from convert.sources.registry import InputError, Sample, check_part, read_part
 
-if TYPE_CHECKING:
-    from convert.kinds.latents import Latents
-
-UPLOADS = 4  # at once; as many finished shards again may wait for them
-CHUNK = 16  # pictures that a process gets at a time
-AHEAD = 3  # chunks for each process, at least, that are prepared or being so
-REASONS = 100  # of skipped pictures, that a part's record keeps
-
-
-class Prepared(NamedTuple):
-    """A picture after the part of the work that other processes do."""
-
-    part: int
-    sample: Sample | None  # None behind a part's last
-    result: Any  # what the form's `prepare` made of it, or a BadPicture
+UPLOADS = 4  # at a time; as many finished shards again may wait
+REASONS = 100  # of skipped images, that a part's record keeps
 
 
 @dataclass
 class Tally:
-    """What was seen of the pictures of a part, or of several."""
+    """Counts of the images of a part, or of several parts."""
 
-    counts: dict[int, int] = field(default_factory=dict)  # of each label
+    counts: dict[int, int] = field(default_factory=dict)  # per label
     skipped: int = 0
     reasons: list[str] = field(default_factory=list)
-    grey: bool = False
     colour: bool = False
     sizes: list[list[int]] = field(default_factory=list)  # the first two different (width, height)
 
-    def add(self, label: int, look: "tuple[bool, int, int]") -> None:
-        """Counts a picture: its label, and whether it is grey, its width and height."""
-        self.counts[label] = self.counts.get(label, 0) + 1
-        self.grey |= look[0]
-        self.colour |= not look[0]
-        if len(self.sizes) < 2 and [*look[1:]] not in self.sizes:
-            self.sizes.append([*look[1:]])
+    @classmethod
+    def of(cls, records: Iterable[dict[str, Any]]) -> "Tally":
+        """The counts of several parts together."""
+        tally = cls()
+        for record in records:
+            for label, count in record["counts"].items():
+                tally.counts[int(label)] = tally.counts.get(int(label), 0) + count
+            tally.skipped += record["skipped"]
+            tally.reasons += record["reasons"]
+            tally.colour |= record["colour"]
+            tally.sizes += [size for size in record["sizes"] if size not in tally.sizes]
+        return tally
 
-    def merge(self, record: dict[str, Any]) -> None:
-        """Counts a part's pictures."""
-        for label, count in record["counts"].items():
-            self.counts[int(label)] = self.counts.get(int(label), 0) + count
-        self.skipped += record["skipped"]
-        self.reasons += record["reasons"]
-        self.grey |= record["grey"]
-        self.colour |= record["colour"]
-        self.sizes += [size for size in record["sizes"] if size not in self.sizes]
+    @property
+    def images(self) -> int:
+        """The number of images, with skipped ones."""
+        return sum(self.counts.values()) + self.skipped
+
+    def add(self, label: int, look: Look) -> None:
+        """Counts an image."""
+        grey, *size = look
+        self.counts[label] = self.counts.get(label, 0) + 1
+        self.colour |= not grey
+        if len(self.sizes) < 2 and size not in self.sizes:
+            self.sizes.append(size)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A conversion, as whoever does a part of it needs to know it."""
+    """A conversion, as needed by a process that converts a part of it."""
 
     plan: Plan
-    form: "Pixels | Latents"
+    kind: Kind
     output: Output
     skip_bad: bool
+    writer: Callable[..., Any]  # `PartWriter`, whose import takes seconds
 
 
 def convert_parts(
-    job: Job, todo: Iterable[int], decoders: "Decoders", on_picture: Callable[[int, str | None], None]
+    job: Job, todo: Iterable[int], decoders: Decoders, on_image: Callable[[int, str | None], None]
 ) -> Iterator[dict[str, Any]]:
-    """Converts the parts of those numbers, and yields the record of each when its shards are there.
+    """Converts the parts with the numbers ``todo``, and yields the record of each when its shards are stored.
 
-    Args:
-        job: the conversion.
-        todo: the parts' numbers.
-        decoders: who decodes pictures.
-        on_picture: is told of each picture its bytes, and why it was left out if it was.
-
-    Raises:
-        InputError: for a picture that can't be used, or a source that can't be read.
-        StorageError, OSError: if a shard can't be written.
+    ``on_image`` is called for each image with its bytes, and the reason if it was skipped. Raises InputError if an
+    image can't be used or the source can't be read; StorageError or OSError if a shard can't be written.
     """
-    from convert.engine.shards import PartWriter  # streaming, which takes seconds
-
     samples = _samples(job.plan, todo)
     with (
         job.output.scratch() as scratch,
         Deliveries(job.output) as deliveries,
-        closing(ahead(job.form.prepare, samples, decoders)) as prepared,
+        closing(ahead(job.kind.prepare, samples, decoders)) as prepared,
     ):
         try:
             for part, group in groupby(prepared, key=lambda one: one.part):
-                folder = scratch / str(part)
-                with PartWriter(job.form.columns, folder, part, job.output.prefix, deliveries.put) as writer:
-                    tally = _write(writer, job, group, on_picture)
+                folder = Path(scratch, str(part))
+                with job.writer(job.kind.columns, folder, part, job.output.prefix, deliveries.put) as writer:
+                    tally = _write(writer, job, group, on_image)
                     shards = writer.end()
                 check_part(job.plan.source, job.plan.reading, job.plan.reading.parts[part])
                 deliveries.end_part({"part": part, "shards": shards, **vars(tally)})
-                yield from deliveries.finished()  # those whose shards have arrived, while the next is on its way
+                yield from deliveries.finished()  # the next part is written while others are uploaded
         except InputError:
-            with suppress(Exception):  # the mistake is to be told
-                yield from deliveries.finished(wait=True)  # what was done before it is kept
+            with suppress(Exception):  # the InputError is the one to report
+                yield from deliveries.finished(wait=True)  # keeps the parts that were finished before
             raise
         yield from deliveries.finished(wait=True)
 
@@ -126,37 +107,38 @@ def _samples(plan: Plan, todo: Iterable[int]) -> Iterator[tuple[int, Sample | No
         yield part, None
 
 
-def _write(writer: Any, job: Job, group: Iterable[Prepared], on_picture: Callable[[int, str | None], None]) -> Tally:
-    """Writes a part's good pictures."""
+def _write(writer: Any, job: Job, group: Iterable[Prepared], on_image: Callable[..., None]) -> Tally:
+    """Writes a part's good images."""
     tally = Tally()
-    # No further than the part's end: what is behind that may be the next one's mistake.
-    pictures = ((one.sample, one.result) for one in takewhile(lambda one: one.sample is not None, group))
-    for sample, row, look in job.form.rows(pictures):
+    # Only to the part's end: reading on could raise an error that belongs to the next part.
+    images = ((one.sample, one.result) for one in takewhile(lambda one: one.sample is not None, group))
+    for sample, row, look in job.kind.rows(images):
         if isinstance(row, BadPicture):
-            if not job.skip_bad:
-                raise InputError(f"{sample.where}: {row}; --skip-bad leaves out such pictures")
             reason = f"{sample.where}: {row}"
+            if not job.skip_bad:
+                raise InputError(f"{reason}; --skip-bad leaves out such images")
             tally.skipped += 1
-            tally.reasons += [reason] if tally.skipped <= REASONS else []
-            on_picture(0, reason)
+            if tally.skipped <= REASONS:
+                tally.reasons.append(reason)
+            on_image(0, reason)
             continue
         size = sum(memoryview(value).nbytes for value in row.values())
         row["label"] = sample.label
         writer.write(row)
         tally.add(sample.label, look)
-        on_picture(size, None)
+        on_image(size, None)
     return tally
 
 
 class Deliveries:
-    """Shards on their way to the output, a few at once. With a slow store, writing waits, and the disk stays free."""
+    """Delivers shards to the output, a few at a time. If the store is slow, writing waits, so the disk doesn't fill."""
 
     def __init__(self, output: Output) -> None:
         self.output = output
         self.pool = ThreadPoolExecutor(UPLOADS)
         self.waiting: deque[Future[None]] = deque()
         self.sent: list[Future[None]] = []  # of the part that is being written
-        self.parts: deque[tuple[list[Future[None]], dict[str, Any]]] = deque()  # written, but not yet all arrived
+        self.parts: deque[tuple[list[Future[None]], dict[str, Any]]] = deque()  # written, but not all delivered
 
     def __enter__(self) -> "Deliveries":
         return self
@@ -165,130 +147,22 @@ class Deliveries:
         self.pool.shutdown(wait=True, cancel_futures=True)
 
     def put(self, file: Path) -> None:
-        """Sends a part's shard off, once there is room.
-
-        Raises:
-            StorageError, OSError: if an earlier one did not arrive.
-        """
+        """Sends a part's shard, once there is room. Raises the error of an earlier one that could not be stored."""
         while len(self.waiting) >= 2 * UPLOADS:
             self.waiting.popleft().result()
         self.sent.append(self.pool.submit(self.output.put, file))
         self.waiting.append(self.sent[-1])
 
     def end_part(self, record: dict[str, Any]) -> None:
-        """Says that the part has no more shards."""
+        """Ends the part: it has no more shards."""
         self.parts.append((self.sent, record))
         self.sent = []
 
     def finished(self, wait: bool = False) -> Iterator[dict[str, Any]]:
-        """The records, noted in the output, of ended parts whose shards have arrived; or of all, once they have."""
+        """The records, noted in the output, of ended parts whose shards are stored; or of all, if it shall wait."""
         while self.parts and (wait or all(future.done() for future in self.parts[0][0])):
             futures, record = self.parts.popleft()
             for future in futures:
                 future.result()
             self.output.finish_part(record)
             yield record
-
-
-class Decoders:
-    """Processes that prepare pictures. They end with this one, also when that is killed.
-
-    Args:
-        workers: how many; 0: this one prepares pictures itself.
-        preload: modules that they need.
-    """
-
-    def __init__(self, workers: int, preload: list[str]) -> None:
-        self.workers = workers
-        self.pool = None
-        if workers:
-            context = multiprocessing.get_context("forkserver")  # to fork this one, with its threads, could hang
-            context.set_forkserver_preload(preload)  # loaded once, for all
-            self.pool = ProcessPoolExecutor(workers, context, _begin_worker)
-
-    def __enter__(self) -> "Decoders":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.pool:
-            self.pool.shutdown(cancel_futures=True)
-
-
-def ahead(
-    function: Callable[[Any], Any], samples: Iterable[tuple[int, Sample | None]], decoders: Decoders
-) -> Iterator[Prepared]:
-    """Each sample with the function of its picture, or with what is wrong with that, in order.
-
-    The decoders work ahead of who reads.
-
-    Raises:
-        InputError: if one of them dies.
-    """
-    if decoders.pool is None:
-        for part, sample in samples:
-            yield Prepared(part, sample, None if sample is None else _attempt(function, sample.image))
-        return
-    waiting: deque[tuple[list[tuple[int, Sample | None]], Future[list[Any]]]] = deque()
-    mistake = None
-    try:
-        for chunk in _chunks(samples):
-            pictures = [sample.image for _, sample in chunk if sample is not None]
-            waiting.append((chunk, decoders.pool.submit(_attempts, function, pictures)))
-            if len(waiting) > AHEAD * decoders.workers:
-                yield from _collect(*waiting.popleft())
-    except InputError as error:  # those before it come first
-        mistake = error
-    while waiting:
-        yield from _collect(*waiting.popleft())
-    if mistake is not None:
-        raise mistake
-
-
-def _chunks(samples: Iterable[tuple[int, Sample | None]]) -> Iterator[list[tuple[int, Sample | None]]]:
-    chunk = []
-    try:
-        for one in samples:
-            chunk.append(one)
-            if len(chunk) == CHUNK:
-                yield chunk
-                chunk = []
-    except InputError:
-        yield chunk
-        raise
-    if chunk:
-        yield chunk
-
-
-def _collect(chunk: list[tuple[int, Sample | None]], future: "Future[list[Any]]") -> Iterator[Prepared]:
-    try:
-        results = iter(future.result())
-    except BrokenExecutor:
-        raise InputError(
-            "a process that decodes pictures was killed, perhaps for memory: run it again, with fewer --workers"
-        ) from None
-    for part, sample in chunk:
-        yield Prepared(part, sample, None if sample is None else next(results))
-
-
-def _begin_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; this process's end is its parent's to say
-    if torch := sys.modules.get("torch"):
-        torch.set_num_threads(1)  # there are as many processes as cores
-    parent = multiprocessing.parent_process()
-
-    def end_with_parent() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def _attempts(function: Callable[[Any], Any], images: list[Any]) -> list[Any]:
-    return [_attempt(function, image) for image in images]
-
-
-def _attempt(function: Callable[[Any], Any], image: Any) -> Any:
-    try:
-        return function(image)
-    except BadPicture as error:
-        return BadPicture(str(error))  # without the traceback, which holds the picture

@@ -1,7 +1,7 @@
-"""What a conversion will do, settled before it does any of it: the source, its parts, and what is made of a picture.
+"""What a conversion will do, settled before it starts: the source, its parts, and what is made of each image.
 
-Plans are equal exactly where their results are, byte for byte. So a conversion that was stopped goes on only under the
-plan that it began with, which lies beside its parts.
+Plans are equal exactly where their results are, byte for byte. So an interrupted conversion resumes only under the plan
+that it began with, which is stored beside its parts.
 """
 
 import hashlib
@@ -12,21 +12,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from convert.sources.registry import InputError, SourcePlan
+from convert.sources.parts import InputError, SourcePlan
 
 PLAN_NAME = "plan.json"
-LATE = ("files", "vae_digest", "vae_commit")  # what a source has only when it has been looked into
-FILES_NAMED = 1000  # of more files, a plan keeps only what they are together
+LATE = ("device", "encode_dtype", "files", "vae_digest", "vae_commit")  # keys that a source gets after the first checks
+FILES_NAMED = 1000  # of more files, a plan keeps only their number, bytes and digest
 
 
 @dataclass(frozen=True)
 class Plan:
     """A conversion's plan.
 
-    Args:
-        source: where pictures come from and what is made of them, as `spec.json` will tell: the options' names and
-            values, and ``files``, the identity of the files that are read.
-        reading: the source's parts, files and classes.
+    ``source`` says where images come from and what is made of them, as in `spec.json`: the options' names and values,
+    and ``files``, the identity of the files that are read.
     """
 
     source: dict[str, Any]
@@ -34,12 +32,12 @@ class Plan:
 
     @property
     def rows(self) -> int | None:
-        """The pictures in the source; None where counting would mean reading."""
+        """The images in the source; None where counting would mean reading."""
         rows = [part.rows for part in self.reading.parts]
         return None if None in rows else sum(rows)
 
     def record(self) -> dict[str, Any]:
-        """What `plan.json` holds: enough to know an equal plan, and to tell what is different in another."""
+        """The content of `plan.json`, by which an equal plan is recognized, and differences are named."""
         files = self.reading.files
         return {
             "source": self.source,
@@ -50,76 +48,56 @@ class Plan:
 
 
 def identity(files: list[dict[str, Any]]) -> dict[str, Any]:
-    """The identity of files: how many they are, their bytes, and a digest of their names, sizes and times."""
+    """The identity of files: their number, their bytes, and a digest of their names, sizes and times."""
     sizes = [file.get("bytes") for file in files]
     return {"count": len(files), "bytes": None if None in sizes else sum(sizes), "digest": digest(files)}
 
 
 def vae_identity(vae: str) -> dict[str, str]:
-    """What tells an autoencoder from another that may come to lie under its name: a folder's digest, or a commit.
-
-    Raises:
-        InputError: if it is no folder, and not in the Hub's cache, and the Hub can't be asked.
-    """
+    """The identity of an autoencoder, as its name may later mean another one: a folder's digest, or a commit. Raises
+    InputError if it is not a folder, not in the Hub's cache, and the Hub can't be reached."""
     if os.path.isdir(vae):
-        return {"vae_digest": folder_digest(vae)}
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+        hashes = []
+        for path in sorted(path for path in Path(vae).rglob("*") if path.suffix in (".json", ".safetensors")):
+            with open(path, "rb") as opened:
+                hashes.append([str(path.relative_to(vae)), hashlib.file_digest(opened, "sha256").hexdigest()])
+        return {"vae_digest": digest(hashes)}
+    from huggingface_hub import errors, hf_hub_download  # only --latents needs it
 
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it logs each of five tries to reach the Hub
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it logs each of five attempts to reach the Hub
     reached = True
     for file in ("config.json", "vae/config.json"):  # an autoencoder's, or a pipeline's
         try:
-            path = hf_hub_download(vae, file, local_files_only=not reached)  # .../snapshots/COMMIT/config.json
-            return {"vae_commit": Path(path).parents[file.count("/")].name}
-        except LocalEntryNotFoundError:
+            found = hf_hub_download(vae, file, local_files_only=not reached)  # .../snapshots/COMMIT/config.json
+            return {"vae_commit": Path(found).parents[file.count("/")].name}
+        except errors.LocalEntryNotFoundError:
             reached = False
-        except Exception:  # loading it will tell what is wrong
+        except Exception:  # reported when the autoencoder is loaded
             continue
     if not reached:
-        raise InputError(f"--vae: {vae!r} is no folder here, and the Hub, which may have it, can't be reached")
+        raise InputError(f"--vae: {vae!r} is not a folder here, and the Hub, which may have it, can't be reached")
     return {}
 
 
-def folder_digest(folder: str) -> str:
-    """A digest of the names and the contents of an autoencoder's files."""
-    files = sorted(file for file in Path(folder).rglob("*") if file.suffix in (".json", ".safetensors"))
-    hashes = []
-    for file in files:
-        with open(file, "rb") as opened:
-            hashes.append([str(file.relative_to(folder)), hashlib.file_digest(opened, "sha256").hexdigest()])
-    return digest(hashes)
-
-
 def digest(content: Any) -> str:
-    """A hash of what JSON can hold."""
+    """A hash of JSON content."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def changes(there: dict[str, Any], now: dict[str, Any]) -> str:
-    """What is different in two plans' ``source``, in words; empty if nothing is."""
+    """The differences between two plans' ``source``, in words; "" if there are none."""
+    different = [key for key in sorted({*there, *now}) if there.get(key) != now.get(key)]
     return "; ".join(
-        _files_change(there.get(key), now.get(key))
-        if key == "files"
-        else f"{key} {there.get(key)!r} there, {now.get(key)!r} now"
-        for key in sorted({*there, *now})
-        if there.get(key) != now.get(key)
+        "the source's files have changed" if key == "files" else f"{key} {there.get(key)!r} there, {now.get(key)!r} now"
+        for key in different
     )
 
 
-def _files_change(there: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
-    """Of two `identity`s."""
-    same = there and now and (there["count"], there["bytes"]) == (now["count"], now["bytes"])
-    return "the source's files have changed" + (": not in size, but in name or time" if same else "")
-
-
 def changed_file(there: list[dict[str, Any]] | None, now: list[dict[str, Any]]) -> str:
-    """The first file that is not as it was, for an error; empty where that isn't known."""
-    if there is None:
-        return ""
-    before, after = ({file["name"]: file for file in files} for files in (there, now))
+    """The first file that has changed, for an error; "" where that isn't known."""
+    before, after = ({file["name"]: file for file in files} for files in (there or now, now))
     for name in sorted({*before, *after}):
         if before.get(name) != after.get(name):
-            what = "is new" if name not in before else "is gone" if name not in after else "is another"
-            return f": {name} {what}"
+            change = "is new" if name not in before else "is gone" if name not in after else "has changed"
+            return f": {name} {change}"
     return ""

@@ -1,7 +1,7 @@
 """The MDS shards of one part of a source.
 
-streaming's own writer makes an `index.json` also when the body of its `with` fails, and starts uploads that it never
-waits for. Here each shard is handed on as soon as it is whole, and the index is made by `to_mds.py`, of all parts.
+streaming's own writer writes an `index.json` even if the body of its `with` fails, and starts uploads that it never
+waits for. Here each shard is delivered as soon as it is whole, and `Output.publish` writes one index for all parts.
 """
 
 from collections.abc import Callable
@@ -18,30 +18,31 @@ class PartWriter(MDSWriter):
 
     Args:
         columns: names and MDS encodings.
-        folder: where to.
-        part: the part's number, and ``prefix`` what goes before each shard's name.
-        hand_on: is called with each file that is whole; it may wait, and may move the file away.
+        folder: of the shards.
+        part: the part's number.
+        prefix: of each shard's name.
+        deliver: is called with each file that is whole; it may wait, and may move the file away.
     """
 
     def __init__(
-        self, columns: dict[str, str], folder: Path, part: int, prefix: str, hand_on: Callable[[Path], None]
+        self, columns: dict[str, str], folder: Path, part: int, prefix: str, deliver: Callable[[Path], None]
     ) -> None:
         self.stem = f"{prefix}shard.{part:05}"
-        self.hand_on = hand_on
+        self.deliver = deliver
         super().__init__(columns=columns, out=str(folder), hashes=["xxh64"], size_limit=SHARD_BYTES, max_workers=1)
 
     def end(self) -> list[dict[str, Any]]:
-        """Writes the last shard. Returns the index's entries of all."""
+        """Writes the last shard. Returns the index's entries for all shards."""
         self.flush_shard()
         self._reset_cache()
         return self.shards
 
     def flush_shard(self) -> None:
-        # The base class flushes an empty first shard when the first sample alone is over the size limit.
+        # The base class flushes an empty first shard if the first sample alone exceeds the size limit.
         if not self.new_samples:
             return
         super().flush_shard()  # its "upload" to the folder itself does nothing
-        self.hand_on(Path(self.local, self.shards[-1]["raw_data"]["basename"]))
+        self.deliver(Path(self.local, self.shards[-1]["raw_data"]["basename"]))
 
     def __exit__(self, *_: object) -> None:
         self.executor.shutdown(wait=True)

@@ -1,1 +1,36 @@
-"""What is kept of an image."""
+"""What is kept of an image in a shard."""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from convert.sources.parts import Sample
+
+Look = tuple[bool, int, int]  # whether an image is grey, its width and its height
+
+
+class BadPicture(Exception):
+    """Why an image cannot be trained on."""
+
+
+Row = tuple[Sample, dict[str, Any] | BadPicture, Look | None]
+
+
+class Kind(Protocol):
+    """A kind of data, which makes the columns of a shard from images.
+
+    Attributes:
+        columns: names and MDS encodings.
+        prepare: makes from an image (`Sample.image`) what `rows` takes; it may run in another process.
+        preload: the modules that ``prepare`` needs.
+    """
+
+    columns: ClassVar[dict[str, str]]
+    prepare: Callable[[bytes | Path | None], Any]
+    preload: list[str]
+
+    def rows(self, images: Iterable[tuple[Sample, Any]]) -> Iterator[Row]:
+        """Each sample with its columns except the label, or with what is wrong with its image; in order."""
+
+    def spec(self, grey: bool, sizes: list[list[int]]) -> dict[str, Any]:
+        """What `DataSpec` says of images that are all grey or not, and have those (width, height)."""

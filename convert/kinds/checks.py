@@ -1,4 +1,4 @@
-"""What `verify_mds.py` checks in the samples themselves: pictures, or latents."""
+"""The checks of samples in `verify_mds.py`: of images, or of latents."""
 
 import math
 import os
@@ -13,30 +13,34 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from convert.kinds.pixels import BadPicture, crop, glance, read_file
+from convert.kinds import BadPicture
+from convert.kinds.cropping import crop
+from convert.kinds.pixels import glance, read_file
 from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder, to_uint8
 from sit_composer.data.pictures import center_crop
 from sit_composer.data.spec import SPEC_NAME, DataSpec
 from sit_composer.errors import UserError
 
-GRID = 40  # pictures, or 20 and their mirror images
-TILE = 96  # pixels of a picture in the grid
-CAPTION = 14  # and of the line below it
-SCALED = (0.3, 3.0)  # what deviation training's latents can have
-ALIKE = 0.5  # of the pictures, that may be their own mirror images
-CENTERED = 1.5  # and how far from 0 their mean can be
-Rows = list[tuple[str, dict[str, Any]]]  # where each sample is, and its columns
+GRID = 40  # images, or 20 and their mirror images
+COLUMNS = 8  # of the grid
+TILE = 96  # pixels of an image in the grid
+CAPTION = 14  # pixels of the line below it
+SCALED = (0.3, 3.0)  # plausible standard deviations of training's latents
+CENTERED = 1.5  # plausible distance of their mean from 0
+ALIKE = 0.5  # the share of images that may be their own mirror images
+Row = dict[str, Any]  # a sample's columns
+Rows = list[tuple[str, Row]]  # with the place of each sample
 
 
 class PixelCheck:
-    """Pictures decode, and have the size that the spec says. ``fault`` takes a line on each that doesn't."""
+    """Checks that images decode, and have the size in the spec. ``fault`` is called with one line per fault."""
 
     def __init__(self, spec: DataSpec, fault: Callable[[str], None], grid: bool) -> None:
         self.spec, self.fault, self.grid = spec, fault, grid
-        self.tiles: list[tuple[Tensor, str]] = []
+        self.kept: list[Row] = []
         self.seen = 0
         self.pool = ThreadPoolExecutor(os.cpu_count() or 1)
-        # The filters are all threads': where `opened` sets it in one, another may take it back.
+        # Filters are shared by all threads: one that `opened` sets in a thread, another thread may undo.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
 
     def check(self, rows: Rows) -> None:
@@ -45,39 +49,37 @@ class PixelCheck:
             if fault:
                 self.fault(f"{where}: {fault}")
             elif self.grid:
-                _keep(self.tiles, self.seen, GRID, lambda row=row: self._tile(row))
+                _keep(self.kept, self.seen, GRID, row)
 
     def finish(self) -> list[str]:
         self.pool.shutdown()
-        return [f"{self.seen} pictures decode"]
+        return [f"{self.seen} images decode"]
 
     def write_grid(self, path: Path) -> bool:
         """Writes the grid; False if there is nothing to show."""
-        return _write_grid(self.tiles, path, 8)
+        tiles = [(center_crop(crop(row["image"], self.spec.channels, None), TILE), row) for row in self.kept]
+        return _write_grid([(levels, _caption(self.spec, row)) for levels, row in tiles], path)
 
-    def _fault(self, row: tuple[str, dict[str, Any]]) -> str | None:
+    def _fault(self, row: tuple[str, Row]) -> str | None:
         try:
             height, width = crop(read_file(row[1]["image"]), self.spec.channels, None).shape[-2:]
         except BadPicture as error:
             return str(error)
         if self.spec.channels == 1 and not glance(row[1]["image"])[0]:
-            return f"the picture has colours; {SPEC_NAME} says 1 channel"
+            return f"the image has colours; {SPEC_NAME} says 1 channel"
         size = self.spec.image_size
         if size is not None and (height, width) != (size, size):
-            return f"the picture is {width}x{height}; {SPEC_NAME} says {size}x{size}"
+            return f"the image is {width}x{height}; {SPEC_NAME} says {size}x{size}"
         return None
-
-    def _tile(self, row: dict[str, Any]) -> tuple[Tensor, str]:
-        return center_crop(crop(row["image"], self.spec.channels, None), TILE), _caption(self.spec, row)
 
 
 class LatentCheck:
-    """Moments have their shape, are finite, and give latents such as training expects.
+    """Checks that moments have their shape, are finite, and give latents such as training expects.
 
     Args:
-        spec: what they should be.
-        fault: takes a line on each that is not.
-        vae: the autoencoder to decode the grid, and to compare the spec with; None: the spec's, for a grid alone.
+        spec: of the latents.
+        fault: called with one line per fault.
+        vae: the autoencoder that decodes the grid, and is compared with the spec; None: the spec's, for a grid only.
         grid: whether one is wanted.
 
     Raises:
@@ -100,9 +102,9 @@ class LatentCheck:
                     fault(f"the autoencoder's {name} is {theirs}; {SPEC_NAME} says {ours}")
         side = (spec.image_size or 0) // self.of.downsample
         self.shape = (2 * self.of.channels, side, side)
-        self.sums = np.zeros((2, 4))  # of straight and mirrored: values, means, their squares, variances
+        self.sums = np.zeros((2, 4))  # straight and mirrored: number of values, sums of means, their squares, variances
         self.seen = self.checked = self.same = self.turned = 0
-        self.tiles: list[tuple[dict[str, Any], str]] = []
+        self.kept: list[Row] = []
 
     def check(self, rows: Rows) -> None:
         for where, row in rows:
@@ -118,10 +120,10 @@ class LatentCheck:
             self.same += np.array_equal(row["moments"], row["moments_flip"])
             self.turned += np.array_equal(row["moments"][..., ::-1], row["moments_flip"])
             if self.grid:
-                _keep(self.tiles, self.seen, GRID // 2, lambda row=row: (row, _caption(self.spec, row)))
+                _keep(self.kept, self.seen, GRID // 2, row)
 
     def finish(self) -> list[str]:
-        """The report: mean and deviation of (mean + std · noise - shift) · scale over all values."""
+        """The report: mean and standard deviation of (mean + std · noise - shift) · scale over all values."""
         if not self.sums.all(axis=0)[0]:
             return []
         n, means, squares, variances = self.sums.T
@@ -129,36 +131,32 @@ class LatentCheck:
         std = np.sqrt((squares + variances) / n - np.square(means / n)) * abs(self.of.scale)
         for i, name in enumerate(("latents", "mirrored latents")):
             if not SCALED[0] <= std[i] <= SCALED[1]:
-                self.fault(
-                    f"the {name} have a standard deviation of {std[i]:.3g} after scale {self.of.scale}, where training "
-                    "expects about 1: the scale is wrong, or is in the moments already"
-                )
+                found = f"the {name} have a standard deviation of {std[i]:.3g} after scale {self.of.scale}"
+                self.fault(f"{found}, expected about 1: the scale is wrong, or already applied to the moments")
             elif abs(mean[i]) > CENTERED:
-                self.fault(f"the {name} have a mean of {mean[i]:.3g} after shift and scale; training expects about 0")
+                self.fault(f"the {name} have a mean of {mean[i]:.3g} after shift and scale, expected about 0")
         if abs(mean[0] - mean[1]) > 0.1 * max(std) or abs(std[0] - std[1]) > 0.1 * max(std):
-            self.fault(
-                f"latents and mirrored ones are unlike: means {mean[0]:.3g} and {mean[1]:.3g}, standard deviations "
-                f"{std[0]:.3g} and {std[1]:.3g}"
-            )
-        for count, what in ((self.same, "the straight ones again"), (self.turned, "the straight ones turned round")):
+            found = f"means {mean[0]:.3g} and {mean[1]:.3g}, standard deviations {std[0]:.3g} and {std[1]:.3g}"
+            self.fault(f"latents and mirrored latents differ: {found}")
+        for count, what in ((self.same, "equal the straight moments"), (self.turned, "are the straight ones flipped")):
             if count > ALIKE * self.checked:
-                self.fault(f"{count} samples' mirrored moments are {what}, not those of the mirrored pictures")
+                self.fault(f"the mirrored moments of {count} samples {what}, expected those of the mirrored images")
         return [
             f"{self.seen} latents: mean {mean[0]:.3f}, standard deviation {std[0]:.3f} after shift and scale; "
             f"mirrored: {mean[1]:.3f} and {std[1]:.3f}"
         ]
 
     def write_grid(self, path: Path) -> bool:
-        """Decodes means, straight and mirrored side by side; False if there are none."""
-        pictures = []
-        for row, caption in self.tiles:
+        """Decodes means, straight and mirrored side by side; False if there is nothing to show."""
+        tiles = []
+        for row in self.kept:
             for column, side in (("moments", ""), ("moments_flip", ", mirrored")):
                 mean = torch.from_numpy(row[column].astype(np.float32))[None, : self.of.channels]
                 levels = to_uint8(self.autoencoder.decode((mean - self.of.shift) * self.of.scale))[0]
-                pictures.append((center_crop(levels, TILE), caption + side))
-        return _write_grid(pictures, path, 8)
+                tiles.append((center_crop(levels, TILE), _caption(self.spec, row) + side))
+        return _write_grid(tiles, path)
 
-    def _fault(self, row: dict[str, Any]) -> str | None:
+    def _fault(self, row: Row) -> str | None:
         for column in ("moments", "moments_flip"):
             moments = row[column]
             if moments.shape != self.shape:
@@ -170,31 +168,31 @@ class LatentCheck:
         return None
 
 
-def _keep(tiles: list[Any], seen: int, room: int, make: Callable[[], Any]) -> None:
-    """Keeps some of all samples at random, each as likely as another, so that a sorted source shows many classes."""
-    if len(tiles) < room:
-        tiles.append(make())
+def _keep(kept: list[Row], seen: int, room: int, row: Row) -> None:
+    """Keeps a random subset of all samples, each equally likely, so that a sorted source shows many classes."""
+    if len(kept) < room:
+        kept.append(row)
     elif (place := int(np.random.default_rng(seen).integers(seen))) < room:
-        tiles[place] = make()
+        kept[place] = row
 
 
-def _caption(spec: DataSpec, row: dict[str, Any]) -> str:
+def _caption(spec: DataSpec, row: Row) -> str:
     label = int(row["label"])
     return spec.classes[label] if 0 <= label < len(spec.classes) else f"label {label}"
 
 
-def _write_grid(tiles: list[tuple[Tensor, str]], path: Path, columns: int) -> bool:
-    """Writes uint8 (C, TILE, TILE) pictures with their captions as a PNG."""
+def _write_grid(tiles: list[tuple[Tensor, str]], path: Path) -> bool:
+    """Writes uint8 (C, TILE, TILE) images with their captions as a PNG."""
     if not tiles:
         return False
     step, line = TILE + 4, TILE + CAPTION + 4
-    rows = math.ceil(len(tiles) / columns)
-    grid = Image.new("RGB", (min(columns, len(tiles)) * step - 4, rows * line - 4), "white")
+    rows = math.ceil(len(tiles) / COLUMNS)
+    grid = Image.new("RGB", (min(COLUMNS, len(tiles)) * step - 4, rows * line - 4), "white")
     draw = ImageDraw.Draw(grid)
     for i, (levels, caption) in enumerate(tiles):
-        x, y = i % columns * step, i // columns * line
+        x, y = i % COLUMNS * step, i // COLUMNS * line
         draw.text((x, y + TILE + 1), caption[:40], fill="black")
-        # A caption that is too wide goes under the next picture's white.
+        # White hides the end of a caption that is too wide, where the next image will be.
         draw.rectangle((x + TILE, y, x + 2 * step, y + line), fill="white")
         array = levels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
         grid.paste(Image.fromarray(array), (x, y))

@@ -1,5 +1,5 @@
-"""Pictures as shards of latents keep them: an autoencoder's mean and standard deviation, of them and of their mirror
-images. Scale and shift stay out of them: `spec.json` has those, and training applies them."""
+"""Images as shards of latents keep them: an autoencoder's mean and standard deviation, for each image and its mirror
+image. Scale and shift are not applied: `spec.json` has them, and training applies them."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -12,47 +12,39 @@ import torch
 from psutil import virtual_memory
 from torch import Tensor
 
-from convert.kinds.pixels import BadPicture, Look, levels
-from convert.sources.registry import InputError, Sample
+from convert.kinds import BadPicture, Row
+from convert.kinds.cropping import levels
+from convert.sources.parts import InputError, Sample
 from sit_composer.autoencoder import KLAutoencoder, from_uint8
-from sit_composer.errors import UserError
+from sit_composer.errors import UserError, first_line
 
-GPU_BATCH = 32  # pictures
-BYTES_PER_PIXEL = 6 * 4 * 128  # about, of what an encoder of 128 channels keeps at a time
-CPU_BATCH = 32 * 32 * 32  # pixels: more at a time leave the caches
-Row = tuple[Sample, dict[str, Any] | BadPicture, Look | None]
+GPU_BATCH = 32  # images
+BYTES_PER_PIXEL = 6 * 4 * 128  # memory of an encoder of 128 channels, about
+CPU_BATCH = 32 * 32 * 32  # pixels: more at a time would not fit the caches
 
 
 def default_device() -> str:
-    """What an encoder computes on."""
+    """The device that encodes."""
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def default_dtype() -> str:
-    """What an encoder computes in if it isn't told: bfloat16 on a GPU, float32 without one."""
-    return "bfloat16" if default_device() == "cuda" else "float32"
 
 
 class Latents:
     """Samples of kind ``latents``: ``moments`` and ``moments_flip``, float16 (2C, H, W), mean before deviation.
 
-    The same pictures, options, kind of processor and libraries give the same bits; so a CPU computes a batch on one
-    thread, and as many batches at a time as it has cores. A GPU computes one while the next is on its way.
+    The same images, options, kind of processor and libraries give the same bits; so a CPU encodes each batch on one
+    thread, and as many batches at a time as it has cores. A GPU encodes one while the next is transferred.
 
     Args:
-        vae: hub name or folder, as `KLAutoencoder` takes it; `spec.json` names it in the same words.
-        image_size: side in pixels of the pictures.
-        crop: whether they are cropped to it, as training does, or are all squares of that size.
-        dtype: in which the encoder computes: float32, bfloat16 or float16. Moments are made float16 after.
-        batch_size: pictures that are encoded at a time; None: what is fast. Another one may change the last bits.
-        cores: of a CPU, that encode.
-
-    Attributes:
-        prepare: makes of a picture (`Sample.image`) what `rows` takes, and may run in another process.
-        preload: the modules that it needs.
+        vae: hub name or folder, as `KLAutoencoder` takes it; `spec.json` has the same name.
+        image_size: side of the images in pixels.
+        crop: whether images are cropped to it, as training does, or are all squares of that size.
+        dtype: in which the encoder computes: float32, bfloat16 or float16. Moments are then converted to float16.
+        batch_size: images encoded at a time; None chooses a fast one. Another batch size may change the last bits.
+        cores: CPU cores that encode.
 
     Raises:
-        InputError: if the autoencoder cannot be loaded, or doesn't take such pictures.
+        InputError: if the autoencoder cannot be loaded, or does not suit the images.
+        MemoryError: if it doesn't fit the GPU's free memory.
     """
 
     columns: ClassVar[dict[str, str]] = {
@@ -71,9 +63,9 @@ class Latents:
             self.encoder = KLAutoencoder(vae, self.device, getattr(torch, dtype), slice_size=batch_size)
         except UserError as error:
             raise InputError(f"--vae: {str(error).removeprefix('autoencoder.name: ')}") from None
-        except RuntimeError as error:  # of a GPU that others have filled
-            raise UserError(f"--vae: can't be moved to the {self.device}: {str(error).splitlines()[0]}") from None
-        self.encoder.vae.to(memory_format=torch.channels_last)  # as convolutions want them
+        except RuntimeError as error:  # the GPU's memory is in use by others
+            raise MemoryError(f"--vae: can't be moved to the {self.device}: {first_line(error)}") from None
+        self.encoder.vae.to(memory_format=torch.channels_last)  # faster convolutions
         if self.device == "cuda":
             torch.cuda.synchronize()  # before other streams read the weights
         self.batch_size = batch_size
@@ -82,25 +74,21 @@ class Latents:
         self.pool = ThreadPoolExecutor(self.at_once, initializer=self._begin_thread)
         channels = self.encoder.picture_channels
         if channels not in (1, 3):
-            raise InputError(f"--vae: {vae!r} takes pictures of {channels} channels; it takes one of 1 or 3")
+            raise InputError(f"--vae: {vae!r} is for images of {channels} channels, expected 1 or 3")
         if image_size % self.encoder.spec.downsample:
             times = self.encoder.spec.downsample
-            raise InputError(f"--image-size: got {image_size}; the autoencoder takes multiples of {times} pixels")
+            raise InputError(f"--image-size: got {image_size}, expected a multiple of {times} for this autoencoder")
         self.image_size = image_size
         self.prepare = partial(levels, channels=channels, image_size=image_size if crop else None)
-        self.preload = ["sit_composer.pictures"]
+        self.preload = ["convert.kinds.cropping"]
 
-    def rows(self, pictures: Iterable[tuple[Sample, Any]]) -> Iterator[Row]:
-        """Each sample with its columns but for the label, or with what is wrong with it; in the samples' order.
-
-        Raises:
-            InputError: for a picture of another size; for more than a GPU's memory holds.
-        """
+    def rows(self, images: Iterable[tuple[Sample, Any]]) -> Iterator[Row]:
+        """As `Kind.rows`. Raises InputError if an image has another size, or a batch doesn't fit the memory."""
         encoding: deque[Future[list[Row]]] = deque()
         try:
-            for batch in self._batches(pictures):
+            for batch in self._batches(images):
                 encoding.append(self.pool.submit(self._encode, batch))
-                if len(encoding) > self.at_once:  # one waits, so that none has to
+                if len(encoding) > self.at_once:  # one batch more than is encoded, so that no thread idles
                     yield from encoding.popleft().result()
             while encoding:
                 yield from encoding.popleft().result()
@@ -108,15 +96,18 @@ class Latents:
             for future in encoding:
                 future.cancel()
 
-    def _batches(self, pictures: Iterable[tuple[Sample, Any]]) -> Iterator[list[tuple[Sample, Any]]]:
-        """Batches of as many good pictures each, with the bad ones among them."""
+    def _batches(self, images: Iterable[tuple[Sample, Any]]) -> Iterator[list[tuple[Sample, Any]]]:
+        """Batches of ``batch_size`` good images each, and the bad ones between them."""
         batch: list[tuple[Sample, Any]] = []
-        good = 0
-        for sample, picture in pictures:
-            if not isinstance(picture, BadPicture):
-                self._check_size(sample, picture)
+        good, size = 0, self.image_size
+        for sample, image in images:
+            if not isinstance(image, BadPicture):
+                height, width = image.shape[-2:]
+                if (height, width) != (size, size):
+                    sizes = f"the image is {width}x{height}, and the first is {size}x{size}"
+                    raise InputError(f"{sample.where}: {sizes}; say --image-size to crop them")
                 good += 1
-            batch.append((sample._replace(image=None), picture))
+            batch.append((sample._replace(image=None), image))
             if good == self.batch_size:
                 yield batch
                 batch, good = [], 0
@@ -124,7 +115,6 @@ class Latents:
             yield batch
 
     def spec(self, grey: bool, sizes: list[list[int]]) -> dict[str, Any]:
-        """What `DataSpec` says of these latents, whatever the pictures looked like."""
         spec = self.encoder.spec
         return {
             "kind": "latents", "channels": spec.channels, "image_size": self.image_size, "autoencoder": spec.as_dict(),
@@ -132,48 +122,38 @@ class Latents:
 
     def _begin_thread(self) -> None:
         if self.device == "cuda":
-            torch.cuda.set_stream(torch.cuda.Stream())  # else each thread would wait for the other's batch, too
+            torch.cuda.set_stream(torch.cuda.Stream())  # else each thread would also wait for the other's batch
         else:
-            torch.set_num_threads(1)  # with others, sums come in another order, and the last bits differ
+            torch.set_num_threads(1)  # more threads add in another order, which changes the last bits
 
     def _encode(self, batch: list[tuple[Sample, Any]]) -> list[Row]:
-        good = [torch.from_numpy(picture) for _, picture in batch if not isinstance(picture, BadPicture)]
+        good = [torch.from_numpy(image) for _, image in batch if not isinstance(image, BadPicture)]
         encoded = iter(self._moments(good))
         look = (False, self.image_size, self.image_size)
-        return [
-            (sample, picture if isinstance(picture, BadPicture) else next(encoded), look) for sample, picture in batch
-        ]
+        return [(sample, image if isinstance(image, BadPicture) else next(encoded), look) for sample, image in batch]
 
-    def _moments(self, pictures: list[Tensor]) -> list[dict[str, Any] | BadPicture]:
-        """The columns of each of the pictures, uint8 (C, H, W) of one size."""
-        if not pictures:
+    def _moments(self, images: list[Tensor]) -> list[dict[str, Any] | BadPicture]:
+        """The columns of each image, uint8 (C, H, W) of one size."""
+        if not images:
             return []
         try:
-            levels = torch.stack(pictures).to(self.device)
+            levels = torch.stack(images).to(self.device)
             straight, mirrored = (
                 self.encoder.moments(from_uint8(side)).half().cpu().numpy() for side in (levels, levels.flip(-1))
             )
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
-            raise InputError(f"--batch-size: got {self.batch_size}; it takes fewer, for this memory") from None
-        except UserError as error:  # some are not finite, and it doesn't say whose
-            if len(pictures) == 1:
+            raise InputError(f"--batch-size: got {self.batch_size}, expected less: out of memory") from None
+        except UserError as error:  # some values are not finite; one by one, find which
+            if len(images) == 1:
                 return [BadPicture(str(error))]
-            return [row for picture in pictures for row in self._moments([picture])]
+            return [row for image in images for row in self._moments([image])]
         return [_row(*both) for both in zip(straight, mirrored, strict=True)]
-
-    def _check_size(self, sample: Sample, picture: np.ndarray) -> None:
-        height, width = picture.shape[-2:]
-        if (height, width) != (self.image_size, self.image_size):
-            raise InputError(
-                f"{sample.where}: the picture is {width}x{height}, and the first is {self.image_size}x"
-                f"{self.image_size}; say --image-size to crop them"
-            )
 
 
 def _row(moments: np.ndarray, moments_flip: np.ndarray) -> dict[str, Any] | BadPicture:
-    """The columns of a picture whose moments are float16 arrays (2C, H, W), unless they have left float16."""
+    """The columns of an image whose moments are float16 arrays (2C, H, W), unless they overflow float16."""
     if not (np.isfinite(moments).all() and np.isfinite(moments_flip).all()):
-        return BadPicture("its latents are over 65504, float16's largest number: the autoencoder doesn't suit it")
+        return BadPicture("its latents are over 65504, float16's largest number: the autoencoder does not suit it")
     return {"moments": moments, "moments_flip": moments_flip}

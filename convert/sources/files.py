@@ -1,25 +1,31 @@
-"""The files of a source: which they are, and whether they are still the same. Only the standard library is imported."""
+"""The files of a source: their names, and their state. For local files only the standard library is imported."""
 
 import glob
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from convert.sources.names import SCHEME, of_one_split, when
+from convert.sources.names import MAGIC, SCHEME, of_one_split, when
 from convert.sources.parts import InputError, no_such_file
 
 
+def object_store() -> ModuleType:
+    """The module that reads s3:// sources."""
+    from convert.sources import s3  # pyarrow, which a local source may not need
+
+    return s3
+
+
 def list_files(source: str, format: str) -> list[str]:
-    """The files of a format that a path or a glob names, sorted.
-
-    Raises:
-        InputError: if there are none, or if they are of several splits.
-    """
+    """The files of a format that a path or a glob names, sorted. Raises InputError if there are none, or if they are of
+    several splits."""
     if source.startswith(SCHEME):
-        from convert.sources import s3 as remote
-
-        return remote.list_files_of(source, format)
+        found = object_store().list_remote(source)
+        if not found:
+            raise InputError(f"{source}: no such object, and none below it")
+        return found if found == [source] or MAGIC.search(source) else of_one_split(source, source, found, format)
     path = Path(source).expanduser()
     if path.is_dir():
         return of_one_split(source, str(path), walk(path), format)
@@ -30,7 +36,7 @@ def list_files(source: str, format: str) -> list[str]:
 
 
 def walk(folder: Path) -> Iterator[str]:
-    """All files below a folder, in any order, but for hidden ones."""
+    """All files below a folder, in any order, without hidden ones."""
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (os.path.join(root, name) for name in names if not name.startswith("."))
@@ -42,16 +48,15 @@ def expand(pattern: str) -> list[str]:
     return [str(file) for file in sorted({file for file in found if file.is_file()})]
 
 
+def is_saved(path: str) -> bool:
+    """Whether it is a folder that `datasets` saved."""
+    return any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json"))
+
+
 def fingerprint(name: str) -> dict[str, Any]:
-    """A file's name, its bytes, and when it was modified.
-
-    Raises:
-        InputError: if it is not there.
-    """
+    """A file's name, its bytes, and when it was modified. Raises InputError if it can't be read."""
     if name.startswith(SCHEME):
-        from convert.sources import s3 as remote
-
-        return remote.fingerprint(name)
+        return object_store().fingerprint(name)
     try:
         state = os.stat(name)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Hugging Face data sets: saved to disk, or what `load_dataset` loads, from a folder or the Hub; whole or streamed."""
+"""Hugging Face data sets: saved to disk, or loaded by `load_dataset` from a folder or the Hub; whole or streamed."""
 
 import logging
 import os
@@ -8,44 +8,37 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
+from datasets.utils.file_utils import xopen
+from huggingface_hub import constants
 
-from convert.sources.files import fingerprint
+from convert.sources.files import fingerprint, is_saved
 from convert.sources.names import check_same
 from convert.sources.parts import InputError, Part, Sample, SourcePlan, cut, cut_off
-from convert.sources.tables import Rows, Table, batches, merge_classes, read_labels, samples
+from convert.sources.tables import Rows, Table, count_rows, merge_classes, read_labels, samples
+from sit_composer.errors import one_line
 
 
-def plan_data_set(description: dict[str, Any], limit: int | None) -> SourcePlan:
-    """Loads a data set and reads through its labels. Of a streamed one no label is read, and each shard is a part.
-
-    Raises:
-        InputError: if it cannot be loaded, lacks a column, or has labels that are not classes; if it is streamed and
-            they are strings.
-    """
+def plan_source(description: dict[str, Any], limit: int | None) -> SourcePlan:
+    """Loads a data set and reads all its labels. If it is streamed, no label is read, and each shard is a part."""
     _load.cache_clear()  # it may have changed since
     data, files = _open(description)
     if "streaming" not in description:
         table = _table(description, data)
         classes = merge_classes((read_labels(table, description),))
         return SourcePlan(files, classes, cut_off(cut(0, table.lengths), limit))
-    labels = read_labels(_shard(description, data, 0), description, or_strings=False)
+    labels = read_labels(_table(description, data, 0), description, or_strings=False)
 
     def count(part: Part, most: int) -> int:
-        table = _shard(description, data, part.file)
-        column = description["label_column"] or description["image_column"]
-        return sum(len(arrays[0]) for _, arrays in batches(table, [column], 0, most))
+        return count_rows(_table(description, data, part.file), description, most)
 
     parts = [Part(shard, 0, None, None) for shard in range(len(files))]
     return SourcePlan(files, merge_classes((labels,)), cut_off(parts, limit, count))
 
 
-def read_data_set(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iterator[Sample]:
-    """The pictures of a part, as stored: none is decoded.
-
-    Raises:
-        InputError: if it cannot be loaded, or has changed.
-    """
+def read_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iterator[Sample]:
+    """The images of a part, as stored, not decoded."""
 
     def check() -> None:
         files = _open(description)[1]
@@ -56,84 +49,63 @@ def read_data_set(description: dict[str, Any], plan: SourcePlan, part: Part) -> 
 
     check()
     data, _ = _open(description)
-    if "streaming" in description:
-        yield from samples(_shard(description, data, part.file), description, plan, part, lambda: None)
-    else:
-        yield from samples(_table(description, data), description, plan, part, check)
+    streaming = "streaming" in description
+    table = _table(description, data, part.file if streaming else None)
+    yield from samples(table, description, plan, part, (lambda: None) if streaming else check)
     check()
 
 
 def _open(description: dict[str, Any]) -> tuple[Any, list[dict[str, Any]]]:
-    """The data set, and what its files are.
+    """The data set, and the state of its files.
 
-    Those of a saved one are its own; of others, the library's fingerprint counts, as its cache is not the source.
+    Unless the data set was saved to disk, that is the library's fingerprint, as its cache is not the source.
     """
     path = description["path"]
     data, state = _load(path, description["split"], description["config"], "streaming" in description)
-    if _is_saved(Path(path)):
+    if is_saved(path):
         return data, [fingerprint(file["filename"]) for file in data.cache_files]
-    shards = range(data.num_shards) if "streaming" in description else [None]
-    names = [path if shard is None else f"{path} shard {shard}" for shard in shards]
+    names = [f"{path} shard {shard}" for shard in range(data.num_shards)] if "streaming" in description else [path]
     return data, [{"name": name, "bytes": None, "modified": None, "fingerprint": state} for name in names]
 
 
-def _is_saved(path: Path) -> bool:
-    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
-
-
-def _name(description: dict[str, Any]) -> str:
+def _table(description: dict[str, Any], data: Any, shard: int | None = None) -> Table:
+    """The whole data set, or a shard of a streamed one."""
     path, split = description["path"], description["split"]
-    return path if split is None else f"{path} ({split})"
-
-
-def _table(description: dict[str, Any], data: Any) -> Table:
-    def read(columns: list[str], start: int, stop: int, size: int) -> Iterator[pa.RecordBatch]:
-        # The arrow format hands out the stored bytes and decodes no picture.
-        rows = data.select_columns(columns).select(range(start, min(stop, len(data)))).with_format("arrow")
-        for table in rows.iter(size):
-            yield from table.to_batches()
-
-    find = partial(_find, description["path"])
-    return Table(_name(description), find, data.features.arrow_schema, [1] * len(data), read)
-
-
-def _shard(description: dict[str, Any], data: Any, shard: int) -> Table:
-    name = f"{_name(description)} shard {shard}"
+    name = (path if split is None else f"{path} ({split})") + ("" if shard is None else f" shard {shard}")
 
     def read(columns: list[str], start: int, stop: int, size: int) -> Iterator[pa.RecordBatch]:
-        rows = data.shard(data.num_shards, shard).select_columns(columns).with_format("arrow")
+        first = start if shard is None else 0
+        rows = data if shard is None else data.shard(data.num_shards, shard)
+        rows = rows.select_columns(columns).with_format("arrow")  # which returns the stored bytes and decodes no image
+        rows = rows.select(range(start, min(stop, len(data)))) if shard is None else rows
         try:
-            yield from Rows(batch for table in rows.iter(size) for batch in table.to_batches()).between(start, stop)
+            batches = (batch for table in rows.iter(size) for batch in table.to_batches())
+            yield from Rows(batches, first).between(start, stop)
         except Exception as error:  # of a dozen libraries underneath
-            raise InputError(f"cannot read {name}: {' '.join(str(error).split())}") from error
+            raise InputError(f"cannot read {name}: {one_line(error)}") from error
 
-    return Table(name, partial(_find, description["path"]), data.features.arrow_schema, None, read)
+    lengths = [1] * len(data) if shard is None else None
+    return Table(name, partial(_find, path), data.features.arrow_schema, lengths, read)
 
 
 def _find(source: str, path: str) -> bytes | Path:
-    """A picture that a data set keeps as a file of its own, here or inside an archive or on the Hub.
+    """An image that a data set keeps as a separate file, local, inside an archive or on the Hub.
 
-    Raises:
-        InputError: if it cannot be read; or if it lies neither on the Hub nor in the data set's folder nor in a cache
-            of theirs: a data set that came from elsewhere must name no other file of this machine or its network.
+    A data set from elsewhere must not name other files of this machine or its network.
     """
-    from datasets import config
-    from datasets.utils.file_utils import xopen
-    from huggingface_hub import constants
-
-    place = path.rpartition("::")[2]  # of the archive, if it is in one
+    config = datasets.config
+    place = path.rpartition("::")[2]  # of the archive, if the image is inside one
     if not place.startswith(("hf://", constants.ENDPOINT + "/")):
         folders = (source, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE)
         if "://" in place or not any(_is_below(place, str(folder)) for folder in folders):
-            raise InputError(f"the picture's path {path!r} leads out of the data set {source}")
+            raise InputError(f"the image's path {path!r} leads out of the data set {source}")
     if "://" not in path:
         return Path(path)
-
     try:
         with xopen(path, "rb") as file:
             return file.read()
     except Exception as error:
-        raise InputError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+        raise InputError(f"cannot read {path}: {one_line(error)}") from error
 
 
 def _is_below(path: str, folder: str) -> bool:
@@ -141,22 +113,20 @@ def _is_below(path: str, folder: str) -> bool:
     return os.path.abspath(path).startswith(tuple(os.path.join(way(folder), "") for way in ways))
 
 
-@lru_cache(maxsize=1)  # parts after the first need not load it again
+@lru_cache(maxsize=1)  # loaded once for all parts
 def _load(path: str, split: str | None, config: str | None, streaming: bool) -> tuple[Any, str]:
-    """A data set, and what tells whether it is still the same."""
-    import datasets
-
+    """A data set, and its fingerprint; "" if it was saved to disk."""
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it logs each of five tries to reach the Hub
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it logs each of five attempts to reach the Hub
     try:
         if streaming:
             builder = datasets.load_dataset_builder(path, config)
             data = builder.as_streaming_dataset(split=split)
-            # Only then are its columns known, if its files do not tell them.
-            data = data if data.features is not None else data._resolve_features()
+            if data.features is None:  # the columns are known only after reading a row
+                data = data._resolve_features()
             return data, f"{builder.config_id} {builder.hash}"
-        if not _is_saved(Path(path)):
+        if not is_saved(path):
             data = datasets.load_dataset(path, config, split=split)
             return data, data._fingerprint
         data = datasets.load_from_disk(path)
@@ -167,4 +137,4 @@ def _load(path: str, split: str | None, config: str | None, streaming: bool) -> 
         raise
     except Exception as error:  # of a dozen libraries underneath
         where = path if Path(path).exists() else f"{path!r}, neither a path here nor readable as a data set on the Hub"
-        raise InputError(f"cannot load {where}: {' '.join(str(error).split())}") from error
+        raise InputError(f"cannot load {where}: {one_line(error)}") from error

@@ -1,4 +1,4 @@
-"""What the names of a source's files tell. Only the standard library is imported."""
+"""Formats and splits, as the names of a source's files tell. Only the standard library is imported."""
 
 import os
 import re
@@ -9,45 +9,38 @@ from typing import Any
 
 from convert.sources.parts import InputError
 
-SUFFIXES = dict.fromkeys((".parquet", ".pq"), "parquet")
-SUFFIXES |= dict.fromkeys((".arrow", ".feather", ".ipc"), "arrow")
-SUFFIXES |= dict.fromkeys((".tar", ".tgz", ".tar.gz"), "webdataset")
-SUFFIXES |= dict.fromkeys(
-    (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"), "imagefolder"
-)
+SUFFIXES = {
+    "parquet": (".parquet", ".pq"),
+    "arrow": (".arrow", ".feather", ".ipc"),
+    "webdataset": (".tar", ".tgz", ".tar.gz"),
+    "imagefolder": (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"),
+}
 SCHEME = "s3://"
 MAGIC = re.compile(r"[*?[]")  # of a glob
 SPLIT = re.compile(r"(?:^|[/_.-])(train|test|validation|valid|val|dev)(?=[/_.-])")
 
 
 def format_of(name: str) -> str | None:
-    """The format that a file's name stands for."""
-    name = name.lower()
-    return SUFFIXES.get(os.path.splitext(name)[1]) or ("webdataset" if name.endswith(".tar.gz") else None)
+    """The format of a file, by its name."""
+    file = os.path.basename(name).lower().lstrip(".")  # a name that is a suffix alone has none
+    return next((format for format, suffixes in SUFFIXES.items() if file.endswith(suffixes)), None)
 
 
 def infer_format(source: str, names: Iterable[str]) -> str:
-    """The one format of a source's files, by their names.
-
-    Raises:
-        InputError: if there is none, or more than one.
-    """
+    """The one format of a source's files, by their names. Raises InputError if there is none, or more than one."""
     found = Counter(format for name in names if (format := format_of(name)))
     if not found:
-        raise InputError(f"{source}: found no Parquet file, Arrow file, tar or picture")
+        raise InputError(f"{source}: found no Parquet file, Arrow file, tar or image")
     if len(found) > 1:
         these = " and ".join(f"{name} ({count} files)" for name, count in sorted(found.items()))
-        raise InputError(f"{source} could be {these}: say which with --format")
+        raise InputError(f"{source} could be {these}: choose with --format")
     return next(iter(found))
 
 
 def of_one_split(source: str, folder: str, names: Iterable[str], format: str) -> list[str]:
-    """Those of a folder's files that are data of a format.
-
-    Raises:
-        InputError: if there are none, or if they are of several splits.
-    """
-    # cache-*.arrow are what `datasets` leaves of transformed copies beside the data that it saved.
+    """The files of a folder that are data of a format, sorted. Raises InputError if there are none, or if they are of
+    several splits."""
+    # cache-*.arrow are transformed copies that `datasets` leaves beside the data that it saved.
     files = sorted((name for name in names if format_of(name) == format), key=lambda name: name.split("/"))
     files = [name for name in files if not os.path.basename(name).startswith(("_", "cache-"))]
     if not files:
@@ -55,10 +48,8 @@ def of_one_split(source: str, folder: str, names: Iterable[str], format: str) ->
     splits = {match[1] for name in files if (match := SPLIT.search(name.removeprefix(folder).lstrip("/")))}
     if len(splits) > 1:
         these = ", ".join(sorted(splits))
-        raise InputError(
-            f"{source} holds files of several splits ({these}): give a glob such as '{source}/**/train*', or say "
-            "--format hf and --split"
-        )
+        advice = f"give a glob such as '{source}/**/train*', or --format hf and --split"
+        raise InputError(f"{source} holds files of several splits ({these}): {advice}")
     return files
 
 
@@ -68,14 +59,9 @@ def when(nanoseconds: int) -> str:
 
 
 def check_same(planned: dict[str, Any], now: dict[str, Any]) -> None:
-    """Compares a file with what it was when the conversion was planned.
-
-    Raises:
-        InputError: naming the file, if it has changed.
-    """
+    """Compares a file with its state when the conversion was planned. Raises InputError naming the file, if it has
+    changed."""
     if now != planned:
         key = next(key for key in {**planned, **now} if planned.get(key) != now.get(key))
         change = f"{key}: {planned.get(key)} then, {now.get(key)} now"
-        raise InputError(
-            f"{planned['name']} changed since the conversion began ({change}): put it back, or convert it anew"
-        )
+        raise InputError(f"{planned['name']} changed since the conversion began ({change}): restore it, or --overwrite")

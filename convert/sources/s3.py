@@ -1,6 +1,6 @@
-"""Files of a source in an object store, s3://BUCKET/KEY, by pyarrow's client. It tries again by itself.
+"""Files of a source in an object store, s3://BUCKET/KEY, read with pyarrow's client, which retries by itself.
 
-S3_ENDPOINT_URL chooses another store than AWS, as it does for streaming. Credentials are found where boto3 finds them.
+S3_ENDPOINT_URL chooses a store other than AWS, as it does for streaming. Credentials are found where boto3 finds them.
 """
 
 import io
@@ -14,21 +14,18 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
-from convert.sources.names import MAGIC, SCHEME, of_one_split, when
+from convert.sources.names import MAGIC, SCHEME, when
 from convert.sources.parts import InputError
 
-CHUNK = 8 << 20  # bytes of a request, where there is more to read
-LEAST = 1 << 16
-ATTEMPTS = 10  # of a request, with pauses that grow: minutes
+CHUNK = 8 << 20  # bytes per request, where there is more to read
+LEAST = 1 << 16  # bytes per request, at least
+ATTEMPTS = 10  # per request, with growing pauses: minutes
 SILENCE = 30  # seconds without a byte, after which a request has failed
 
 
 def list_remote(source: str) -> list[str]:
-    """The URIs of an object, of all objects below a prefix, or of those that a glob matches, sorted; no hidden ones.
-
-    Raises:
-        InputError: if the store doesn't answer, or refuses.
-    """
+    """The URIs of an object, of all objects below a prefix, or of all that a glob matches, sorted; no hidden ones.
+    Raises InputError if the store doesn't answer, or denies access."""
     path = _path(source)
     segments = path.split("/")
     plain = next((k for k, segment in enumerate(segments) if MAGIC.search(segment)), len(segments))
@@ -39,7 +36,7 @@ def list_remote(source: str) -> list[str]:
             return [source]
         try:
             found = store.get_file_info(fs.FileSelector(base, recursive=True))
-        except FileNotFoundError:  # but not if there is no such bucket
+        except FileNotFoundError:  # no such prefix; a missing bucket is another error
             return []
     files = [info.path for info in found if info.type == fs.FileType.File]
     inside = [(file, file.removeprefix(base + "/").split("/")) for file in files]
@@ -47,20 +44,6 @@ def list_remote(source: str) -> list[str]:
     if plain < len(segments):
         inside = [(file, names) for file, names in inside if _matches(names, segments[plain:])]
     return sorted(SCHEME + file for file, _ in inside)
-
-
-def list_files_of(source: str, format: str) -> list[str]:
-    """The objects of a format that a URI, a prefix or a glob names, sorted.
-
-    Raises:
-        InputError: if there are none, or if they are of several splits.
-    """
-    files = list_remote(source)
-    if not files:
-        raise InputError(f"{source}: no such object, and none below it")
-    if files == [source] or MAGIC.search(source):
-        return files
-    return of_one_split(source, source, files, format)
 
 
 def _matches(names: list[str], patterns: list[str]) -> bool:
@@ -73,11 +56,8 @@ def _matches(names: list[str], patterns: list[str]) -> bool:
 
 
 def fingerprint(uri: str) -> dict[str, Any]:
-    """An object's URI, its bytes, and when it was modified.
-
-    Raises:
-        InputError: if it is not there, or the store doesn't answer.
-    """
+    """An object's URI, its bytes, and when it was modified. Raises InputError if it is not there, or the store doesn't
+    answer."""
     with reading(uri):
         info = _store().get_file_info(_path(uri))
     if info.type != fs.FileType.File:
@@ -87,14 +67,10 @@ def fingerprint(uri: str) -> dict[str, Any]:
 
 
 class RemoteFile(io.RawIOBase):
-    """An object, open for reading anywhere in it. `pa.PythonFile` makes a file of pyarrow's of it.
+    """An object, open for reading at any place. `pa.PythonFile` wraps it for pyarrow.
 
-    pyarrow receives an answer in a buffer of just the size that was asked for: the text of an error that is longer does
-    not fit, and becomes an error that is not tried again. So no request is for less than ``LEAST`` bytes.
-
-    Args:
-        uri: the object's.
-        window: bytes that are asked for where fewer are needed, as what follows is likely to be needed next.
+    pyarrow's buffer for an answer has the requested size: a longer error text doesn't fit, and becomes an error that is
+    not retried. So each request is for at least ``LEAST`` bytes, or ``window``, if the next bytes are needed soon.
     """
 
     def __init__(self, uri: str, window: int = 0) -> None:
@@ -131,15 +107,15 @@ class RemoteFile(io.RawIOBase):
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Errors of pyarrow become an InputError that names the file."""
+    """Converts pyarrow's errors to an InputError that names the file."""
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"cannot read {name}: {one_line(error)}") from error
+        raise InputError(f"cannot read {name}: {first_sentence(error)}") from error
 
 
-def one_line(error: Exception) -> str:
-    """What pyarrow says, without the traceback that it may have put behind it."""
+def first_sentence(error: Exception) -> str:
+    """pyarrow's message, without the details and the traceback that may follow it."""
     return re.split(r"[. ]*Detail: ", str(error))[0].strip().partition("\n")[0]
 
 
@@ -147,10 +123,7 @@ def _path(uri: str) -> str:
     path = uri.removeprefix(SCHEME).rstrip("/")
     bucket = path.partition("/")[0]
     if not bucket or not all(c.isalnum() or c in ".-_" for c in bucket):
-        raise InputError(
-            "s3://: a bucket's name must stand behind it, and nothing else before the key "
-            "(credentials come from the environment)"
-        )
+        raise InputError("s3://: expected s3://BUCKET/KEY (credentials come from the environment)")
     return path
 
 

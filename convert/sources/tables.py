@@ -1,7 +1,6 @@
-"""Pictures and labels out of tables of columns, whatever they are stored in.
+"""Images and labels from tables of columns, whatever stores them.
 
-A table is a schema and a function that reads some columns of some rows batch by batch. At no time is more in memory
-than one batch.
+A table is a schema and a function that reads some columns of some rows batch by batch. At most one batch is in memory.
 """
 
 import json
@@ -24,26 +23,21 @@ BATCH = 64  # rows
 class Table:
     """One file, or one data set.
 
-    Args:
-        name: for errors.
-        find: what a row means that has a picture's path and no bytes; or it raises an InputError.
-        schema: of all columns.
-        lengths: of the groups of rows that it consists of; a reader can begin at each. None: only at the first row, and
-            the number of rows is not known.
-        read: batches of some top-level columns, from a row on to before another, of so many rows if it has the choice.
+    ``read(columns, start, stop, size)`` yields batches of top-level columns, rows ``start`` to before ``stop``, of
+    ``size`` rows where it can choose.
     """
 
-    name: str
-    find: Callable[[str], bytes | Path]
+    name: str  # for errors
+    find: Callable[[str], bytes | Path]  # the image at a path, for rows without bytes; or raises an InputError
     schema: pa.Schema
-    lengths: list[int] | None
+    lengths: list[int] | None  # of its groups of rows, where reading can begin; None: unknown, only at the first row
     read: Callable[[list[str], int, int, int], Iterator[pa.RecordBatch]]
 
 
 def samples(
     table: Table, description: dict[str, Any], plan: SourcePlan, part: Part, check: Callable[[], None]
 ) -> Iterator[Sample]:
-    """The pictures of some rows. ``check`` is called before rows are taken from what was read."""
+    """The images of a part's rows. ``check`` is called before rows are taken from a batch."""
     image, label = description["image_column"], description["label_column"]
     columns = [image] if label is None else [image, label]
     classes = MAX_CLASSES if plan.classes is None else len(plan.classes)
@@ -52,55 +46,52 @@ def samples(
         if labels:
             _check_labels(table, first, labels[0], classes)
         values = labels[0].to_pylist() if labels else [0] * len(images)
-        for row, (picture, value) in enumerate(zip(images.to_pylist(), values, strict=True), first):
+        for row, (image, value) in enumerate(zip(images.to_pylist(), values, strict=True), first):
             where = f"{table.name} row {row}"
-            if isinstance(picture, dict):  # the struct of `datasets`: bytes, or else a path
-                path = picture.get("path")
-                picture = (
-                    picture["bytes"] if picture["bytes"] is not None or not path else _find_file(table, path, where)
-                )
-            yield Sample(where, picture, numbers[value] if isinstance(value, str) else value)
-
-
-def _find_file(table: Table, path: str, where: str) -> bytes | Path:
-    try:
-        return table.find(path)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+            if isinstance(image, dict):  # the struct of `datasets`: bytes, or else a path
+                path, image = image.get("path"), image["bytes"]
+                if image is None and path:
+                    try:
+                        image = table.find(path)
+                    except InputError as error:
+                        raise InputError(f"{where}: {error}") from None
+            yield Sample(where, image, numbers[value] if isinstance(value, str) else value)
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What the labels of a table are: ``kind`` is the names of its classes, or "integers", "strings" or "none"."""
+    """The labels of a table: ``kind`` is the names of its classes, or "integers", "strings" or "none"."""
 
     table: str
     column: str | None
     kind: tuple[str, ...] | str
     strings: frozenset[str] = frozenset()
-    largest: int | None = -1  # integer; None: not known
+    largest: int | None = -1  # integer; None: unknown
 
 
 def read_labels(table: Table, description: dict[str, Any], or_strings: bool = True) -> Labels:
-    """Checks the columns of a table and reads all its labels, but no integers where that would mean reading all.
+    """Checks the columns of a table and reads all its labels, except integers where that would mean reading all.
 
     ``or_strings`` is whether labels may be strings.
 
     Raises:
-        InputError: if it lacks a column, or the pictures are no bytes; or naming the first row whose label is no class:
-            null, negative, too large, not an integer or string.
+        InputError: if it lacks a column, or the images are not bytes; or naming the first row whose label is not a
+            class: null, negative, too large, not an integer or string.
     """
-    _check_image_type(table, description["image_column"])
-    column = description["label_column"]
+    image, column = description["image_column"], description["label_column"]
+    type_ = _find(table, image)[1]
+    if pa.types.is_struct(type_) and type_.get_field_index("bytes") >= 0:
+        type_ = type_.field("bytes").type
+    if not pa.types.is_binary(type_) and not pa.types.is_large_binary(type_):
+        raise InputError(f"column {image!r} of {table.name} is {type_}, expected the bytes of image files")
     if column is None:
         return Labels(table.name, None, "none")
     type_, names = _find(table, column)[1:]
     text = pa.types.is_string(type_) or pa.types.is_large_string(type_)
     if not text and not pa.types.is_integer(type_):
-        raise InputError(f"labels must be integers or strings, but column {column!r} of {table.name} is {type_}")
+        raise InputError(f"column {column!r} of {table.name} is {type_}, expected labels that are integers or strings")
     if text and not or_strings:
-        raise InputError(
-            f"column {column!r} of {table.name} is strings, which are numbered before: not with --streaming"
-        )
+        raise InputError(f"column {column!r} of {table.name} has strings; --streaming takes integers only")
     kind = tuple(names) if names else "strings" if text else "integers"
     if table.lengths is None and not text:
         return Labels(table.name, column, kind, largest=None)
@@ -116,30 +107,24 @@ def read_labels(table: Table, description: dict[str, Any], or_strings: bool = Tr
 
 
 def _check_labels(table: Table, first: int, labels: pa.Array, classes: int) -> int:
-    """The largest of some labels, or -1 if they are strings. ``first`` is the row of the first.
-
-    Raises:
-        InputError: naming the first row whose label is null or no class.
-    """
+    """The largest label from row ``first`` on, or -1 if they are strings. Raises InputError naming the first row whose
+    label is null or not a class."""
     if labels.null_count:
         row = first + pc.index(pc.is_null(labels), True).as_py()
-        raise InputError(f"{table.name} row {row}: the label is null; say --label-column none to do without labels")
+        raise InputError(f"{table.name} row {row}: the label is null; --label-column none converts without labels")
     if not pa.types.is_integer(labels.type):
         return -1
     bounds = pc.min_max(labels)
     for value in (bounds["min"].as_py(), bounds["max"].as_py()):
         if not 0 <= value < classes:
             row = first + labels.to_pylist().index(value)
-            raise InputError(f"{table.name} row {row}: label {value} is not a class: they are 0 to {classes - 1}")
+            raise InputError(f"{table.name} row {row}: label {value} is not a class, expected 0 to {classes - 1}")
     return bounds["max"].as_py()
 
 
 def merge_classes(labels: tuple[Labels, ...]) -> list[str] | None:
-    """The classes' names, of all tables; None if they are integers that were not all read.
-
-    Raises:
-        InputError: if the tables differ in what their labels are.
-    """
+    """The names of the classes of all tables; None if they are integers that were not all read. Raises InputError if
+    the tables have different kinds of labels."""
     first = labels[0]
     for other in labels:
         if other.kind != first.kind:
@@ -162,8 +147,8 @@ def batches(
     check: Callable[[], None] = lambda: None,
     size: int = BATCH,
 ) -> Iterator[tuple[int, list[pa.Array]]]:
-    """Yields the columns of rows from ``start`` to before ``stop`` (None: to the end), a few at a time, and the number
-    of the first of these rows."""
+    """Yields the columns of rows ``start`` to before ``stop`` (None: to the end), a few at a time, each time with the
+    number of the first row."""
     stop = sys.maxsize if stop is None else stop
     paths = [_find(table, column)[0] for column in columns]
     with reading(table.name):
@@ -177,15 +162,21 @@ def batches(
                 start += batch.num_rows
 
 
+def count_rows(table: Table, description: dict[str, Any], most: int) -> int:
+    """Counts the rows of a table, up to ``most``, by reading a column."""
+    column = description["label_column"] or description["image_column"]
+    return sum(len(arrays[0]) for _, arrays in batches(table, [column], 0, most))
+
+
 class Rows:
-    """Rows of batches, taken in turns. ``first`` is the number of the first row of the first batch."""
+    """Takes ranges of rows from batches, one after another. ``first`` is the number of the first row."""
 
     def __init__(self, batches: Iterator[pa.RecordBatch], first: int = 0) -> None:
         self.batches, self.first = batches, first
-        self.rest: pa.RecordBatch | None = None  # of a batch that was taken in part; it begins with row ``first``
+        self.rest: pa.RecordBatch | None = None  # of a batch taken in part; it begins with row ``first``
 
     def between(self, start: int, stop: int) -> Iterator[pa.RecordBatch]:
-        """The rows from ``start`` to before ``stop``, and none further. The last turn must have ended before them."""
+        """The rows ``start`` to before ``stop``, and no further. The range before must end before them."""
         while self.first < stop:
             batch = self.rest or next(self.batches, None)
             if batch is None:
@@ -198,7 +189,7 @@ class Rows:
 
 
 def _find(table: Table, column: str) -> tuple[list[str], pa.DataType, list[str] | None]:
-    """Returns the path of a column (dots go into structs), its type, and the names of its classes if it has any."""
+    """The path of a column (dots go into structs), its type, and the names of its classes if it has any."""
     path = [column] if column in table.schema.names else column.split(".")
     type_: pa.DataType = pa.struct(table.schema)
     features: Any = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
@@ -218,11 +209,3 @@ def _names(struct: pa.StructType, prefix: str = "") -> Iterator[str]:
         yield prefix + field.name
         if pa.types.is_struct(field.type):
             yield from _names(field.type, f"{prefix}{field.name}.")
-
-
-def _check_image_type(table: Table, column: str) -> None:
-    type_ = _find(table, column)[1]
-    if pa.types.is_struct(type_) and type_.get_field_index("bytes") >= 0:
-        type_ = type_.field("bytes").type
-    if not pa.types.is_binary(type_) and not pa.types.is_large_binary(type_):
-        raise InputError(f"column {column!r} of {table.name} is {type_}: no bytes of picture files")

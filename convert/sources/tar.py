@@ -1,143 +1,110 @@
-"""WebDataset tars: a sample is the members that follow each other and whose file names agree up to the first dot.
+"""WebDataset tars: consecutive members whose file names agree up to the first dot are one sample.
 
-The rest of the name, its extension, says what a member is: a picture (jpg, png, …), its label (cls: an integer or a
-name), or both's description (json). Nothing is extracted to files, so that no member's path matters.
+The rest of the name, the extension, says what a member is: an image (jpg, png, …), its label (cls: an integer or a
+name), or a description (json). Nothing is extracted to files, so members' paths do no harm.
 """
 
-import io
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from itertools import islice
 from typing import Any
 
+from convert.sources import s3
 from convert.sources.files import fingerprint, list_files
 from convert.sources.names import SCHEME, SUFFIXES, check_same
 from convert.sources.parts import MAX_CLASSES, InputError, Part, Sample, SourcePlan, cut_off, in_order
 
-PICTURES = {suffix.removeprefix(".") for suffix, format in SUFFIXES.items() if format == "imagefolder"}
+IMAGES = {suffix.removeprefix(".") for suffix in SUFFIXES["imagefolder"]}
 NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 INTEGER = re.compile(r"[+-]?\d{1,20}", re.ASCII)
-MAX_BYTES = 1 << 28  # of a picture's or label's member
+MAX_BYTES = 1 << 28  # of the member of an image or a label
 OPENED_AT_ONCE = 8
 
-Group = dict[str, bytes | None]  # the bytes of each member by its extension; None: they were not wanted
+Group = dict[str, bytes | None]  # the bytes of a sample's members by extension; None: not wanted
 
 
-def plan_tars(description: dict[str, Any], limit: int | None) -> SourcePlan:
+def plan_source(description: dict[str, Any], limit: int | None) -> SourcePlan:
     """Lists the tars, each of which is a part.
 
-    The first label tells what all are. Integers are not counted: that would mean reading all. Names are numbered in
-    sorted order, for which all tars are walked through: here from header to header, in an object store by reading them.
-
-    Raises:
-        InputError: if one cannot be read, or the first has no picture with a label.
+    The first label tells whether all are integers. If so, no tar is read further. Names are numbered in sorted order;
+    to find them, all tars are scanned: local ones from header to header, remote ones by reading them.
     """
     names = list_files(description["path"], "webdataset")
+
+    def labels(name: str) -> list[str | None]:
+        return [label for _, _, label in _samples(name, description, read_images=False)]
+
     with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
         files = list(pool.map(fingerprint, names))
         counts: list[int | None] = [None] * len(names)
-        first = _first_label(names[0], description)
+        first = next(label for _, image, label in _samples(names[0], description, read_images=False) if image)
         if first is None:
             classes: list[str] | None = ["all"]
         elif INTEGER.fullmatch(first):
             classes = None
         else:
-            counts, labels = zip(*pool.map(partial(_count, description=description), names), strict=True)
-            classes = in_order(frozenset().union(*labels))
+            found = list(pool.map(labels, names))
+            counts = [len(of_tar) for of_tar in found]
+            classes = in_order(frozenset().union(*found) - {None})
     parts = [Part(number, 0, None, count) for number, count in enumerate(counts) if count != 0]
-    return SourcePlan(files, classes, cut_off(parts, limit, lambda part, most: _count(names[part.file], None, most)[0]))
+
+    def count(part: Part, most: int) -> int:
+        return sum(1 for _ in islice(_groups(names[part.file], ()), most))
+
+    return SourcePlan(files, classes, cut_off(parts, limit, count))
 
 
-def read_tars(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iterator[Sample]:
-    """The samples of a tar, or the first of them. One without a picture has None in its place.
-
-    Raises:
-        InputError: if the tar is broken, has changed, or holds no picture; for a label that is missing or no class.
-    """
+def read_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iterator[Sample]:
+    """The samples of a tar, or the first of them. A sample without an image has None instead."""
     file = plan.files[part.file]
-    name = file["name"]
-    check_same(file, fingerprint(name))
+    check_same(file, fingerprint(file["name"]))
     numbers = {text: number for number, text in enumerate(plan.classes or ())}
-    extensions: set[str] = set()
-    pictures = 0
-    for key, group in islice(_groups(name, lambda extension: _serves(extension, description)), part.stop):
-        where = f"{name} sample {key}"
-        extensions |= group.keys()
-        extension = _picture(group, description, where)
-        if extension is None:
-            yield Sample(where, None, 0)
-            continue
-        pictures += 1
-        text = _label(group, description, where)
+    for where, image, text in islice(_samples(file["name"], description), part.stop):
         label = 0 if text is None else numbers[text] if plan.classes else _class(text, where)
-        yield Sample(where, group[extension], label)
-    if not pictures:
-        raise _no_picture(name, extensions)
-    check_same(file, fingerprint(name))
+        yield Sample(where, image, label)
+    check_same(file, fingerprint(file["name"]))
 
 
-def _first_label(name: str, description: dict[str, Any]) -> str | None:
+def _samples(name: str, description: dict[str, Any], read_images: bool = True) -> Iterator[tuple[str, Any, str | None]]:
+    """Where each sample of a tar is, its image (True if it is not read; None if there is none), and its label. Raises
+    InputError if the tar is broken or holds no image; if a sample with an image has no label."""
+    images = {description["image_column"]} if description["image_column"] else IMAGES
+    labels = {"json", description["label_column"]}
     extensions: set[str] = set()
-    for key, group in _groups(name, lambda extension: _serves(extension, description)):
+    for key, group in _groups(name, labels | images if read_images else labels):
+        where = f"{name} sample {key}"
         extensions |= group.keys()
-        where = f"{name} sample {key}"
-        if _picture(group, description, where) is not None:
-            return _label(group, description, where)
-    raise _no_picture(name, extensions)
+        found = [extension for extension in group if extension in images]
+        if len(found) > 1:
+            these = ", ".join(found)
+            raise InputError(f"{where} has several images ({these}): choose with --image-column, by extension")
+        if found:
+            yield where, group[found[0]] if read_images else True, _label(group, description["label_column"], where)
+        else:
+            yield where, None, None
+    if not extensions & images:
+        ends = ", ".join(sorted(extensions)[:10]) or "none"
+        raise InputError(f"{name} holds no image; its members' extensions are: {ends} (--image-column chooses one)")
 
 
-def _count(name: str, description: dict[str, Any] | None, most: int | None = None) -> tuple[int, set[str]]:
-    """The samples of a tar, but not beyond ``most``; and, if there is a description, their labels."""
-    count, labels = 0, set()
-    wanted = (
-        (lambda extension: False) if description is None else (lambda e: e in ("json", description["label_column"]))
-    )
-    for key, group in islice(_groups(name, wanted), most):
-        count += 1
-        where = f"{name} sample {key}"
-        if description is not None and _picture(group, description, where) is not None:
-            labels.add(_label(group, description, where))
-    return count, labels
-
-
-def _serves(extension: str, description: dict[str, Any]) -> bool:
-    """Whether a member is needed, by its extension."""
-    image, label = description["image_column"], description["label_column"]
-    return extension == image or (image is None and extension in PICTURES) or extension in ("json", label)
-
-
-def _picture(group: Group, description: dict[str, Any], where: str) -> str | None:
-    """The extension of a sample's picture."""
-    column = description["image_column"]
-    found = [extension for extension in group if extension == column or (column is None and extension in PICTURES)]
-    if len(found) > 1:
-        raise InputError(f"{where} has several pictures ({', '.join(found)}): choose with --image-column, by extension")
-    return found[0] if found else None
-
-
-def _label(group: Group, description: dict[str, Any], where: str) -> str | None:
-    """A sample's label as text: that of a member, or of a key in its json, in which dots go into objects."""
-    column = description["label_column"]
+def _label(group: Group, column: str | None, where: str) -> str | None:
+    """A sample's label as text: a member, or a key in its json, in which dots go into objects."""
     if column is None:
         return None
+    value: Any = None
     if column in group:
-        value: Any = group[column].decode("utf-8", "replace").strip()
+        value = group[column].decode("utf-8", "replace").strip()
     elif "json" in group:
         value = _json_value(group["json"], column, where)
-    else:
-        value = None
     if value is None or value == "":
-        raise InputError(
-            f"{where} has no label {column!r}; it has: {', '.join(group)} (--label-column names an extension, or a key "
-            "in the json; 'none' does without labels)"
-        )
+        advice = "--label-column names an extension, or a key in the json; 'none' converts without labels"
+        raise InputError(f"{where} has no label {column!r}; it has: {', '.join(group)} ({advice})")
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise InputError(f"{where}: labels must be integers or strings, but {column!r} is {value!r}")
+        raise InputError(f"{where}: the label {column!r} is {value!r}, expected an integer or a string")
     return str(value)
 
 
@@ -153,33 +120,28 @@ def _json_value(data: bytes, column: str, where: str) -> Any:
 
 def _class(text: str, where: str) -> int:
     if not INTEGER.fullmatch(text):
-        raise InputError(f"{where}: label {text!r} is no integer, as the first sample's is: they must be all of a kind")
+        raise InputError(f"{where}: label {text!r} is not an integer, as the first sample's is")
     if not 0 <= int(text) < MAX_CLASSES:
-        raise InputError(f"{where}: label {text} is not a class: they are 0 to {MAX_CLASSES - 1}")
+        raise InputError(f"{where}: label {text} is not a class, expected 0 to {MAX_CLASSES - 1}")
     return int(text)
 
 
-def _no_picture(name: str, extensions: set[str]) -> InputError:
-    ends = ", ".join(sorted(extensions)[:10]) or "nothing that has one"
-    return InputError(f"{name} holds no picture; its members' extensions are: {ends} (--image-column chooses one)")
-
-
-def _groups(name: str, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Group]]:
-    """The samples of a tar: what their names have in common, and their members."""
+def _groups(name: str, wanted: Collection[str]) -> Iterator[tuple[str, Group]]:
+    """The samples of a tar: the common part of their names, and their members, read if their extension is wanted."""
     seen: set[str] = set()
-    current, group = None, {}
+    current: str | None = None
+    group: Group = {}
     with _tar(name) as tar:
         while (member := tar.next()) is not None:
-            tar.members.clear()  # tarfile keeps them all, which would fill the memory
+            tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all in memory
             match = NAME.fullmatch(member.name)
             if match is None or not (member.isreg() or member.islnk() or member.issym()):
                 continue
             key, extension = match[1], match[2].lower()
             if not member.isreg():
-                if wanted(extension):
-                    raise InputError(
-                        f"{name}: {member.name} is a link; make the tar with --hard-dereference and --dereference"
-                    )
+                if extension in wanted:
+                    advice = "make the tar with --hard-dereference and --dereference"
+                    raise InputError(f"{name}: {member.name} is a link; {advice}")
                 continue
             if key != current:
                 if current is not None:
@@ -190,25 +152,25 @@ def _groups(name: str, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Gro
                 current, group = key, {}
             if extension in group:
                 raise InputError(f"{name}: sample {key} has two members {extension!r}")
-            group[extension] = _read(tar, member, name) if wanted(extension) else None
+            group[extension] = _read(tar, member, name) if extension in wanted else None
     if current is not None:
         yield current, group
 
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> bytes:
     if member.size > MAX_BYTES:
-        raise InputError(f"{name}: {member.name} has {member.size} bytes: no picture or label has so many")
+        raise InputError(f"{name}: {member.name} has {member.size} bytes, expected at most {MAX_BYTES}")
     return tar.extractfile(member).read()
 
 
 class _Member(tarfile.TarInfo):
-    """tarfile takes a broken header, and the lack of any, for the end of the tar. The end is a block of zeros."""
+    """Reports a broken or missing header, which tarfile takes for the end of the tar. The end is a block of zeros."""
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+    def frombuf(cls, buf: Any, encoding: str, errors: str) -> Any:
         try:
             return super().frombuf(buf, encoding, errors)
-        except tarfile.EOFHeaderError:
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"it is cut off or broken: {error}, where a member or the end should be") from None
@@ -216,20 +178,13 @@ class _Member(tarfile.TarInfo):
 
 @contextmanager
 def _tar(name: str) -> Iterator[tarfile.TarFile]:
-    """An open tar. Its errors become an InputError that names it."""
+    """An open tar. Its errors become an InputError that names the tar."""
     is_remote, is_packed = name.startswith(SCHEME), name.lower().endswith("gz")
     mode = "r|gz" if is_packed else "r|" if is_remote else "r:"
     try:
-        with _open(name) as file, tarfile.open(fileobj=file, mode=mode, tarinfo=_Member, bufsize=1 << 16) as tar:
+        with s3.reading(name):
+            file = s3.RemoteFile(name, s3.CHUNK) if is_remote else open(name, "rb")  # noqa: SIM115 - closed below
+        with file, tarfile.open(None, mode, file, 1 << 16, tarinfo=_Member) as tar:  # type: ignore[call-overload]
             yield tar
     except (tarfile.TarError, EOFError, OSError) as error:
         raise InputError(f"cannot read {name}: {error}") from error
-
-
-def _open(name: str) -> io.IOBase:
-    if not name.startswith(SCHEME):
-        return open(name, "rb")
-    from convert.sources import s3 as remote
-
-    with remote.reading(name):
-        return remote.RemoteFile(name, remote.CHUNK)

@@ -25,7 +25,7 @@ def checkpoints(folder: RunFolder) -> dict[str, list[str]]:
             found.setdefault(top, []).append(name)
 
     def age(name: str) -> tuple[int, int]:
-        epoch, batch, _ = CHECKPOINT.fullmatch(name).groups()
+        epoch, batch, _ = CHECKPOINT.findall(name)[0]
         return int(batch), int(epoch)
 
     return {name: found[name] for name in sorted(found, key=age)}

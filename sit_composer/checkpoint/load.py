@@ -67,7 +67,7 @@ def load_checkpoint(path: str, weights: str = "ema") -> Checkpoint:
     for name, tensor in checkpoint.weights.items():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(
-                f"{checkpoint.path}: {name} has values that are NaN or infinite; take an earlier checkpoint"
+                f"{checkpoint.path}: {name} has values that are NaN or infinite; use an earlier checkpoint"
             )
     return replace(checkpoint, source=path if is_remote(path) else checkpoint.path)
 

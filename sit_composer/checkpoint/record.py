@@ -45,7 +45,7 @@ class Record:
             except REFUSALS as error:
                 reason = f"{error} is missing" if isinstance(error, KeyError) else error
                 raise CheckpointError(f"{where}: {name}: {reason}") from None
-        rest = {name: content.get(name) for name in ("classes", "ema_decay", "cfg_channels")}
+        rest: dict[str, Any] = {name: content.get(name) for name in ("classes", "ema_decay", "cfg_channels")}
         autoencoder = AutoencoderSpec(**content["autoencoder"])
         record = cls(content["model"], content["transport"], autoencoder, **rest)
         if not isinstance(record.classes, list) or len(record.classes) != record.num_classes:

@@ -46,7 +46,7 @@ def from_authors(file: Path, content: dict[str, Any], which: str) -> Checkpoint:
         )
     transport = {name: args.get(name, default) for name, default in TRANSPORT.items()}
     if transport["prediction"] == "velocity" and transport["path_type"] != "VP":
-        transport |= {"train_eps": None, "sample_eps": None}  # their code takes 0 then, whatever the arguments are
+        transport |= {"train_eps": None, "sample_eps": None}  # their code uses 0 then, whatever the arguments
     name = f"stabilityai/sd-vae-ft-{args.get('vae', 'ema')}"
     record = {
         "model": model,

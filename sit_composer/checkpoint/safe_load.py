@@ -33,7 +33,7 @@ DATA_ONLY = [
     np.ndarray,
     np.dtype,
     type(np.dtype(np.uint32)),
-    np._core.multiarray._reconstruct,
+    np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
 ]
 METADATA_ONLY = {
     (thing.__module__, thing.__qualname__): thing

@@ -22,7 +22,7 @@ All keys of a run's YAML, by section. On the command line, a key of a section is
 def keys(cls: type) -> Iterator[tuple[str, str, str, str]]:
     """Of each key of a section: its name, its default, its meaning and what is expected of its value."""
     for f in dataclasses.fields(cls):
-        default, choices = f.default_factory(), f.metadata["choices"]
+        default, choices = f.default_factory(), f.metadata["choices"]  # type: ignore[operator]
         shown = "{…}" if dataclasses.is_dataclass(default) else WORDS.get(str(default), str(default))
         expected = ", ".join(WORDS.get(str(choice), str(choice)) for choice in choices or ())
         yield f.name, shown, f.metadata["doc"], expected or str(f.metadata["bounds"] or "")

@@ -34,14 +34,14 @@ def check_same_config(config: Config, text: str, where: str) -> None:
     for name, value in new.items():
         if old[name] != value:
             raise ConfigError(
-                f"{name}: got {value}, expected {old[name]}, as the run in {folder}, which this one would resume, has; "
-                "choose another run_name or save_folder"
+                f"{name}: got {value}, expected {old[name]}, the value of the run in {folder}, which this one would "
+                "resume; choose another run_name or save_folder"
             )
 
 
 def _fixed_keys(config: Config) -> dict[str, object]:
     """The keys that can't change between a run and its resumption."""
-    keys = {"seed": config.seed, "ema": None if config.ema is None else "an average"}
+    keys: dict[str, object] = {"seed": config.seed, "ema": None if config.ema is None else "an average"}
     sections = {name: vars(getattr(config, name)) for name in ("transport", "autoencoder", "optimizer")}
     for section, values in {"model": network_arguments(config.model), **sections}.items():
         keys |= {f"{section}.{name}": value for name, value in values.items()}

@@ -158,7 +158,7 @@ class Config:
     loggers: dict[str, Any] = key("Composer's loggers: {name: arguments}", {})
 
 
-def section_of(f: dataclasses.Field) -> type | None:
+def section_of(f: dataclasses.Field) -> Any:
     """The dataclass of a key that is a section, such as EMAConfig for ``EMAConfig | None``; else None."""
     return next((t for t in (f.type, *typing.get_args(f.type)) if dataclasses.is_dataclass(t)), None)
 

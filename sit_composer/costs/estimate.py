@@ -1,22 +1,24 @@
-"""What a run takes, in memory and in steps, computed from its config."""
+"""The memory and the number of steps of a run, computed from its config."""
 
 import math
 import os
 import re
-from dataclasses import dataclass, replace
+from bisect import bisect
+from dataclasses import dataclass
 from functools import cache
 
 import torch
+from diffusers import AutoencoderKL
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sit_composer.autoencoder import SLICE_SIZE, find_subfolder
-from sit_composer.config.schema import Config, network_arguments
-from sit_composer.costs.live_bytes import Ledger, Step, low, peaks
+from sit_composer.config.schema import Config, FSDPConfig, network_arguments
+from sit_composer.costs.live_bytes import DTYPES, Ledger, Step, peak
 from sit_composer.errors import UserError
 from sit_composer.sit import SiT
 
 GIB = 2**30
-# Name: (GiB that torch sees, dense bf16 or fp16 TFLOP/s, the same in fp32), from the makers' data sheets.
+# Name: (GiB that torch sees, dense bf16 or fp16 TFLOP/s, fp32 TFLOP/s), from the makers' data sheets.
 GPUS = {
     "A100 40GB": (39.4, 312, 19.5),
     "A100 80GB": (79.1, 312, 19.5),
@@ -25,20 +27,25 @@ GPUS = {
 }
 RESERVE = (0.08, 1.0)  # of a GPU's memory: a part of it, and GiB
 RESERVE_TEXT = f"{RESERVE[0]:.0%} and {RESERVE[1]:g} GiB of the GPU left free"
+LARGEST = 2**32  # samples in a microbatch
+STABLE_DIFFUSION = {
+    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank. Those of the passes are the most that is held at once, gradients included."""
+    """Bytes per rank. Those of the passes and of the update are peaks, gradients included."""
 
     weights: int
     optimizer: int  # AdamW's two moments
     ema: int
     buffers: int  # DDP's buckets, or what FSDP2 gathers and reduces
-    encoder: int  # the autoencoder's weights, if pictures are encoded in the step
+    encoder: int  # the autoencoder's weights, if images are encoded in the step
     gradients: int
     passes: int  # forward and backward
-    update: int  # the optimizer's step, gradients included
+    update: int  # the optimizer's step
 
     @property
     def total(self) -> int:
@@ -48,13 +55,13 @@ class Memory:
 
     @property
     def activations(self) -> int:
-        """What the peak holds beyond the other parts: saved tensors, and what is computed just then."""
+        """The rest of the peak: saved tensors, and what is being computed."""
         return max(self.passes, self.update) - self.gradients
 
 
 @cache
 def parameters(network: tuple) -> tuple[tuple[str, torch.Size, bool], ...]:
-    """Name, shape and whether it is trained, for each parameter of a `SiT` of these arguments."""
+    """Name, shape and whether it is trained, for each parameter of a `SiT` with these arguments."""
     with FakeTensorMode():
         return tuple((name, p.shape, p.requires_grad) for name, p in SiT(**dict(network)).named_parameters())
 
@@ -67,76 +74,79 @@ def memory(
     encoder: tuple[int, int] = (0, 0),
     accumulated: bool | None = None,
 ) -> Memory:
-    """The bytes of a rank, of ``ranks``, that trains so many samples at a time.
+    """The memory of each of ``ranks`` ranks that train ``microbatch`` samples at a time.
 
     Args:
-        cuda: of a GPU; else of a CPU.
-        encoder: what `encoder_memory` gives, if pictures are encoded in the step.
-        accumulated: whether a step has several microbatches; None: as the config's batch says.
+        cuda: The ranks are GPUs; else CPUs.
+        encoder: From `encoder_memory`, if images are encoded in the step.
+        accumulated: Whether a step has several microbatches; None: as the config's batch size says.
     """
     fsdp = config.fsdp
     network = tuple(sorted(network_arguments(config.model).items()))
     shards = ranks // fsdp.data_parallel_replicate_degree if fsdp is not None else 1
-    everything, trained, block, rest, largest = 0, 0, 0, 0, 0
-    for name, shape, is_trained in parameters(network):
+    everything, trained, largest = 0, 0, 0
+    for _, shape, is_trained in parameters(network):
         part = math.ceil(shape[0] / shards) * math.prod(shape[1:])  # FSDP2 splits the first axis, and pads
         everything += part
-        trained += part * is_trained
         largest = max(largest, part)
-        block += math.prod(shape) * name.startswith("blocks.0.")
-        rest += math.prod(shape) * (not name.startswith("blocks."))
-    fused = fsdp is None and config.precision != "amp_fp16"  # AdamW, on a GPU; else it makes temporaries
-    compute = low(config.precision)
-    step = Step(network, tuple(sorted(vars(config.transport).items())), config.precision, cuda=cuda)
-    gathered = 0
-    if fsdp is not None:
-        sharded = torch.float32 if fsdp.mixed_precision == "FULL" else compute
-        step = replace(
-            step, sharded=sharded, checkpointing=fsdp.activation_checkpointing, offload=fsdp.activation_cpu_offload
-        )
-        reduced = compute if fsdp.mixed_precision == "PURE" else torch.float32
-        depth = dict(network)["depth"]
-        # Gathered: the root, which stays, and a block in use, one on its way and its buffer; or all blocks. Then the
-        # gradients of the root and of a block, and the reduction's input, of this block and of the one before.
-        blocks = min(2, depth) if fsdp.reshard_after_forward else depth
-        gathered = sharded.itemsize * (rest + (blocks + 1) * block)
-        gathered += sharded.itemsize * (rest + block) + 2 * reduced.itemsize * block
-    elif ranks > 1:
-        gathered = 4 * trained  # DDP's buckets: Composer doesn't make them views of the gradients
+        if is_trained:
+            trained += part
     if accumulated is None:
         accumulated = config.data.global_batch_size > ranks * microbatch
-    passes = peaks(step).bytes(microbatch, accumulated)
+    step = Step(
+        network,
+        tuple(sorted(vars(config.transport).items())),
+        config.precision,
+        _gathered_dtype(fsdp, config.precision) if fsdp is not None else None,
+        fsdp is not None and fsdp.activation_checkpointing,
+        fsdp is not None and fsdp.activation_cpu_offload,
+        cuda,
+    )
+    passes = peak(step, microbatch, accumulated)
+    buffers = 4 * trained if ranks > 1 else 0  # DDP's buckets: in Composer they aren't views of the gradients
     if fsdp is not None:
         passes += 4 * trained  # the gradients' shards
+        buffers = _gathered(fsdp, config.precision, network)
+    fused = fsdp is None and config.precision != "amp_fp16"  # AdamW on a GPU; else it makes temporaries
+    temporaries = 8 * largest if not cuda else 0 if fused else 4 * trained
     weights, working = encoder
-    passes = max(passes, working + 4 * trained * (accumulated or fsdp is not None))
     return Memory(
         weights=4 * everything,
         optimizer=8 * trained,
         ema=4 * trained if config.ema is not None else 0,
-        buffers=gathered,
+        buffers=buffers,
         encoder=weights,
         gradients=4 * trained,
-        passes=passes,
-        update=4 * trained + (8 * largest if not cuda else 0 if fused else 4 * trained),
+        passes=max(passes, working + 4 * trained * (accumulated or fsdp is not None)),
+        update=4 * trained + temporaries,
     )
 
 
+def _gathered_dtype(fsdp: FSDPConfig, precision: str) -> torch.dtype:
+    return torch.float32 if fsdp.mixed_precision == "FULL" else DTYPES[precision]
+
+
+def _gathered(fsdp: FSDPConfig, precision: str, network: tuple) -> int:
+    """The bytes of what FSDP2 gathers and reduces."""
+    block = sum(shape.numel() for name, shape, _ in parameters(network) if name.startswith("blocks.0."))
+    rest = sum(shape.numel() for name, shape, _ in parameters(network) if not name.startswith("blocks."))
+    depth = dict(network)["depth"]
+    # Gathered: the root, which stays, and a block in use, the next one and its buffer; or all blocks. Then the
+    # gradients of the root and of a block, and the reduction's input, of this block and of the one before.
+    blocks = min(2, depth) if fsdp.reshard_after_forward else depth
+    reduced = DTYPES[precision] if fsdp.mixed_precision == "PURE" else torch.float32
+    return _gathered_dtype(fsdp, precision).itemsize * (2 * rest + (blocks + 2) * block) + 2 * reduced.itemsize * block
+
+
 def encoder_memory(config: Config) -> tuple[int, int]:
-    """Bytes of the autoencoder's weights (float32), and the most that encoding a slice of pictures takes beside them.
+    """Bytes of the autoencoder's weights (float32), and the peak of encoding a slice of images besides them.
 
-    A folder's own config is taken; a name on the hub is believed to be of Stable Diffusion's architecture.
+    A folder's config gives the architecture; a name on the Hub is assumed to have Stable Diffusion's.
     """
-    from diffusers import AutoencoderKL
-
     name = config.autoencoder.name
     if name is None:
         return 0, 0
-    widths = (128, 256, 512, 512)
-    architecture = {
-        "block_out_channels": widths, "layers_per_block": 2, "latent_channels": 4,
-        "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-    }  # fmt: skip
+    architecture = STABLE_DIFFUSION
     if os.path.isdir(name):
         try:
             architecture = AutoencoderKL.load_config(name, subfolder=find_subfolder(name))
@@ -147,36 +157,30 @@ def encoder_memory(config: Config) -> tuple[int, int]:
         weights = sum(p.numel() for p in vae.parameters()) * 4
         with Ledger(list(vae.parameters())) as ledger, torch.no_grad():
             side = config.model.input_size * 2 ** (len(vae.config.block_out_channels) - 1)  # pixels
-            pictures = torch.empty(SLICE_SIZE, vae.config.in_channels, side, side)
-            vae.encode(pictures)
+            vae.encode(torch.empty(SLICE_SIZE, vae.config.in_channels, side, side))
     return weights, max(ledger.history)
 
 
 def fits(config: Config, ranks: int, room: float, encoder: tuple[int, int] = (0, 0)) -> int:
-    """The largest microbatch, of several in a step, for a GPU of so many GiB, less the reserve; 0 if none fits."""
-
-    def within(microbatch: int) -> bool:
-        total = memory(config, ranks, microbatch, encoder=encoder, accumulated=True).total
-        return total <= (room * (1 - RESERVE[0]) - RESERVE[1]) * GIB
-
-    least, most = 0, 1
-    while within(most):
-        least, most = most, 2 * most
-    while most - least > 1:
-        middle = (least + most) // 2
-        least, most = (middle, most) if within(middle) else (least, middle)
-    return least
+    """The largest microbatch, with several per step, for a GPU of ``room`` GiB less the reserve; 0 if none fits."""
+    available = (room * (1 - RESERVE[0]) - RESERVE[1]) * GIB
+    sizes = range(1, LARGEST)
+    return bisect(sizes, available, key=lambda n: memory(config, ranks, n, encoder=encoder, accumulated=True).total)
 
 
 def steps(config: Config, samples: int | None = None) -> int | None:
-    """The steps of max_duration; None if they can't be told, as epochs can't without the number of samples."""
+    """The steps of max_duration; None if unknown, as for epochs without the number of samples."""
     return batches(config.trainer.get("max_duration", ""), config.data.global_batch_size, samples)
 
 
 def batches(time: str | int, batch: int, samples: int | None = None) -> int | None:
-    """A time such as 400000ba, 80ep or 1000sp, in batches; None if that can't be told."""
+    """A time such as 400000ba, 80ep or 1000sp, in batches; None if unknown."""
     match = re.fullmatch(r"(\d+)(ep|ba|sp)?", str(time))
-    if match is None or (match[2] != "ba" and match[2] != "sp" and samples is None):
+    if match is None:
         return None
-    count, unit = int(match[1]), match[2] or "ep"
-    return {"ba": lambda: count, "sp": lambda: -(-count // batch), "ep": lambda: count * (samples // batch)}[unit]()
+    count = int(match[1])
+    if match[2] == "ba":
+        return count
+    if match[2] == "sp":
+        return -(-count // batch)
+    return None if samples is None else count * (samples // batch)

@@ -1,12 +1,15 @@
-"""The bytes that a training step's passes hold at once, for any microbatch, by running a step that has no numbers.
+"""The bytes that a training step's passes hold, for any microbatch, from a step on tensors without content.
 
-A step is run on fake tensors, which have shapes and no content, and the bytes alive after each operator are noted. For
-a batch of 2 and of 4 the operators are the same, and each moment's bytes are a line through both: so the peak of any
-batch is known, to the byte, of all that operators return. What an operator needs for itself alone (such as a matrix
-product's workspace) is not in it.
+A step runs on fake tensors, which have shapes and no content, and the bytes alive after each operator are recorded. For
+batches of 2 and of 4 the operators are the same, and the bytes at each moment are a line through both. So the peak of
+any batch is known, to the byte, for everything that operators return. It leaves out what an operator needs only while
+it runs, such as a matrix product's workspace.
 
-The operators are the CPU's. For a GPU, autocast follows CUDA's rules, and attention is one of the kernels that keep q,
-k, v, the output and a number a token (flash and efficient do; torch's last resort keeps the T×T matrix, too).
+The operators are the CPU's. For a GPU, autocast follows CUDA's rules, and attention is a kernel that keeps q, k, v, the
+output and a number per token (flash and efficient do; torch's fallback also keeps the T×T matrix).
+
+torch's own MemTracker (`torch.distributed._tools`) can't replace the ledger: it rejects frozen parameters and keeps
+peaks only, which give no line for each moment.
 """
 
 import gc
@@ -27,29 +30,31 @@ from torch.utils._pytree import tree_leaves, tree_map
 from sit_composer.sit import SiT
 from sit_composer.transport import Transport
 
+DTYPES = {"fp32": torch.float32, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}  # that a precision computes in
+
 
 class Ledger(TorchDispatchMode):
-    """The bytes of the storages that operators made and that are still alive, after each operator."""
+    """After each operator, the bytes of the storages that operators made and that are still alive."""
 
     def __init__(self, known: list[Tensor]):
         super().__init__()
         self.live = 0
         self.history: list[int] = []
         self._seen: dict[int, weakref.ref] = {}
-        for tensor in known:  # of these, views are made, and no bytes
-            self._note(tensor, counted=False)
+        for tensor in known:  # views of these take no bytes
+            self._note(tensor.untyped_storage(), 0)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
-                self._note(leaf)
+                storage = leaf.untyped_storage()
+                self._note(storage, storage.nbytes())
         self.history.append(self.live)
         return out
 
-    def _note(self, tensor: Tensor, counted: bool = True) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes() if counted else 0
+    def _note(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = storage._cdata
         if key not in self._seen:
 
             def freed(_: weakref.ref) -> None:
@@ -61,101 +66,85 @@ class Ledger(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
-class Peaks:
-    """Bytes that forward and backward passes hold besides the weights, as lines over the microbatch's size."""
-
-    first: np.ndarray  # (moments, 2), of a step's first microbatch: bytes at 0 samples, and bytes a sample
-    later: np.ndarray  # (moments, 2), of those after it, which find gradients there (not under FSDP2: the same)
-
-    def bytes(self, microbatch: int, accumulated: bool) -> int:
-        """The most that is held at once; accumulated: there is more than one microbatch in a step."""
-        moments = np.concatenate([self.first, self.later]) if accumulated else self.first
-        return int((moments @ [1, microbatch]).max())
-
-
-@dataclass(frozen=True)
 class Step:
-    """What of a config bears on the memory of its step.
+    """The part of a config that decides the memory of its passes."""
+
+    network: tuple  # `SiT`'s arguments, as sorted pairs
+    transport: tuple  # `Transport`'s arguments, as sorted pairs
+    precision: str  # of the Trainer
+    sharded: torch.dtype | None = None  # FSDP2's dtype of gathered weights; None for DDP
+    checkpointing: bool = False  # as in FSDPConfig
+    offload: bool = False  # as in FSDPConfig
+    cuda: bool = True  # autocast follows CUDA's rules; else the CPU's
+
+
+def peak(step: Step, microbatch: int, accumulated: bool) -> int:
+    """The most bytes that the passes hold at once besides the weights.
 
     Args:
-        network: `SiT`'s arguments, as sorted pairs.
-        transport: `Transport`'s, too.
-        precision: of the Trainer.
-        sharded: FSDP2's dtype of gathered weights, or None under DDP.
-        checkpointing, offload: as in FSDPConfig.
-        cuda: the rules of CUDA's autocast; else the CPU's.
+        accumulated: A step has more than one microbatch, of which the later ones find gradients.
     """
-
-    network: tuple
-    transport: tuple
-    precision: str
-    sharded: torch.dtype | None = None
-    checkpointing: bool = False
-    offload: bool = False
-    cuda: bool = True
-
-
-def low(precision: str) -> torch.dtype:
-    """The compute dtype."""
-    return {"fp32": torch.float32, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}[precision]
+    first, later = _lines(step)
+    moments = np.concatenate([first, later]) if accumulated else first
+    return int((moments @ [1, microbatch]).max())
 
 
 @cache
-def peaks(step: Step) -> Peaks:
-    """Runs the step's two kinds of microbatch on fake tensors, with 2 samples and with 4."""
-    histories = {n: _histories(step, n) for n in (2, 4)}
+def _lines(step: Step) -> list[np.ndarray]:
+    """For a first and a later microbatch, (moments, 2): bytes at 0 samples, and bytes per sample."""
     lines = []
-    for two, four in zip(histories[2], histories[4], strict=True):
-        two, four = np.array(two, dtype=np.float64), np.array(four, dtype=np.float64)  # unequal lengths would raise
-        slope = (four - two) / 2
+    for pair in zip(_histories(step, 2), _histories(step, 4), strict=True):
+        two, four = (np.array(history, dtype=np.float64) for history in pair)
+        slope = (four - two) / 2  # unequal lengths raise
         lines.append(np.stack([two - 2 * slope, slope], axis=1))
-    return Peaks(*lines)
+    return lines
 
 
 def _histories(step: Step, samples: int) -> tuple[list[int], list[int]]:
     """The ledger of a first and of a later microbatch."""
     collecting = gc.isenabled()
-    gc.disable()  # so that nothing is freed but by its last use, alike for 2 samples and 4
+    gc.disable()  # so that only a last use frees a tensor, alike for 2 samples and 4
     try:
         with FakeTensorMode(), torch.random.fork_rng(devices=[]):
-            network = SiT(**dict(step.network)).train()
-            parameters = list(network.parameters())
-            if step.sharded is not None:
-                network.to(step.sharded)
-                for module in [network, *network.blocks]:  # FSDP2 casts what goes into each unit
-                    module.register_forward_pre_hook(_caster(step.sharded))
-                for parameter in filter(
-                    lambda p: p.requires_grad, parameters
-                ):  # and takes the gradients away: their shards are counted apart
-                    parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-            if step.cuda and step.precision != "fp32":
-                for module in network.modules():
-                    if isinstance(module, nn.LayerNorm):  # CUDA's autocast computes it in float32, the CPU's does not
-                        module.register_forward_pre_hook(_caster(torch.float32))
-            for i, block in enumerate(network.blocks):
-                if step.checkpointing:
-                    block = checkpoint_wrapper(block, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
-                network.blocks[i] = Offloaded(block, step.cuda) if step.offload else block
-            transport = Transport(**dict(step.transport))
-            histories = []
-            with Ledger(parameters) as ledger:
-                for _ in range(2 if step.sharded is None else 1):
-                    begin = len(ledger.history)
-                    _microbatch(network, transport, step, samples)
-                    histories.append(ledger.history[begin:])
-        return histories[0], histories[-1]
+            network, transport = _network(step), Transport(**dict(step.transport))
+            with Ledger(list(network.parameters())) as ledger:
+                _microbatch(network, transport, step.precision, samples)
+                first = len(ledger.history)
+                if step.sharded is None:
+                    _microbatch(network, transport, step.precision, samples)
+        return ledger.history[:first], ledger.history[first:] or ledger.history
     finally:
         if collecting:
             gc.enable()
 
 
-def _microbatch(network: SiT, transport: Transport, step: Step, samples: int) -> None:
+def _network(step: Step) -> SiT:
+    """The network as the Trainer would wrap it."""
+    network = SiT(**dict(step.network)).train()
+    if step.sharded is not None:
+        network.to(step.sharded)
+        for module in [network, *network.blocks]:  # FSDP2 casts the inputs of each unit
+            module.register_forward_pre_hook(_caster(step.sharded))
+        for parameter in network.parameters():  # FSDP2 takes the gradients away: their shards are counted apart
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    if step.cuda and step.precision != "fp32":
+        for module in network.modules():
+            if isinstance(module, nn.LayerNorm):  # CUDA's autocast computes it in float32, the CPU's does not
+                module.register_forward_pre_hook(_caster(torch.float32))
+    for i, block in enumerate(network.blocks):
+        if step.checkpointing:
+            block = checkpoint_wrapper(block, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
+        network.blocks[i] = Offloaded(block, step.cuda) if step.offload else block
+    return network
+
+
+def _microbatch(network: SiT, transport: Transport, precision: str, samples: int) -> None:
+    """Forward and backward, as the Trainer does them."""
     shape = (samples, network.in_channels, network.input_size, network.input_size)
     x1, x0, t, draws = torch.empty(shape), torch.empty(shape), torch.empty(samples), torch.empty(samples)
     labels = torch.zeros(samples, dtype=torch.long)
-    precision = low(step.precision)
-    amp = torch.autocast("cpu", precision) if precision != torch.float32 else nullcontext()
-    with amp:
+    with nullcontext() if precision == "fp32" else torch.autocast("cpu", DTYPES[precision]):
         xt = transport.path.interpolate(t, x0, x1)[0]
         loss = transport.loss(network(xt, t, labels, draws).float(), t, x0, x1).mean()
     loss.backward()
@@ -169,9 +158,9 @@ def _caster(dtype: torch.dtype) -> Callable:
 
 
 class Offloaded(nn.Module):
-    """A block whose saved tensors lie elsewhere until its backward pass, as Composer's activation_cpu_offload.
+    """A block whose saved tensors lie elsewhere until its backward pass, as with Composer's activation_cpu_offload.
 
-    Where the CPU trains, it copies them to no other place, but copies them.
+    If the CPU trains, they stay in its memory, as copies.
     """
 
     def __init__(self, block: nn.Module, cuda: bool):

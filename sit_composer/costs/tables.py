@@ -1,5 +1,6 @@
 """The estimates as Markdown tables."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -12,11 +13,11 @@ from sit_composer.sit import SiT
 MICROBATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-def strategies(config: Config, ranks: list[int]) -> dict[str, tuple[Config, int]]:
-    """The columns of a table: a name for each, with its config and its ranks.
+def strategies(config: Config, ranks: Sequence[int]) -> dict[str, tuple[Config, int]]:
+    """The columns of a table: for each name, a config and its number of ranks.
 
-    A config of DDP is shown as FSDP2's defaults, too. DDP's memory is the same on any number of ranks above 1, but that
-    gradients aren't there yet when a rank's only microbatch begins.
+    A DDP config is also shown with FSDP2's defaults. DDP has one column for all numbers of ranks above 1, because the
+    number matters only for whether a rank has several microbatches per step.
     """
     ddp, fsdp = replace(config, fsdp=None), config.fsdp or FSDPConfig()
     columns = {}
@@ -25,7 +26,8 @@ def strategies(config: Config, ranks: list[int]) -> dict[str, tuple[Config, int]
     several = [count for count in ranks if count > 1]
     if several:
         columns[f"DDP ×{several[0]}"] = (ddp, several[0])
-    kind = "FSDP2" + ", checkpointing" * fsdp.activation_checkpointing + ", offload" * fsdp.activation_cpu_offload
+    options = {", checkpointing": fsdp.activation_checkpointing, ", offload": fsdp.activation_cpu_offload}
+    kind = "FSDP2" + "".join(name for name, chosen in options.items() if chosen)
     for count in several:
         if count % fsdp.data_parallel_replicate_degree == 0:
             columns[f"{kind} ×{count}"] = (replace(config, fsdp=fsdp), count)
@@ -33,7 +35,7 @@ def strategies(config: Config, ranks: list[int]) -> dict[str, tuple[Config, int]
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table; all but the first column is of numbers."""
+    """A table whose columns but the first hold numbers."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -52,30 +54,31 @@ def describe(config: Config) -> str:
 
 
 def memory_tables(
-    config: Config, ranks: list[int], microbatches: list[int], cuda: bool = True, encoder: tuple[int, int] = (0, 0)
+    config: Config,
+    ranks: Sequence[int],
+    microbatches: Sequence[int] = MICROBATCHES,
+    cuda: bool = True,
+    encoder: tuple[int, int] = (0, 0),
 ) -> str:
-    """The parts of a config's memory, its sum by microbatch, and the largest microbatch by GPU."""
+    """The parts of a config's memory, its total by microbatch, and the largest microbatch by GPU."""
     columns = strategies(config, ranks)
     given = config.trainer.get("device_train_microbatch_size")  # without it, a rank's batch is its microbatch
-    micro = {
-        name: given if isinstance(given, int) else max(config.data.global_batch_size // count, 1)
-        for name, (_, count) in columns.items()
-    }
     parts = ("weights", "gradients", "optimizer", "ema", "buffers", "encoder", "activations", "total")
-    sums = {name: memory(c, count, micro[name], cuda, encoder) for name, (c, count) in columns.items()}
-    rows = [["microbatch", *map(str, micro.values())]]
-    rows += [[part, *(gib(getattr(m, part)) for m in sums.values())] for part in parts]
-    text = ["GiB a rank, as configured:", "", markdown(["part", *columns], rows)]
+    rows = [["microbatch"], *([part] for part in parts)]
+    for column, count in columns.values():
+        size = given if isinstance(given, int) else max(config.data.global_batch_size // count, 1)
+        sizes = memory(column, count, size, cuda, encoder)
+        cells = [str(size), *(gib(getattr(sizes, part)) for part in parts)]
+        for row, cell in zip(rows, cells, strict=True):
+            row.append(cell)
+    text = ["GiB per rank, as configured:", "", markdown(["part", *columns], rows)]
     rows = [
-        [str(n), *(gib(memory(c, count, n, cuda, encoder).total) for c, count in columns.values())]
+        [str(n), *(gib(memory(column, count, n, cuda, encoder).total) for column, count in columns.values())]
         for n in microbatches
     ]
-    text += ["", "GiB a rank, by microbatch:", "", markdown(["microbatch", *columns], rows)]
+    text += ["", "GiB per rank, by microbatch:", "", markdown(["microbatch", *columns], rows)]
     if cuda:
-        rows = [
-            [gpu, *(str(fits(c, count, room[0], encoder)) for c, count in columns.values())]
-            for gpu, room in GPUS.items()
-        ]
+        rows = [_largest(gpu, gpu, columns.values(), encoder) for gpu in GPUS]
         text += ["", f"Largest microbatch ({RESERVE_TEXT}):", "", markdown(["GPU", *columns], rows)]
     return "\n".join(text)
 
@@ -87,33 +90,34 @@ def size_table(config: Config, ranks: int) -> str:
     names = [f"SiT-{size}/{patch}" for size in SIZES]
     rows = []
     for kind, fsdp in kinds.items():
-        for gpu, room in GPUS.items():
-            row = [f"{gpu}, {kind}"]
-            for name in names:
-                model = replace(config.model, name=name, hidden_size=None, depth=None, num_heads=None)
-                row.append(str(fits(replace(config, model=model, fsdp=fsdp), ranks, room[0])))
-            rows.append(row)
-    return f"Largest microbatch on {ranks} GPUs, {config.precision} ({RESERVE_TEXT}):\n\n" + markdown(
-        ["GPU", *names], rows
-    )
+        models = [replace(config.model, name=name, hidden_size=None, depth=None, num_heads=None) for name in names]
+        columns = [(replace(config, model=model, fsdp=fsdp), ranks) for model in models]
+        rows += [_largest(f"{gpu}, {kind}", gpu, columns) for gpu in GPUS]
+    title = f"Largest microbatch on {ranks} GPUs, {config.precision} ({RESERVE_TEXT}):"
+    return f"{title}\n\n{markdown(['GPU', *names], rows)}"
 
 
-def cost_table(config: Config, ranks: list[int], mfu: float, samples: int | None = None) -> str:
-    """What max_duration takes: hours by GPU and ranks, where a part ``mfu`` of the peak FLOP/s is reached."""
+def _largest(
+    name: str, gpu: str, columns: Iterable[tuple[Config, int]], encoder: tuple[int, int] = (0, 0)
+) -> list[str]:
+    """A row: its name, and each column's largest microbatch on a GPU."""
+    return [name, *(str(fits(config, ranks, GPUS[gpu][0], encoder)) for config, ranks in columns)]
+
+
+def cost_table(config: Config, ranks: Sequence[int], mfu: float, samples: int | None = None) -> str:
+    """The cost of max_duration: hours by GPU and ranks, at a fraction ``mfu`` of the peak FLOP/s."""
     with FakeTensorMode():
         flops = 6 * SiT(**network_arguments(config.model)).forward_macs() * config.data.global_batch_size
     count = steps(config, samples)
-    text = f"{flops / 1e12:.4g} TFLOPs a step"
+    text = f"{flops / 1e12:.4g} TFLOPs per step"
     if count is None:
-        return f"{text}; how many steps {config.trainer.get('max_duration')} are, the data's size tells"
+        return f"{text}; the number of steps in {config.trainer.get('max_duration')} depends on the data's size"
     total = flops * count
-    text += f", {total / 1e15:.4g} PFLOPs in {count:,} steps. "
-    text += f"Hours at {mfu:.0%} of the peak FLOP/s of {config.precision}:\n\n"
     rows = []
     for gpu, (_, low_peak, full_peak) in GPUS.items():
         peak = full_peak if config.precision == "fp32" else low_peak
         hours = total / (mfu * peak * 1e12) / 3600
         rows.append([gpu, f"{peak:g}", f"{hours:.3g}", *(f"{hours / n:.3g}" for n in ranks)])
-    return text + markdown(
-        ["GPU", "peak TFLOP/s", "GPU-hours", *(f"{n} GPUs" if n > 1 else "1 GPU" for n in ranks)], rows
-    )
+    header = ["GPU", "peak TFLOP/s", "GPU-hours", *("1 GPU" if n == 1 else f"{n} GPUs" for n in ranks)]
+    text += f", {total / 1e15:.4g} PFLOPs in {count:,} steps. Hours at {mfu:.0%} of the peak FLOP/s of "
+    return f"{text}{config.precision}:\n\n{markdown(header, rows)}"

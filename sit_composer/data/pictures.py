@@ -1,11 +1,10 @@
-"""Pictures as their files have them, decoded and cropped to uint8 tensors.
+"""Image files, decoded and cropped to uint8 tensors.
 
-The crop is ADM's `center_crop_arr`, to the bit: PIL's BOX filter halves a picture while its short side is twice the
-target or more, PIL's BICUBIC makes the short side the target, and the centre is kept. PIL goes from value to value.
-Here the halves come from its faster `reduce`, and the bicubic filter is PIL's integer arithmetic in torch's vectorised
-`embedding_bag`, on the pixels alone that the crop keeps. All sums are exact, so that no machine rounds otherwise.
-(torchvision's resize is faster still. But it rounds weights to 16 bits, and so is a level off in 4 values of 1,000, and
-in some pictures two.)
+The crop is ADM's `center_crop_arr`, to the bit: PIL's BOX filter halves an image while its short side is at least twice
+the target, PIL's BICUBIC resizes the short side to the target, and the centre is kept. PIL computes value by value.
+Here PIL's faster `reduce` halves, and torch's vectorised `embedding_bag` does PIL's integer arithmetic of the bicubic
+filter, only for the pixels that the crop keeps. All sums are exact, so all machines round alike. (torchvision's resize
+is faster, but rounds weights to 16 bits: 4 values of 1,000 differ by a level, and in some images by two.)
 """
 
 import io
@@ -23,36 +22,36 @@ from sit_composer.choices import IMAGE_FORMATS
 
 
 def decode_image(data: bytes, channels: int) -> Tensor:
-    """Decodes a picture's file to uint8 (channels, H, W): grey if ``channels`` is 1, RGB if 3.
+    """Decodes an image file to uint8 (channels, H, W): grey if ``channels`` is 1, RGB if 3.
 
-    What is transparent shows white; 16 bits a channel become the upper 8; an animation gives its first frame; a
-    rotation noted in EXIF is left alone, as ADM does. The grey of a JPEG in colour is its own luma.
+    Transparent pixels become white; of 16 bits per channel, the upper 8 are kept; an animation gives its first frame;
+    an EXIF rotation is ignored, as in ADM. The grey of a JPEG in colour is its luma channel.
 
     Raises:
-        Exception: PIL's, if it cannot be read or has over 179 million pixels; ValueError, if it is no picture, or one
-            of 32-bit numbers, of which none is known to be white.
+        ValueError: if the file is not an image, or has 32-bit pixels, whose white level is unknown.
+        Exception: PIL's, if it cannot be read or has over 179 million pixels.
     """
     try:
-        picture = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except UnidentifiedImageError:
-        raise ValueError(f"not a picture ({', '.join(IMAGE_FORMATS)}): it starts with {data[:12]!r}") from None
-    with picture:
-        if picture.format in ("JPEG", "MPO"):  # a third faster than by PIL, with the same RGB
+        raise ValueError(f"not an image ({', '.join(IMAGE_FORMATS)}): it starts with {data[:12]!r}") from None
+    with image:
+        if image.format in ("JPEG", "MPO"):  # a third faster than PIL, with the same RGB
             try:
                 mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
                 return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)
             except RuntimeError:
-                pass  # PIL reads a few more kinds, and says better what is wrong
-        if picture.mode == "F" or (picture.mode == "I" and picture.format == "TIFF"):  # convert() would clip them
-            raise ValueError("its pixels are 32-bit numbers, and none is known to be white")
-        if picture.mode.startswith("I"):  # 16 bits, which convert() would clip, too
-            numbers = np.asarray(picture)
-            levels = np.where(numbers == picture.info.get("transparency"), 255, numbers >> 8).astype(np.uint8)
-            picture = Image.fromarray(levels)
-        if picture.mode in ("LA", "PA", "RGBA") or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return tvf.pil_to_tensor(picture.convert("L" if channels == 1 else "RGB"))
+                pass  # PIL reads a few more kinds, and has clearer errors
+        if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):  # convert() would clip them
+            raise ValueError("its pixels are 32-bit numbers, whose white level is unknown")
+        if image.mode.startswith("I"):  # 16 bits, which convert() would clip too
+            numbers = np.asarray(image)
+            levels = np.where(numbers == image.info.get("transparency"), 255, numbers >> 8).astype(np.uint8)
+            image = Image.fromarray(levels)
+        if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return tvf.pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))
 
 
 def center_crop(image: Tensor, size: int) -> Tensor:
@@ -64,7 +63,7 @@ def center_crop(image: Tensor, size: int) -> Tensor:
     halved = [length >> halvings for length in lengths]
     scale = size / min(halved)
     down, across = (_filter(n, round(n * scale), size) for n in halved)
-    # Cut off what the crop doesn't need before the work. The halves of an odd length are no pairs of pixels.
+    # Cut off first what the crop doesn't need. If a length is odd, its halves aren't pairs of pixels.
     whole = [length % (1 << halvings) for length in lengths]
     rows, columns = (
         slice(0, n) if odd else slice(kept.start << halvings, kept.stop << halvings)
@@ -73,25 +72,25 @@ def center_crop(image: Tensor, size: int) -> Tensor:
     image = _halve(image[:, rows, columns], halvings)
     image = image[:, down[0] if whole[0] else slice(None), across[0] if whole[1] else slice(None)]
     crop = torch.empty(len(image), size, size, dtype=torch.uint8)
-    for channel, levels in zip(crop, image, strict=True):  # one after another stay in a core's cache
+    for channel, levels in zip(crop, image, strict=True):  # one at a time, to stay in a core's cache
         levels = _weighted_sums(levels.T, *across[1:])  # (size, rows): the columns first, as PIL does
         channel.copy_(_weighted_sums(levels.T, *down[1:]))
     return crop
 
 
 def _halve(image: Tensor, times: int) -> Tensor:
-    """Halves both sides of uint8 (C, H, W) so many times, as PIL's BOX filter does to the bit."""
+    """Halves both sides of uint8 (C, H, W) ``times`` times, to the bit as PIL's BOX filter."""
     if not times:
         return image
     levels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
-    picture = Image.fromarray(levels.contiguous().numpy())  # which copies slowly what is not contiguous
+    halved = Image.fromarray(levels.contiguous().numpy())  # PIL copies slowly from memory that isn't contiguous
     for _ in range(times):
-        for factor in ((2, 1), (1, 2)):  # columns, then rows, each rounded, as resize() does
-            half = (picture.width // factor[0], picture.height // factor[1])
-            even = picture.size == (half[0] * factor[0], half[1] * factor[1])
-            # reduce() is three times as fast, and the same where the pixels are pairs.
-            picture = picture.reduce(factor) if even else picture.resize(half, Image.Resampling.BOX)
-    return tvf.pil_to_tensor(picture)
+        for factor in ((2, 1), (1, 2)):  # columns, then rows, with rounding after each, as resize() does
+            half = (halved.width // factor[0], halved.height // factor[1])
+            even = halved.size == (half[0] * factor[0], half[1] * factor[1])
+            # reduce() is three times as fast, with the same result for pairs of pixels.
+            halved = halved.reduce(factor) if even else halved.resize(half, Image.Resampling.BOX)
+    return tvf.pil_to_tensor(halved)
 
 
 @lru_cache(128)
@@ -99,11 +98,11 @@ def _filter(n: int, out: int, size: int) -> tuple[slice, Tensor, Tensor, Tensor]
     """PIL's bicubic filter from ``n`` pixels to the ``size`` in the middle of ``out``.
 
     Returns:
-        Which of the n it needs; and of each output, for `_weighted_sums`, the inputs' numbers among these and their
-        weights, 2 ** 22 in all: the upper bits and the lower 11, as 2 ** -11 of them. (size, taps) each.
+        The slice of the n that it needs; and, for `_weighted_sums`, (size, taps) each: the indices of each output's
+        inputs in that slice, and their weights (in sum 2 ** 22) times 2 ** -11, as the upper bits and the lower 11.
     """
     scale = n / out
-    stretch = max(scale, 1.0)  # of the filter, which averages where the picture shrinks
+    stretch = max(scale, 1.0)  # of the filter, which averages if the image shrinks
     centers = (np.arange(size) + (out - size) // 2 + 0.5) * scale
     first = np.maximum((centers - 2 * stretch + 0.5).astype(int), 0)
     last = np.minimum((centers + 2 * stretch + 0.5).astype(int), n) - 1
@@ -120,9 +119,9 @@ def _filter(n: int, out: int, size: int) -> tuple[slice, Tensor, Tensor, Tensor]
 
 
 def _weighted_sums(levels: Tensor, taps: Tensor, upper: Tensor, lower: Tensor) -> Tensor:
-    """Sums of weighted rows of uint8 (N, L), rounded to uint8 (M, L), as `_filter` says for M of them.
+    """Weighted sums of the rows of uint8 (N, L), rounded to uint8 (M, L), with the M rows of `_filter`'s tensors.
 
-    A float32 has 24 bits, and PIL's sums take 31: so there are two, and both are exact.
+    PIL's sums need 31 bits and a float32 has 24: two exact sums take the place of one.
     """
     table = levels.to(torch.float32, memory_format=torch.contiguous_format)
     carried = embedding_bag(taps, table, mode="sum", per_sample_weights=lower).floor_()

@@ -1,4 +1,4 @@
-"""A stream of MDS shards that is believed only once it is checked: the index, the spec, and the shards' bytes."""
+"""A stream of MDS shards that checks the index, the spec and the shards' bytes before it uses them."""
 
 import json
 import os
@@ -22,26 +22,26 @@ from sit_composer.data.spec import INDEX_NAME, SPEC_NAME, DataSpec
 from sit_composer.errors import UserError
 from sit_composer.storage import is_disk_full
 
-OUTAGE = 300  # seconds after which an attempt to fetch a shard is the last
-COLUMNS = {  # of each kind of data: their names, and how their encodings may begin
+OUTAGE = 300  # seconds after which a failed attempt to fetch a shard is the last
+COLUMNS = {  # for each kind of data: the columns, and how their encodings may begin
     "pixels": {"image": ("bytes",), "label": ("int", "uint")},
     "latents": {"moments": ("ndarray:float16",), "moments_flip": ("ndarray:float16",), "label": ("int", "uint")},
 }
 
 
 class DataError(UserError):
-    """What is wrong with the data, and where, in one line; in one line too when a DataLoader's worker raised it."""
+    """What is wrong with the data, and where, in one line, also when a DataLoader's worker raised it."""
 
     def __init__(self, message: str) -> None:
         lines = str(message).strip().splitlines()
         if any(line.startswith("Original Traceback") for line in lines):
-            # DataLoader re-raises a worker's error as type(error)(its whole traceback); the last line has the message.
+            # DataLoader re-raises a worker's error as type(error)(traceback), whose last line is the message.
             lines = [lines[-1].partition(": ")[2]]
         super().__init__(" ".join(" ".join(lines).split()))
 
 
 def load_spec(remote: str | None, local: str) -> DataSpec:
-    """Reads `spec.json` from the folder ``local`` or, given a ``remote``, from there and never from a cached copy.
+    """Reads `spec.json` from ``remote``, never from a cached copy, or from the folder ``local`` if there is no remote.
 
     Raises:
         DataError: naming the file, if it cannot be read or is not a spec.
@@ -54,19 +54,19 @@ def load_spec(remote: str | None, local: str) -> DataSpec:
 
 
 def source(remote: str | None, local: str) -> str | None:
-    """``remote``, or None if the shards lie in ``local`` itself, where nothing may be deleted."""
+    """``remote``, or None if the shards are in ``local`` itself, where nothing may be deleted."""
     return remote.rstrip("/") if remote and os.path.realpath(remote) != os.path.realpath(local) else None
 
 
 def read_text(remote: str | None, local: str, name: str, timeout: float = 60, attempts: int = 2) -> tuple[str, str]:
-    """The text of a small file of the data set, and where it was read."""
+    """The text of a small file of the data set, and the file's path or URI."""
     uri = os.path.join(remote or local, name)
     try:
         if remote is None:
             return Path(uri).read_text(), uri
         with tempfile.TemporaryDirectory() as folder:
             copy = os.path.join(folder, name)
-            # Not by the stream's own client, whose open connections forked workers would share.
+            # Not with the stream's own client: forked workers would share its open connections.
             retrying(num_attempts=attempts)(lambda: CloudDownloader.direct_download(uri, copy, timeout))()
             return Path(copy).read_text(), uri
     except Exception as error:
@@ -77,10 +77,10 @@ def read_text(remote: str | None, local: str, name: str, timeout: float = 60, at
 
 
 class CheckedStream(Stream):
-    """A folder of MDS shards, of which nothing is believed before it is checked.
+    """A folder of MDS shards that are checked before they are used.
 
-    A shard is checked by its size, and by its xxh64 if the index has that (ours do), or any other hash. Every rank
-    reads the index from the remote itself. A wrong file in the cache is deleted; without a remote, nothing is.
+    A shard is checked by its size and by its xxh64, or by another hash if the index has no xxh64. Every rank reads the
+    index from the remote itself. An invalid file in the cache is deleted; without a remote, no file is deleted.
     """
 
     def __init__(self, spec: DataSpec, download_retry: int, **kwargs: Any) -> None:
@@ -92,7 +92,7 @@ class CheckedStream(Stream):
         """The shards that the index lists.
 
         Raises:
-            DataError: if the index is missing, malformed, unsafe or unlike the spec, or local data lack a shard.
+            DataError: if the index is missing, malformed, unsafe or contradicts the spec, or a local shard is missing.
         """
         text, uri = read_text(self.remote, self.local, INDEX_NAME, self.download_timeout, min(2, self.attempts))
         self.index_size = len(text)
@@ -108,13 +108,13 @@ class CheckedStream(Stream):
         return shards
 
     def get_index_size(self) -> int:
-        """The size of the index, which counts toward a ``cache_limit``."""
+        """The index's bytes, which count toward a ``cache_limit``."""
         return self.index_size
 
     def set_up_local(self, shards: list[Reader], cache_usage_per_shard: np.ndarray) -> None:
         """Notes which shards are here already."""
         if self.remote is None:
-            # The stock method tidies the folder, deleting files. get_shards() has seen that every shard is there.
+            # The stock method deletes files to tidy the folder. get_shards() has checked that every shard is there.
             cache_usage_per_shard[:] = [shard.get_raw_size() for shard in shards]
         else:
             super().set_up_local(shards, cache_usage_per_shard)
@@ -124,12 +124,12 @@ class CheckedStream(Stream):
         return shard_fault(shard, self.local, hashes)
 
     def prepare_shard(self, shard: Reader) -> int:
-        """Fetches (and decompresses) a shard and checks it; returns by how many bytes the cache grew.
+        """Fetches, decompresses and checks a shard. Returns by how many bytes the cache grew.
 
-        A store that doesn't answer, or not now, is asked again for minutes; anything else gets a second attempt.
+        If the store doesn't answer or asks to wait, retries for minutes; after any other error, retries once.
 
         Raises:
-            Exception: whatever went wrong; then the cache has no file of the shard.
+            Exception: of any kind; then the cache has no file of the shard.
         """
         if self.remote is None and (fault := self.fault(shard, hashes=False)):
             raise FileNotFoundError(fault)
@@ -142,11 +142,11 @@ class CheckedStream(Stream):
                 if attempt >= last or self.remote is None or time.monotonic() - start > OUTAGE:
                     raise
             time.sleep(min(2**attempt, 30))
-        raise ValueError(f"download_retry: got {self.attempts}; it takes 1 or more")
+        raise ValueError(f"download_retry: got {self.attempts}, expected at least 1")
 
     def _prepare_once(self, shard: Reader) -> int:
         try:
-            for _ in range(2):  # bytes that came out wrong may come out right
+            for _ in range(2):  # the transfer may have corrupted the bytes
                 grown = super().prepare_shard(shard)
                 fault = self.fault(shard)
                 if fault is None:
@@ -165,7 +165,7 @@ class CheckedStream(Stream):
 
 
 def is_outage(error: Exception) -> bool:
-    """Whether S3 doesn't answer, or asks to come back later."""
+    """Whether S3 doesn't answer, or asks to retry later."""
     if isinstance(error, ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
         return status >= 500 or status in (408, 429)
@@ -173,10 +173,10 @@ def is_outage(error: Exception) -> bool:
 
 
 def safe_shards(text: str, uri: str, folder: str, kind: str, allow_unsafe_types: bool = False) -> list[Reader]:
-    """The shards, to be in ``folder``, that the text of an index lists.
+    """The shards that the text of an index lists, with ``folder`` as their place.
 
     Raises:
-        DataError: naming the index's ``uri``, if it is malformed, unsafe, or without the columns of data of that kind.
+        DataError: naming the index's ``uri``, if it is malformed or unsafe, or lacks the columns of that kind of data.
     """
     shards = []
     try:
@@ -227,12 +227,12 @@ def shard_fault(shard: Reader, folder: str, hashes: bool = True) -> str | None:
 
 
 def shard_files(shard: Reader) -> list[Any]:
-    """The shard's plain file, and its compressed one if there is one: basename, bytes, hashes."""
+    """The shard's files (basename, bytes, hashes): the plain one, and the compressed one if there is one."""
     return [file for file in shard.file_pairs[0] if file]
 
 
 def claim_cache(local: str, remote: str) -> None:
-    """Notes whose copies the folder holds: shards of two data sets have the same names."""
+    """Records the remote whose copies the folder holds, because shards of all data sets have the same names."""
     note = Path(local, "remote.txt")
     note.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{note}.lock"):
@@ -241,3 +241,24 @@ def claim_cache(local: str, remote: str) -> None:
             note.write_text(remote)
     if owner not in ("", remote):
         raise DataError(f"{local} holds copies of {owner}, not of {remote}: choose another local folder, or empty it")
+
+
+def read_first_sample(spec: DataSpec, remote: str | None, local: str) -> tuple[int, str]:
+    """Reads the index and the first sample, and keeps no copy of a remote shard.
+
+    Returns:
+        The number of shards, and the file with the sample.
+    """
+    remote = source(remote, local)
+    with tempfile.TemporaryDirectory() as folder:
+        stream = CheckedStream(spec, 2, remote=remote, local=folder if remote else local)
+        stream.apply_default({"split": None, "download_timeout": 60.0, "validate_hash": None, "keep_zip": False})
+        shards = stream.get_shards(None, False)
+        if not shards:
+            raise DataError(f"{remote or local} has no shard")
+        if remote is not None:
+            stream.prepare_shard(shards[0])
+        elif fault := stream.fault(shards[0]):
+            raise DataError(fault)
+        shards[0].get_item(0)
+        return len(shards), stream.where(shards[0])

@@ -39,9 +39,10 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--exact: got a network of {dims} dimensions, expected at most {EXACT_DIMS}; use --probes")
     check_fit(args, record, spec)
     encoder = None
-    if spec.kind == "pixels" and record.autoencoder.name is not None:
-        encoder = checkpoint.load_autoencoder(device)
-        spec = replace(spec, channels=encoder.picture_channels)
+    if spec.kind == "pixels":
+        autoencoder = checkpoint.load_autoencoder(device)
+        if isinstance(autoencoder, KLAutoencoder):
+            encoder, spec = autoencoder, replace(spec, channels=autoencoder.picture_channels)
     indices = choose_indices(args, spec)
     size = record.image_size if spec.kind == "pixels" else None
     images = build_loader(None, args.data, spec=spec, batch_size=args.batch_size, image_size=size, shuffle=False)
@@ -102,7 +103,8 @@ def check_fit(args: argparse.Namespace, record: Record, spec: DataSpec) -> None:
     autoencoder, channels = record.autoencoder, record.latent_shape[0]
     # As in training, images are cropped for an encoder. Pixels are not resized: new levels would not be the data's.
     cropped = spec.kind == "pixels" and (autoencoder.name is not None or spec.image_size is None)
-    got = expected = None
+    got: str | None = None
+    expected: Any = None
     if len(ours) != len(theirs):
         got, expected = f"{len(theirs)} classes", len(ours)
     elif ours != theirs and numbers not in (ours, theirs):

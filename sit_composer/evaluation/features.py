@@ -78,11 +78,11 @@ def load_inception(device: str) -> Callable[[Tensor], dict[str, Tensor]]:
     except Exception as error:
         cache = Path(torch.hub.get_dir(), "checkpoints", Path(URL_INCEPTION_V3).name)
         raise UserError(
-            f"--features inception: its weights come over the network once, and can't be had ({one_line(error)}); "
+            f"--features inception: its weights come over the network once, and can't be loaded: {one_line(error)}; "
             f"put {URL_INCEPTION_V3} at {cache}, or give --features FILE"
         ) from None
     network.to(device)
-    seen = {}
+    seen: dict[str, Tensor] = {}
     # sFID (Nash et al. 2021, arXiv 2103.03841) as in ADM: the first 7 channels of TensorFlow's mixed_6, here Mixed_6d,
     # in TensorFlow's order (H, W, C), as in mu_s and sigma_s of ADM's reference batches.
     network.Mixed_6d.register_forward_hook(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -132,8 +132,9 @@ def open_shards(path: str, image_size: int | None, cache: str | None = None) -> 
         raise UserError(f"{path}: its images differ in size; crop them by --image-size (only the reference's)")
 
     def batches(batch_size: int) -> Iterator[Tensor]:
-        options = {"image_size": image_size, "shuffle": False, "drop_last": False}
-        for batch in build_loader(remote, local, spec=spec, batch_size=batch_size, **options):
+        for batch in build_loader(
+            remote, local, spec=spec, batch_size=batch_size, image_size=image_size, shuffle=False, drop_last=False
+        ):
             yield batch["image"].expand(-1, 3, -1, -1)
 
     return PictureSet(path, spec.samples, batches)
@@ -193,7 +194,7 @@ def read_npz(path: str, shape: tuple[int, ...], batch_size: int, image_size: int
             yield torch.stack([center_crop(image, image_size) for image in images]) if image_size else images
 
 
-def read_header(member: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+def read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, Fortran order and dtype in an npy file's header; the array follows."""
     version = npy.read_magic(member)
     return (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(member)

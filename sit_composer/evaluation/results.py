@@ -39,7 +39,7 @@ def compute(names: list[str], fake: dict, real: dict, stored: dict) -> tuple[dic
 
 def save_statistics(path: Path, outputs: dict[str, np.ndarray], identity: str) -> None:
     """Writes mu, sigma and, if there are spatial features, mu_s and sigma_s; and the identity of the extractor."""
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for output, names in STATISTICS.items():
         if output in outputs:
             arrays |= zip(names, statistics(outputs[output]), strict=True)

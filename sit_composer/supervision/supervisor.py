@@ -188,7 +188,7 @@ def _from_rank_0(find: Callable[[], Any]) -> Any:
         except Exception as error:
             found = [(None, error)]
     dist.broadcast_object_list(found)
-    value, error = found[0]
-    if error is not None:
-        raise error
+    value, failure = found[0]
+    if failure is not None:
+        raise failure
     return value

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ class Uploads:
         else:
             name = place.name  # ep0-ba10/__RANK_0.distcp
             for shard in sorted(place.glob(f"{path.name.rpartition('_')[0]}_*.distcp")):
-                self._patiently(lambda shard=shard: self._put(shard, f"{name}/{shard.name}"))
+                self._patiently(partial(self._put, shard, f"{name}/{shard.name}"))
                 shard.unlink()
             metadata = place / METADATA
             if metadata.exists():  # on rank 0, the last file of all
@@ -93,7 +94,11 @@ class Uploads:
                 self._patiently(lambda: self._put(metadata, f"{name}/{METADATA}"))
                 metadata.unlink()
         if dist.get_global_rank() == 0 and self.keep >= 0:
-            self._patiently(lambda: (self.lease.check(), prune(self.folder, self.keep)))
+            self._patiently(self._prune)
+
+    def _prune(self) -> None:
+        self.lease.check()
+        prune(self.folder, self.keep)
 
     def _put(self, file: Path, name: str) -> None:
         self.lease.check()

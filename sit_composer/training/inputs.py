@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 
 from composer.utils import dist
 
-from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder, load_autoencoder
-from sit_composer.config.data_fits import check_data, check_latents
+from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder
+from sit_composer.config.data_fits import check_classes_agree, check_data, check_latents
 from sit_composer.config.schema import Config, ConfigError
 from sit_composer.data.loader import SitLoader, build_loader
 from sit_composer.data.spec import DataSpec
@@ -40,19 +40,18 @@ def check_specs(config: Config, specs: dict[str, DataSpec]) -> None:
     Raises:
         ConfigError: naming the key, its value and what was expected.
     """
-    latents: dict[str, AutoencoderSpec] = {}
+    if "data" in specs:
+        check_classes_agree(specs)
+    latents: list[AutoencoderSpec] = []
     for section, spec in specs.items():
         check_data(config, spec, section)
-        if "data" in specs and spec.classes != specs["data"].classes:
-            raise ConfigError(f"{section}.local: its classes differ from data's, expected the same in the same order")
-        if spec.kind != "latents":
-            continue
-        # check_data compares the autoencoders' names, and one autoencoder's may be spelled in two ways.
-        latents[section] = AutoencoderSpec(**{**spec.autoencoder, "name": config.autoencoder.name})
-        check_latents(config, latents[section].channels, latents[section].downsample, spec.image_size, section)
-        first = next(iter(latents.values()))
-        if latents[section] != first:
-            raise ConfigError(f"{section}.local: got latents of {latents[section]}, expected data's, of {first}")
+        if spec.kind == "latents":
+            # check_data compares the autoencoders' names, and one autoencoder's may be spelled in two ways.
+            theirs = AutoencoderSpec(**{**spec.autoencoder, "name": config.autoencoder.name})
+            check_latents(config, theirs.channels, theirs.downsample, spec.image_size, section)
+            latents.append(theirs)
+            if theirs != latents[0]:
+                raise ConfigError(f"{section}.local: got latents of {theirs}, expected data's, of {latents[0]}")
 
 
 def open_inputs(config: Config, device: str) -> Inputs:
@@ -86,7 +85,7 @@ def _open_autoencoder(
         return AutoencoderSpec(name=None, channels=specs["data"].channels), None
     if all(spec.kind == "latents" for spec in specs.values()):
         return latents, None
-    encoder = load_autoencoder(config.autoencoder.name, 3, device)
+    encoder = KLAutoencoder(config.autoencoder.name, device)
     if latents is not None and encoder.spec != latents:
         raise ConfigError(f"autoencoder.name: got {encoder.spec}, expected that of the latents, {latents}")
     return encoder.spec, encoder

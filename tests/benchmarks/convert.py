@@ -1,15 +1,15 @@
-"""How fast pictures become shards, against the least that could be done, and against the obvious loop.
+"""Measures the conversion to shards, and compares it with plain loops.
 
     python tests/benchmarks/convert.py [--pictures 2000] [--rounds 5] [--latents 16] [--vae sd] [--image-size 256]
 
-Pictures are crops of scikit-learn's photographs, 500x375, as JPEG in a Parquet file. All sides run in this process,
-interleaved, with what they import loaded before; medians are printed.
+The images are crops of scikit-learn's photographs, 500x375, as JPEG in a Parquet file. All sides run in this process,
+in turn, after their imports; the medians are printed.
 
-pixels: `to_mds.py`, against a loop that reads the Parquet file and gives every row to streaming's MDSWriter.
-latents: `to_mds.py --latents`, against datasets -> PIL -> ToTensor -> vae.encode, one picture and then its mirror image
-  at a time, on a GPU if there is one. The autoencoder is Stable Diffusion's in architecture, or narrower, with weights
-  as they begin. On a CPU, what the loop computes is set against what all its cores do in a matrix product, which is the
-  most; and the part of the time is measured for which the encoders, one a core or two on a GPU, are at work.
+pixels: `to_mds.py`, and a loop that reads the Parquet file and gives each row to streaming's MDSWriter.
+latents: `to_mds.py --latents`, and datasets -> PIL -> ToTensor -> vae.encode, one image at a time and then its
+  mirror image, on a GPU if there is one. The autoencoder has Stable Diffusion's architecture, or a narrower one,
+  with random weights. On a CPU, the loop's GFLOP/s are compared with those of a matrix product on all cores, an upper
+  bound. The share of the time in which the encoders work (one per core, or two on a GPU) is measured too.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))  # before this folder, whose convert.py is not the package
 WIDTHS = {"sd": (128, 256, 512, 512), "quarter": (32, 64, 128, 128), "tiny": (8, 8, 8, 8)}
 SD = {
     "layers_per_block": 2, "norm_num_groups": 8, "latent_channels": 4, "scaling_factor": 0.18215,
@@ -82,7 +82,7 @@ def ours(*options: str) -> Callable[[Path, Path], None]:
 
 
 def obvious(vae: str, size: int) -> Callable[[Path, Path], None]:
-    """What one writes first: a picture at a time, and then its mirror image."""
+    """The plain loop: one image at a time, and then its mirror image."""
 
     def run(table: Path, out: Path) -> None:
         import datasets
@@ -124,13 +124,13 @@ def compare(sides: dict[str, Callable[[Path, Path], None]], table: Path, rounds:
 def show(what: str, medians: dict[str, float], count: int) -> None:
     """Prints a table; the ratio is to the first side."""
     first = next(iter(medians.values()))
-    print(f"\n| {what} | pictures/s | ratio |\n| --- | ---: | ---: |")
+    print(f"\n| {what} | images/s | ratio |\n| --- | ---: | ---: |")
     for name, seconds in medians.items():
         print(f"| {name} | {count / seconds:.2f} | {first / seconds:.2f} |")
 
 
 def busy(table: Path, vae: str, options: list[str], top: Path) -> float:
-    """The part of the time, from the first batch to the end of the last, for which the encoders compute."""
+    """The share of the time, from the first batch to the end of the last, in which the encoders compute."""
     from convert.kinds import latents
 
     spans, encode, at_once = [], latents.Latents._moments, []
@@ -153,7 +153,7 @@ def busy(table: Path, vae: str, options: list[str], top: Path) -> float:
 
 
 def arithmetic(vae: str, size: int, pictures_per_second: float) -> tuple[float, float]:
-    """GFLOP/s of encoding so many pictures and mirror images, and of a large float32 matrix product, on this CPU."""
+    """GFLOP/s of encoding that many images and mirror images per second, and of a float32 matrix product."""
     import torch
     from diffusers import AutoencoderKL
     from torch.utils.flop_counter import FlopCounterMode
@@ -171,9 +171,9 @@ def arithmetic(vae: str, size: int, pictures_per_second: float) -> tuple[float, 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=2000, help="pictures whose bytes are kept; 0: none")
+    parser.add_argument("--pictures", type=int, default=2000, help="number of images whose bytes are kept; 0: none")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--latents", type=int, default=16, help="pictures that are encoded; 0: none")
+    parser.add_argument("--latents", type=int, default=16, help="number of images that are encoded; 0: none")
     parser.add_argument("--vae", choices=WIDTHS, default="sd", help="the autoencoder's channels: %(choices)s")
     parser.add_argument("--image-size", type=int, default=256)
     args = parser.parse_args(argv)
@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         show(f"latents, {args.vae}, {args.image_size}x{args.image_size}", medians, args.latents)
         if not torch.cuda.is_available():
             done, most = arithmetic(vae, args.image_size, args.latents / medians[loop])
-            print(f"\nthe loop's encoder does {done:.0f} GFLOP/s, all told; a matrix product on this CPU {most:.0f}")
+            print(f"\nthe loop's encoder does {done:.0f} GFLOP/s; a matrix product on this CPU does {most:.0f}")
         print(f"\nthe encoders are at work {busy(small, vae, options, top):.1%} of the time")
     return 0
 

@@ -1,8 +1,8 @@
-"""How fast and how close to ADM's are decoding and cropping?   python tests/benchmarks/crop.py
+"""Compares decoding and cropping with ADM's, in speed and in result:   python tests/benchmarks/crop.py
 
-Makes JPEGs of scikit-learn's photographs in several sizes and takes each, on one thread, from its bytes to the crop of
-256 x 256: by PIL, as ADM does, and by `sit_composer.pictures`, in turn. It prints a Markdown table: the medians of the
-CPU time of a picture, ours over ADM's, and by how many of 255 levels the crops differ at most.
+Makes JPEGs of scikit-learn's photographs in several sizes. Decodes each on one thread and crops it to 256 x 256: with
+PIL, as ADM does, and with `sit_composer.data.pictures`, in turn. Prints a Markdown table: the median CPU time per
+image, ours over ADM's, and the largest difference between the crops, in levels of 255.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[2]))  # of the package `tests`, which is not installed
 
 from sit_composer.data.pictures import center_crop, decode_image
 from tests.helpers.images import adm_center_crop
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=8, help="for each size (%(default)s)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    print("| picture | ADM's, ms | ours, ms | ratio | difference |")
+    print("| image | ADM's, ms | ours, ms | ratio | difference |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for size in SIZES:
         files = [jpeg(photograph, size) for photograph in load_sample_images().images]

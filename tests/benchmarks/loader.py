@@ -1,9 +1,9 @@
-"""How many samples a second does the loader give?   python tests/benchmarks/loader.py
+"""Measures the loader in samples per second:   python tests/benchmarks/loader.py
 
-Latents of 256x256 pictures (float16, 8x32x32, and those of the mirror image), and JPEGs of 256x256, are written to MDS
-shards, and read again: by StreamingDataset as one would write it first, and by `sit_composer.data`, in turn, an epoch
-at a time, shuffled and batched. The first checks no shard, and its flips are not a function of seed, epoch and sample.
-It prints a Markdown table of the medians, and ours over the other's.
+Writes latents of 256x256 images (float16, 8x32x32, and those of the mirror image) and JPEGs of 256x256 to MDS shards.
+Reads them with a plain StreamingDataset and with `sit_composer.data`, in turn, one epoch at a time, shuffled and
+batched. The plain one verifies no shard, and its flips are not a function of seed, epoch and sample. Prints a Markdown
+table of the medians, and ours over the plain one's.
 """
 
 import argparse
@@ -24,10 +24,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from sit_composer.data.loader import build_loader, load_spec
+from sit_composer.data.loader import build_loader
 from sit_composer.data.spec import SPEC_NAME, DataSpec
+from sit_composer.data.stream import load_spec
 
 SIDE = 256
 COLUMNS = {
@@ -63,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compare(kind: str, count: int, folder: Path, workers: int, rounds: int) -> tuple[float, float]:
-    """Samples a second, as the medians of the rounds: StreamingDataset's, and ours."""
+    """Samples per second, as the medians of the rounds: StreamingDataset's, and ours."""
     write(kind, count, folder / "shards")
     sides = []
     for number, loader in enumerate((plain, safe)):  # each has a folder of its own, as both share memory by its name
@@ -99,7 +98,7 @@ def picture(random: np.random.Generator) -> dict[str, Any]:
 
 
 class Plain(StreamingDataset):
-    """What one would write first."""
+    """The plain data set."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = super().__getitem__(index)
@@ -123,12 +122,12 @@ def safe(kind: str, folder: Path, workers: int) -> Iterable[dict[str, torch.Tens
 
 
 def epoch(loader: Iterable[dict[str, torch.Tensor]], count: int) -> float:
-    """The seconds of an epoch, all of whose samples came."""
+    """The seconds of an epoch. Exits if samples are missing."""
     start = time.perf_counter()
     came = sum(len(batch["label"]) for batch in loader)
     seconds = time.perf_counter() - start
     if came != count:
-        raise SystemExit(f"{came} of {count} samples came")
+        raise SystemExit(f"got {came} samples, expected {count}")
     return seconds
 
 

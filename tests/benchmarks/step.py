@@ -1,9 +1,9 @@
-"""What does a training step cost beyond the network?   python tests/benchmarks/step.py
+"""Measures the cost of a training step beyond the network:   python tests/benchmarks/step.py
 
-Trains one network on one batch of latents in two ways, in turn: by the loop that one writes first (posterior, noise,
-times, loss, AdamW, and the average, a parameter at a time), and by Composer's Trainer with `ComposerSiT` and `EMA`, in
-which noise, times and label dropout are each sample's own. On a GPU in bfloat16, if there is one. It prints a Markdown
-table of the medians, and ours over the loop's.
+Trains one network on one batch of latents in two ways, in turn: with a plain loop (posterior, noise, times, loss,
+AdamW, and the average, one parameter at a time), and with Composer's Trainer, `ComposerSiT` and `EMA`, where noise,
+times and label dropout depend on each sample's key. Uses a GPU in bfloat16, if there is one. Prints a Markdown table
+of the medians, and ours over the loop's.
 """
 
 import argparse
@@ -14,13 +14,10 @@ import time
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
-from pathlib import Path
 
 import torch
 from composer import Trainer
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from sit_composer.algorithms.ema import EMA
 from sit_composer.autoencoder import AutoencoderSpec
@@ -36,10 +33,10 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="SiT-XL/2" if gpu else "SiT-S/8", help="of 256x256 pictures (%(default)s)")
+    parser.add_argument("--model", default="SiT-XL/2" if gpu else "SiT-S/8", help="for 256x256 images (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=32 if gpu else 8, help="(%(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="of each side in a round (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="of which the median is printed (%(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="per side and round (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="the median of them is printed (%(default)s)")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     device = "cuda" if gpu else "cpu"
@@ -49,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         side(args.steps)  # warms up
     times = [[seconds(side, args.steps) for side in sides] for _ in range(args.rounds)]
     theirs, ours = (args.batch_size * args.steps / statistics.median(column) for column in zip(*times, strict=True))
-    print("| network, batch | loop, pictures/s | sit_composer | ratio |")
+    print("| network, batch | loop, images/s | sit_composer | ratio |")
     print("| --- | ---: | ---: | ---: |")
     print(f"| {args.model}, {args.batch_size} | {theirs:.1f} | {ours:.1f} | {ours / theirs:.2f} |")
     return 0
@@ -63,7 +60,7 @@ def make_batch(size: int, device: str) -> dict[str, Tensor]:
 
 
 def loop(network: SiT, batch: dict[str, Tensor], device: str) -> Callable[[int], None]:
-    """The loop that one writes first."""
+    """The plain loop."""
     network.to(device).train()
     average = deepcopy(network).requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-4, weight_decay=0)

@@ -1,12 +1,12 @@
-"""Which training times reach a Fréchet distance in fewer steps?   python tests/benchmarks/time_sampling.py --out DIR
+"""Compares distributions of training times by Fréchet distance:   python tests/benchmarks/time_sampling.py --out DIR
 
-Trains `yamls/fashion_mnist.yaml` with each way of drawing training times, with several seeds each, and prints a
-Markdown table and, with --plot, draws the distances. The pictures are Fashion-MNIST's 60,000 (Debian's
-dataset-fashion-mnist, or any folder of its four files). Their features come from a small classifier that learned them
-first, for the weights of FID's Inception have to be fetched; the numbers don't compare with published FIDs.
+Trains `yamls/fashion_mnist.yaml` with each distribution and several seeds. Prints a Markdown table and, with --plot,
+plots the distances. The images are Fashion-MNIST's 60,000 (Debian's dataset-fashion-mnist, or any folder of its four
+files). The features come from a small classifier that is trained on them first, because FID's Inception needs a
+download; the numbers can't be compared with published FIDs.
 
-With a seed, all arms start from the same weights and see the same pictures and noise in the same order: only the times
-differ. Every measurement draws the same noise. Run again, it skips what is done.
+For one seed, all arms start from the same weights and see the same images and noise in the same order: only the times
+differ. Every measurement uses the same noise. If interrupted, rerun the same command; it skips finished runs.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def prepare(source: Path, out: Path) -> None:
     if not (out / "reference.npz").exists():
         share = accuracy(classifier, *read_pictures(source, "t10k"))
         print(
-            f"the classifier reads {100 * share:.1f} % of the test pictures right; 1,000 of them as samples:",
+            f"the classifier reads {100 * share:.1f} % of the test images right; 1,000 of them as samples:",
             flush=True,
         )
         places = [out / "test", "--reference", out / "train", "--features", classifier]
@@ -109,7 +109,7 @@ def train(config: Path, out: Path, arm: str, seed: int) -> None:
 
 
 def run(*command: object) -> None:
-    """Runs a command, which says itself what is wrong.
+    """Runs a command, which prints its own errors.
 
     Raises:
         UserError: if it fails.
@@ -126,7 +126,7 @@ def read_curve(out: Path, arm: str, seed: int) -> Curve:
 
 
 def read_pictures(source: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures uint8 (N, 28, 28) and labels uint8 (N,)."""
+    """Images uint8 (N, 28, 28) and labels uint8 (N,)."""
     return (
         read_idx(source / f"{prefix}-images-idx3-ubyte.gz"),
         read_idx(source / f"{prefix}-labels-idx1-ubyte.gz"),
@@ -142,7 +142,7 @@ def read_idx(path: Path) -> np.ndarray:
     try:
         content = gzip.decompress(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; --source takes the folder of Fashion-MNIST's four .gz files") from None
+        raise UserError(f"{path}: no such file; --source is the folder of Fashion-MNIST's four .gz files") from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: can't be read ({error})") from None
     start = 4 + 4 * content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else 0  # of the values
@@ -169,7 +169,7 @@ def write_parquet(pictures: np.ndarray, labels: np.ndarray, path: Path) -> None:
 
 
 def train_classifier(pictures: np.ndarray, labels: np.ndarray, path: Path, epochs: int = 3) -> None:
-    """Saves a TorchScript module: uint8 pictures (N, 3, 28, 28) -> (features (N, 64), logits (N, 10))."""
+    """Saves a TorchScript module: uint8 images (N, 3, 28, 28) -> (features (N, 64), logits (N, 10))."""
     import torch
     from torch import nn
 
@@ -203,7 +203,7 @@ def train_classifier(pictures: np.ndarray, labels: np.ndarray, path: Path, epoch
 
 
 def accuracy(classifier: Path, pictures: np.ndarray, labels: np.ndarray) -> float:
-    """The share of the pictures that the saved classifier reads right."""
+    """The share of the images that the saved classifier reads right."""
     import torch
 
     network = torch.jit.load(str(classifier))

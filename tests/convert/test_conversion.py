@@ -23,6 +23,7 @@ from tests.helpers.shards import contents, read
 from tests.helpers.tables import ROWS
 
 from convert.engine import output  # isort: skip
+from convert.engine import decoders  # isort: skip
 from convert.engine import pipeline  # isort: skip
 from convert.kinds import pixels  # isort: skip
 from convert.engine import shards  # isort: skip
@@ -71,7 +72,7 @@ def test_killed_eight_times_it_comes_to_the_same_bytes(tmp_path, table, whole):
     command = [sys.executable, "-m", "tests.helpers.torture_convert", "8", "25", "3000", table, "--out", out]
     done = subprocess.run([*command, "--workers", "0"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    found = [int(line.split()[2]) for line in done.stderr.splitlines() if line.startswith("goes on:")]
+    found = [int(line.split()[2]) for line in done.stderr.splitlines() if line.startswith("resumes:")]
     assert found == sorted(found)
     assert found[-1] > 5  # it was killed in the middle, and what was finished stayed
     assert contents(out) == whole
@@ -89,7 +90,7 @@ def test_finished_parts_are_not_done_again(tmp_path, table, convert, whole, monk
     time.sleep(0.05)
     code, _, stderr = convert(table, "--out", tmp_path / "out", "--workers", 0)
     assert code == 0
-    assert "goes on: 4 of 24 parts, 100 pictures, are done" in stderr
+    assert "resumes: 4 of 24 parts, 100 images, are done" in stderr
     after = {name: os.stat(tmp_path / "out" / name).st_mtime_ns for name in before}
     again = {name.split(".")[1] for name in before if before[name] != after[name]}
     assert "00002" in again
@@ -146,7 +147,7 @@ def test_another_source_or_option_is_refused_and_named(tmp_path, table, convert,
     options = [] if change == "touch" else change
     if change == "touch":
         pq.write_table(pq.read_table(copy).slice(0, 500), copy, row_group_size=25)
-        said = said if state == "finished" else f"{said}: {copy} is another"
+        said = said if state == "finished" else f"{said}: {copy} has changed"
     code, _, stderr = convert(copy, "--out", out, *options)
     assert code == 2
     assert said in stderr
@@ -172,8 +173,8 @@ def test_an_error_keeps_what_is_finished_and_skip_bad_goes_on(tmp_path, convert)
     assert len(finished(tmp_path / "out.partial")) == 5
     code, stdout, stderr = convert(path, "--out", tmp_path / "out", "--skip-bad", "--log", log)
     assert code == 0
-    assert "goes on: 5 of 8 parts" in stderr
-    assert "199 pictures, 10 classes, 1 skipped" in stdout
+    assert "resumes: 5 of 8 parts" in stderr
+    assert "199 images, 10 classes, 1 skipped" in stdout
     events = [json.loads(line) for line in log.read_text().splitlines()]
     kinds = ["start", *["part"] * 5, "error", "start", *["part"] * 3, "skipped", "end"]
     assert sorted(event["event"] for event in events) == sorted(kinds)
@@ -189,12 +190,12 @@ def test_a_process_that_dies_is_one_line_and_the_next_run_goes_on(tmp_path, tabl
         os.kill(descendants(os.getpid())[-1], signal.SIGKILL)
         return collect(chunk, future)
 
-    collect = pipeline._collect
+    collect = decoders._collect
     with monkeypatch.context() as context:
-        context.setattr(pipeline, "_collect", kill_one)
+        context.setattr(decoders, "_collect", kill_one)
         code, _, stderr = convert(table, "--out", tmp_path / "out", "--workers", 1)
     assert code == 2
-    assert stderr.splitlines()[-1].startswith("error: a process that decodes pictures was killed")
+    assert stderr.splitlines()[-1].startswith("error: a process that decodes images was killed")
     assert convert(table, "--out", tmp_path / "out", "--workers", 1)[0] == 0
     assert contents(tmp_path / "out") == whole
 
@@ -261,7 +262,7 @@ def test_a_fault_of_s3_is_tried_again_and_then_one_line_and_the_next_run_goes_on
     proxy.heal()
     code, _, stderr = convert(table, "--out", "s3://sit/c", "--workers", 0)
     assert code == 0, stderr
-    assert "goes on: 9 of 24 parts" in stderr
+    assert "resumes: 9 of 24 parts" in stderr
     assert s3.contents("c") == whole
 
 
@@ -270,7 +271,7 @@ def test_killed_on_the_way_to_s3_it_comes_to_the_same_bytes(table, whole, s3):
     command = [sys.executable, "-m", "tests.helpers.torture_convert", "6", "25", "3000", table, "--out", "s3://sit/k"]
     done = subprocess.run([*command, "--workers", "0"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("goes on:") >= 3
+    assert done.stderr.count("resumes:") >= 3
     assert s3.contents("k") == whole
 
 
@@ -290,7 +291,7 @@ def test_a_shard_that_was_lost_from_s3_is_never_in_an_index(table, convert, whol
     assert "index.json" not in s3.contents("c")
     code, _, stderr = convert(table, "--out", "s3://sit/c", "--workers", 0)
     assert code == 0, stderr
-    assert "goes on: 23 of 24 parts" in stderr
+    assert "resumes: 23 of 24 parts" in stderr
     assert s3.contents("c") == whole
 
 
@@ -306,7 +307,7 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(table, convert, whole,
     disk.clear()
     code, _, stderr = convert(table, "--out", out, "--workers", 0)
     assert code == 0, stderr
-    assert "goes on: " in stderr
+    assert "resumes: " in stderr
     assert contents(out) == whole
 
 
@@ -322,7 +323,7 @@ def test_what_is_refused_is_left_as_it_was(tmp_path, table, convert):
     for options in ([], ["--overwrite"]):
         code, _, stderr = convert(table, "--out", tmp_path / "out", *options)
         assert code == 2
-        assert "holds what this program did not write" in stderr
+        assert "holds files that this program did not write" in stderr
         assert sorted(map(str, partial.rglob("*"))) == before
 
 
@@ -409,7 +410,7 @@ def test_saying_that_all_is_done_leaves_anothers_beginning_alone(table, convert,
     assert s3.keys("c") == before
     code, _, stderr = convert(table, "--out", "s3://sit/c", "--overwrite", "--limit", 300, "--workers", 0)
     assert code == 0
-    assert "goes on: " in stderr
+    assert "resumes: " in stderr
 
 
 def test_a_source_that_breaks_later_costs_no_part_before(tmp_path, table, convert, monkeypatch):

@@ -11,6 +11,7 @@ from PIL import Image
 from streaming import MDSWriter
 
 from convert import to_mds, verify_mds
+from sit_composer import storage
 from sit_composer.data.spec import DataSpec
 from tests.helpers.images import encode
 
@@ -95,7 +96,7 @@ def test_whole_pictures_pass(tmp_path, run):
     assert f"20 samples (pixels) in {len(shards(folder))} shards" in out
     assert len(shards(folder)) > 2
     assert "3 classes of 6 to 7 samples; 0 skipped" in out
-    assert "20 pictures decode" in out
+    assert "20 images decode" in out
     assert out.endswith("all is well\n")
     assert sorted(path.name for path in folder.iterdir()) == before
     with Image.open(tmp_path / "grid.png") as grid:
@@ -122,10 +123,10 @@ def test_a_sample_looks_into_so_many_but_counts_all(tmp_path, run):
     folder = write_pixels(tmp_path / "shards", rows)
     code, _, out, _ = run(folder, "--sample", 4)
     assert code == 0
-    assert "4 pictures decode" in out
+    assert "4 images decode" in out
     assert "20 samples" in out
     assert run(folder, "--sample", 20)[1] == [
-        f"{shards(folder)[0].name} sample 1: not a picture (JPEG, PNG, WEBP, BMP, GIF, TIFF, PPM): "
+        f"{shards(folder)[0].name} sample 1: not an image (JPEG, PNG, WEBP, BMP, GIF, TIFF, PPM): "
         "it starts with b'<html>'"
     ]
 
@@ -211,7 +212,7 @@ BROKEN = {
     "no source": (change_spec(source=None), ["source is None"]),
     "a class twice": (change_spec(classes=["ant", "bee", "ant"]), ["spec.json names a class twice"]),
     "seven channels": (change_spec(channels=7), ["pictures have 7 channels, not 1 or 3"]),
-    "one channel": (change_spec(channels=1), ["the picture has colours; spec.json says 1 channel"] * 20),
+    "one channel": (change_spec(channels=1), ["the image has colours; spec.json says 1 channel"] * 20),
     "a text for bytes": (change_index(lambda index: index[0]["raw_data"].update(bytes="x")), ["bytes is 'x'"]),
     "a hash less": (
         change_index(lambda index: index[0]["raw_data"].update(hashes={})),
@@ -244,7 +245,7 @@ BROKEN = {
         change_spec(num_classes=2, classes=["ant", "bee"], class_counts=[13, 7]),
         [*["the label is 2, but there are 2 classes"] * 6, "class 0 (ant) has 7 samples"],
     ),
-    "another size": (change_spec(image_size=24), ["the picture is 16x16; spec.json says 24x24"] * 20),
+    "another size": (change_spec(image_size=24), ["the image is 16x16; spec.json says 24x24"] * 20),
 }
 
 
@@ -324,17 +325,17 @@ LATENTS = {
     "one side alike": (
         spoiled(lambda rows: [row.update(moments_flip=row["moments"]) for row in rows]),
         {},
-        ["20 samples' mirrored moments are the straight ones again"],
+        ["the mirrored moments of 20 samples equal the straight moments"],
     ),
     "turned moments": (
         spoiled(lambda rows: [row.update(moments_flip=row["moments"][..., ::-1].copy()) for row in rows]),
         {},
-        ["20 samples' mirrored moments are the straight ones turned round"],
+        ["the mirrored moments of 20 samples are the straight ones flipped"],
     ),
     "one side larger": (
         spoiled(lambda rows: [row.update(moments_flip=row["moments"] * np.float16(1.5)) for row in rows]),
         {},
-        ["latents and mirrored ones are unlike"],
+        ["latents and mirrored latents differ"],
     ),
 }
 
@@ -363,9 +364,9 @@ def test_a_mistaken_command_is_one_line(tmp_path, run, capsys):
         assert err.count("\n") == 1
     (tmp_path / "mine.png").write_bytes(b"mine")
     for arguments, message in (
-        ((folder, "--sample", "0"), "got 0; it takes 1 or more"),
-        ((folder, "--grid", tmp_path / "mine.png"), "exists; it takes a new file"),
-        (("gs://bucket/x",), "takes a folder or s3://BUCKET/PREFIX"),
+        ((folder, "--sample", "0"), "got '0', expected a whole number of at least 1"),
+        ((folder, "--grid", tmp_path / "mine.png"), "exists, expected a new file"),
+        (("gs://bucket/x",), "expected a folder or s3://BUCKET/PREFIX"),
     ):
         with pytest.raises(SystemExit) as caught:
             run(*arguments)
@@ -385,14 +386,13 @@ def test_s3_is_read_a_shard_at_a_time(tmp_path, run, s3, monkeypatch):
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     most = []
-    real = verify_mds.fetch
+    real = storage.S3Folder.download
 
-    def fetch(uri, path):
-        fault = real(uri, path)
+    def download(self, name, file):
+        real(self, name, file)
         most.append(len(list(temporary.rglob("shard.*"))))
-        return fault
 
-    monkeypatch.setattr(verify_mds, "fetch", fetch)
+    monkeypatch.setattr(storage.S3Folder, "download", download)
     code, _, out, _ = run("s3://sit/set")
     assert code == 0, out
     assert most == [1] * len(shards(folder))
@@ -406,10 +406,10 @@ def test_s3_is_read_a_shard_at_a_time(tmp_path, run, s3, monkeypatch):
         "s3://sit/set/shard.00000.mds is missing",
         "s3://sit/set/shard.00001.mds has been changed: its xxh64 is not what index.json says",
     ]
-    monkeypatch.setattr(verify_mds, "ATTEMPTS", 1)
     s3.client.put_object(Bucket="sit", Key="set/shard.00000.mds", Body=shards(folder)[0].read_bytes())
-    monkeypatch.setattr(verify_mds, "fetch", lambda uri, path: real(uri.replace("shard.00000", "gone"), path))
-    assert run("s3://sit/set")[1][1].startswith("cannot read s3://sit/set/gone.mds (")
+    gone = lambda self, name, file: real(self, name.replace("shard.00000", "gone"), file)  # noqa: E731
+    monkeypatch.setattr(storage.S3Folder, "download", gone)
+    assert run("s3://sit/set")[1][1].startswith("cannot read s3://sit/set/gone.mds: ")
     code, _, _, err = run("s3://sit/none")
     assert code == 2
     assert err == "error: s3://sit/none: nothing is there\n"
@@ -425,7 +425,7 @@ def test_the_sources_pictures_are_counted_by_class(tmp_path, run):
     folder = write_pixels(tmp_path / "shards", source=describe(str(root)))
     code, _, out, _ = run(folder, "--source")
     assert code == 0, out
-    assert f"source: 20 pictures in {root}, 0 skipped" in out
+    assert f"source: 20 images in {root}, 0 skipped" in out
     (root / "ant" / "0.png").unlink()
     (root / "bee" / "new.png").write_bytes(picture(0))
     assert run(folder, "--source")[1] == [
@@ -435,7 +435,7 @@ def test_the_sources_pictures_are_counted_by_class(tmp_path, run):
     (root / "bee" / "newer.png").write_bytes(picture(0))
     edit(folder / "spec.json", lambda spec: spec.update(skipped=1))
     (fault,) = run(folder, "--source")[1]
-    assert fault == "the source has 21 pictures; spec.json says 20, and 1 skipped"
+    assert fault == "the source has 21 images; spec.json says 20, and 1 skipped"
     (root / "ant" / "0.png").write_bytes(picture(0))
     (root / "bee" / "newer.png").unlink()
     assert run(folder, "--source")[0] == 0  # one more there, which was skipped

@@ -22,9 +22,9 @@ from sklearn.datasets import load_sample_images
 from streaming.base.dataset import _ShardState
 from streaming.base.format import Reader
 
-from sit_composer.data.loader import DataError, build_loader, coin, load_spec
+from sit_composer.data.loader import build_loader, coin
 from sit_composer.data.spec import DataSpec
-from sit_composer.data.stream import CheckedStream, shard_fault
+from sit_composer.data.stream import CheckedStream, DataError, load_spec, shard_fault
 from sit_composer.randomness import sample_key
 from tests.helpers.digits import DIGITS, LOADERS, SAMPLES, digit, gather, loader, write, write_digits
 from tests.helpers.images import adm_center_crop, encode

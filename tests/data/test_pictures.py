@@ -266,7 +266,9 @@ def test_a_files_name_says_nothing(tmp_path):
         assert picture.format == "JPEG"
 
 
-# --- files that are no pictures ------------------------------------------------------------------------------------
+# --- Files that are not images ---
+
+NO_IMAGE = "not an? (image|picture)"
 
 
 def large_jpeg(side: int) -> bytes:
@@ -284,15 +286,15 @@ def broken() -> dict[str, tuple[bytes, str, str]]:
     wide = Image.fromarray(np.arange(2400, dtype=np.int32).reshape(40, 60) << 18)
     return {
         "cut JPEG": (photograph[:-300], "truncated", "truncated"),
-        "head of a JPEG": (photograph[:20], "not a picture", "not a picture"),
+        "head of a JPEG": (photograph[:20], NO_IMAGE, NO_IMAGE),
         "cut PNG": (encode(PHOTOGRAPH, "PNG")[:-300], "truncated", "truncated"),
         "cut GIF": (encode(PHOTOGRAPH.quantize(16), "GIF")[:-200], "truncated", "truncated"),
         "cut WebP": (encode(PHOTOGRAPH, "WEBP")[:-100], ".", "does not decode"),
-        "cut TIFF": (encode(PHOTOGRAPH, "TIFF")[:-100], ".", "does not decode|not a picture"),
-        "nothing": (b"", "not a picture", "zero bytes"),
-        "zeros": (bytes(1000), "not a picture", "not a picture"),
+        "cut TIFF": (encode(PHOTOGRAPH, "TIFF")[:-100], ".", f"does not decode|{NO_IMAGE}"),
+        "nothing": (b"", NO_IMAGE, "zero bytes"),
+        "zeros": (bytes(1000), NO_IMAGE, NO_IMAGE),
         "HTML": (b"<html>404</html>", "starts with b'<html>404</h'", "starts with b'<html>404</h'"),
-        "rare format": (encode(PHOTOGRAPH, "PCX"), "not a picture", "not a picture"),
+        "rare format": (encode(PHOTOGRAPH, "PCX"), NO_IMAGE, NO_IMAGE),
         "floats": (encode(numbers, "TIFF"), "32-bit", "32-bit"),
         "32-bit integers": (encode(wide, "TIFF"), "32-bit", "32-bit"),
         "JPEG bomb": (large_jpeg(65_000), "bomb", "bomb"),

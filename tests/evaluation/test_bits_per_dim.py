@@ -15,8 +15,9 @@ from sit_composer import bits_per_dim, train
 from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder, from_uint8
 from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.record import Record
-from sit_composer.data.loader import build_loader, load_spec
+from sit_composer.data.loader import build_loader
 from sit_composer.data.spec import SPEC_NAME, DataSpec
+from sit_composer.data.stream import load_spec
 from sit_composer.evaluation.bits import check_fit
 from sit_composer.likelihood import dequantize, log_likelihood
 from tests.helpers.paths import ROOT

@@ -513,7 +513,7 @@ def test_inception_without_its_weights_is_refused_in_one_line(halves, monkeypatc
     assert evaluate.main([str(halves[0]), "--reference", str(halves[1])]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert "its weights come over the network once, and can't be had" in errors[0]
+    assert "its weights come over the network once, and can't be loaded" in errors[0]
     assert f"at {tmp_path}/hub/checkpoints/inception.pth, or give --features FILE" in errors[0]
 
 

@@ -7,8 +7,9 @@ import torch
 from sklearn.datasets import load_digits
 from streaming import MDSWriter
 
-from sit_composer.data.loader import build_loader, load_spec
+from sit_composer.data.loader import build_loader
 from sit_composer.data.spec import DataSpec
+from sit_composer.data.stream import load_spec
 from tests.helpers.images import png
 
 SAMPLES = 200

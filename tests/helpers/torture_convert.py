@@ -1,8 +1,10 @@
-"""Kills a conversion again and again, and has it go on:   python -m tests.helpers.torture_convert KILLS PART SHARD ARGUMENTS …
+"""Kills a conversion again and again, and reruns it:
 
-PART is the pictures of a part, SHARD the bytes of a shard, and ARGUMENTS are `to_mds.py`'s. Each start is killed with
-`kill -9` at some moment of its start, or behind the end of one of its first parts; the last comes to its end. What a
-start found finished it says itself.
+    python -m tests.helpers.torture_convert KILLS PART SHARD ARGUMENTS …
+
+PART is the images per part, SHARD the bytes per shard, and ARGUMENTS are those of `to_mds.py`. Each run is killed with
+`kill -9` at a random time of its start, or after one of its first parts; the last run finishes. Each run prints how
+many parts it found finished.
 """
 
 import os
@@ -34,12 +36,12 @@ def start(arguments: list[str]) -> int:
 
 
 def parts_done(log: Path) -> int:
-    """The parts that a log tells of."""
+    """The number of finished parts in a log."""
     return log.read_text().count('"event": "part"') if log.exists() else 0
 
 
 def torture(arguments: list[str], kills: int, seed: int = 0) -> int:
-    """Kills the command so often; returns its last exit code."""
+    """Kills the command that many times; returns its last exit code."""
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
@@ -53,7 +55,7 @@ def torture(arguments: list[str], kills: int, seed: int = 0) -> int:
             os.killpg(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
             if not os.WIFSIGNALED(status):
-                raise SystemExit("it came to its end before it was killed: more parts are needed")
+                raise SystemExit("it finished before it was killed: more parts are needed")
         return os.waitstatus_to_exitcode(os.waitpid(start(arguments), 0)[1])
 
 

@@ -67,7 +67,7 @@ def test_a_run_of_another_config_is_refused_from_s3_too(run, s3, capsys):
     assert run("trainer.max_duration=4ba", *REMOTE, "optimizer.lr=1") == 2
     error = capsys.readouterr().err
     assert "optimizer.lr: got 1.0, expected 0.003" in error
-    assert f"as the run in {FOLDER}, which this one would resume" in error
+    assert f"the run in {FOLDER}, which this one would resume" in error
 
 
 @pytest.mark.parametrize("fault", ["bucket", "secret"])

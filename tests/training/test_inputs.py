@@ -43,7 +43,7 @@ LATENTS = {"name": "a/vae", "scale": 0.5, "shift": 0.0, "channels": 4, "downsamp
 @pytest.mark.parametrize(
     ("section", "change", "message"),
     [
-        ("eval_data", {"classes": [*"1234567890"]}, r"^eval_data\.local: its classes differ from data's"),
+        ("eval_data", {"classes": [*"1234567890"]}, r"^eval_data\.local: its classes are not data's"),
         ("data", {"num_classes": 11}, r"^model\.num_classes: got 10"),
         ("eval_data", {"channels": 3}, r"^model\.in_channels: got 1"),
         ("data", {"kind": "latents", "autoencoder": LATENTS}, r"^autoencoder\.name: got None"),

@@ -43,7 +43,7 @@ def test_a_cluster_gives_the_bytes_of_one_process_though_a_worker_is_killed(
     assert convert(*options, "--out", tmp_path / "one", "--workers", 0, "--skip-bad")[0] == 0
     code, _, stderr = convert(*options, "--out", tmp_path / "many", "--engine", "ray")
     assert code == 2
-    assert stderr.splitlines()[-1].startswith(f"error: {source} row 580: not a picture")
+    assert stderr.splitlines()[-1].startswith(f"error: {source} row 580: not an image")
     killed = []
 
     def log(self, event, **details):

@@ -12,8 +12,9 @@ from PIL import Image
 
 from convert import to_mds
 from sit_composer.autoencoder import KLAutoencoder, from_uint8
-from sit_composer.data.loader import build_loader, coin, load_spec
+from sit_composer.data.loader import build_loader, coin
 from sit_composer.data.pictures import center_crop, decode_image
+from sit_composer.data.stream import load_spec
 from tests.helpers.paths import ROOT
 
 SIZES = [(24, 20), (16, 16), (40, 18), (17, 33), (64, 64)]  # width, height
@@ -168,7 +169,7 @@ def test_an_autoencoder_that_changes_on_the_hub_is_another_one(pictures, vae_fol
     code, _, stderr = convert(*command)
     assert (code, f"vae_commit '{commits[0]}' there, '{commits[1]}' now" in stderr) == (2, True)
     code, _, stderr = convert(*latent_options(pictures, tmp_path / "new", "someone/else"), "--image-size", 16)
-    assert (code, "--vae: 'someone/else' is no folder here, and the Hub" in stderr) == (2, True)
+    assert (code, "--vae: 'someone/else' is not a folder here, and the Hub" in stderr) == (2, True)
 
 
 @pytest.fixture
@@ -184,13 +185,13 @@ def test_any_number_of_cores_gives_the_same_bits_in_the_same_order(pictures, vae
     from convert.sources.registry import Sample
 
     def rows(cores):
-        form = Latents(str(vae_folder), 16, True, "float32", 2, cores)
-        assert torch.cuda.is_available() or form.pool.submit(torch.get_num_threads).result() == 1
+        kind = Latents(str(vae_folder), 16, True, "float32", 2, cores)
+        assert torch.cuda.is_available() or kind.pool.submit(torch.get_num_threads).result() == 1
         samples = [Sample(str(path), None, 0) for path in files(pictures)] * 3
-        prepared = ((sample, form.prepare(Path(sample.where))) for sample in samples)
+        prepared = ((sample, kind.prepare(Path(sample.where))) for sample in samples)
         return [
             (sample.where, row["moments"].tobytes(), row["moments_flip"].tobytes())
-            for sample, row, _ in form.rows(prepared)
+            for sample, row, _ in kind.rows(prepared)
         ]
 
     assert rows(cores) == rows(1)
@@ -241,7 +242,7 @@ def test_a_picture_whose_moments_overflow_is_named_or_left_out(pictures, vae_fol
     assert sorted(os.listdir(tmp_path)) == ["vae"]
     code, stdout, stderr = convert(*options, "--skip-bad")
     assert code == 0
-    assert "9 pictures, 2 classes, 1 skipped" in stdout
+    assert "9 images, 2 classes, 1 skipped" in stdout
     assert [row["label"] for row in rows(tmp_path / "out")] == [
         ("ant", "bee").index(path.parent.name) for path in paths if path != worst
     ]
@@ -258,7 +259,7 @@ def test_bad_pictures_are_left_out_of_the_batches(pictures, latents, vae_folder,
     options = [*latent_options(root, tmp_path / "out", vae_folder), "--image-size", 16, "--batch-size", 4]
     code, _, stderr = convert(*options)
     assert code == 2
-    assert "ant/2-bad.png: the picture does not decode" in stderr
+    assert "ant/2-bad.png: the image does not decode" in stderr
     assert convert(*options, "--skip-bad")[0] == 0
     spec = load_spec(None, str(tmp_path / "out"))
     assert (spec.samples, spec.skipped) == (10, 3)
@@ -282,10 +283,10 @@ def test_pictures_or_an_autoencoder_that_do_not_fit_are_refused_in_a_line(pictur
         return root
 
     for source, vae, options, message in (
-        (pictures, vae_folder, [], "ant/0.png: the picture is 24x20; say --image-size"),
+        (pictures, vae_folder, [], "ant/0.png: the image is 24x20; say --image-size"),
         (pictures / "bee", vae_folder, ["--label-column", "none"], "17x33, and the first is 16x16; say --image-size"),
-        (made(9, 9), vae_folder, [], "--image-size: got 9; the autoencoder takes multiples of 2 pixels"),
-        (pictures, vae_folder, ["--image-size", 15], "--image-size: got 15; the autoencoder takes multiples of 2"),
+        (made(9, 9), vae_folder, [], "--image-size: got 9, expected a multiple of 2"),
+        (pictures, vae_folder, ["--image-size", 15], "--image-size: got 15, expected a multiple of 2"),
         (pictures, tmp_path / "nowhere", ["--image-size", 16], "--vae: can't load an AutoencoderKL from"),
     ):
         before = sorted(os.listdir(tmp_path))

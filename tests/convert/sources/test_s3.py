@@ -139,7 +139,7 @@ def test_what_is_wrong_with_a_source_in_s3(put, monkeypatch):
         ("s3://sit/none/", {}, "s3://sit/none: found no Parquet file"),
         ("s3://sit/d/*.parquet", {}, "s3://sit/d/[*].parquet: no such object"),
         ("s3://no-such-bucket/x.parquet", {}, "s3://no-such-bucket/x.parquet: .*bucket does not exist"),
-        ("s3://sit/mixed", {}, r"arrow \(1 files\) and parquet \(2 files\): say which with --format"),
+        ("s3://sit/mixed", {}, r"arrow \(1 files\) and parquet \(2 files\): choose with --format"),
         ("s3://sit/mixed", {"format": "parquet"}, r"several splits \(test, train\): give a glob"),
         ("s3://sit/pictures", {}, "taken as imagefolder, which is not read from s3://"),
         ("s3://sit/mixed", {"format": "hf"}, "taken as hf, which is not read from s3://"),
@@ -149,9 +149,9 @@ def test_what_is_wrong_with_a_source_in_s3(put, monkeypatch):
         (
             "s3://sit/path/t.parquet",
             {},
-            "path/t.parquet row 0: it names a file, 'x.jpg', in place of a picture's bytes",
+            "path/t.parquet row 0: it names a file, 'x.jpg', in place of an image's bytes",
         ),
-        ("s3://", {"format": "parquet"}, "a bucket's name must stand behind it"),
+        ("s3://", {"format": "parquet"}, "expected s3://BUCKET/KEY"),
         ("s3://key:secret@bucket/t.parquet", {}, "credentials come from the environment"),
     ):
         with pytest.raises(InputError, match=message) as raised:

@@ -1,4 +1,4 @@
-"""convert/sources.py: what a source is, how it is divided into parts, and what is read of each."""
+"""convert/sources: the formats of sources, their parts, and what is read of each."""
 
 import io
 import os
@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-ROOT = Path(__file__).parents[3]
-
-from convert.sources import parts  # noqa: E402
-from convert.sources.registry import InputError, Part, describe, plan_source, read_part  # noqa: E402
+from convert.sources import parts
+from convert.sources.registry import InputError, Part, describe, plan_source, read_part
+from tests.conftest import ROOT
+from tests.helpers.sources import write_folder, write_parquet
 
 PICTURES = [bytes([65 + k]) * (40 + k) for k in range(6)]  # no source looks inside
 
@@ -37,21 +37,6 @@ def read(source, limit=None, **options):
         assert part.rows is None or len(read) == part.rows
         samples += read
     return plan.classes, [(s.image.read_bytes() if isinstance(s.image, Path) else s.image, s.label) for s in samples]
-
-
-def write_parquet(path, images, labels, **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"image": pa.array(images, pa.binary()), "label": labels}), path, **options)
-    return path
-
-
-def write_folder(root, **classes):
-    """ROOT/CLASS/0.jpg and so on."""
-    for name, pictures in classes.items():
-        (root / name).mkdir(parents=True)
-        for number, data in enumerate(pictures):
-            (root / name / f"{number}.jpg").write_bytes(data)
-    return root
 
 
 @pytest.fixture
@@ -167,7 +152,7 @@ def test_a_table_cannot_name_a_file_outside_its_folder(tmp_path, path):
     (tmp_path / "data").mkdir()
     images = [{"bytes": None, "path": path.format(tmp_path)}]
     pq.write_table(pa.table({"image": images, "label": [0]}).cast(IMAGE_STRUCT), tmp_path / "data" / "t.parquet")
-    with pytest.raises(InputError, match=r"t\.parquet row 0: the picture's path .* leads out of"):
+    with pytest.raises(InputError, match=r"t\.parquet row 0: the image's path .* leads out of"):
         read(tmp_path / "data" / "t.parquet")
 
 
@@ -282,7 +267,7 @@ def test_hugging_face_data_set_saved_to_disk(tmp_path, hf_rows, small_parts):
 def test_a_glob_names_a_file_once(tmp_path):
     write_parquet(tmp_path / "a" / "b" / "t.parquet", PICTURES[:2], [0, 1])
     assert read(f"{tmp_path}/**/**/*.parquet")[1] == [(PICTURES[0], 0), (PICTURES[1], 1)]
-    with pytest.raises(InputError, match="no such file or folder; braces are not expanded, but a glob is"):
+    with pytest.raises(InputError, match="no such file or folder; braces are not expanded, but globs are"):
         read(f"{tmp_path}/t-{{0..2}}.parquet")
 
 
@@ -294,7 +279,7 @@ def test_a_hugging_face_data_set_takes_no_file_from_elsewhere(tmp_path, path):
     whole, other = {"bytes": PICTURES[0], "path": None}, {"bytes": None, "path": path.format(tmp_path)}
     rows = {"image": [whole, other], "label": [0, 0]}
     datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
-    with pytest.raises(InputError, match=r"row 1: the picture's path .*secret.png' leads out of the data set"):
+    with pytest.raises(InputError, match=r"row 1: the image's path .*secret.png' leads out of the data set"):
         read(tmp_path / "saved")
 
 
@@ -375,7 +360,7 @@ def test_streamed_labels_are_checked_as_they_come(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="shard 0 row 2: label -7 is not a class"):
         read(tmp_path / "repo", **options)
     write_parquet(tmp_path / "repo" / "train.parquet", PICTURES[:3], ["a", "b", "c"])
-    with pytest.raises(InputError, match="strings, which are numbered before: not with --streaming"):
+    with pytest.raises(InputError, match="has strings; --streaming takes integers"):
         read(tmp_path / "repo", **options)
 
 
@@ -399,7 +384,7 @@ def test_class_label_outside_its_names_is_refused(tmp_path, hf_rows):
     for label, row in ((3, 4), (-1, 0)):
         labels = [label if k == row else 0 for k in range(6)]
         pq.write_table(table.set_column(1, table.schema.field(1), [labels]), tmp_path / "t.parquet")
-        with pytest.raises(InputError, match=f"row {row}: label {label} is not a class: they are 0 to 2"):
+        with pytest.raises(InputError, match=f"row {row}: label {label} is not a class, expected 0 to 2"):
             read(tmp_path / "t.parquet")
 
 
@@ -525,7 +510,7 @@ def glob_without_match(tmp_path):
 
 def empty_folder(tmp_path):
     (tmp_path / "empty").mkdir()
-    return tmp_path / "empty", {}, ["empty", "found no Parquet file, Arrow file, tar or picture"]
+    return tmp_path / "empty", {}, ["empty", "found no Parquet file, Arrow file, tar or image"]
 
 
 def folder_of_another_format(tmp_path):
@@ -539,11 +524,11 @@ def two_formats(tmp_path):
 
 
 def single_picture(tmp_path):
-    return write_folder(tmp_path / "d", a=PICTURES) / "a" / "0.jpg", {}, ["single picture: give the folder"]
+    return write_folder(tmp_path / "d", a=PICTURES) / "a" / "0.jpg", {}, ["single image: give the folder"]
 
 
 def pictures_without_classes(tmp_path):
-    return write_folder(tmp_path / "d", a=PICTURES) / "a", {}, ["no ROOT/CLASS/PICTURE", "--label-column none"]
+    return write_folder(tmp_path / "d", a=PICTURES) / "a", {}, ["no ROOT/CLASS/IMAGE", "--label-column none"]
 
 
 def folder_of_splits(tmp_path):
@@ -584,7 +569,7 @@ def no_such_column(tmp_path):
 
 def image_column_of_text(tmp_path):
     pq.write_table(pa.table({"image": ["0.jpg"], "label": [0]}), tmp_path / "t.parquet")
-    return tmp_path / "t.parquet", {}, ["column 'image'", "is string: no bytes"]
+    return tmp_path / "t.parquet", {}, ["column 'image'", "is string, expected the bytes"]
 
 
 def bad_labels(labels, *messages):

@@ -1,0 +1,211 @@
+"""The body of `to_mds.py`: checks output and source, converts the parts that are not done, publishes, and reports.
+
+Everything that can be wrong with the command is checked before streaming is imported, which takes seconds.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from convert.engine.decoders import Decoders
+from convert.engine.output import Output, OutputError
+from convert.engine.pipeline import Job, Tally, convert_parts
+from convert.engine.plan import Plan, identity, vae_identity
+from convert.engine.progress import Progress
+from convert.kinds import BadPicture
+from convert.kinds.pixels import Pixels
+from convert.sources.parts import MAX_CLASSES, InputError
+from convert.sources.registry import plan_source, read_part
+from sit_composer.data.spec import DataSpec
+from sit_composer.errors import one_line
+from sit_composer.storage import StorageError
+
+FAILED = 1  # exit code for a failing disk or network
+REASONS_SHOWN = 5
+SMALL = 2000  # images; for fewer, starting processes would take longer than the work
+Records = Generator[dict[str, Any], None, None]  # of parts
+
+
+def run(args: argparse.Namespace, source: dict[str, Any]) -> int:
+    """Converts the source, and returns the exit code. Raises UserError if the command is mistaken."""
+    with Output(args.out) as output:
+        if source["format"] == "imagefolder" and output.path:
+            root = Path(source["path"]).resolve()
+            if root in output.path.parents:  # shards inside a folder of images would be one of its classes next time
+                raise OutputError(f"{args.out} is inside the source, {root}: choose another --out")
+        output.is_done(source, args.overwrite)  # a wrong folder, address or credential is reported before reading
+        try:
+            return _convert(args, source, output)
+        except (StorageError, OSError) as error:
+            print("error:", one_line(error), file=sys.stderr)
+        except MemoryError as error:
+            print("error:", str(error) or "out of memory: rerun with fewer --workers", file=sys.stderr)
+        return FAILED
+
+
+def _convert(args: argparse.Namespace, source: dict[str, Any], output: Output) -> int:
+    if args.latents:
+        source["device"] = device = _torch_kinds()[1].default_device()  # another kind of processor gives other bits
+        source["encode_dtype"] = args.encode_dtype or ("bfloat16" if device == "cuda" else "float32")
+    reading = plan_source(source, args.limit)
+    if reading.files:
+        source["files"] = identity(reading.files)
+    if args.latents:
+        source |= vae_identity(args.vae)
+    plan = Plan(source, reading)
+    if output.is_done(source, args.overwrite):
+        print(f"already converted: {args.out} holds this source, nothing to do")
+        return 0
+    records = output.begin(plan, args.overwrite)
+    kind, options = _kind(args, plan)
+    with _signals_wait():
+        from convert.engine.shards import PartWriter  # streaming
+
+    job = Job(plan, kind, output, args.skip_bad, PartWriter)
+    parts, done = len(reading.parts), Tally.of(records.values()).images
+    if records:
+        print(f"resumes: {len(records)} of {parts} parts, {done} images, are done", file=sys.stderr)
+    progress = Progress(plan.rows, done, args.log)
+    try:
+        progress.log("start", source=source, out=args.out, parts=parts, finished=len(records))
+        todo = [number for number in range(parts) if number not in records]
+        on_ray = args.engine == "ray"
+        results = _on_ray(job, options, todo, progress) if on_ray else _here(job, args.workers, todo, progress)
+        with closing(results):  # before the output is released
+            for record in results:
+                records[record["part"]] = record
+                progress.log("part", part=record["part"], pictures=sum(record["counts"].values()))
+        ordered = [records[number] for number in sorted(records)]
+        spec = _spec(job, Tally.of(ordered))
+        output.publish(spec, ordered)
+        progress.log("end", samples=spec.samples, skipped=spec.skipped, **progress.rates())
+    except BaseException as error:
+        progress.log("error", error=one_line(error))
+        raise
+    finally:
+        progress.close()
+    _report(spec, ordered, progress.rates())
+    print(args.out)
+    return 0
+
+
+def _kind(args: argparse.Namespace, plan: Plan) -> tuple[Any, dict[str, Any]]:
+    """What is made of images, and the arguments of its class."""
+    options: dict[str, Any] = {"check": args.check or "decode"}
+    if not args.latents and args.image_size is None:
+        return Pixels(**options), options
+    cropping, latents = _torch_kinds()
+    if not args.latents:
+        options = {"image_size": args.image_size, "quality": args.quality}
+        return cropping.CroppedPixels(**options), options
+    options = {
+        "vae": args.vae,
+        "image_size": args.image_size or _first_size(plan, args.skip_bad),
+        "crop": args.image_size is not None,
+        "dtype": plan.source["encode_dtype"],
+        "batch_size": args.batch_size,
+        "cores": 1 if args.engine == "ray" else len(os.sched_getaffinity(0)),  # ray starts an actor per core
+    }
+    return latents.Latents(**options), options
+
+
+def _first_size(plan: Plan, skip_bad: bool) -> int:
+    """The side of the source's first image, which must be a square; all others must have the same size."""
+    for part in plan.reading.parts:
+        for sample in read_part(plan.source, plan.reading, part):
+            try:
+                height, width = _torch_kinds()[0].levels(sample.image, 3, None).shape[-2:]
+            except BadPicture as error:
+                if skip_bad:
+                    continue
+                raise InputError(f"{sample.where}: {error}; --skip-bad leaves out such images") from None
+            if height != width:
+                raise InputError(f"{sample.where}: the image is {width}x{height}; say --image-size to crop them")
+            return width
+    raise InputError(f"{plan.source['path']}: none of its images can be used")
+
+
+def _here(job: Job, workers: int | None, todo: list[int], progress: Progress) -> Records:
+    """Converts in this process, with others that decode."""
+    if workers is None:
+        small = job.plan.rows is not None and job.plan.rows <= SMALL
+        workers = 0 if small else len(os.sched_getaffinity(0))
+    with Decoders(workers, job.kind.preload) as decoders:
+        yield from convert_parts(job, todo, decoders, progress.image)
+
+
+def _on_ray(job: Job, options: dict[str, Any], todo: list[int], progress: Progress) -> Records:
+    try:
+        from convert.engine.ray import convert_on_ray  # an optional dependency
+    except ModuleNotFoundError as error:
+        raise InputError(f"--engine ray: {error}; pip install 'sit-composer[ray]' brings it") from None
+    with closing(convert_on_ray(job, options, todo)) as results:
+        for record in results:
+            progress.part(record)
+            yield record
+
+
+def _spec(job: Job, tally: Tally) -> DataSpec:
+    """The spec of all parts. Raises InputError if there is nothing in them, or labels are not classes."""
+    path, classes = job.plan.source["path"], job.plan.reading.classes
+    if not tally.images:
+        raise InputError(f"{path} is empty")
+    if not tally.counts:
+        raise InputError(f"{path}: none of {tally.skipped} images can be used; the first: {tally.reasons[0]}")
+    if classes is None:  # integers whose largest was not known before
+        least, largest = min(tally.counts), max(tally.counts)
+        if least < 0 or largest >= MAX_CLASSES:
+            raise InputError(f"{path}: got labels from {least} to {largest}, expected 0 to {MAX_CLASSES - 1}")
+        classes = [str(label) for label in range(largest + 1)]
+    return DataSpec(
+        **job.kind.spec(not tally.colour, tally.sizes),
+        num_classes=len(classes),
+        classes=classes,
+        class_counts=[tally.counts.get(label, 0) for label in range(len(classes))],
+        samples=sum(tally.counts.values()),
+        skipped=tally.skipped,
+        source=job.plan.source,
+    )
+
+
+def _report(spec: DataSpec, records: list[dict[str, Any]], rates: dict[str, Any]) -> None:
+    if spec.skipped:
+        shown = "\n  ".join([reason for record in records for reason in record["reasons"]][:REASONS_SHOWN])
+        print(f"skipped {_count(spec.skipped, 'image')}; the first:\n  {shown}", file=sys.stderr)
+    empty = [name for name, count in zip(spec.classes, spec.class_counts, strict=True) if not count]
+    if empty:
+        which = ", ".join(empty[:10]) + (", …" if len(empty) > 10 else "")
+        print(f"warning: {len(empty)} of {spec.num_classes} classes have no image: {which}", file=sys.stderr)
+    sizes = [shard["raw_data"]["bytes"] for record in records for shard in record["shards"]]
+    shards = f"{_count(len(sizes), 'shard')}, {sum(sizes) / 1e6:.1f} MB"
+    speed = f"{rates['seconds']:.1f} s, {rates['pictures'] / max(rates['seconds'], 1e-9):.0f} images/s"
+    print(f"{spec.samples} images, {spec.num_classes} classes, {spec.skipped} skipped; {shards}; {speed}")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _torch_kinds() -> tuple[ModuleType, ModuleType]:
+    with _signals_wait():
+        from convert.kinds import cropping, latents  # torch
+    return cropping, latents
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Blocks signals during an import of torch, which swallows an interrupt of its own import of numpy.
+
+    That works while this is the process's only thread: another, such as a progress bar's, would take the signal.
+    """
+    signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, signals)

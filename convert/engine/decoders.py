@@ -1,0 +1,119 @@
+"""Processes that prepare images ahead of the one that writes. They import this module: it must import nothing heavy."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from multiprocessing.connection import wait
+from typing import Any, NamedTuple
+
+from convert.kinds import BadPicture
+from convert.sources.parts import InputError, Sample
+
+CHUNK = 16  # images that a process gets at a time
+AHEAD = 3  # chunks per process, at least, that are prepared or being prepared
+Numbered = tuple[int, Sample | None]  # a part's number and a sample of it; None after its last
+
+
+class Prepared(NamedTuple):
+    """A sample after the work that other processes do."""
+
+    part: int
+    sample: Sample | None  # None after a part's last
+    result: Any  # from the kind's `prepare`, or a BadPicture
+
+
+class Decoders:
+    """Processes that prepare images. They end with this one, also when it is killed.
+
+    Args:
+        workers: their number; 0: this process prepares images itself.
+        preload: modules that they need.
+    """
+
+    def __init__(self, workers: int, preload: list[str]) -> None:
+        self.workers = workers
+        self.pool = None
+        if workers:
+            context = multiprocessing.get_context("forkserver")  # forking a process with threads could hang
+            context.set_forkserver_preload(preload)  # imported once, for all
+            self.pool = ProcessPoolExecutor(workers, context, _begin_worker)
+
+    def __enter__(self) -> "Decoders":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+
+
+def ahead(
+    prepare: Callable[[Any], Any], samples: Iterable[Numbered], decoders: Decoders
+) -> Generator[Prepared, None, None]:
+    """Each sample with its prepared image, or with what is wrong with that, in order. Decoders work ahead. Raises
+    InputError if one of them dies."""
+    if decoders.pool is None:
+        for part, sample in samples:
+            yield Prepared(part, sample, None if sample is None else _attempt(prepare, sample.image))
+        return
+    waiting: deque[tuple[list[Numbered], Future[list[Any]]]] = deque()
+    chunk: list[Numbered] = []
+    mistake = None
+
+    def submit() -> None:
+        images = [sample.image for _, sample in chunk if sample is not None]
+        waiting.append((chunk, decoders.pool.submit(_attempts, prepare, images)))
+
+    try:
+        try:
+            for one in samples:
+                chunk.append(one)
+                if len(chunk) == CHUNK:
+                    submit()
+                    chunk = []
+                    if len(waiting) > AHEAD * decoders.workers:
+                        yield from _collect(*waiting.popleft())
+        except InputError as error:  # raised after the samples before it
+            mistake = error
+        submit()
+        while waiting:
+            yield from _collect(*waiting.popleft())
+    except BrokenExecutor:
+        advice = "perhaps for memory: rerun with fewer --workers"
+        raise InputError(f"a process that decodes images was killed, {advice}") from None
+    if mistake is not None:
+        raise mistake
+
+
+def _collect(chunk: list[Numbered], future: Future[list[Any]]) -> Iterator[Prepared]:
+    results = iter(future.result())
+    for part, sample in chunk:
+        yield Prepared(part, sample, None if sample is None else next(results))
+
+
+def _begin_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent process ends this one
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)  # there are as many processes as cores
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _attempts(prepare: Callable[[Any], Any], images: list[Any]) -> list[Any]:
+    return [_attempt(prepare, image) for image in images]
+
+
+def _attempt(prepare: Callable[[Any], Any], image: Any) -> Any:
+    try:
+        return prepare(image)
+    except BadPicture as error:
+        return BadPicture(str(error))  # without the traceback, which holds the image

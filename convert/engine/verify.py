@@ -1,0 +1,205 @@
+"""The body of `verify_mds.py`: checks a finished conversion, one shard at a time."""
+
+import argparse
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from streaming.base.format import Reader
+from tqdm import tqdm
+
+from convert.kinds.checks import LatentCheck, PixelCheck
+from convert.sources.registry import InputError, plan_source, read_part
+from sit_composer.data.spec import INDEX_NAME, SPEC_NAME, DataSpec
+from sit_composer.data.stream import DataError, load_spec, read_text, safe_shards, shard_fault, shard_files
+from sit_composer.errors import UserError, one_line
+from sit_composer.storage import S3Folder, StorageError
+
+SHARD = re.compile(r"(again-)?shard\.[\d.]+\.mds")
+FAULTS_SHOWN = 20
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the report, and returns the exit code. Raises UserError if the options or the store don't fit."""
+    verification = Verification(args)
+    for line in verification.report():
+        print(line)
+    faults = verification.faults
+    more = f", of which {FAULTS_SHOWN} are shown" if faults > FAULTS_SHOWN else ""
+    print(f"{args.uri}: " + (f"{faults} fault{'' if faults == 1 else 's'}{more}" if faults else "all is well"))
+    return 1 if faults else 0
+
+
+class Verification:
+    """The checks of a folder of shards, and the number of their ``faults``. ``args`` is the command line."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.uri, self.faults = args, args.uri, 0
+        self.store = S3Folder(args.uri) if args.uri.startswith("s3://") else None
+        self.files = set(self.store.listing() if self.store else os.listdir(args.uri))
+        if self.store and not self.files:
+            raise UserError(f"{self.uri}: nothing is there")
+
+    def fault(self, line: object) -> None:
+        """Prints a line for one of the first faults, and counts it."""
+        self.faults += 1
+        if self.faults <= FAULTS_SHOWN:
+            print("fault:", " ".join(str(line).split()))
+
+    def report(self) -> list[str]:
+        """Adds the faults, and returns the lines of the report."""
+        missing = [name for name in (INDEX_NAME, SPEC_NAME) if name not in self.files]
+        for name in missing:
+            self.fault(f"{self.uri}/{name} is missing: the conversion was not finished")
+        if missing:
+            return []
+        remote, local = (self.uri, "") if self.store else (None, self.uri)
+        try:
+            spec = load_spec(remote, local)
+            shards = safe_shards(*read_text(remote, local, INDEX_NAME), local, spec.kind)
+        except DataError as error:
+            self.fault(error)
+            return []
+        self._check_counts(spec, shards)
+        content = self._content(spec)
+        counts = self._read_all(shards, spec, content)
+        size, per_class = sum(shard.raw_data.bytes for shard in shards) / 1e6, spec.class_counts
+        each = f"{min(per_class)} to {max(per_class)} samples" if per_class else "none"
+        report = [
+            f"{spec.samples} samples ({spec.kind}) in {len(shards)} shard{'' if len(shards) == 1 else 's'}, {size:.1f} "
+            f"MB; {spec.num_classes} classes of {each}; {spec.skipped} skipped"
+        ]
+        if counts is not None:
+            self._compare(counts, spec.class_counts, spec, SPEC_NAME)
+            report += content.finish()
+            if self.args.source:
+                report.append(self._check_source(spec))
+        if self.args.grid and content.write_grid(self.args.grid):
+            report.append(f"{self.args.grid}: written")
+        return report
+
+    def _check_counts(self, spec: DataSpec, shards: list[Reader]) -> None:
+        """Compares the index with the folder and the spec."""
+        listed = {shard.raw_data.basename for shard in shards}
+        for name in sorted(self.files - listed):
+            if SHARD.fullmatch(name):
+                self.fault(f"{self.uri}/{name} is not in {INDEX_NAME}: delete it, or convert again")
+        samples, counted = sum(shard.samples for shard in shards), sum(spec.class_counts)
+        if not samples:
+            self.fault(f"{self.uri}/{INDEX_NAME} lists no sample")
+        if samples != spec.samples or counted != spec.samples:
+            said = f"{SPEC_NAME} says {spec.samples}, and {counted} by class"
+            self.fault(f"{INDEX_NAME} lists {samples} samples; {said}")
+        if len(set(spec.classes)) < len(spec.classes):
+            self.fault(f"{SPEC_NAME} names a class twice")
+
+    def _content(self, spec: DataSpec) -> PixelCheck | LatentCheck:
+        if spec.kind == "latents":
+            return LatentCheck(spec, self.fault, self.args.vae, bool(self.args.grid))
+        if self.args.vae:
+            raise UserError(f"--vae is for latents; {self.uri} holds images")
+        return PixelCheck(spec, self.fault, bool(self.args.grid))
+
+    def _read_all(self, shards: list[Reader], spec: DataSpec, content: PixelCheck | LatentCheck) -> list[int] | None:
+        """Checks each shard and its samples; returns the samples per class, or None if a shard can't be read."""
+        total, sample = sum(shard.samples for shard in shards), self.args.sample
+        chosen = range(total) if sample is None or sample >= total else {i * total // sample for i in range(sample)}
+        counts = [0] * spec.num_classes
+        first = 0
+        whole = True
+        size = sum(shard.raw_data.bytes for shard in shards)
+        with tqdm(total=size, unit="B", unit_scale=True, disable=None) as progress:
+            for number, shard in enumerate(shards):
+                progress.set_postfix_str(f"{number + 1} of {len(shards)} shards")
+                rows = self._rows_of(shard)
+                whole &= rows is not None
+                places = [f"{shard.raw_data.basename} sample {i}" for i in range(len(rows or []))]
+                for where, row in zip(places, rows or [], strict=True):
+                    label = int(row["label"])
+                    if 0 <= label < spec.num_classes:
+                        counts[label] += 1
+                    else:
+                        self.fault(f"{where}: the label is {label}, but there are {spec.num_classes} classes")
+                content.check([(place, rows[i]) for i, place in enumerate(places) if first + i in chosen])
+                first += shard.samples
+                progress.update(shard.raw_data.bytes)
+        return counts if whole else None
+
+    def _rows_of(self, shard: Reader) -> list[dict[str, Any]] | None:
+        """The samples of a shard, if it is right."""
+        data = self._read_shard(shard)
+        try:
+            return None if data is None else list(_rows(shard, data))
+        except Exception as error:  # its decoders raise many kinds
+            self.fault(f"{self.uri}/{shard.raw_data.basename} is no MDS shard of these columns ({error})")
+            return None
+
+    def _read_shard(self, shard: Reader) -> bytes | None:
+        """The bytes of a shard, if they are right."""
+        name = shard.raw_data.basename
+        if len(shard_files(shard)) != 1:
+            self.fault(f"{self.uri}/{name} is compressed, which to_mds.py doesn't do")
+            return None
+        if name not in self.files:
+            self.fault(f"{self.uri}/{name} is missing")
+            return None
+        if not shard.raw_data.hashes:
+            self.fault(f"{self.uri}/{name} has no hash in the index: changes in it cannot be detected")
+        with tempfile.TemporaryDirectory(prefix="verify_mds-") if self.store else nullcontext(self.uri) as folder:
+            try:
+                if self.store:
+                    self.store.download(name, Path(folder, name))
+            except StorageError as error:  # after some attempts
+                self.fault(f"cannot read {error}")
+                return None
+            fault = shard_fault(shard, folder)
+            if not fault:
+                return Path(folder, name).read_bytes()
+        self.fault(fault.replace(folder, self.uri, 1))
+        return None
+
+    def _compare(self, counts: list[int], others: Iterable[int], spec: DataSpec, where: str) -> None:
+        for label, (ours, theirs) in enumerate(zip(counts, others, strict=True)):
+            if ours != theirs:
+                name = f"class {label} ({spec.classes[label]})"
+                self.fault(f"{name} has {ours} samples in the shards; {where} says {theirs}")
+
+    def _check_source(self, spec: DataSpec) -> str:
+        """Counts the source's images per class, as they are now."""
+        try:
+            plan = plan_source(spec.source, spec.source.get("limit"))
+            counts = [0] * spec.num_classes
+            if plan.classes is not None and plan.classes != spec.classes:
+                self.fault(f"the source's classes are {plan.classes[:5]} …; {SPEC_NAME} says {spec.classes[:5]} …")
+                return f"source: {spec.source['path']} has other classes"
+            for part in plan.parts:
+                for sample in read_part(spec.source, plan, part):
+                    if not 0 <= sample.label < spec.num_classes:
+                        raise InputError(f"{sample.where}: the label is {sample.label}")
+                    counts[sample.label] += 1
+        except (InputError, OSError, IndexError) as error:
+            raise UserError(f"--source: cannot read it again: {one_line(error)}") from None
+        total, fewer = sum(counts), any(a > b for a, b in zip(spec.class_counts, counts, strict=True))
+        if not spec.skipped:
+            self._compare(spec.class_counts, counts, spec, "the source")
+        elif total - spec.samples != spec.skipped or fewer:
+            self.fault(f"the source has {total} images; {SPEC_NAME} says {spec.samples}, and {spec.skipped} skipped")
+        return f"source: {total} images in {spec.source['path']}, {spec.skipped} skipped"
+
+
+def _rows(shard: Reader, data: bytes) -> Iterator[dict[str, Any]]:
+    """The samples of a shard, which begins with their number, the place of each, and the place of the end."""
+    (count,) = np.frombuffer(data, np.uint32, 1)
+    if count != shard.samples:
+        raise ValueError(f"it has {count} samples; the index says {shard.samples}")
+    bounds = np.frombuffer(data, np.uint32, count + 1, 4).tolist()
+    if bounds != sorted(bounds) or bounds[-1] != len(data):
+        raise ValueError("its table of samples is broken")
+    for begin, end in pairwise(bounds):
+        yield shard.decode_sample(data[begin:end])

@@ -1,0 +1,64 @@
+"""Images cropped as training crops them, for shards of cropped images and of latents. This imports torch."""
+
+import io
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from convert.kinds import BadPicture, Look
+from convert.kinds.pixels import GREY, Pixels, opened, read_file
+from sit_composer.data.pictures import center_crop, decode_image
+
+MAX_PIXELS = 1 << 26  # of an image whose short side is resized, before it is cropped
+
+
+class CroppedPixels(Pixels):
+    """Samples of kind ``pixels``, cropped to squares of ``image_size`` pixels, as training does.
+
+    With a ``quality``, 1 to 100, they become JPEGs; else PNGs, which are lossless.
+    """
+
+    def __init__(self, image_size: int, quality: int | None) -> None:
+        self.prepare = partial(cropped, image_size=image_size, quality=quality)
+        self.preload = ["convert.kinds.cropping"]
+
+
+def cropped(image: bytes | Path | None, image_size: int, quality: int | None) -> tuple[bytes, Look]:
+    """The file of a cropped image, and its look."""
+    data = read_file(image)
+    with opened(data) as opened_image:
+        grey = opened_image.mode in GREY
+    return encode(crop(data, 1 if grey else 3, image_size), quality), (grey, image_size, image_size)
+
+
+def levels(image: bytes | Path | None, channels: int, image_size: int | None) -> np.ndarray:
+    """An image for the encoder: uint8 (C, H, W), cropped to a square unless the size is None."""
+    return crop(read_file(image), channels, image_size).numpy()  # torch would send it in a file between processes
+
+
+def crop(data: bytes, channels: int, image_size: int | None) -> Tensor:
+    """An image as training sees it: uint8 (channels, H, W), with H and W ``image_size`` unless that is None.
+
+    Raises:
+        BadPicture: as `opened`; also if it would fill the memory before it is cropped, as a long and thin one can.
+    """
+    with opened(data) as image:
+        width, height = image.size
+        if image_size and image_size**2 * max(width, height) > MAX_PIXELS * min(width, height):
+            raise BadPicture(f"the image, {width}x{height}, is too large with a short side of {image_size}")
+        levels = decode_image(data, channels)
+        return levels if image_size is None else center_crop(levels, image_size)
+
+
+def encode(levels: Tensor, quality: int | None) -> bytes:
+    """The file of an image, uint8 (1 or 3, H, W): a JPEG of that quality, or a PNG if it is None."""
+    file = io.BytesIO()
+    image = Image.fromarray(levels[0].numpy() if len(levels) == 1 else levels.permute(1, 2, 0).contiguous().numpy())
+    if quality is None:
+        image.save(file, "PNG")
+    else:
+        image.save(file, "JPEG", quality=quality)
+    return file.getvalue()

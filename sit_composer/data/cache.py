@@ -1,0 +1,203 @@
+"""A streaming data set whose shards are fetched, checked and evicted without a hang or a short epoch.
+
+StreamingDataset fetches shards in background threads. A shard that fails there ends its epoch early or hangs it. Here
+the background only fetches ahead: reading a sample waits for the shard, or raises a `DataError` that names the file.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from streaming import StreamingDataset
+from streaming.base.constant import TICK
+from streaming.base.dataset import _ShardState
+
+from sit_composer.data.spec import DataSpec
+from sit_composer.data.stream import CheckedStream, DataError, source
+from sit_composer.storage import is_disk_full
+
+STARTS = 10  # attempts to choose a name for shared memory
+
+
+class CheckedDataset(StreamingDataset):
+    """The rows of a `CheckedStream`.
+
+    Args:
+        remote: Folder or URI (s3://, gs://, …) of the shards; None if they are in ``local``.
+        local: The folder of the shards, or of the local copies of the remote ones. Each running job needs its own.
+        spec: The contents of the shards, from `load_spec`.
+        download_retry: Attempts to fetch a shard from a store that doesn't answer. 14 take five minutes.
+        download_timeout: Seconds per attempt.
+        cache_limit: Bytes, or text such as "100gb", of at least four shards; ignored if there is no remote.
+        options: StreamingDataset's own: batch_size (per rank), shuffle, shuffle_seed, predownload (samples whose shards
+            a worker fetches ahead; 8 batches), epoch_size, num_canonical_nodes, shuffle_algo, shuffle_block_size.
+
+    Raises:
+        DataError: if the data are invalid, also later, when a sample is read.
+    """
+
+    cache_usage: int  # StreamingDataset's, in memory that all processes share
+
+    def __init__(
+        self,
+        *,
+        remote: str | None,
+        local: str,
+        spec: DataSpec,
+        download_retry: int = 14,
+        download_timeout: float = 60,
+        cache_limit: int | str | None = None,
+        **options: Any,
+    ) -> None:
+        self.spec = spec
+        self.prefetch_failed: set[int] = set()
+        remote = source(remote, local)
+        options["cache_limit"] = cache_limit if remote else None  # a limit would delete the source
+        for attempts_left in reversed(range(STARTS)):
+            try:
+                self.stream = CheckedStream(
+                    spec, download_retry, remote=remote, local=local, download_timeout=download_timeout
+                )
+                super().__init__(streams=[self.stream], **options)
+                break
+            except DataError:
+                raise
+            except (ValueError, RuntimeError, OSError) as error:
+                # Two jobs that start on a machine at the same moment may choose one name for their shared memory. With
+                # several ranks, the others wait for this one inside the constructor and cannot choose again.
+                collision = isinstance(error, FileExistsError) and self._unique_rank_world.ranks_per_node == 1
+                if remote and is_disk_full(error):
+                    raise DataError(f"{local}: no space left on the disk for copies of {remote}") from error
+                if not (collision and attempts_left):
+                    raise DataError(f"cannot stream {remote or local}: {error}") from error
+        least = self.stream.index_size + max(shard.get_max_size() for shard in self.shards)
+        if self.cache_limit and self.cache_limit < least:
+            raise DataError(f"cache_limit: {self.cache_limit} bytes don't hold the index and a shard, {least} bytes")
+        # Each process checks a shard that an earlier run fetched when it first reads from it.
+        self.unchecked = set(np.flatnonzero(self._shard_states.numpy() == _ShardState.LOCAL).tolist())
+        # A job killed before its first batch leaves shared memory, for which streaming refuses the next job ("Reused
+        # local directory"). It passes over a name with this lock file, but creates the file only at the first batch.
+        Path(self._cache_filelock_path).touch()
+
+    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
+        """The sample of that number. Fetches its shard first if it is not here."""
+        index = int(sample_id)
+        shard_id = int(self.spanner[index][0])
+        try:
+            self._ensure_shard(shard_id)
+            return self.make_sample(index, super().get_item(index, retry))
+        except DataError:
+            raise
+        except Exception as error:
+            where = self.stream.where(self.shards[shard_id])
+            raise DataError(f"sample {index}, in {where}: {type(error).__name__}: {error}") from error
+
+    def make_sample(self, index: int, row: dict[str, Any]) -> dict[str, Any]:
+        """What `get_item` returns for a row's columns."""
+        return row
+
+    def _ensure_shard(self, shard_id: int) -> None:
+        """Ensures that the shard is here, checked by this process or by the process that fetched it."""
+        shard = self.shards[shard_id]
+        if shard_id in self.unchecked:
+            fault = self.stream.fault(shard)
+            if fault and self.stream.remote is None:
+                raise DataError(f"{fault}; restore it, or write the shards again")
+            if fault:
+                with FileLock(self._cache_filelock_path):
+                    # Another process may be fetching it again, or have done so.
+                    local = self._shard_states[shard_id] == _ShardState.LOCAL
+                    if local and self.stream.fault(shard):
+                        self._evict_shard(shard_id)
+            self.unchecked.discard(shard_id)
+        if self._shard_states[shard_id] != _ShardState.LOCAL:
+            self.prepare_shard(shard_id)
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Fetches a shard. If ``blocking``, returns when it is here and raises if this process failed to fetch it.
+
+        Replaces the stock method, which counts a shard toward ``cache_limit`` only when it is here, so that several
+        fetched together exceed the limit, and which leaves a failed shard PREPARING, so that readers wait forever.
+        """
+        if not blocking and shard_id in self.prefetch_failed:
+            return
+        if not blocking and not self.cache_limit and self._shard_states[shard_id] == _ShardState.LOCAL:
+            return  # without taking the file lock for every prefetched sample
+        while (state := self._claim(shard_id)) == _ShardState.PREPARING:
+            if not blocking:
+                return
+            time.sleep(TICK)
+        if state == _ShardState.LOCAL:
+            return
+        shard = self.shards[shard_id]
+        grown = 0
+        try:
+            grown = self.stream.prepare_shard(shard)
+            state = _ShardState.LOCAL
+            self.prefetch_failed.discard(shard_id)
+        except Exception as error:
+            if not blocking:
+                self.prefetch_failed.add(shard_id)  # get_item() will try again, and raise
+                return
+            where = self.stream.where(shard)
+            if is_disk_full(error):
+                raise DataError(f"{self.stream.local}: no space left on the disk for {where}") from error
+            raise DataError(f"cannot read the shard {where}: {type(error).__name__}: {error}") from error
+        finally:
+            with FileLock(self._cache_filelock_path):
+                self.cache_usage += grown - shard.get_max_size()
+                self._shard_access_times[shard_id] = time.time_ns()
+                self._shard_states[shard_id] = state
+
+    def _claim(self, shard_id: int) -> _ShardState:
+        """Claims a shard for fetching.
+
+        Returns:
+            LOCAL: the shard is here. REMOTE: this process must fetch it, and its bytes are reserved in the cache.
+            PREPARING: another process fetches it, or the shards being fetched leave no room for it.
+        """
+        shard = self.shards[shard_id]
+        states = self._shard_states.numpy()
+        with FileLock(self._cache_filelock_path):
+            if states[shard_id] == _ShardState.LOCAL:
+                if (Path(self.stream.local) / shard.file_pairs[0][0].basename).is_file():
+                    self._shard_access_times[shard_id] = time.time_ns()
+                    return _ShardState.LOCAL
+                if self.stream.remote is not None:  # a job was killed before it had decompressed the shard
+                    self._evict_shard(shard_id)
+            elif states[shard_id] == _ShardState.PREPARING:
+                return _ShardState.PREPARING
+            size = shard.get_max_size()
+            if self.cache_limit and not self._make_room(size, states):
+                return _ShardState.PREPARING
+            self.cache_usage += size
+            states[shard_id] = _ShardState.PREPARING
+            return _ShardState.REMOTE
+
+    def _make_room(self, size: int, states: np.ndarray) -> bool:
+        """Evicts shards until the cache has room; False if the shards being fetched leave none."""
+        coming = np.flatnonzero(states == _ShardState.PREPARING)
+        taken = self.stream.index_size + sum(self.shards[other].get_max_size() for other in coming)
+        if taken + size > self.cache_limit:
+            return False
+        while self.cache_usage + size > self.cache_limit and _ShardState.LOCAL in states:
+            self._evict_coldest_shard()
+        if self.cache_usage + size > self.cache_limit:  # another program has deleted files
+            self.cache_usage = taken
+        return True
+
+    # In the stock method, samples wait for this thread, which waits forever for a shard that failed or was evicted.
+    def _ready_thread(self, it: Any) -> None:
+        it.on_exit()
+
+    def _each_sample_id(self, it: Any) -> Iterator[int]:
+        for sample_id in it.sample_ids:
+            if it.should_exit():
+                break
+            if sample_id != -1:
+                yield sample_id
+            it.yield_index += 1
+        it.on_exit()

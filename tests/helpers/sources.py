@@ -1,0 +1,22 @@
+"""Sources of images, for conversions."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+def write_parquet(path: Path, images: list[bytes | None], labels, **options) -> Path:
+    """A Parquet file with the columns image and label."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"image": pa.array(images, pa.binary()), "label": labels}), path, **options)
+    return path
+
+
+def write_folder(root: Path, **classes: list[bytes]) -> Path:
+    """A folder of images, ROOT/CLASS/0.jpg and so on."""
+    for name, images in classes.items():
+        (root / name).mkdir(parents=True)
+        for number, data in enumerate(images):
+            (root / name / f"{number}.jpg").write_bytes(data)
+    return root
