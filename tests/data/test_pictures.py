@@ -327,5 +327,5 @@ def test_the_benchmark_prints_its_table(capsys, monkeypatch):
     monkeypatch.setattr(crop, "SIZES", [(300, 260), (640, 520)])
     assert crop.main(["--seconds", "0"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[0] for line in lines] == ["| picture", "| ---", "| 300 × 260", "| 640 × 520"]
+    assert [line.split(" | ")[0] for line in lines] == ["| image", "| ---", "| 300 × 260", "| 640 × 520"]
     assert all(line.endswith(" | 0 |") for line in lines[2:])
