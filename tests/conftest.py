@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads per process, in several processes, stall each other
 
+import hypothesis
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,6 +19,8 @@ from tests.helpers.paths import REFERENCE
 from tests.helpers.s3 import SeaweedFS
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("house", deadline=None)  # a busy machine is no fault
+hypothesis.settings.load_profile("house")
 # Tests of data fork, which a process that has trained can't: it holds Composer's threads and a process group.
 FIRST = ("tests/data", "test_faults", "test_torture", "tests/training", "tests/convert", "tests/evaluation")
 
