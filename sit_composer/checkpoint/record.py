@@ -41,13 +41,12 @@ class Record:
         """The record that `as_dict` gave, read from ``where``; raises CheckpointError for a part that is wrong."""
         for name, make in (("model", on_meta), ("transport", Transport), ("autoencoder", AutoencoderSpec)):
             try:
-                make(**content[name])
+                made = make(**content[name])  # the autoencoder in the end
             except REFUSALS as error:
                 reason = f"{error} is missing" if isinstance(error, KeyError) else error
                 raise CheckpointError(f"{where}: {name}: {reason}") from None
         rest: dict[str, Any] = {name: content.get(name) for name in ("classes", "ema_decay", "cfg_channels")}
-        autoencoder = AutoencoderSpec(**content["autoencoder"])
-        record = cls(content["model"], content["transport"], autoencoder, **rest)
+        record = cls(content["model"], content["transport"], made, **rest)
         if not isinstance(record.classes, list) or len(record.classes) != record.num_classes:
             raise CheckpointError(f"{where}: classes: expected {record.num_classes} names, one per class of the model")
         return record
@@ -119,10 +118,8 @@ class Checkpoint:
         known = self.record.autoencoder
         autoencoder = load_autoencoder(known.name, known.channels, device, dtype, slice_size)
         if autoencoder.spec != known:
-            raise UserError(
-                f"{self.source}: trained on latents of {known.as_dict()}, but the autoencoder of that name is now "
-                f"{autoencoder.spec.as_dict()}"
-            )
+            now = f"but the autoencoder of that name is now {autoencoder.spec.as_dict()}"
+            raise UserError(f"{self.source}: trained on latents of {known.as_dict()}, {now}")
         return autoencoder
 
     def describe(self) -> dict[str, Any]:
