@@ -41,12 +41,12 @@ class Record:
         """The record that `as_dict` gave, read from ``where``; raises CheckpointError for a part that is wrong."""
         for name, make in (("model", on_meta), ("transport", Transport), ("autoencoder", AutoencoderSpec)):
             try:
-                made = make(**content[name])  # the autoencoder in the end
+                make(**content[name])
             except REFUSALS as error:
                 reason = f"{error} is missing" if isinstance(error, KeyError) else error
                 raise CheckpointError(f"{where}: {name}: {reason}") from None
         rest: dict[str, Any] = {name: content.get(name) for name in ("classes", "ema_decay", "cfg_channels")}
-        record = cls(content["model"], content["transport"], made, **rest)
+        record = cls(content["model"], content["transport"], AutoencoderSpec(**content["autoencoder"]), **rest)
         if not isinstance(record.classes, list) or len(record.classes) != record.num_classes:
             raise CheckpointError(f"{where}: classes: expected {record.num_classes} names, one per class of the model")
         return record
