@@ -103,22 +103,21 @@ def check_fit(args: argparse.Namespace, record: Record, spec: DataSpec) -> None:
     autoencoder, channels = record.autoencoder, record.latent_shape[0]
     # As in training, images are cropped for an encoder. Pixels are not resized: new levels would not be the data's.
     cropped = spec.kind == "pixels" and (autoencoder.name is not None or spec.image_size is None)
-    got: str | None = None
-    expected: Any = None
     if len(ours) != len(theirs):
-        got, expected = f"{len(theirs)} classes", len(ours)
+        wrong = f"{len(theirs)} classes, expected {len(ours)}"
     elif ours != theirs and numbers not in (ours, theirs):
         a, b = next(pair for pair in zip(ours, theirs, strict=True) if pair[0] != pair[1])
-        got, expected = f"the class {b!r}", repr(a)
+        wrong = f"the class {b!r}, expected {a!r}"
     elif spec.kind == "latents" and spec.autoencoder != autoencoder.as_dict():
-        got = f"latents of {json.dumps(spec.autoencoder)}"
         expected = "pixels" if autoencoder.name is None else f"latents of {json.dumps(autoencoder.as_dict())}"
+        wrong = f"latents of {json.dumps(spec.autoencoder)}, expected {expected}"
     elif autoencoder.name is None and spec.channels != channels:
-        got, expected = f"images of {spec.channels} channels", channels
+        wrong = f"images of {spec.channels} channels, expected {channels}"
     elif spec.image_size != record.image_size and not cropped:
-        got, expected = f"{spec.kind} of images of size {spec.image_size}", record.image_size
-    if got:
-        raise UserError(f"{args.data}: got {got}, expected {expected} as for {args.checkpoint}")
+        wrong = f"{spec.kind} of images of size {spec.image_size}, expected {record.image_size}"
+    else:
+        return
+    raise UserError(f"{args.data}: got {wrong} as for {args.checkpoint}")
 
 
 Generators = list[np.random.Generator]  # one per image
@@ -129,15 +128,12 @@ def network_input(
 ) -> tuple[Tensor, Tensor, Generators]:
     """The network's input (N, C, H, W) for samples of `data.SitDataset`, labels (N,), and each image's generator."""
     generators, spec = [np.random.default_rng((args.seed, i)) for i in indices], record.autoencoder
+    given = torch.stack([sample["moments" if "moments" in sample else "image"] for sample in samples])
     if spec.name is None:
-        levels = torch.stack([sample["image"] for sample in samples])
-        noise = [g.random(levels.shape[1:], dtype=np.float32) for g in generators]
-        x = dequantize(levels, torch.from_numpy(np.stack(noise)))
+        noise = np.stack([g.random(given.shape[1:], dtype=np.float32) for g in generators])
+        x = dequantize(given, torch.from_numpy(noise))
     else:
-        if encoder is not None:
-            moments = encoder.moments(from_uint8(torch.stack([sample["image"] for sample in samples])))
-        else:
-            moments = torch.stack([sample["moments"] for sample in samples]).float()
+        moments = given.float() if encoder is None else encoder.moments(from_uint8(given))
         shape = (spec.channels, *moments.shape[2:])
         noise = np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators])
         x = spec.latents(moments, torch.from_numpy(noise).to(moments.device))

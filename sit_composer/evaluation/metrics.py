@@ -47,7 +47,7 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
 def inception_score(logits: np.ndarray, splits: int = IS_SPLITS) -> tuple[float, float]:
     """exp E[KL(p(y|x) ‖ p(y))], Salimans et al. 2016 (arXiv 1606.03498), section 4: mean and deviation over splits.
 
-    Rows are shuffled first, by a fixed seed: samples are in order of their class, and a split of few would score lower.
+    Rows are shuffled first, by a fixed seed: samples are sorted by class, and a split of few classes would score lower.
     """
     _check(logits, splits, f"{splits} splits")
     order = np.random.RandomState(SEED).permutation(len(logits))  # torch-fidelity's, for the same number
