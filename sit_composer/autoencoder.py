@@ -14,6 +14,7 @@ from torch import Tensor
 from sit_composer.errors import UserError, first_line, one_line
 
 SLICE_SIZE = 8  # images
+Device = torch.device | str
 DEFAULTED = "_use_default_values"  # diffusers' list of the config's keys that are not in its file
 BETTER = {
     torch.float16: "use bfloat16 or float32",
@@ -68,11 +69,7 @@ class KLAutoencoder:
     """
 
     def __init__(
-        self,
-        name: str,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        slice_size: int = SLICE_SIZE,
+        self, name: str, device: Device = "cpu", dtype: torch.dtype = torch.float32, slice_size: int = SLICE_SIZE
     ):
         try:
             vae, loading = autoencoder_kl().from_pretrained(
@@ -163,7 +160,7 @@ Autoencoder = PixelAutoencoder | KLAutoencoder
 def load_autoencoder(
     name: str | None,
     channels: int,
-    device: torch.device | str = "cpu",
+    device: Device = "cpu",
     dtype: torch.dtype = torch.float32,
     slice_size: int = SLICE_SIZE,
 ) -> Autoencoder:

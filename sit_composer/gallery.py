@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> None:
     weaker = load_checkpoint(args.guide, args.weights) if args.guide else None
     if weaker is not None:
         check_guide(args, checkpoint.record, weaker.record)
-    sampling = complete(args, checkpoint.record)
+    complete(args, checkpoint.record)
+    sampling = args.sampling
     network, guide = checkpoint.build_network(device), weaker.build_network(device) if weaker else None
     guidance = Guidance(network, sampling.cfg_scale, sampling.cfg_channels, sampling.cfg_interval, guide)
     labels = choose_labels(args, checkpoint.record.classes)
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"note: {sampling.sampling_method} chooses its own steps; --num-steps has no effect", file=sys.stderr)
     if missing:
         settings["decode_batch_size"] = args.decode_batch_size
-        generate_missing(args, checkpoint, guidance, sampling, settings, missing)
+        generate_missing(args, checkpoint, guidance, settings, missing)
     if rank == 0:
         images = [Image.open(image_file(out, i)).copy() for i in range(len(labels))]
         if args.npz:  # as ADM's evaluation takes them: uint8 (N, H, W, 3)
@@ -89,7 +90,7 @@ def field_of(record: Record) -> dict[str, Any]:
     }
 
 
-def complete(args: argparse.Namespace, record: Record) -> Sampling:
+def complete(args: argparse.Namespace, record: Record) -> None:
     """Sets the defaults that depend on the network; raises UserError for options of a decoder if there is none."""
     if args.cfg_scale is None:
         args.cfg_scale = 4.0 if record.has_null_class or args.guide else 1.0
@@ -102,7 +103,7 @@ def complete(args: argparse.Namespace, record: Record) -> Sampling:
         elif value is not None:
             option = f"--{name.replace('_', '-')}"
             raise UserError(f"{option}: got {value}, but {args.checkpoint} generates pixels, which need no decoder")
-    return Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
+    args.sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
 
 
 def choose_labels(args: argparse.Namespace, classes: list[str]) -> list[int]:
@@ -158,12 +159,7 @@ def claim(out: Path, settings: dict[str, Any], count: int) -> list[int]:
 
 
 def generate_missing(
-    args: argparse.Namespace,
-    checkpoint: Checkpoint,
-    guidance: Guidance,
-    sampling: Sampling,
-    settings: dict[str, Any],
-    missing: list[int],
+    args: argparse.Namespace, checkpoint: Checkpoint, guidance: Guidance, settings: dict[str, Any], missing: list[int]
 ) -> None:
     """Generates this rank's share of the missing images, and notes the work of all ranks with the settings."""
     rank, ranks = my_rank()
@@ -176,7 +172,7 @@ def generate_missing(
     with tqdm(total=len(share), unit="img", desc="sampling", disable=True if rank > 0 else None) as bar:
         for start in range(0, len(share), args.batch_size):
             indices = share[start : start + args.batch_size]
-            latents, used = generate(guidance, transport, [labels[i] for i in indices], indices, sampling)
+            latents, used = generate(guidance, transport, [labels[i] for i in indices], indices, args.sampling)
             for i, image in zip(indices, to_uint8(autoencoder.decode(latents)).cpu(), strict=True):
                 write_bytes(bytes(encode_png(image).numpy()), image_file(out, i))
             bar.update(len(indices))

@@ -16,7 +16,6 @@ import operator
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial, reduce
 from pathlib import Path
@@ -36,7 +35,6 @@ from sit_composer.errors import first_line
 from sit_composer.storage import LocalFolder, S3Folder
 
 PREFIX = "network."  # of ComposerSiT's parameters
-Part = Callable[[str], dict[str, Any]]  # the part of a run's state at a path such as callbacks.RunRecord
 
 
 def load_checkpoint(path: str, weights: str = "ema") -> Checkpoint:
@@ -53,7 +51,7 @@ def load_checkpoint(path: str, weights: str = "ema") -> Checkpoint:
     choose("weights", weights, WEIGHTS)
     place = find_checkpoint(path)
     if _is_sharded(place):
-        checkpoint = _from_run(place, partial(_part_of_folder, place), weights)
+        checkpoint = _from_run(place, None, weights)
     elif place.is_dir():
         checkpoint = _from_export(place, weights)
     else:
@@ -63,7 +61,7 @@ def load_checkpoint(path: str, weights: str = "ema") -> Checkpoint:
         if "state" not in content and any(map(are_weights, (content, content.get("model"), content.get("ema")))):
             checkpoint = from_authors(place, content, weights)
         else:
-            checkpoint = _from_run(place, partial(_part_of_file, content), weights)
+            checkpoint = _from_run(place, content, weights)
     for name, tensor in checkpoint.weights.items():
         if not torch.isfinite(tensor).all():
             what = f"{name} has values that are NaN or infinite"
@@ -132,7 +130,8 @@ def fetch(folder_or_hub_id: str) -> str:
         raise CheckpointError(f"{folder_or_hub_id}: {reason}") from error
 
 
-def _from_run(file: Path, part: Part, which: str) -> Checkpoint:
+def _from_run(file: Path, content: dict[str, Any] | None, which: str) -> Checkpoint:
+    part = partial(_part, file, content)
     try:
         record = json.loads(part("callbacks.RunRecord")["record"])
         time = part("timestamp.Timestamp")
@@ -151,13 +150,12 @@ def _from_run(file: Path, part: Part, which: str) -> Checkpoint:
     return Checkpoint(weights, which, Record.from_dict(record, file), step, str(file), epoch, samples)
 
 
-def _part_of_file(content: dict[str, Any], path: str) -> dict[str, Any]:
-    return reduce(operator.getitem, path.split("."), content["state"])
-
-
-def _part_of_folder(folder: Path, path: str) -> dict[str, Any]:
+def _part(place: Path, content: dict[str, Any] | None, path: str) -> dict[str, Any]:
+    """The part of a run's state at a path such as callbacks.RunRecord: of a file's content, or of a sharded folder."""
+    if content is not None:
+        return reduce(operator.getitem, path.split("."), content["state"])
     prefix = f"state.{path}."
-    found = load_sharded(folder, lambda name: name.startswith(prefix))
+    found = load_sharded(place, lambda name: name.startswith(prefix))
     if not found:
         raise KeyError(path)
     return {name.removeprefix(prefix): value for name, value in found.items()}

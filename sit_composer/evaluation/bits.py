@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from sit_composer.autoencoder import KLAutoencoder, from_uint8
 from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.record import Record
-from sit_composer.choices import EXACT_DIMS, Solve
+from sit_composer.choices import EXACT_DIMS
 from sit_composer.data.loader import build_loader
 from sit_composer.data.spec import DataSpec
 from sit_composer.data.stream import load_spec
@@ -25,7 +24,6 @@ from sit_composer.likelihood import bits_per_dim, dequantize, log_likelihood
 from sit_composer.outputs import versions, write_json
 from sit_composer.samplers import Counted
 from sit_composer.sit import SiT
-from sit_composer.transport import Transport
 
 
 def run(args: argparse.Namespace) -> None:
@@ -46,14 +44,14 @@ def run(args: argparse.Namespace) -> None:
     indices = choose_indices(args, spec)
     size = record.image_size if spec.kind == "pixels" else None
     images = build_loader(None, args.data, spec=spec, batch_size=args.batch_size, image_size=size, shuffle=False)
-    network, transport = checkpoint.build_network(device), record.build_transport()
+    network = checkpoint.build_network(device)
     log_p: list[float] = []
     evaluations = 0  # summed over the images
     with tqdm(total=len(indices), unit="img", desc="log p", disable=None) as bar:
         for start in range(0, len(indices), args.batch_size):
             batch = indices[start : start + args.batch_size]
             samples = [images.dataset[i] for i in batch]  # by index: a loader pads an epoch, and has its own order
-            values, used = log_p_of(transport, network, *network_input(args, samples, batch, record, encoder), solve)
+            values, used = log_p_of(args, samples, batch, record, network, encoder)
             log_p += values
             evaluations += used * len(batch)
             bar.update(len(batch))
@@ -70,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
         "settings": {
             "mode": "ODE",
             **asdict(solve),
-            "interval": transport.interval(eval=True),
+            "interval": record.build_transport().interval(eval=True),
             "dequantization": "uniform, (l + u - 1/2) / 127.5 - 1" if pixels else None,
             "batch_size": args.batch_size,
         },
@@ -120,13 +118,15 @@ def check_fit(args: argparse.Namespace, record: Record, spec: DataSpec) -> None:
     raise UserError(f"{args.data}: got {wrong} as for {args.checkpoint}")
 
 
-Generators = list[np.random.Generator]  # one per image
-
-
-def network_input(
-    args: argparse.Namespace, samples: list[dict], indices: list[int], record: Record, encoder: KLAutoencoder | None
-) -> tuple[Tensor, Tensor, Generators]:
-    """The network's input (N, C, H, W) for samples of `data.SitDataset`, labels (N,), and each image's generator."""
+def log_p_of(
+    args: argparse.Namespace,
+    samples: list[dict],
+    indices: list[int],
+    record: Record,
+    network: SiT,
+    encoder: KLAutoencoder,
+) -> tuple[list[float], int]:
+    """log p of samples of `data.SitDataset` given their labels, in nats, and the evaluations that the solver took."""
     generators, spec = [np.random.default_rng((args.seed, i)) for i in indices], record.autoencoder
     given = torch.stack([sample["moments" if "moments" in sample else "image"] for sample in samples])
     if spec.name is None:
@@ -139,20 +139,14 @@ def network_input(
         x = spec.latents(moments, torch.from_numpy(noise).to(moments.device))
     if x.shape[1:] != record.latent_shape:
         raise UserError(f"{args.data}: got samples of {tuple(x.shape[1:])}, expected {record.latent_shape}")
-    return x, torch.tensor([sample["label"] for sample in samples]), generators
-
-
-def log_p_of(
-    transport: Transport, network: SiT, x: Tensor, labels: Tensor, generators: Generators, solve: Solve
-) -> tuple[list[float], int]:
-    """log p of each x (N, C, H, W) given its label, in nats, and the evaluations of the field that the solver took."""
-    device, noise = next(network.parameters()).device, None
+    solve, probes = args.solve, None
     if not solve.exact:
         signs = [g.integers(0, 2, (solve.probes, *x.shape[1:]), dtype=np.int8) * 2 - 1 for g in generators]
-        noise = torch.from_numpy(np.stack(signs, axis=1))  # (probes, N, C, H, W)
+        probes = torch.from_numpy(np.stack(signs, axis=1))  # (probes, N, C, H, W)
     options = {name: value for name, value in asdict(solve).items() if value is not None and name != "seed"}
-    model = Counted(network)
-    values = log_likelihood(transport, model, x.to(device), noise=noise, y=labels.to(device), **options)
+    model, device = Counted(network), next(network.parameters()).device
+    labels = torch.tensor([sample["label"] for sample in samples], device=device)
+    values = log_likelihood(record.build_transport(), model, x.to(device), noise=probes, y=labels, **options)
     if not values.isfinite().all():
         raise UserError("log p is NaN or infinite; try more steps, or another solver")
     return values.tolist(), model.evaluations

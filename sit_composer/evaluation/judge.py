@@ -43,7 +43,11 @@ def judge(args: argparse.Namespace, samples: PictureSet, reference: PictureSet) 
     stored = reference.statistics
 
     fake = extract(samples, extractor, args.batch_size, chosen)
-    check_shapes(fake, reference, extractor)
+    for output, (mu, _) in STATISTICS.items():
+        if output in fake and mu in stored and stored[mu].shape != fake[output].shape[1:]:
+            got, expected = f"{stored[mu].size} {output} numbers", f"the {fake[output].shape[1]} of {extractor.name}"
+            advice = "use the extractor of these statistics"
+            raise UserError(f"{reference.path}: {mu}: got {got}, expected {expected}; {advice}")
     real = {}
     needs_images = not stored or any(METRICS[name].reference == "images" for name in chosen.names)
     if reference.batches and (needs_images or args.save_statistics):
@@ -89,17 +93,6 @@ def check_statistics(reference: PictureSet, extractor: Extractor) -> list[str]:
         raise UserError(f"{reference.path}: got statistics of {reference.of}, {expected}")
     reference.statistics = {}
     return [f"{reference.path}: its statistics are of {reference.of}; its images were used instead"]
-
-
-def check_shapes(fake: dict[str, np.ndarray], reference: PictureSet, extractor: Extractor) -> None:
-    """Raises UserError if the extractor's outputs are not of the stored statistics' length."""
-    for output, (mu, _) in STATISTICS.items():
-        stored = reference.statistics.get(mu)
-        if output in fake and stored is not None and stored.shape != fake[output].shape[1:]:
-            expected = (
-                f"expected the {fake[output].shape[1]} of {extractor.name}; use the extractor of these statistics"
-            )
-            raise UserError(f"{reference.path}: {mu}: got {stored.size} {output} numbers, {expected}")
 
 
 class Choice:

@@ -73,10 +73,6 @@ def kid(
         *(torch.as_tensor(f, dtype=torch.float64) for f in (features1, features2)),
         kid_subsets=subsets,
         kid_subset_size=min(subset_size, len(features1), len(features2)),
-        kid_kernel="poly",
-        kid_kernel_poly_degree=3,
-        kid_kernel_poly_gamma=None,  # 1 / D
-        kid_kernel_poly_coef0=1.0,
         rng_seed=SEED,
         verbose=False,
     )
