@@ -6,7 +6,7 @@ deviation. Latents, the network's samples, are z = (mean + std · noise - shift)
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from sit_composer.errors import UserError, first_line, one_line
 
 SLICE_SIZE = 8  # images
-Device = torch.device | str
+Device: TypeAlias = torch.device | str
 DEFAULTED = "_use_default_values"  # diffusers' list of the config's keys that are not in its file
 BETTER = {
     torch.float16: "use bfloat16 or float32",

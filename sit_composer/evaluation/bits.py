@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
         for start in range(0, len(indices), args.batch_size):
             batch = indices[start : start + args.batch_size]
             samples = [images.dataset[i] for i in batch]  # by index: a loader pads an epoch, and has its own order
-            values, used = log_p_of(args, samples, batch, record, network, encoder)
+            values, used = log_p_of(args, samples, record, network, encoder)
             log_p += values
             evaluations += used * len(batch)
             bar.update(len(batch))
@@ -119,15 +119,10 @@ def check_fit(args: argparse.Namespace, record: Record, spec: DataSpec) -> None:
 
 
 def log_p_of(
-    args: argparse.Namespace,
-    samples: list[dict],
-    indices: list[int],
-    record: Record,
-    network: SiT,
-    encoder: KLAutoencoder,
+    args: argparse.Namespace, samples: list[dict], record: Record, network: SiT, encoder: KLAutoencoder | None
 ) -> tuple[list[float], int]:
     """log p of samples of `data.SitDataset` given their labels, in nats, and the evaluations that the solver took."""
-    generators, spec = [np.random.default_rng((args.seed, i)) for i in indices], record.autoencoder
+    generators, spec = [np.random.default_rng((args.seed, sample["index"])) for sample in samples], record.autoencoder
     given = torch.stack([sample["moments" if "moments" in sample else "image"] for sample in samples])
     if spec.name is None:
         noise = np.stack([g.random(given.shape[1:], dtype=np.float32) for g in generators])
