@@ -1,6 +1,5 @@
 """Writes a checkpoint's weights as other programs read them: see `sit_composer.export`."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -134,14 +133,9 @@ def _is_this(folder: Path, config: str, source: dict[str, str], files: set[str])
     """Whether the folder holds an export of the same source, undamaged."""
     try:
         state = json.loads((folder / STATE).read_text("utf-8"))
-        hashes = state["sha256"]
-        return (
-            state["source"] == source
-            and hashes.keys() == files
-            and hashes[CONFIG] == hashlib.sha256(config.encode()).hexdigest()
-            and all(digest(folder / name) == known for name, known in hashes.items())
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        same = state["source"] == source and (folder / CONFIG).read_bytes() == config.encode()
+        return same and state["sha256"] == {name: digest(folder / name) for name in files}
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
