@@ -157,8 +157,8 @@ def model_card(checkpoint: Checkpoint) -> str:
     settings = {**asdict(Sampling()), "cfg_scale": 4.0 if record.has_null_class else 1.0}
     return CARD.format(
         image_size=record.image_size,
-        num_classes=record.num_classes,
-        last_label=record.num_classes - 1,
+        num_classes=len(record.classes),
+        last_label=len(record.classes) - 1,
         step=checkpoint.step,
         which="the exponential moving average" if checkpoint.which == "ema" else "the training weights, not an average",
         latents=latents,

@@ -47,8 +47,9 @@ class Record:
                 raise CheckpointError(f"{where}: {name}: {reason}") from None
         rest: dict[str, Any] = {name: content.get(name) for name in ("classes", "ema_decay", "cfg_channels")}
         record = cls(content["model"], content["transport"], AutoencoderSpec(**content["autoencoder"]), **rest)
-        if not isinstance(record.classes, list) or len(record.classes) != record.num_classes:
-            raise CheckpointError(f"{where}: classes: expected {record.num_classes} names, one per class of the model")
+        count = record.argument("num_classes")
+        if not isinstance(record.classes, list) or len(record.classes) != count:
+            raise CheckpointError(f"{where}: classes: expected {count} names, one per class of the model")
         return record
 
     def as_dict(self) -> dict[str, Any]:
@@ -63,10 +64,6 @@ class Record:
     def argument(self, name: str) -> Any:
         """An argument of the network, or its default."""
         return self.model.get(name, inspect.signature(SiT).parameters[name].default)
-
-    @property
-    def num_classes(self) -> int:
-        return self.argument("num_classes")
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
