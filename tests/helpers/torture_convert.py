@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from convert import to_mds
-from convert.engine import shards
+from convert.engine import conversion, shards  # noqa: F401 - imported once, not by each child
 from convert.sources import parts
 
 
