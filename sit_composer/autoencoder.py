@@ -6,7 +6,7 @@ deviation. Latents, the network's samples, are z = (mean + std · noise - shift)
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from sit_composer.errors import UserError, first_line, one_line
 
 SLICE_SIZE = 8  # images
+Device: TypeAlias = torch.device | str
 DEFAULTED = "_use_default_values"  # diffusers' list of the config's keys that are not in its file
 BETTER = {
     torch.float16: "use bfloat16 or float32",
@@ -63,17 +64,12 @@ class KLAutoencoder:
         slice_size: images that it computes at a time, which bounds the memory for any number of images.
 
     Raises:
-        UserError: if no complete AutoencoderKL can be loaded; or for float16, if its config.json has ``force_upcast:
-            true``, as SDXL's, whose activations overflow in float16. (The key is younger than SD's autoencoders, and
-            true by default: an old config without it is accepted for float16.)
+        UserError: if no complete AutoencoderKL can be loaded; or for float16, if its activations overflow, as its
+            config.json says with ``force_upcast: true`` (SDXL's). An old config without that key is accepted.
     """
 
     def __init__(
-        self,
-        name: str,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        slice_size: int = SLICE_SIZE,
+        self, name: str, device: Device = "cpu", dtype: torch.dtype = torch.float32, slice_size: int = SLICE_SIZE
     ):
         try:
             vae, loading = autoencoder_kl().from_pretrained(
@@ -92,10 +88,8 @@ class KLAutoencoder:
             if keys := sorted(loading[f"{fault}_keys"]):
                 raise UserError(f"autoencoder.name: the weights of {name!r} have {len(keys)} {fault}, as {keys[0]}")
         if config.latents_mean is not None or config.latents_std is not None:
-            raise UserError(
-                f"autoencoder.name: {name!r} has latents_mean or latents_std, numbers per channel; expected one "
-                "scaling_factor and one shift_factor"
-            )
+            what = "has latents_mean or latents_std, numbers per channel"
+            raise UserError(f"autoencoder.name: {name!r} {what}; expected one scaling_factor and one shift_factor")
         if dtype == torch.float16 and config.force_upcast and "force_upcast" not in config.get(DEFAULTED, ()):
             raise UserError(f"{name}: its config.json has force_upcast, as it overflows in float16; {BETTER[dtype]}")
         self.vae = vae.to(device).eval().requires_grad_(False)
@@ -134,9 +128,8 @@ class KLAutoencoder:
             for part in batch.split(self.slice_size):
                 parts.append(function(part.to(self.vae.device, self.vae.dtype)).float())
                 if not parts[-1].isfinite().all():
-                    dtype = self.vae.dtype
-                    reason = f"{action} in {str(dtype).removeprefix('torch.')} to NaN or infinite values"
-                    raise UserError(f"{self.spec.name}: {reason}; {BETTER[dtype]}")
+                    reason = f"{action} in {str(self.vae.dtype).removeprefix('torch.')} to NaN or infinite values"
+                    raise UserError(f"{self.spec.name}: {reason}; {BETTER[self.vae.dtype]}")
         return torch.cat(parts)
 
 
@@ -153,12 +146,11 @@ def find_subfolder(name: str) -> str | None:
     for subfolder in (None, "vae"):
         try:
             kind = autoencoder_kl().load_config(name, subfolder=subfolder).get("_class_name")
+            if kind == "AutoencoderKL":
+                return subfolder
+            reasons.append(f"its config.json is of {kind or 'no class'}")
         except OSError as error:
             reasons.append(one_line(error))
-            continue
-        if kind == "AutoencoderKL":
-            return subfolder
-        reasons.append(f"its config.json is of {kind or 'no class'}")
     raise ValueError(f"{reasons[0]} (and in its folder vae: {reasons[1]})")
 
 
@@ -168,7 +160,7 @@ Autoencoder = PixelAutoencoder | KLAutoencoder
 def load_autoencoder(
     name: str | None,
     channels: int,
-    device: torch.device | str = "cpu",
+    device: Device = "cpu",
     dtype: torch.dtype = torch.float32,
     slice_size: int = SLICE_SIZE,
 ) -> Autoencoder:

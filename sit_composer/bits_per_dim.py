@@ -19,7 +19,6 @@ guidance, either: a guided field leads to a density that is neither the network'
 import argparse
 import os
 import sys
-from typing import Any
 
 from sit_composer import choices
 from sit_composer.cli import make_parser, number, refuse_idle, run_command
@@ -37,9 +36,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-images", type=count, metavar="N", help="N of the images, chosen by the seed (all)")
     methods = f"of {', '.join(choices.ODE_METHODS)} (dopri5)"
     parser.add_argument("--sampling-method", default="dopri5", metavar="NAME", help=methods)
-    parser.add_argument(
-        "--num-steps", type=number(choices.TIME_POINTS), metavar="N", help="of a fixed-step solver (50)"
-    )
+    points = number(choices.TIME_POINTS)
+    parser.add_argument("--num-steps", type=points, metavar="N", help="of a fixed-step solver (50)")
     parser.add_argument("--atol", type=positive, help="of an adaptive solver (1e-5)")
     parser.add_argument("--rtol", type=positive, help="of an adaptive solver (1e-5)")
     parser.add_argument("--probes", type=count, metavar="K", help="Hutchinson's, one backward pass each (1)")
@@ -61,13 +59,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     check_output("--out", args.out, ".json", "bits_per_dim")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("this command runs as one process; start it with python, not with a launcher")
-    solver: dict[str, Any]
-    if adaptive:
-        solver = {"atol": args.atol or 1e-5, "rtol": args.rtol or 1e-5}
-    else:
-        solver = {"num_steps": args.num_steps or 50, "atol": None, "rtol": None}
+    steps, atol, rtol = (None, args.atol or 1e-5, args.rtol or 1e-5) if adaptive else (args.num_steps or 50, None, None)
     probes = None if args.exact else args.probes or 1
-    args.solve = choices.Solve(args.sampling_method, **solver, probes=probes, exact=args.exact, seed=args.seed)
+    args.solve = choices.Solve(args.sampling_method, steps, atol, rtol, probes, exact=args.exact, seed=args.seed)
     return args
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision.io import encode_png
 from tqdm import tqdm
 
-from sit_composer.autoencoder import SLICE_SIZE, Autoencoder, to_uint8
+from sit_composer.autoencoder import SLICE_SIZE, to_uint8
 from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.record import Checkpoint, Record
 from sit_composer.choices import Sampling
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     if weaker is not None:
         check_guide(args, checkpoint.record, weaker.record)
     complete(args, checkpoint.record)
-    sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
+    sampling = args.sampling
     network, guide = checkpoint.build_network(device), weaker.build_network(device) if weaker else None
     guidance = Guidance(network, sampling.cfg_scale, sampling.cfg_channels, sampling.cfg_interval, guide)
     labels = choose_labels(args, checkpoint.record.classes)
@@ -56,11 +56,12 @@ def run(args: argparse.Namespace) -> None:
         print(f"note: {sampling.sampling_method} chooses its own steps; --num-steps has no effect", file=sys.stderr)
     if missing:
         settings["decode_batch_size"] = args.decode_batch_size
-        generate_missing(args, checkpoint, guidance, sampling, settings, missing)
+        generate_missing(args, checkpoint, guidance, settings, missing)
     if rank == 0:
-        images = read_images(out, len(labels))
-        if args.npz:
-            write_npz(images, labels, Path(args.npz))
+        images = [Image.open(image_file(out, i)).copy() for i in range(len(labels))]
+        if args.npz:  # as ADM's evaluation takes them: uint8 (N, H, W, 3)
+            arrays = [np.asarray(image.convert("RGB")) for image in images]
+            write_arrays(Path(args.npz), arr_0=np.stack(arrays), labels=np.array(labels))
         write_grid(images, labels, out / "grid.png")
         print(out / "grid.png")
 
@@ -72,10 +73,9 @@ def my_rank() -> tuple[int, int]:
 
 def check_guide(args: argparse.Namespace, record: Record, weaker: Record) -> None:
     """Raises UserError, naming the difference, if the guide predicts something else than the network."""
-    theirs = field_of(weaker)
-    for name, ours in field_of(record).items():
-        if theirs[name] != ours:
-            raise UserError(f"--guide: {args.guide} has {name} {theirs[name]}, expected {ours} as in {args.checkpoint}")
+    for (name, ours), theirs in zip(field_of(record).items(), field_of(weaker).values(), strict=True):
+        if theirs != ours:
+            raise UserError(f"--guide: {args.guide} has {name} {theirs}, expected {ours} as in {args.checkpoint}")
     if weaker.classes != record.classes:
         raise UserError(f"--guide: {args.guide} has other classes than {args.checkpoint}, or in another order")
 
@@ -103,6 +103,7 @@ def complete(args: argparse.Namespace, record: Record) -> None:
         elif value is not None:
             option = f"--{name.replace('_', '-')}"
             raise UserError(f"{option}: got {value}, but {args.checkpoint} generates pixels, which need no decoder")
+    args.sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
 
 
 def choose_labels(args: argparse.Namespace, classes: list[str]) -> list[int]:
@@ -113,8 +114,7 @@ def choose_labels(args: argparse.Namespace, classes: list[str]) -> list[int]:
             return np.random.default_rng((args.seed, count)).integers(len(classes), size=count).tolist()
         return [i * len(classes) // count for i in range(count)]
     labels = []
-    for name in args.classes.split(","):
-        name = name.strip()
+    for name in map(str.strip, args.classes.split(",")):
         label = classes.index(name) if name in classes else int(name) if name.isdecimal() else -1
         if not 0 <= label < len(classes):
             raise UserError(f"--classes: got {name!r}, expected labels 0 to {len(classes) - 1}, or the classes' names")
@@ -141,11 +141,7 @@ def claim_for_all(out: Path, settings: dict[str, Any], count: int) -> list[int]:
 
 
 def claim(out: Path, settings: dict[str, Any], count: int) -> list[int]:
-    """Makes the folder for these settings, and gives the indices of the missing images.
-
-    Raises:
-        UserError: if it holds something else, which is left unchanged.
-    """
+    """Makes the folder for these settings, and gives the missing images' indices; UserError if it holds other files."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: {out} is a file, expected a folder")
     if out.is_dir() and [path.name for path in out.iterdir()] not in ([], [SETTINGS]):  # settings alone are replaced
@@ -163,25 +159,20 @@ def claim(out: Path, settings: dict[str, Any], count: int) -> list[int]:
 
 
 def generate_missing(
-    args: argparse.Namespace,
-    checkpoint: Checkpoint,
-    guidance: Guidance,
-    sampling: Sampling,
-    settings: dict[str, Any],
-    missing: list[int],
+    args: argparse.Namespace, checkpoint: Checkpoint, guidance: Guidance, settings: dict[str, Any], missing: list[int]
 ) -> None:
     """Generates this rank's share of the missing images, and notes the work of all ranks with the settings."""
     rank, ranks = my_rank()
-    out, labels = Path(args.out), settings["labels"]
-    autoencoder, transport = load_decoder(args, checkpoint, guidance), checkpoint.record.build_transport()
-    done, before = Work(), Work()
-    if rank == 0:
-        before = Work.of_earlier(out / SETTINGS, len(labels) - len(missing))
+    out, labels, transport = Path(args.out), settings["labels"], checkpoint.record.build_transport()
+    device, dtype = next(guidance.network.parameters()).device, getattr(torch, args.decode_dtype or "float32")
+    autoencoder = checkpoint.load_autoencoder(device, dtype, args.decode_batch_size)
+    done = Work()
+    before = Work.of_earlier(out / SETTINGS, len(labels) - len(missing)) if rank == 0 else Work()
     share = missing[rank::ranks]
     with tqdm(total=len(share), unit="img", desc="sampling", disable=True if rank > 0 else None) as bar:
         for start in range(0, len(share), args.batch_size):
             indices = share[start : start + args.batch_size]
-            latents, used = generate(guidance, transport, [labels[i] for i in indices], indices, sampling)
+            latents, used = generate(guidance, transport, [labels[i] for i in indices], indices, args.sampling)
             for i, image in zip(indices, to_uint8(autoencoder.decode(latents)).cpu(), strict=True):
                 write_bytes(bytes(encode_png(image).numpy()), image_file(out, i))
             bar.update(len(indices))
@@ -197,30 +188,8 @@ def generate_missing(
         write_json({**settings, **sum(works, before).means()}, out / SETTINGS)
 
 
-def load_decoder(args: argparse.Namespace, checkpoint: Checkpoint, guidance: Guidance) -> Autoencoder:
-    device = next(guidance.network.parameters()).device
-    if checkpoint.record.autoencoder.name is None:
-        return checkpoint.load_autoencoder(device)
-    return checkpoint.load_autoencoder(device, getattr(torch, args.decode_dtype), args.decode_batch_size)
-
-
 def image_file(out: Path, index: int) -> Path:
     return out / f"{index:06d}.png"
-
-
-def read_images(out: Path, count: int) -> list[Image.Image]:
-    """The images as PIL images."""
-    images = []
-    for i in range(count):
-        with Image.open(image_file(out, i)) as image:
-            images.append(image.copy())
-    return images
-
-
-def write_npz(images: list[Image.Image], labels: list[int], path: Path) -> None:
-    """Writes the images as ADM's evaluation takes them: arr_0, uint8 (N, H, W, 3); and the labels."""
-    arrays = [np.asarray(image.convert("RGB")) for image in images]
-    write_arrays(path, arr_0=np.stack(arrays), labels=np.array(labels))
 
 
 def write_grid(images: list[Image.Image], labels: list[int], path: Path, columns: int = 10, rows: int = 10) -> None:
@@ -231,13 +200,12 @@ def write_grid(images: list[Image.Image], labels: list[int], path: Path, columns
         shown = range(min(len(labels), rows * columns))
         width = min(math.ceil(math.sqrt(len(shown))), columns)
         cells = [list(shown[i : i + width]) for i in shown[::width]]
-    side = images[0].width
-    zoom = max(1, 48 // side)
-    step = side * zoom + 2
-    grid = Image.new(images[0].mode, (max(len(row) for row in cells) * step - 2, len(cells) * step - 2), "white")
+    side = images[0].width * max(1, 48 // images[0].width)
+    step = side + 2
+    grid = Image.new(images[0].mode, (max(map(len, cells)) * step - 2, len(cells) * step - 2), "white")
     for y, row in enumerate(cells):
         for x, i in enumerate(row):
-            grid.paste(images[i].resize((side * zoom, side * zoom), Image.NEAREST), (x * step, y * step))
+            grid.paste(images[i].resize((side, side), Image.NEAREST), (x * step, y * step))
     buffer = io.BytesIO()
     grid.save(buffer, "PNG")
     write_bytes(buffer.getvalue(), path)

@@ -15,16 +15,11 @@ from sit_composer.errors import UserError
 
 
 def check_output(option: str, path: str | None, suffix: str, *names: str) -> None:
-    """Checks that the file of an option, if given, can be written.
+    """Raises UserError if the file of an option, if given, can't be written, or exists and another program wrote it.
 
     Args:
-        option: the option's name on the command line.
-        path: its value.
         suffix: the expected end of the file's name; "" for any.
         names: keys or arrays in the files that the command writes; an existing file is replaced only if it has them.
-
-    Raises:
-        UserError: if the file can't be written, or another program wrote it.
     """
     if path is None:
         return
@@ -57,7 +52,6 @@ def write_json(content: dict[str, Any], path: Path) -> None:
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """Writes an npz."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     write_bytes(buffer.getvalue(), path)

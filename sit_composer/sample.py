@@ -15,7 +15,6 @@ from sit_composer.choices import Sampling
 from sit_composer.cli import make_parser, number, refuse_idle, run_command
 from sit_composer.outputs import check_output
 
-DTYPES = ("float32", "bfloat16", "float16")
 # Without defaults on the command line, to notice an option that has no effect; `Sampling` has the defaults.
 OPTIONAL = ("cfg_interval", "atol", "rtol", "diffusion_form", "diffusion_norm", "last_step", "last_step_size")
 
@@ -51,7 +50,7 @@ def make_options() -> argparse.ArgumentParser:
     option("--last-step-size", type=not_negative, help="of the SDE (0.04)")
     option("--seed", type=number(choices.FROM_ZERO), default=0, help="(0)")
     option("--batch-size", type=count, default=64, help="images per batch (64)")
-    option("--decode-dtype", choices=DTYPES, help="dtype of the autoencoder's decoder (float32)")
+    option("--decode-dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the decoder (float32)")
     option("--decode-batch-size", type=count, metavar="N", help="latents per batch of the decoder (8)")
     option("--npz", metavar="FILE", help="write all images as one array too: arr_0, uint8, N×H×W×3")
     return parser
@@ -63,8 +62,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     check_output("--npz", args.npz, "", "arr_0", "labels")
     ode = args.mode == "ODE"
-    args.sampling_method = args.sampling_method or ("dopri5" if ode else "Euler")
-    methods = choices.ODE_METHODS if ode else choices.SDE_METHODS
+    methods, method, steps = (choices.ODE_METHODS, "dopri5", 50) if ode else (choices.SDE_METHODS, "Euler", 250)
+    args.sampling_method = args.sampling_method or method
     choices.choose(f"--sampling-method of the {args.mode}", args.sampling_method, methods)
     adaptive = args.sampling_method in choices.ADAPTIVE_METHODS
     refuse_idle(
@@ -85,7 +84,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     choices.check_tolerances(args.atol, args.rtol, "--")
     args.cfg_interval = tuple(args.cfg_interval)
     args.idle_steps = adaptive and args.num_steps is not None  # only a note: the authors' command allows it, too
-    args.num_steps = args.num_steps or (50 if ode else 250)
+    args.num_steps = args.num_steps or steps
     args.last_step = None if args.last_step == "None" else args.last_step
     return args
 

@@ -1,4 +1,4 @@
-"""Keeps the record of the network in every checkpoint."""
+"""The record of the network in every checkpoint."""
 
 import json
 from collections.abc import Callable
@@ -13,8 +13,7 @@ from sit_composer.checkpoint.record import Record
 class RunRecord(Callback):
     """Keeps the record of the network in every checkpoint, so that it can be sampled from wherever it is moved to.
 
-    ``save_config`` is called once, before the first batch is trained: a run that is refused, or is finished already,
-    leaves no config behind.
+    ``save_config`` is called before the first batch: a run that is refused, or is finished already, saves no config.
     """
 
     def __init__(self, record: Record, save_config: Callable[[], None] | None = None):

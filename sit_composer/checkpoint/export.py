@@ -1,9 +1,9 @@
 """Writes a checkpoint's weights as other programs read them: see `sit_composer.export`."""
 
-import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sit_composer.checkpoint.load import find_checkpoint, load_checkpoint
-from sit_composer.checkpoint.record import CONFIG, EXPORTED, FORMAT, Checkpoint, NoSuchWeights, Record, digest
+from sit_composer.checkpoint.record import CONFIG, EXPORTED, FORMAT, Checkpoint, NoSuchWeights, digest
 from sit_composer.choices import Sampling
 from sit_composer.errors import UserError, first_line
 
@@ -84,33 +84,23 @@ def export(path: str, out: Path, hub: bool = False) -> None:
         raise absent
     for which in EXPORTED.keys() - held.keys():
         print(f"{place}: it has no {which} weights; exporting the others")
-    step = next(iter(held.values())).step
-
-    files: dict[str, Content] = {EXPORTED[which]: checkpoint.weights for which, checkpoint in held.items()}
-    if "ema" in held:
-        files["ema.pt"] = held["ema"].weights
-    write_folder(out / f"checkpoint-{step}", held, {which: EXPORTED[which] for which in held}, files)
+    best = held.get("ema") or held["training"]
+    files = {EXPORTED[which]: checkpoint for which, checkpoint in held.items()}
+    write_folder(out / f"checkpoint-{best.step}", files, {"ema.pt": best.weights} if "ema" in held else {})
     if hub:
-        which = "ema" if "ema" in held else "training"
-        files = {"model.safetensors": held[which].weights, "README.md": model_card(held[which])}
-        write_folder(out / f"hub-{step}", {which: held[which]}, {which: "model.safetensors"}, files)
+        write_folder(out / f"hub-{best.step}", {"model.safetensors": best}, {"README.md": model_card(best)})
 
 
-def write_folder(folder: Path, held: dict[str, Checkpoint], weights: dict[str, str], files: dict[str, Content]) -> None:
-    """Writes a folder, completely or not at all, with config.json and trainer_state.json; an existing one is kept.
-
-    Args:
-        held: its checkpoints, "ema" or "training" or both.
-        weights: the file of each.
-        files: the content of each other file.
-    """
-    first = next(iter(held.values()))
-    trained = {name: getattr(first, name) for name in ("step", "epoch", "samples")}
-    config = _json({**FORMAT, "weights": weights, "trained": trained, **first.record.as_dict()})
-    files = {**files, CONFIG: config}
+def write_folder(folder: Path, weights: dict[str, Checkpoint], others: Mapping[str, Content]) -> None:
+    """Writes files of weights and others, config.json and trainer_state.json, or nothing; an existing one is kept."""
+    held = list(weights.values())
+    trained = {name: getattr(held[0], name) for name in ("step", "epoch", "samples")}
+    names = {checkpoint.which: name for name, checkpoint in weights.items()}
+    config = _json({**FORMAT, "weights": names, "trained": trained, **held[0].record.as_dict()})
+    files = {**{name: checkpoint.weights for name, checkpoint in weights.items()}, **others, CONFIG: config}
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        source = {Path(path).name: digest(path) for path in sorted({checkpoint.path for checkpoint in held.values()})}
+        source = {Path(path).name: digest(path) for path in sorted({checkpoint.path for checkpoint in held})}
         if folder.exists():
             if not _is_this(folder, config, source, set(files)):
                 raise UserError(f"--out: {folder} exists and is not this export; choose another, or move it away")
@@ -143,14 +133,9 @@ def _is_this(folder: Path, config: str, source: dict[str, str], files: set[str])
     """Whether the folder holds an export of the same source, undamaged."""
     try:
         state = json.loads((folder / STATE).read_text("utf-8"))
-        hashes = state["sha256"]
-        return (
-            state["source"] == source
-            and hashes.keys() == files
-            and hashes[CONFIG] == hashlib.sha256(config.encode()).hexdigest()
-            and all(digest(folder / name) == known for name, known in hashes.items())
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        same = state["source"] == source and (folder / CONFIG).read_bytes() == config.encode()
+        return same and state["sha256"] == {name: digest(folder / name) for name in files}
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -163,18 +148,20 @@ def model_card(checkpoint: Checkpoint) -> str:
     record = checkpoint.record
     transport = record.build_transport()
     channels, side, _ = record.latent_shape
+    latents = f"the pixels themselves, {f'{channels} color channels each' if channels > 1 else 'in grayscale'}"
+    if record.autoencoder.name:
+        latents = f"latents of `{record.autoencoder.name}`, which are {side}×{side} with {channels} channels"
+    guidance = "It was trained without a null class, and can't be guided: leave `cfg_scale` at 1."
     if record.has_null_class:
         guidance = "It was trained with a null class, so that it can be guided."
-    else:
-        guidance = "It was trained without a null class, and can't be guided: leave `cfg_scale` at 1."
     settings = {**asdict(Sampling()), "cfg_scale": 4.0 if record.has_null_class else 1.0}
     return CARD.format(
         image_size=record.image_size,
-        num_classes=record.num_classes,
-        last_label=record.num_classes - 1,
+        num_classes=len(record.classes),
+        last_label=len(record.classes) - 1,
         step=checkpoint.step,
         which="the exponential moving average" if checkpoint.which == "ema" else "the training weights, not an average",
-        latents=_latents(record),
+        latents=latents,
         channels=channels,
         side=side,
         path_type=transport.path_type,
@@ -183,10 +170,3 @@ def model_card(checkpoint: Checkpoint) -> str:
         sigma=SIGMA if record.argument("learn_sigma") else "",
         settings=_json(settings).strip(),
     )
-
-
-def _latents(record: Record) -> str:
-    channels, side, _ = record.latent_shape
-    if record.autoencoder.name:
-        return f"latents of `{record.autoencoder.name}`, which are {side}×{side} with {channels} channels"
-    return f"the pixels themselves, {f'{channels} color channels each' if channels > 1 else 'in grayscale'}"

@@ -18,33 +18,24 @@ SHARD = re.compile(r"\.metadata|__\d+_\d+\.distcp")  # other names are ignored: 
 
 def checkpoints(folder: RunFolder) -> dict[str, list[str]]:
     """The names of all checkpoints, complete or not, from the oldest to the newest, with their files' names."""
-    found: dict[str, list[str]] = {}
+    found: dict[tuple[int, int, str], list[str]] = {}
     for name in folder.listing():
         top, _, file = name.partition("/")
-        if CHECKPOINT.fullmatch(top) and (SHARD.fullmatch(file) if file else top.endswith(".pt")):
-            found.setdefault(top, []).append(name)
-
-    def age(name: str) -> tuple[int, int]:
-        epoch, batch, _ = CHECKPOINT.findall(name)[0]
-        return int(batch), int(epoch)
-
-    return {name: found[name] for name in sorted(found, key=age)}
+        match = CHECKPOINT.fullmatch(top)
+        if match and (SHARD.fullmatch(file) if file else top.endswith(".pt")):
+            found.setdefault((int(match[2]), int(match[1]), top), []).append(name)
+    return {key[2]: found[key] for key in sorted(found, key=lambda key: key[:2])}
 
 
 def is_complete(folder: RunFolder, name: str, sizes: dict[str, int]) -> bool:
-    """Whether the checkpoint of that name can be resumed from; sizes is the folder's listing.
-
-    Raises:
-        StorageError: if it can't be read, so that it may be complete.
-    """
+    """Whether a checkpoint can be resumed from; sizes is the folder's listing. StorageError if it can't be read."""
     if name.endswith(".pt"):
         return folder.is_whole(name)
-    where = f"{folder.uri}/{name}/{METADATA}"
     content = folder.read(f"{name}/{METADATA}")
     if content is None:
         return False
     try:
-        needed = sharded_files(load_metadata(content, where))
+        needed = sharded_files(load_metadata(content, f"{folder.uri}/{name}/{METADATA}"))
     except CheckpointError as error:
         if content.endswith(b"."):  # the last byte of a whole pickle, but one of an unknown kind
             raise StorageError(f"{error}; move the checkpoint away to resume from an older one") from None
@@ -71,8 +62,7 @@ def prune(folder: RunFolder, keep: int) -> None:
 def clear_incomplete(folder: RunFolder) -> None:
     """Deletes incomplete checkpoints newer than the newest complete one, so that no old file mixes with new ones.
 
-    Raises:
-        StorageError: if there are several and none is complete, which no kill causes. All are kept.
+    If there are several and none is complete, which no kill causes, all are kept, and StorageError is raised.
     """
     found, last = checkpoints(folder), newest(folder)
     if last is None and len(found) > 1:

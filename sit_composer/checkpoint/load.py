@@ -12,12 +12,12 @@ Weights are asked for by name, "ema" or "training".
 
 import atexit
 import json
+import operator
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +35,14 @@ from sit_composer.errors import first_line
 from sit_composer.storage import LocalFolder, S3Folder
 
 PREFIX = "network."  # of ComposerSiT's parameters
-Part = Callable[[str], dict[str, Any]]  # the part of a run's state at a path such as callbacks.RunRecord
 
 
 def load_checkpoint(path: str, weights: str = "ema") -> Checkpoint:
-    """Reads the weights of that name.
+    """Reads the weights of that name, "ema" or "training".
 
     Args:
         path: a run's folder (its newest checkpoint) or one checkpoint, a file or a folder of shards; the authors'
             ``.pt``; an exported folder; each on disk or in S3.
-        weights: "ema" or "training".
 
     Raises:
         NoSuchWeights: if it has only the others.
@@ -53,7 +51,7 @@ def load_checkpoint(path: str, weights: str = "ema") -> Checkpoint:
     choose("weights", weights, WEIGHTS)
     place = find_checkpoint(path)
     if _is_sharded(place):
-        checkpoint = _from_run(place, partial(_part_of_folder, place), weights)
+        checkpoint = _from_run(place, None, weights)
     elif place.is_dir():
         checkpoint = _from_export(place, weights)
     else:
@@ -63,23 +61,19 @@ def load_checkpoint(path: str, weights: str = "ema") -> Checkpoint:
         if "state" not in content and any(map(are_weights, (content, content.get("model"), content.get("ema")))):
             checkpoint = from_authors(place, content, weights)
         else:
-            checkpoint = _from_run(place, partial(_part_of_file, content), weights)
+            checkpoint = _from_run(place, content, weights)
     for name, tensor in checkpoint.weights.items():
         if not torch.isfinite(tensor).all():
-            raise CheckpointError(
-                f"{checkpoint.path}: {name} has values that are NaN or infinite; use an earlier checkpoint"
-            )
+            what = f"{name} has values that are NaN or infinite"
+            raise CheckpointError(f"{checkpoint.path}: {what}; use an earlier checkpoint")
     return replace(checkpoint, source=path if is_remote(path) else checkpoint.path)
 
 
 def find_checkpoint(path: str) -> Path:
-    """What is read for a path: a file, the folder of a sharded checkpoint, or an exported folder.
+    """What is read for a path: a file, the folder of a sharded checkpoint, or an exported folder; or CheckpointError.
 
     For a run's folder it is the newest complete checkpoint. Objects in object storage are downloaded to a temporary
     folder, which is deleted when the process ends.
-
-    Raises:
-        CheckpointError: if there is nothing, or nothing that can be read.
     """
     if path.startswith("s3://"):
         return _download(path)
@@ -108,29 +102,23 @@ def _download(uri: str) -> Path:
     parent, _, last = uri.rstrip("/").rpartition("/")
     place = Path(tempfile.mkdtemp(prefix="sit_composer-checkpoint-"))
     atexit.register(shutil.rmtree, place, ignore_errors=True)
-    if CHECKPOINT.fullmatch(last):
-        fetch_checkpoint(S3Folder(parent), last, place)
-        return place / last
-    if last.endswith(".pt"):
+    if last.endswith(".pt") and not CHECKPOINT.fullmatch(last):
         S3Folder(parent).download(last, place / last)
         return place / last
-    folder = S3Folder(uri)
-    exported = [name for name in folder.listing() if name in (CONFIG, *EXPORTED.values())]
-    if CONFIG in exported:
-        for name in exported:
-            folder.download(name, place / name)
-        return place
-    name = _newest(folder)
-    fetch_checkpoint(folder, name, place)
-    return place / name
+    if not CHECKPOINT.fullmatch(last):
+        folder = S3Folder(uri)
+        exported = [name for name in folder.listing() if name in (CONFIG, *EXPORTED.values())]
+        if CONFIG in exported:
+            for name in exported:
+                folder.download(name, place / name)
+            return place
+        parent, last = uri, _newest(folder)
+    fetch_checkpoint(S3Folder(parent), last, place)
+    return place / last
 
 
 def fetch(folder_or_hub_id: str) -> str:
-    """The path itself if something is there, else the path of a snapshot of the Hugging Face Hub's model of that name.
-
-    Raises:
-        CheckpointError: if there is none of that name, or the Hub can't be reached.
-    """
+    """The path itself if something is there, else the folder of the Hub's model of that name; or CheckpointError."""
     if Path(folder_or_hub_id).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", folder_or_hub_id):
         return folder_or_hub_id
     from huggingface_hub import snapshot_download  # only a Hub's name needs it
@@ -142,7 +130,8 @@ def fetch(folder_or_hub_id: str) -> str:
         raise CheckpointError(f"{folder_or_hub_id}: {reason}") from error
 
 
-def _from_run(file: Path, part: Part, which: str) -> Checkpoint:
+def _from_run(file: Path, content: dict[str, Any] | None, which: str) -> Checkpoint:
+    part = partial(_part, file, content)
     try:
         record = json.loads(part("callbacks.RunRecord")["record"])
         time = part("timestamp.Timestamp")
@@ -161,16 +150,12 @@ def _from_run(file: Path, part: Part, which: str) -> Checkpoint:
     return Checkpoint(weights, which, Record.from_dict(record, file), step, str(file), epoch, samples)
 
 
-def _part_of_file(content: dict[str, Any], path: str) -> dict[str, Any]:
-    level = content["state"]
-    for name in path.split("."):
-        level = level[name]
-    return level
-
-
-def _part_of_folder(folder: Path, path: str) -> dict[str, Any]:
+def _part(place: Path, content: dict[str, Any] | None, path: str) -> dict[str, Any]:
+    """The part of a run's state at a path such as callbacks.RunRecord: of a file's content, or of a sharded folder."""
+    if content is not None:
+        return reduce(operator.getitem, path.split("."), content["state"])
     prefix = f"state.{path}."
-    found = load_sharded(folder, lambda name: name.startswith(prefix))
+    found = load_sharded(place, lambda name: name.startswith(prefix))
     if not found:
         raise KeyError(path)
     return {name.removeprefix(prefix): value for name, value in found.items()}
@@ -184,11 +169,10 @@ def _from_export(folder: Path, which: str) -> Checkpoint:
     config = folder / CONFIG
     try:
         content = json.loads(config.read_text("utf-8"))
-        found = {name: content.get(name) for name in FORMAT}
-        if found["format"] != FORMAT["format"]:
+        if content.get("format") != FORMAT["format"]:
             raise ValueError("sit_composer.export didn't write it")
-        if found != FORMAT:
-            raise ValueError(f"got version {found['version']}, expected version {FORMAT['version']}")
+        if content.get("version") != FORMAT["version"]:
+            raise ValueError(f"got version {content.get('version')}, expected version {FORMAT['version']}")
         files, trained = content["weights"], content["trained"]
         step, epoch, samples = (int(trained[name]) for name in ("step", "epoch", "samples"))
         if which not in files:

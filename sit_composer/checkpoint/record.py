@@ -46,10 +46,10 @@ class Record:
                 reason = f"{error} is missing" if isinstance(error, KeyError) else error
                 raise CheckpointError(f"{where}: {name}: {reason}") from None
         rest: dict[str, Any] = {name: content.get(name) for name in ("classes", "ema_decay", "cfg_channels")}
-        autoencoder = AutoencoderSpec(**content["autoencoder"])
-        record = cls(content["model"], content["transport"], autoencoder, **rest)
-        if not isinstance(record.classes, list) or len(record.classes) != record.num_classes:
-            raise CheckpointError(f"{where}: classes: expected {record.num_classes} names, one per class of the model")
+        record = cls(content["model"], content["transport"], AutoencoderSpec(**content["autoencoder"]), **rest)
+        count = record.argument("num_classes")
+        if not isinstance(record.classes, list) or len(record.classes) != count:
+            raise CheckpointError(f"{where}: classes: expected {count} names, one per class of the model")
         return record
 
     def as_dict(self) -> dict[str, Any]:
@@ -64,10 +64,6 @@ class Record:
     def argument(self, name: str) -> Any:
         """An argument of the network, or its default."""
         return self.model.get(name, inspect.signature(SiT).parameters[name].default)
-
-    @property
-    def num_classes(self) -> int:
-        return self.argument("num_classes")
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -119,10 +115,8 @@ class Checkpoint:
         known = self.record.autoencoder
         autoencoder = load_autoencoder(known.name, known.channels, device, dtype, slice_size)
         if autoencoder.spec != known:
-            raise UserError(
-                f"{self.source}: trained on latents of {known.as_dict()}, but the autoencoder of that name is now "
-                f"{autoencoder.spec.as_dict()}"
-            )
+            now = f"but the autoencoder of that name is now {autoencoder.spec.as_dict()}"
+            raise UserError(f"{self.source}: trained on latents of {known.as_dict()}, {now}")
         return autoencoder
 
     def describe(self) -> dict[str, Any]:

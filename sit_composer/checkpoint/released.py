@@ -11,14 +11,6 @@ from sit_composer.checkpoint.record import Checkpoint, NoSuchWeights, Record, ch
 from sit_composer.checkpoint.safe_load import CheckpointError
 from sit_composer.choices import SIZES
 
-TRANSPORT = {
-    "path_type": "Linear",
-    "prediction": "velocity",
-    "loss_weight": None,
-    "train_eps": None,
-    "sample_eps": None,
-}
-
 
 def are_weights(content: Any) -> bool:
     """Whether this is a state dict of a SiT."""
@@ -40,11 +32,10 @@ def from_authors(file: Path, content: dict[str, Any], which: str) -> Checkpoint:
     model = _network_of(file, weights, args)
     check_fit(file, model, weights)
     if model["in_channels"] != 4:
-        raise CheckpointError(
-            f"{file}: got {model['in_channels']} channels, expected the 4 of the authors' autoencoder; if sit_composer "
-            "exported it, give the exported folder"
-        )
-    transport = {name: args.get(name, default) for name, default in TRANSPORT.items()}
+        what = f"got {model['in_channels']} channels, expected the 4 of the authors' autoencoder"
+        raise CheckpointError(f"{file}: {what}; if sit_composer exported it, give the exported folder")
+    transport = {"path_type": args.get("path_type", "Linear"), "prediction": args.get("prediction", "velocity")}
+    transport |= {name: args.get(name) for name in ("loss_weight", "train_eps", "sample_eps")}
     if transport["prediction"] == "velocity" and transport["path_type"] != "VP":
         transport |= {"train_eps": None, "sample_eps": None}  # their code uses 0 then, whatever the arguments
     name = f"stabilityai/sd-vae-ft-{args.get('vae', 'ema')}"
@@ -64,11 +55,10 @@ def from_authors(file: Path, content: dict[str, Any], which: str) -> Checkpoint:
 
 
 def _network_of(file: Path, weights: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of the `SiT` that such weights fit, from their shapes.
+    """The arguments of the `SiT` that such weights fit, from their shapes, which don't say two things.
 
-    Shapes don't say two things. The heads come from the table of sizes (or ``args.num_heads``, which forks have). The
-    label table's last row is assumed to be the null class, which the authors' code always has, unless
-    ``args.num_classes`` says otherwise.
+    The heads come from the table of sizes (or ``args.num_heads``, which forks have). The label table's last row is
+    assumed to be the null class, as in the authors' code, unless ``args.num_classes`` says otherwise.
     """
     try:
         hidden, channels, patch, _ = weights["x_embedder.proj.weight"].shape
@@ -92,8 +82,7 @@ def _network_of(file: Path, weights: dict[str, Tensor], args: dict[str, Any]) ->
     heads = {hidden_size: num_heads for hidden_size, _, num_heads in SIZES.values()}
     num_heads = args.get("num_heads", heads.get(hidden))
     if num_heads is None:
-        raise CheckpointError(
-            f"{file}: the number of attention heads is unknown: got width {hidden}, expected one of "
-            f"{', '.join(map(str, heads))}; add the number to the file's args as num_heads"
-        )
+        what = f"got width {hidden}, expected one of {', '.join(map(str, heads))}"
+        advice = "add the number to the file's args as num_heads"
+        raise CheckpointError(f"{file}: the number of attention heads is unknown: {what}; {advice}")
     return {**shapes, "num_heads": num_heads}

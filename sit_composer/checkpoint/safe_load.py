@@ -50,11 +50,7 @@ class CheckpointError(UserError):
 
 
 def load_file(file: Path | str | io.BytesIO, mmap: bool = True) -> Any:
-    """The content of a file that torch.save wrote, on the CPU.
-
-    Raises:
-        CheckpointError: if it is not such a file, or could run code.
-    """
+    """The content of a file that torch.save wrote, on the CPU; CheckpointError if it is none, or could run code."""
     name = "a value" if isinstance(file, io.BytesIO) else file
     try:
         with torch.serialization.safe_globals(DATA_ONLY):
@@ -80,8 +76,7 @@ class MetadataUnpickler(pickle.Unpickler):
 def load_metadata(content: bytes, where: str) -> metadata.Metadata:
     """The parsed `.metadata` of a sharded checkpoint, named ``where`` in errors.
 
-    Raises:
-        CheckpointError: if it is not metadata, could run code, or names files outside its folder.
+    Raises CheckpointError if it is not metadata, could run code, or names files outside its folder.
     """
     try:
         found = MetadataUnpickler(io.BytesIO(content)).load()
@@ -136,19 +131,14 @@ class SafePlanner(DefaultLoadPlanner):
 def load_sharded(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Any]:
     """The wanted entries of a sharded checkpoint, unsharded and on the CPU, by their full names: state.model.….
 
-    Raises:
-        CheckpointError: if something is missing, damaged, or could run code.
+    Raises CheckpointError if something is missing, damaged, or could run code.
     """
-    reader = SafeReader(folder)
+    reader, content = SafeReader(folder), {}
     try:
-        entries = reader.read_metadata().state_dict_metadata
-        content = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            if isinstance(entry, metadata.TensorStorageMetadata)
-            else None
-            for name, entry in entries.items()
-            if wanted(name)
-        }
+        for name, entry in reader.read_metadata().state_dict_metadata.items():
+            if wanted(name):
+                is_tensor = isinstance(entry, metadata.TensorStorageMetadata)
+                content[name] = torch.empty(entry.size, dtype=entry.properties.dtype) if is_tensor else None
         dcp.load(content, storage_reader=reader, planner=SafePlanner(), no_dist=True)
     except CheckpointError:
         raise

@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from sit_composer.autoencoder import KLAutoencoder, from_uint8
 from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.record import Record
-from sit_composer.choices import EXACT_DIMS, Solve
+from sit_composer.choices import EXACT_DIMS
 from sit_composer.data.loader import build_loader
 from sit_composer.data.spec import DataSpec
 from sit_composer.data.stream import load_spec
@@ -25,7 +24,6 @@ from sit_composer.likelihood import bits_per_dim, dequantize, log_likelihood
 from sit_composer.outputs import versions, write_json
 from sit_composer.samplers import Counted
 from sit_composer.sit import SiT
-from sit_composer.transport import Transport
 
 
 def run(args: argparse.Namespace) -> None:
@@ -46,14 +44,14 @@ def run(args: argparse.Namespace) -> None:
     indices = choose_indices(args, spec)
     size = record.image_size if spec.kind == "pixels" else None
     images = build_loader(None, args.data, spec=spec, batch_size=args.batch_size, image_size=size, shuffle=False)
-    network, transport = checkpoint.build_network(device), record.build_transport()
+    network = checkpoint.build_network(device)
     log_p: list[float] = []
     evaluations = 0  # summed over the images
     with tqdm(total=len(indices), unit="img", desc="log p", disable=None) as bar:
         for start in range(0, len(indices), args.batch_size):
             batch = indices[start : start + args.batch_size]
             samples = [images.dataset[i] for i in batch]  # by index: a loader pads an epoch, and has its own order
-            values, used = log_p_of(transport, network, *network_input(args, samples, batch, record, encoder), solve)
+            values, used = log_p_of(args, samples, record, network, encoder)
             log_p += values
             evaluations += used * len(batch)
             bar.update(len(batch))
@@ -70,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
         "settings": {
             "mode": "ODE",
             **asdict(solve),
-            "interval": transport.interval(eval=True),
+            "interval": record.build_transport().interval(eval=True),
             "dequantization": "uniform, (l + u - 1/2) / 127.5 - 1" if pixels else None,
             "batch_size": args.batch_size,
         },
@@ -103,60 +101,47 @@ def check_fit(args: argparse.Namespace, record: Record, spec: DataSpec) -> None:
     autoencoder, channels = record.autoencoder, record.latent_shape[0]
     # As in training, images are cropped for an encoder. Pixels are not resized: new levels would not be the data's.
     cropped = spec.kind == "pixels" and (autoencoder.name is not None or spec.image_size is None)
-    got: str | None = None
-    expected: Any = None
     if len(ours) != len(theirs):
-        got, expected = f"{len(theirs)} classes", len(ours)
+        wrong = f"{len(theirs)} classes, expected {len(ours)}"
     elif ours != theirs and numbers not in (ours, theirs):
         a, b = next(pair for pair in zip(ours, theirs, strict=True) if pair[0] != pair[1])
-        got, expected = f"the class {b!r}", repr(a)
+        wrong = f"the class {b!r}, expected {a!r}"
     elif spec.kind == "latents" and spec.autoencoder != autoencoder.as_dict():
-        got = f"latents of {json.dumps(spec.autoencoder)}"
         expected = "pixels" if autoencoder.name is None else f"latents of {json.dumps(autoencoder.as_dict())}"
+        wrong = f"latents of {json.dumps(spec.autoencoder)}, expected {expected}"
     elif autoencoder.name is None and spec.channels != channels:
-        got, expected = f"images of {spec.channels} channels", channels
+        wrong = f"images of {spec.channels} channels, expected {channels}"
     elif spec.image_size != record.image_size and not cropped:
-        got, expected = f"{spec.kind} of images of size {spec.image_size}", record.image_size
-    if got:
-        raise UserError(f"{args.data}: got {got}, expected {expected} as for {args.checkpoint}")
-
-
-Generators = list[np.random.Generator]  # one per image
-
-
-def network_input(
-    args: argparse.Namespace, samples: list[dict], indices: list[int], record: Record, encoder: KLAutoencoder | None
-) -> tuple[Tensor, Tensor, Generators]:
-    """The network's input (N, C, H, W) for samples of `data.SitDataset`, labels (N,), and each image's generator."""
-    generators, spec = [np.random.default_rng((args.seed, i)) for i in indices], record.autoencoder
-    if spec.name is None:
-        levels = torch.stack([sample["image"] for sample in samples])
-        noise = [g.random(levels.shape[1:], dtype=np.float32) for g in generators]
-        x = dequantize(levels, torch.from_numpy(np.stack(noise)))
+        wrong = f"{spec.kind} of images of size {spec.image_size}, expected {record.image_size}"
     else:
-        if encoder is not None:
-            moments = encoder.moments(from_uint8(torch.stack([sample["image"] for sample in samples])))
-        else:
-            moments = torch.stack([sample["moments"] for sample in samples]).float()
+        return
+    raise UserError(f"{args.data}: got {wrong} as for {args.checkpoint}")
+
+
+def log_p_of(
+    args: argparse.Namespace, samples: list[dict], record: Record, network: SiT, encoder: KLAutoencoder | None
+) -> tuple[list[float], int]:
+    """log p of samples of `data.SitDataset` given their labels, in nats, and the evaluations that the solver took."""
+    generators, spec = [np.random.default_rng((args.seed, sample["index"])) for sample in samples], record.autoencoder
+    given = torch.stack([sample["moments" if "moments" in sample else "image"] for sample in samples])
+    if spec.name is None:
+        noise = np.stack([g.random(given.shape[1:], dtype=np.float32) for g in generators])
+        x = dequantize(given, torch.from_numpy(noise))
+    else:
+        moments = given.float() if encoder is None else encoder.moments(from_uint8(given))
         shape = (spec.channels, *moments.shape[2:])
         noise = np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators])
         x = spec.latents(moments, torch.from_numpy(noise).to(moments.device))
     if x.shape[1:] != record.latent_shape:
         raise UserError(f"{args.data}: got samples of {tuple(x.shape[1:])}, expected {record.latent_shape}")
-    return x, torch.tensor([sample["label"] for sample in samples]), generators
-
-
-def log_p_of(
-    transport: Transport, network: SiT, x: Tensor, labels: Tensor, generators: Generators, solve: Solve
-) -> tuple[list[float], int]:
-    """log p of each x (N, C, H, W) given its label, in nats, and the evaluations of the field that the solver took."""
-    device, noise = next(network.parameters()).device, None
+    solve, probes = args.solve, None
     if not solve.exact:
         signs = [g.integers(0, 2, (solve.probes, *x.shape[1:]), dtype=np.int8) * 2 - 1 for g in generators]
-        noise = torch.from_numpy(np.stack(signs, axis=1))  # (probes, N, C, H, W)
+        probes = torch.from_numpy(np.stack(signs, axis=1))  # (probes, N, C, H, W)
     options = {name: value for name, value in asdict(solve).items() if value is not None and name != "seed"}
-    model = Counted(network)
-    values = log_likelihood(transport, model, x.to(device), noise=noise, y=labels.to(device), **options)
+    model, device = Counted(network), next(network.parameters()).device
+    labels = torch.tensor([sample["label"] for sample in samples], device=device)
+    values = log_likelihood(record.build_transport(), model, x.to(device), noise=probes, y=labels, **options)
     if not values.isfinite().all():
         raise UserError("log p is NaN or infinite; try more steps, or another solver")
     return values.tolist(), model.evaluations

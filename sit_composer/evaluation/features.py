@@ -52,11 +52,7 @@ class Extractor:
 
 
 def load_extractor(features: str) -> Extractor:
-    """The extractor called ``inception``, or that of a TorchScript file.
-
-    Raises:
-        UserError: if there is none, or its weights can't be fetched.
-    """
+    """The extractor called ``inception``, or that of a TorchScript file; UserError if it can't be loaded."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if features == "inception":
         return Extractor("inception", "inception", load_inception(device), device)
@@ -65,9 +61,8 @@ def load_extractor(features: str) -> Extractor:
     try:
         network = torch.jit.load(features, map_location=device).eval()
     except Exception as error:
-        raise UserError(
-            f"--features: {features} is not a TorchScript module (torch.jit.save): {first_line(error)}"
-        ) from None
+        what = f"{features} is not a TorchScript module (torch.jit.save)"
+        raise UserError(f"--features: {what}: {first_line(error)}") from None
     return Extractor(Path(features).name, f"sha256:{digest(features)}", network, device)
 
 
@@ -77,17 +72,14 @@ def load_inception(device: str) -> Callable[[Tensor], dict[str, Tensor]]:
         network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], verbose=True)
     except Exception as error:
         cache = Path(torch.hub.get_dir(), "checkpoints", Path(fidelity.URL_INCEPTION_V3).name)
-        raise UserError(
-            f"--features inception: its weights come over the network once, and can't be loaded: {one_line(error)}; "
-            f"put {fidelity.URL_INCEPTION_V3} at {cache}, or give --features FILE"
-        ) from None
+        what = f"its weights come over the network once, and can't be loaded: {one_line(error)}"
+        advice = f"put {fidelity.URL_INCEPTION_V3} at {cache}, or give --features FILE"
+        raise UserError(f"--features inception: {what}; {advice}") from None
     network.to(device)
     seen: dict[str, Tensor] = {}
     # sFID (Nash et al. 2021, arXiv 2103.03841) as in ADM: the first 7 channels of TensorFlow's mixed_6, here Mixed_6d,
     # in TensorFlow's order (H, W, C), as in mu_s and sigma_s of ADM's reference batches.
-    network.Mixed_6d.register_forward_hook(
-        lambda module, args, out: seen.update(spatial=out[:, :7].permute(0, 2, 3, 1))
-    )
+    network.Mixed_6d.register_forward_hook(lambda _, args, out: seen.update(spatial=out[:, :7].permute(0, 2, 3, 1)))
 
     def forward(images: Tensor) -> dict[str, Tensor]:
         features, logits = network(images)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from sit_composer.choices import METRICS
 from sit_composer.cli import is_remote
 from sit_composer.errors import UserError
-from sit_composer.evaluation.features import Extractor, load_extractor
+from sit_composer.evaluation.features import OUTPUTS, Extractor, load_extractor
 from sit_composer.evaluation.metrics import STATISTICS
 from sit_composer.evaluation.picture_sets import PictureSet, open_set
 from sit_composer.evaluation.results import compute, report, save_statistics
@@ -35,8 +35,7 @@ def run(args: argparse.Namespace) -> None:
 
 def judge(args: argparse.Namespace, samples: PictureSet, reference: PictureSet) -> None:
     """Does what `run` says, with sets that are open."""
-    chosen = Choice(args.by_name)
-    chosen.check_sets(samples, reference)
+    chosen = Choice(args.by_name, samples, reference)
     if args.save_statistics and reference.batches is None:
         raise UserError(f"--save-statistics: {reference.path} has nothing but statistics already")
     extractor = load_extractor(args.features)
@@ -44,7 +43,11 @@ def judge(args: argparse.Namespace, samples: PictureSet, reference: PictureSet) 
     stored = reference.statistics
 
     fake = extract(samples, extractor, args.batch_size, chosen)
-    check_shapes(fake, reference, extractor)
+    for output, (mu, _) in STATISTICS.items():
+        if output in fake and mu in stored and stored[mu].shape != fake[output].shape[1:]:
+            got, expected = f"{stored[mu].size} {output} numbers", f"the {fake[output].shape[1]} of {extractor.name}"
+            advice = "use the extractor of these statistics"
+            raise UserError(f"{reference.path}: {mu}: got {got}, expected {expected}; {advice}")
     real = {}
     needs_images = not stored or any(METRICS[name].reference == "images" for name in chosen.names)
     if reference.batches and (needs_images or args.save_statistics):
@@ -65,17 +68,14 @@ def judge(args: argparse.Namespace, samples: PictureSet, reference: PictureSet) 
     values, settings = compute(chosen.names, fake, real, stored)
     if args.save_statistics:
         save_statistics(Path(args.save_statistics), real, extractor.identity)
+    origin = "stored" if stored else "computed"
     result = {
         "metrics": values,
         "left_out": chosen.left_out,
         "warnings": notes,
         "settings": settings,
         "samples": {**samples.describe(), "sampling": samples.settings},
-        "reference": {
-            **reference.describe(),
-            "image_size": args.image_size,
-            "statistics": "stored" if stored else "computed",
-        },
+        "reference": {**reference.describe(), "image_size": args.image_size, "statistics": origin},
         "features": {"name": extractor.name, "of": extractor.identity, "dimension": dimension},
         "versions": versions("sit-composer", "torch", "torch-fidelity", "numpy"),
     }
@@ -89,41 +89,19 @@ def check_statistics(reference: PictureSet, extractor: Extractor) -> list[str]:
     if not reference.statistics or reference.of in (None, extractor.identity):
         return []
     if reference.batches is None:
-        raise UserError(
-            f"{reference.path}: got statistics of {reference.of}, expected {extractor.identity} (--features)"
-        )
+        expected = f"expected {extractor.identity} (--features)"
+        raise UserError(f"{reference.path}: got statistics of {reference.of}, {expected}")
     reference.statistics = {}
     return [f"{reference.path}: its statistics are of {reference.of}; its images were used instead"]
 
 
-def check_shapes(fake: dict[str, np.ndarray], reference: PictureSet, extractor: Extractor) -> None:
-    """Raises UserError if the extractor's outputs are not of the stored statistics' length."""
-    for output, (mu, _) in STATISTICS.items():
-        stored = reference.statistics.get(mu)
-        if output in fake and stored is not None and stored.shape != fake[output].shape[1:]:
-            raise UserError(
-                f"{reference.path}: {mu}: got {stored.size} {output} numbers, expected the {fake[output].shape[1]} of "
-                f"{extractor.name}; use the extractor of these statistics"
-            )
-
-
 class Choice:
-    """The metrics still to compute. An impossible one is an error if asked for by name, else it is left out."""
+    """The metrics that the sets allow. Another one is an error if asked for by name, else it is left out."""
 
-    def __init__(self, by_name: list[str]) -> None:
+    def __init__(self, by_name: list[str], samples: PictureSet, reference: PictureSet) -> None:
         self.by_name = by_name
         self.names = [name for name in METRICS if not by_name or name in by_name]
         self.left_out: dict[str, str] = {}
-
-    def drop(self, name: str, reason: str) -> None:
-        if name in self.names:
-            if name in self.by_name:
-                raise UserError(f"--metrics {name}: {reason}")
-            self.names.remove(name)
-            self.left_out[name] = reason
-
-    def check_sets(self, samples: PictureSet, reference: PictureSet) -> None:
-        """Drops what the sets don't allow; an error if nothing remains."""
         if samples.batches is None:
             raise UserError(f"{samples.path}: holds statistics only, expected images for SAMPLES")
         if reference.statistics and "mu_s" not in reference.statistics:
@@ -137,18 +115,20 @@ class Choice:
         if not self.names:
             raise UserError("; ".join(f"{name}: {reason}" for name, reason in self.left_out.items()))
 
+    def drop(self, name: str, reason: str) -> None:
+        if name in self.names:
+            if name in self.by_name:
+                raise UserError(f"--metrics {name}: {reason}")
+            self.names.remove(name)
+            self.left_out[name] = reason
+
 
 def extract(
-    images: PictureSet,
-    extractor: Extractor,
-    batch_size: int,
-    chosen: Choice,
-    outputs: tuple[str, ...] = ("features", "spatial", "logits"),
+    images: PictureSet, extractor: Extractor, batch_size: int, chosen: Choice, outputs: tuple[str, ...] = OUTPUTS
 ) -> dict[str, np.ndarray]:
     """Those outputs that the chosen metrics need: float32 arrays (N, D). Notes the images' size."""
     parts: dict[str, list[np.ndarray]] = {}
-    done = 0
-    title = f"features of {Path(images.path).name}"
+    done, title = 0, f"features of {Path(images.path).name}"
     with tqdm(total=images.count, unit="img", desc=title, disable=None) as bar:
         for batch in images.batches(batch_size):
             out = extractor(batch)
@@ -159,16 +139,12 @@ def extract(
                         chosen.drop(name, f"it needs {metric.output}, which {extractor.name} doesn't give")
             needed = {"features", *(METRICS[name].output for name in chosen.names)}
             for output in [output for output in outputs if output in needed]:
-                bad = ~np.isfinite(out[output]).all(axis=1)
+                what, bad = f"{extractor.name}: {output}", ~np.isfinite(out[output]).all(axis=1)
                 if bad.any():
-                    raise UserError(
-                        f"{extractor.name}: {output} of image {done + bad.argmax()} of {images.path} are not finite"
-                    )
+                    raise UserError(f"{what} of image {done + bad.argmax()} of {images.path} are not finite")
                 before = parts.setdefault(output, [])
                 if before and before[0].shape[1] != out[output].shape[1]:
-                    raise UserError(
-                        f"{extractor.name}: {output} have another length from image {done} of {images.path} on"
-                    )
+                    raise UserError(f"{what} have another length from image {done} of {images.path} on")
                 before.append(out[output])
             done += len(batch)
             bar.update(len(batch))

@@ -27,19 +27,17 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     """|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½): FID, eq. 6 of Heusel et al. 2017 (arXiv 1706.08500).
 
     The squared 2-Wasserstein distance of two Gaussians (Dowson & Landau 1982), for mean (D,) and covariance (D, D).
+    Raises ValueError if the shapes differ, or a number is not finite.
 
     The trace of the root is the sum of the singular values of Σ₁^½ Σ₂^½. Unlike the root, or the eigenvalues, of the
     unsymmetric Σ₁Σ₂, these are exact to rounding even if a covariance is singular, that is for N <= D images.
-
-    Raises:
-        ValueError: if the shapes differ, or a number is not finite.
     """
-    mu1, sigma1, mu2, sigma2 = (np.asarray(a, dtype=np.float64) for a in (mu1, sigma1, mu2, sigma2))
+    given = mu1, sigma1, mu2, sigma2 = [np.asarray(a, dtype=np.float64) for a in (mu1, sigma1, mu2, sigma2)]
     d = mu1.size
-    if not (mu1.shape == mu2.shape == (d,) and sigma1.shape == sigma2.shape == (d, d)):
-        shapes = ", ".join(str(a.shape) for a in (mu1, sigma1, mu2, sigma2))
+    if [a.shape for a in given] != [(d,), (d, d)] * 2:
+        shapes = ", ".join(str(a.shape) for a in given)
         raise ValueError(f"mean (D,) and covariance (D, D) of both sets must fit: got {shapes}")
-    if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
+    if not all(np.isfinite(a).all() for a in given):
         raise ValueError("a mean or covariance has numbers that are not finite")
     cross = np.linalg.svd(_root(sigma1) @ _root(sigma2), compute_uv=False).sum()
     distance = np.sum((mu1 - mu2) ** 2) + np.trace(sigma1) + np.trace(sigma2) - 2 * cross
@@ -49,8 +47,7 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
 def inception_score(logits: np.ndarray, splits: int = IS_SPLITS) -> tuple[float, float]:
     """exp E[KL(p(y|x) ‖ p(y))], Salimans et al. 2016 (arXiv 1606.03498), section 4: mean and deviation over splits.
 
-    Rows are shuffled first, by a fixed seed: samples are in order of their class, and a split with only some of the
-    classes would score lower.
+    Rows are shuffled first, by a fixed seed: samples are sorted by class, and a split of few classes would score lower.
     """
     _check(logits, splits, f"{splits} splits")
     order = np.random.RandomState(SEED).permutation(len(logits))  # torch-fidelity's, for the same number
@@ -76,10 +73,6 @@ def kid(
         *(torch.as_tensor(f, dtype=torch.float64) for f in (features1, features2)),
         kid_subsets=subsets,
         kid_subset_size=min(subset_size, len(features1), len(features2)),
-        kid_kernel="poly",
-        kid_kernel_poly_degree=3,
-        kid_kernel_poly_gamma=None,  # 1 / D
-        kid_kernel_poly_coef0=1.0,
         rng_seed=SEED,
         verbose=False,
     )

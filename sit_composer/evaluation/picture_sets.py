@@ -45,18 +45,16 @@ class PictureSet:
 
 
 def open_set(path: str, image_size: int | None = None, cache: str | None = None) -> PictureSet:
-    """Finds out what is at ``path``, and how many images; none is read yet.
+    """Finds out what is at ``path``, and how many images; none is read yet. UserError if it can't be evaluated.
 
     Args:
         path: a file, a folder, or the URI of a folder of shards (s3://, gs://, …).
         image_size: crops the images to it.
         cache: a folder for the copies of remote shards, each set's in a folder of its own.
-
-    Raises:
-        UserError: if it is nothing that this command takes, or can't be reached.
     """
     if is_remote(path):
-        name = f"{path.rstrip('/').rpartition('/')[2]}-{hashlib.sha256(path.rstrip('/').encode()).hexdigest()[:8]}"
+        uri = path.rstrip("/")
+        name = f"{uri.rpartition('/')[2]}-{hashlib.sha256(uri.encode()).hexdigest()[:8]}"
         return open_shards(path, image_size, os.path.join(cache, name))
     if not os.path.exists(path):
         raise UserError(f"{path}: no such file or folder")
@@ -72,8 +70,7 @@ def open_set(path: str, image_size: int | None = None, cache: str | None = None)
         if labels is not None and len(files) != len(labels):
             raise UserError(f"{path}: holds {len(files)} of the {len(labels)} images; generate the others first")
     else:
-        folders = [sub for sub in folder.iterdir() if sub.is_dir()]
-        files = list_images(folder) or [file for sub in folders for file in list_images(sub)]
+        files = list_images(folder) or [f for sub in folder.iterdir() if sub.is_dir() for f in list_images(sub)]
     if not files:
         raise UserError(f"{path}: no PNG or JPEG images here, nor in folders here, nor shards with an {INDEX_NAME}")
     files.sort()
@@ -111,7 +108,7 @@ def read_files(files: list[Path], batch_size: int, image_size: int | None) -> It
         for start in range(0, len(files), batch_size):
             names = files[start : start + batch_size]
             batch = list(pool.map(read, names))
-            first = batch[0].shape if first is None else first
+            first = first or batch[0].shape
             for name, image in zip(names, batch, strict=True):
                 if image.shape != first:
                     got, expected = (f"{shape[1]} × {shape[2]}" for shape in (image.shape, first))
@@ -132,9 +129,8 @@ def open_shards(path: str, image_size: int | None, cache: str | None = None) -> 
         raise UserError(f"{path}: its images differ in size; crop them by --image-size (only the reference's)")
 
     def batches(batch_size: int) -> Iterator[Tensor]:
-        for batch in build_loader(
-            remote, local, spec=spec, batch_size=batch_size, image_size=image_size, shuffle=False, drop_last=False
-        ):
+        options: dict[str, Any] = {"image_size": image_size, "shuffle": False, "drop_last": False}
+        for batch in build_loader(remote, local, spec=spec, batch_size=batch_size, **options):
             yield batch["image"].expand(-1, 3, -1, -1)
 
     return PictureSet(path, spec.samples, batches)
@@ -170,14 +166,14 @@ def open_npz(path: str, image_size: int | None) -> PictureSet:
 def check_arrays(path: str, statistics: dict[str, np.ndarray]) -> None:
     """Raises UserError for statistics that are incomplete, of wrong shapes or not finite."""
     for mu, sigma in STATISTICS.values():
-        if (mu in statistics) != (sigma in statistics):
+        arrays = [statistics[name] for name in (mu, sigma) if name in statistics]
+        shapes = [array.shape for array in arrays]
+        if len(arrays) == 1:
             raise UserError(f"{path}: has only one of {mu} and {sigma}")
-        if mu in statistics:
-            shapes = statistics[mu].shape, statistics[sigma].shape
-            if len(shapes[0]) != 1 or shapes[1] != shapes[0] * 2:
-                raise UserError(f"{path}: {mu} and {sigma}: got {shapes[0]} and {shapes[1]}, expected (D,) and (D, D)")
-            if not all(a.dtype.kind == "f" and np.isfinite(a).all() for a in (statistics[mu], statistics[sigma])):
-                raise UserError(f"{path}: {mu} or {sigma} has numbers that are not finite")
+        if arrays and (len(shapes[0]) != 1 or shapes[1] != shapes[0] * 2):
+            raise UserError(f"{path}: {mu} and {sigma}: got {shapes[0]} and {shapes[1]}, expected (D,) and (D, D)")
+        if not all(array.dtype.kind == "f" and np.isfinite(array).all() for array in arrays):
+            raise UserError(f"{path}: {mu} or {sigma} has numbers that are not finite")
 
 
 def read_npz(path: str, shape: tuple[int, ...], batch_size: int, image_size: int | None) -> Iterator[Tensor]:

@@ -26,9 +26,8 @@ def compute(names: list[str], fake: dict, real: dict, stored: dict) -> tuple[dic
         values["is"], values["is_std"] = metrics.inception_score(fake["logits"])
         settings |= {"is_splits": metrics.IS_SPLITS, "seed": metrics.SEED}
     if "precision" in names or "recall" in names:
-        precision, recall = metrics.precision_recall(fake["features"], real["features"])
-        both = {"precision": precision, "recall": recall}
-        values |= {name: value for name, value in both.items() if name in names}
+        both = zip(("precision", "recall"), metrics.precision_recall(fake["features"], real["features"]), strict=True)
+        values |= {name: value for name, value in both if name in names}
         settings["neighbours"] = metrics.NEIGHBOURS
     if "kid" in names:
         values["kid"], values["kid_std"] = metrics.kid(fake["features"], real["features"])
