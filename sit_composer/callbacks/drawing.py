@@ -36,7 +36,7 @@ class Drawing:
 
     def __call__(self, state: State, process: Callable[[Tensor], Tensor]) -> Tensor:
         """All images' rows, on every rank; ``process`` makes n rows from n images, uint8 (n, C, H, W)."""
-        model = state.model.module if hasattr(state.model, "module") else state.model  # DDP's wrapper
+        model = getattr(state.model, "module", state.model)  # inside DDP's wrapper
         rank, ranks, count = dist.get_global_rank(), dist.get_world_size(), len(self.labels)
         share = [min(i, count - 1) for i in range(rank, -(-count // ranks) * ranks, ranks)]  # padded with the last one
         training = model.training

@@ -29,15 +29,11 @@ class Eviction(Callback):
 
     That point is the end of a training batch, or the start of a batch of an evaluation or of generated images. An
     evaluation or images due after the last batch are skipped: the resumed run continues with the next batch.
-
-    Args:
-        grace: seconds until the process exits, saved or not.
-        timeout: seconds that a rank waits for the others, as one of them may wait for a store.
     """
 
     def __init__(self, grace: float, timeout: float):
-        self.grace = grace
-        self.timeout = timedelta(seconds=timeout)
+        self.grace = grace  # seconds until the process exits, saved or not
+        self.timeout = timedelta(seconds=timeout)  # for a rank that waits for the others; one may wait for a store
         self.check: Callable[[], None] = lambda: None  # raises what ends the run otherwise
         self._training = False
         self._told = False
@@ -93,11 +89,7 @@ class Eviction(Callback):
         self.leave_if_told()
 
     def leave_if_told(self) -> None:
-        """Leaves training if a rank received a SIGTERM. All ranks must call this equally often.
-
-        Raises:
-            Evicted: on all ranks.
-        """
+        """Raises Evicted on all ranks if one received a SIGTERM. All ranks must call this equally often."""
         if self._training and self._agree():
             raise Evicted
 

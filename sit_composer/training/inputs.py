@@ -16,7 +16,7 @@ SECTIONS = ("data", "eval_data")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run is trained and evaluated on. The dicts have an entry per section: ``data``, ``eval_data``."""
+    """A run's inputs. The dicts have an entry per section: ``data``, ``eval_data``."""
 
     specs: dict[str, DataSpec]
     autoencoder: AutoencoderSpec  # of the latents that the network learns
@@ -25,21 +25,13 @@ class Inputs:
 
 
 def read_specs(config: Config) -> dict[str, DataSpec]:
-    """Reads `spec.json` once for each section of data that the config has.
-
-    Raises:
-        DataError: if it can't be read or is malformed.
-    """
+    """Reads `spec.json` once for each section of data that the config has."""
     sections = {name: getattr(config, name) for name in SECTIONS}
     return {name: load_spec(data.remote, data.local) for name, data in sections.items() if data is not None}
 
 
 def check_specs(config: Config, specs: dict[str, DataSpec]) -> None:
-    """Checks that the network can be trained on such shards, and evaluated on such others.
-
-    Raises:
-        ConfigError: naming the key, its value and what was expected.
-    """
+    """Raises ConfigError unless the network can be trained on ``data``'s shards, and evaluated on ``eval_data``'s."""
     if "data" in specs:
         check_classes_agree(specs)
     latents: list[AutoencoderSpec] = []
@@ -55,12 +47,7 @@ def check_specs(config: Config, specs: dict[str, DataSpec]) -> None:
 
 
 def open_inputs(config: Config, device: str) -> Inputs:
-    """Reads and checks the specs, loads the encoder if images are to be encoded, and builds the loaders.
-
-    Raises:
-        ConfigError: if the shards, the autoencoder and the network don't fit together.
-        DataError: if the shards can't be read.
-    """
+    """Reads and checks the specs, loads the encoder if images are to be encoded, and builds the loaders."""
     specs = read_specs(config)
     check_specs(config, specs)
     autoencoder, encoder = _open_autoencoder(config, specs, device)

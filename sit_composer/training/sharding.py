@@ -13,10 +13,7 @@ from sit_composer.config.schema import FSDPConfig
 
 
 class ShardingConfig(FSDP2Config):
-    """Composer's, with two properties that its FSDP2 class fixes at None.
-
-    These are the degree of replication, which HSDP needs, and the planner that loads checkpoints.
-    """
+    """Composer's, with two properties that it fixes at None: HSDP's degree of replication, and the loading planner."""
 
     replicas: int = 1
 
