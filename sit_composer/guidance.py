@@ -60,10 +60,9 @@ class Guidance:
         if self.guide is not None:
             strong, weak = self.network(x, t, y), self.guide(x, t, y)
         else:
-            null = torch.full_like(y, self.network.null_label)
-            both = self.network(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))  # (2N, C, H, W)
-            strong, weak = both.chunk(2)
+            labels = torch.cat([y, torch.full_like(y, self.network.null_label)])  # (2N,)
+            strong, weak = self.network(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)  # each (N, C, H, W)
         guided = weak + self.scale * (strong - weak)
-        if self.channels is not None:
-            guided = torch.cat([guided[:, : self.channels], strong[:, self.channels :]], dim=1)
-        return guided
+        if self.channels is None:
+            return guided
+        return torch.cat([guided[:, : self.channels], strong[:, self.channels :]], dim=1)

@@ -23,10 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class EMA(ComposerEMA):
-    """After each batch: average ← decay · average + (1 - decay) · weights. Evaluation uses the average.
-
-    Register ``ema.weights``, the callback that stores it, along with the algorithm.
-    """
+    """After each batch: average ← decay · average + (1 - decay) · weights, kept by the callback ``ema.weights``."""
 
     def __init__(self, decay: float = 0.9999):
         super().__init__(half_life=None, smoothing=decay, update_interval="1ba")

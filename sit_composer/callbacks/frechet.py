@@ -17,17 +17,14 @@ from sit_composer.evaluation.features import Extractor
 from sit_composer.evaluation.metrics import frechet_distance, statistics
 from sit_composer.outputs import write_json
 
-Statistics = tuple[np.ndarray, np.ndarray]
+Statistics = tuple[np.ndarray, np.ndarray]  # mean (D,) and covariance (D, D) of images' features
 
 
 class FrechetDistance(DrawingCallback):
     """Measures at each interval how far generated images are from real ones; logs ``metrics/frechet_distance``.
 
-    The values so far are in the checkpoint, so a resumed run has the same as an uninterrupted one. With few images the
-    number is biased upwards: compare only numbers of the same image count.
-
-    ``reference`` is the mean (D,) and covariance (D, D) of the real images' features. The JSON ``file``, if there is
-    one, gets the values too.
+    The values so far are in the checkpoint, so a resumed run has the same as an uninterrupted one, and in the JSON file
+    if one is given. With few images the number is biased upwards: compare only numbers of the same image count.
     """
 
     def __init__(self, interval: str, drawing: Drawing, extractor: Extractor, reference: Statistics, file: str | None):

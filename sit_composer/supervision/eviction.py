@@ -17,8 +17,6 @@ from composer.utils import dist
 
 from sit_composer.errors import EVICTED
 
-PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>: send this process a signal when its parent dies
-
 
 class Evicted(Exception):
     """A SIGTERM came: the run has left training, and must save."""
@@ -53,12 +51,12 @@ class Eviction(Callback):
         threading.Thread(target=self._time, args=(listening,), name="eviction", daemon=True).start()
         if "LOCAL_RANK" in os.environ and sys.platform == "linux":
             # If a signal kills Composer's launcher, it tells its ranks nothing, and they would train on alone.
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a SIGTERM when this process's parent dies
 
     def _time(self, listening: int) -> None:
         while os.read(listening, 1) not in (b"", bytes([signal.SIGTERM])):
             pass
-        if not self._left.is_set() and not self._left.wait(self.grace):
+        if not self._left.wait(self.grace):
             os._exit(EVICTED)
         os.close(listening)
 

@@ -99,10 +99,8 @@ class Supervision:
             # Their batches may be later, and would count as newer than this run's.
             self._outdated = [file for files in found.values() for file in files]
         elif found:
-            raise ConfigError(
-                f"trainer.save_folder: {self.uri} holds checkpoints ({list(found)[-1]}); trainer.autoresume=true "
-                "resumes from them, or choose another run_name"
-            )
+            advice = "trainer.autoresume=true resumes from them, or choose another run_name"
+            raise ConfigError(f"trainer.save_folder: {self.uri} holds checkpoints ({list(found)[-1]}); {advice}")
         return None
 
     def _local(self, name: str) -> Path:

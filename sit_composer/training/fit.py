@@ -32,10 +32,7 @@ REFUSALS = (ValueError, TypeError, OSError, RuntimeError, EOFError, KeyError, Un
 
 
 def train(config: Config) -> bool:
-    """Builds what the config says and trains it. Returns False if a SIGTERM ended it, once that is saved.
-
-    Raises a UserError for a broken shard, and for what the libraries, the data's spec or an earlier checkpoint refuse.
-    """
+    """Trains what the config describes. Returns False if a SIGTERM ended it, after saving; raises UserErrors."""
     if config.precision != "fp32" and not torch.cuda.is_available():
         raise ConfigError(f"precision: got {config.precision}, expected fp32: there is no GPU here")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,7 +47,7 @@ def train(config: Config) -> bool:
 
 
 def fit(config: Config, device: str, supervision: Supervision) -> bool:
-    """What `train` does once the ranks are connected."""
+    """Does what `train` says, once the ranks are connected."""
     resumption = supervision.start()
     inputs = open_inputs(config, device)
 

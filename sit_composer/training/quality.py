@@ -42,20 +42,16 @@ def quality_callbacks(
         labels = [label for label in chosen for _ in range(grid.per_class)]
         callbacks.append(SampleGrid(grid.interval, drawing(grid, labels), folder and f"{folder}/samples"))
     if frechet is not None:
-        with dist.run_local_rank_zero_first():  # it downloads Inception's weights
-            extractor = _load_extractor(frechet.features)
+        try:
+            with dist.run_local_rank_zero_first():  # it downloads Inception's weights
+                extractor = load_extractor(frechet.features)
+        except UserError as error:
+            raise ConfigError(str(error).replace("--features", "frechet.features")) from error
         real = _load_reference(config, extractor, config.model.input_size * autoencoder.spec.downsample)
         labels = [i * classes // frechet.num_images for i in range(frechet.num_images)]
         file = folder and f"{folder}/frechet.json"
         callbacks.append(FrechetDistance(frechet.interval, drawing(frechet, labels), extractor, real, file))
     return callbacks
-
-
-def _load_extractor(features: str) -> Extractor:
-    try:
-        return load_extractor(features)
-    except UserError as error:
-        raise ConfigError(str(error).replace("--features", "frechet.features")) from error
 
 
 def _load_reference(config: Config, extractor: Extractor, side: int) -> tuple:
