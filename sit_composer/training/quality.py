@@ -60,8 +60,8 @@ def _load_reference(config: Config, extractor: Extractor, side: int) -> tuple:
     reference = open_set(name)
     check_statistics(reference, extractor)
     if "mu" not in reference.statistics:
-        where = f"frechet.reference: {name} has no statistics of {features}"
-        raise ConfigError(f"{where}; sit_composer.evaluate --save-statistics writes them")
+        advice = "sit_composer.evaluate --save-statistics writes them"
+        raise ConfigError(f"frechet.reference: {name} has no statistics of {features}; {advice}")
     probe = extractor(torch.zeros(2, 3, side, side, dtype=torch.uint8))["features"]  # fails now, not in ten hours
     mu, expected = reference.statistics["mu"], probe.shape[1]
     if mu.shape != (expected,):
