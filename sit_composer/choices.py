@@ -25,8 +25,8 @@ class Bounds:
         """Whether the value is within the bounds."""
         if not math.isfinite(value) or (self.whole and value != int(value)):
             return False
-        enough = value > self.least if self.above else value >= self.least
-        return enough and (value < self.most if self.below else value <= self.most)
+        excluded = (self.above and value == self.least) or (self.below and value == self.most)
+        return self.least <= value <= self.most and not excluded
 
     def check(self, name: str, value: float) -> None:
         """Raises UserError, naming the option, its value and the bounds, unless the value is within them."""
@@ -61,21 +61,13 @@ def choose(name: str, value: object, choices: Collection[object]) -> None:
         raise UserError(f"{name}: got {value!r}, expected {', '.join(str(choice) for choice in choices)}")
 
 
-SIZES = {  # name: (hidden_size, depth, num_heads), table 1 of DiT (arXiv 2212.09748)
-    "S": (384, 12, 6),
-    "B": (768, 12, 12),
-    "L": (1024, 24, 16),
-    "XL": (1152, 28, 16),
-}
+# Name: (hidden_size, depth, num_heads), from table 1 of DiT (arXiv 2212.09748).
+SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 VARIANTS = [f"SiT-{size}/{patch}" for size in SIZES for patch in (2, 4, 8)]
 
 
 def variant(name: str) -> dict[str, int]:
-    """The SiT arguments behind a name such as ``"SiT-XL/2"``.
-
-    Raises:
-        UserError: if there is no such variant.
-    """
+    """The SiT arguments behind a name such as ``"SiT-XL/2"``."""
     choose("model.name", name, VARIANTS)
     size, patch = name.removeprefix("SiT-").split("/")
     hidden_size, depth, num_heads = SIZES[size]
@@ -88,15 +80,15 @@ def check_sizes(hidden_size: int, num_heads: int, input_size: int, patch_size: i
     for name, size in sizes.items():
         COUNT.check(prefix + name, size)
     if hidden_size % num_heads or hidden_size % 4:
-        what = f"a multiple of num_heads ({num_heads}), and of 4 for the sin-cos positions"
-        raise UserError(f"{prefix}hidden_size: got {hidden_size}, expected {what}")
+        multiple = f"a multiple of num_heads ({num_heads}), and of 4 for the sin-cos positions"
+        raise UserError(f"{prefix}hidden_size: got {hidden_size}, expected {multiple}")
     if input_size % patch_size:
         raise UserError(f"{prefix}input_size: got {input_size}, expected a multiple of patch_size ({patch_size})")
 
 
 @dataclass(frozen=True)
 class PathFacts:
-    """What the checks must know of a path; its formulas are in `interpolant`. Noise is at t = 0, data at t = 1."""
+    """A path's poles; its formulas are in `interpolant`. Noise is at t = 0, data at t = 1."""
 
     pole_at_noise: bool  # α = 0 at t = 0, so that what divides by α has a pole there
     pole_at_data: bool = False  # dσ/dt is infinite at t = 1, so that the velocity has a pole there, and no path beyond
@@ -119,8 +111,8 @@ LAST_STEPS = (None, "Mean", "Tweedie", "Euler")
 def check_poles(transport: Any, prefix: str = "") -> None:
     """Raises UserError for an eps of 0, of a Transport or its config, with which the times would reach a pole.
 
-    Training draws times from [0, 1), so that only the pole at t = 0 matters, which the weights of a noise or score
-    error have. Sampling evaluates both ends: a velocity computed from noise or score has a pole at t = 0.
+    Training draws times from [0, 1): only the pole at t = 0 matters, which the weights of a noise or score error have.
+    Sampling evaluates both ends: a velocity computed from noise or score has a pole at t = 0.
     """
     path, converted = PATHS[transport.path_type], transport.prediction != "velocity"
     weighted = converted and transport.loss_weight is not None

@@ -46,10 +46,8 @@ def generate(
     """Latents (N, C, H, W) for N labels, and the cost of each: ``evaluations`` of the field, ``passes`` of networks.
 
     The noise of image i comes from a generator seeded with (sampling.seed, i), so that an image does not depend on the
-    others in its batch. (The steps of an adaptive solver do, within its tolerances.)
-
-    Raises:
-        UserError: if the sampler gives up, or gives values that are not finite.
+    others in its batch. (The steps of an adaptive solver do, within its tolerances.) Raises a UserError if the sampler
+    gives up, or gives values that are not finite.
     """
     network = guidance.network
     device = next(network.parameters()).device
@@ -62,15 +60,14 @@ def generate(
         return torch.from_numpy(noise).to(device)
 
     guidance.passes = 0
-    model = Counted(guidance)
-    y = torch.tensor(labels, device=device)
+    model, y = Counted(guidance), torch.tensor(labels, device=device)
     common = {"sampling_method": sampling.sampling_method, "num_steps": sampling.num_steps, "y": y}
     if sampling.mode == "ODE":
         x = sample_ode(transport, model, draw(), atol=sampling.atol, rtol=sampling.rtol, **common)
     else:
-        names = ("diffusion_form", "diffusion_norm", "last_step", "last_step_size")
-        sde = {name: getattr(sampling, name) for name in names}
+        sde = {k: getattr(sampling, k) for k in ("diffusion_form", "diffusion_norm", "last_step", "last_step_size")}
         x = sample_sde(transport, model, draw(), draw=draw, **sde, **common)
     if not x.isfinite().all():
-        raise UserError("the sampler gave NaN or infinite values; try more steps, or a smaller cfg_scale or diffusion")
+        advice = "try more steps, or a smaller cfg_scale or diffusion"
+        raise UserError(f"sampling_method: {sampling.sampling_method} gave NaN or infinite values; {advice}")
     return x, {"evaluations": model.evaluations, "passes": guidance.passes}

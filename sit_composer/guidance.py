@@ -20,15 +20,12 @@ class Guidance:
     ``passes`` counts the forward passes per sample: 2 per evaluation inside the interval, 1 outside.
 
     Args:
-        network: a SiT, trained with label dropout unless there is a guide.
+        network: a SiT, trained with label dropout unless there is a guide; else a scale other than 1 is a UserError.
         scale: 1 is no guidance; a larger scale follows the labels more closely, with less variety.
         channels: guide only this many first channels, and leave the rest conditional; the release guides 3 of 4. None
             guides all.
         interval: the first and the last time at which it guides.
         guide: a weaker network, for autoguidance.
-
-    Raises:
-        UserError: for a scale other than 1 without a null class or a guide, or for an invalid interval.
     """
 
     def __init__(
@@ -39,22 +36,18 @@ class Guidance:
         interval: tuple[float, float] = (0.0, 1.0),
         guide: SiT | None = None,
     ):
+        start, end = interval
         if scale != 1 and network.null_label is None and guide is None:
-            raise UserError(
-                f"cfg_scale: got {scale:g}, expected 1: the network was trained with class_dropout_prob 0, and has no "
-                "null class to guide away from"
-            )
-        if not 0 <= interval[0] <= interval[1] <= 1:
-            raise UserError(
-                f"cfg_interval: got {interval[0]:g} to {interval[1]:g}, expected two times in [0, 1], in order"
-            )
+            reason = "the network was trained with class_dropout_prob 0, and has no null class to guide away from"
+            raise UserError(f"cfg_scale: got {scale:g}, expected 1: {reason}")
+        if not 0 <= start <= end <= 1:
+            raise UserError(f"cfg_interval: got {start:g} to {end:g}, expected two times in [0, 1], in order")
         self.network = network
         self.scale = scale
         self.channels = channels
         # An adaptive solver also evaluates past the ends 0 and 1, so that an interval up to an end includes what is
         # beyond. The margin is for times in float32, in which 0.7 is less than Python's 0.7.
-        first, last = interval[0] - 1e-6, interval[1] + 1e-6
-        self.interval = (-math.inf if interval[0] == 0 else first, math.inf if interval[1] == 1 else last)
+        self.interval = (-math.inf if start == 0 else start - 1e-6, math.inf if end == 1 else end + 1e-6)
         self.guide = guide
         self.passes = 0
 
@@ -67,10 +60,9 @@ class Guidance:
         if self.guide is not None:
             strong, weak = self.network(x, t, y), self.guide(x, t, y)
         else:
-            null = torch.full_like(y, self.network.null_label)
-            both = self.network(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))  # (2N, C, H, W)
-            strong, weak = both.chunk(2)
+            labels = torch.cat([y, torch.full_like(y, self.network.null_label)])  # (2N,)
+            strong, weak = self.network(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)  # each (N, C, H, W)
         guided = weak + self.scale * (strong - weak)
-        if self.channels is not None:
-            guided = torch.cat([guided[:, : self.channels], strong[:, self.channels :]], dim=1)
-        return guided
+        if self.channels is None:
+            return guided
+        return torch.cat([guided[:, : self.channels], strong[:, self.channels :]], dim=1)

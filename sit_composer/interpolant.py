@@ -14,7 +14,6 @@ To add a path, write its class here and add its name and poles to `choices.PATHS
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,7 +29,10 @@ def expand(t: Tensor, x: Tensor) -> Tensor:
 class Interpolant(ABC):
     """A path. All methods work elementwise in t, and keep its shape and dtype."""
 
-    facts: ClassVar[PathFacts]  # its poles
+    @property
+    def facts(self) -> PathFacts:
+        """The path's poles."""
+        return PATHS[type(self).__name__]
 
     @abstractmethod
     def alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,8 +87,6 @@ class Interpolant(ABC):
 class Linear(Interpolant):
     """α = t, σ = 1 - t: straight lines."""
 
-    facts = PATHS["Linear"]
-
     def alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return t, torch.ones_like(t)
 
@@ -96,8 +96,6 @@ class Linear(Interpolant):
 
 class GVP(Interpolant):
     """α = sin(πt/2), σ = cos(πt/2): variance-preserving, α² + σ² = 1."""
-
-    facts = PATHS["GVP"]
 
     def alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
         angle = t * (math.pi / 2)
@@ -114,7 +112,6 @@ class VP(Interpolant):
     β is linear in the diffusion's time 1 - t, from beta_min at the data to beta_max at the noise; α_0 = exp(-5.03).
     """
 
-    facts = PATHS["VP"]
     beta_min = 0.1
     beta_max = 20.0
 

@@ -1,10 +1,8 @@
 """Composer's launcher, made fit for schedulers:   python sit_composer/launch.py [composer's arguments]
 
-It passes a SIGTERM on to the ranks, once to each, and waits for them as long as they take to save. Composer's own kills
-a rank after 30 seconds, and at a second SIGTERM, which some schedulers send, it exits without waiting.
-
-The exit code is that of the first rank to fail, or 128 + N if signal N ended that rank. Composer's own is the lowest
-rank's, which may be one that the launcher ended because another had failed; and 256 - N for signal N.
+It passes a SIGTERM on to each rank once, and waits until they have saved. Composer's own kills a rank after 30 seconds,
+and exits at a second SIGTERM, which some schedulers send. The exit code is the first failed rank's, or 128 + N if
+signal N ended it. Composer's own is the lowest rank's, which the launcher may have ended itself, or 256 - N.
 """
 
 import os

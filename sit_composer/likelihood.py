@@ -36,16 +36,12 @@ def log_likelihood(
     data with the path's noise at that time (1 - 1e-3, unless sample_eps is given).
 
     Args:
-        sampling_method, num_steps, atol, rtol: the solver, as for `sample_ode`.
+        sampling_method, num_steps, atol, rtol: the solver, as for `sample_ode`; a UserError if it gives up.
         probes: the number of vectors ε of ±1 over which Hutchinson's estimate ∇·v ≈ εᵀ(∂v/∂x)ε is averaged. As in
             FFJORD, they are drawn once per solve: an adaptive solver would take new ones at each call for stiffness.
         exact: the exact trace instead, at one backward pass per dimension.
         generator: draws the probes, on the CPU; None is torch's own.
         noise: the probes themselves, (probes, N, …), if the caller draws them.
-
-    Raises:
-        UserError: for an unknown solver, fewer than 2 time points, no tolerance or probe, noise of another shape, or a
-            solver that gives up.
     """
     check_solver(sampling_method, num_steps, atol, rtol)
     COUNT.check("probes", probes)
@@ -71,9 +67,8 @@ def log_likelihood(
 
     start = (x, x.new_zeros(len(x)))
     states, changes = integrate(drift, start, times, sampling_method, atol, rtol, overstep=False)
-    z, change = states[-1], changes[-1]  # change is ∫ ∇·v dt from t1 down to t0
-    prior = -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1)
-    return prior + change
+    prior = -0.5 * (states[-1].square() + math.log(2 * math.pi)).flatten(1).sum(1)
+    return prior + changes[-1]  # ∫ ∇·v dt from t1 down to t0
 
 
 def _hutchinson(v: Tensor, x: Tensor, noise: Tensor) -> Tensor:
@@ -88,10 +83,8 @@ def _hutchinson(v: Tensor, x: Tensor, noise: Tensor) -> Tensor:
 def _trace(v: Tensor, x: Tensor) -> Tensor:
     """∇·v, one dimension after another: (N,)."""
     flat = v.flatten(1)  # (N, D)
-    diagonal = [
-        torch.autograd.grad(flat[:, d].sum(), x, retain_graph=True)[0].flatten(1)[:, d] for d in range(flat.shape[1])
-    ]
-    return torch.stack(diagonal).sum(0)
+    rows = (torch.autograd.grad(flat[:, d].sum(), x, retain_graph=True)[0].flatten(1) for d in range(flat.shape[1]))
+    return torch.stack([row[:, d] for d, row in enumerate(rows)]).sum(0)
 
 
 def dequantize(levels: Tensor, noise: Tensor) -> Tensor:

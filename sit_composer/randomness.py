@@ -32,7 +32,7 @@ def normal(keys: Tensor, purpose: int, shape: tuple[int, ...]) -> Tensor:
     """Standard normal numbers, float32 (N, *shape), for int64 keys (N,), by the Box–Muller transform."""
     size = math.prod(shape)
     bits = _bits(keys, purpose, (size + 1) // 2)  # (N, size / 2): each gives two numbers
-    radius = (-2 * ((_high(bits) + 1).float() * 2.0**-32).log()).sqrt()
+    radius = (-2 * ((_shifted(bits, 32) + 1).float() * 2.0**-32).log()).sqrt()
     angle = (bits & 0xFFFFFFFF).float() * (2 * math.pi * 2.0**-32)
     both = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
     return both[:, :size].reshape(-1, *shape)
@@ -40,7 +40,7 @@ def normal(keys: Tensor, purpose: int, shape: tuple[int, ...]) -> Tensor:
 
 def uniform(keys: Tensor, purpose: int) -> Tensor:
     """Uniform numbers in [0, 1), float32 (N,), for int64 keys (N,)."""
-    return (_high(_bits(keys, purpose, 1)[:, 0]) >> 8).float() * 2.0**-24
+    return _shifted(_bits(keys, purpose, 1)[:, 0], 40).float() * 2.0**-24
 
 
 def _bits(keys: Tensor, purpose: int, count: int) -> Tensor:
@@ -50,10 +50,6 @@ def _bits(keys: Tensor, purpose: int, count: int) -> Tensor:
     for shift, factor in MIX:
         x = (x ^ _shifted(x, shift)) * _signed(factor)
     return x ^ _shifted(x, 31)
-
-
-def _high(bits: Tensor) -> Tensor:
-    return _shifted(bits, 32)
 
 
 def _shifted(x: Tensor, by: int) -> Tensor:

@@ -1,7 +1,4 @@
-"""From noise to data: the probability-flow ODE, eq. (2) of SiT (arXiv 2401.08740), and the SDE, eq. (4).
-
-A model is any callable ``model(x, t, **kwargs)``; `Counted` counts its evaluations.
-"""
+"""From noise to data: the probability-flow ODE, eq. (2) of SiT (arXiv 2401.08740), and the SDE, eq. (4)."""
 
 from collections.abc import Callable
 from functools import partial
@@ -51,7 +48,9 @@ def integrate(drift: Callable, start: Any, times: Tensor, method: str, atol: flo
     try:
         return odeint(drift, start, times, method=method, atol=atol, rtol=rtol, options=options)
     except AssertionError as error:  # how torchdiffeq reports steps that became too small, or values that aren't finite
-        raise UserError(f"the solver gave up ({one_line(error)}); try a larger atol or rtol") from error
+        raise UserError(
+            f"sampling_method: the solver gave up ({one_line(error)}); try a larger atol or rtol"
+        ) from error
 
 
 def in_float32(model: Model, z: Tensor) -> tuple[Model, Tensor]:
@@ -81,14 +80,13 @@ def sample_ode(
 ) -> Tensor:
     """Integrates dx = v(x, t) dt from noise z (N, …) at t = 0 to data at t = 1; returns the final batch (N, …).
 
+    An invalid option, or a solver that gives up, raises a UserError.
+
     Args:
         sampling_method: a solver of torchdiffeq (euler, heun2, heun3, midpoint, rk4, dopri5, dopri8, …), or heun.
         num_steps: time points, both ends included: a fixed-step solver takes num_steps - 1 steps. An adaptive one
             chooses its own, by atol and rtol.
         reverse: from data to noise instead; z is then data.
-
-    Raises:
-        UserError: for an unknown solver, fewer than 2 time points, no tolerance, or a solver that gives up.
     """
     check_solver(sampling_method, num_steps, atol, rtol)
     t0, t1 = tr.interval(eval=True)
@@ -146,9 +144,6 @@ def sample_sde(
             of that time: use it with a form that is 0 at the data, or with a small size.
         num_steps: time points before the last step.
         draw: returns each step's noise, of z's shape; None is torch.randn.
-
-    Raises:
-        UserError: for an unknown method, form or last step, or a number out of bounds.
     """
     choices.choose("sampling_method", sampling_method, choices.SDE_METHODS)
     choices.choose("last_step", last_step, choices.LAST_STEPS)

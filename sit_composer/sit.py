@@ -118,9 +118,6 @@ class SiT(nn.Module):
         num_classes: number of labels; the null class, if any, is label num_classes.
         learn_sigma: keep the release's unused second half of the output channels. The released weights have it; it is
             computed and dropped, without effect on the loss, and a new network may omit it.
-
-    Raises:
-        UserError: for a size that is not a multiple of what it must be.
     """
 
     def __init__(
@@ -162,10 +159,7 @@ class SiT(nn.Module):
 
         Args:
             folder_or_hub_id: what `checkpoint.load.load_checkpoint` takes, or a Hub name such as "owner/name".
-            weights: "ema" or "training".
-
-        Raises:
-            checkpoint.safe_load.CheckpointError: if there are no such weights.
+            weights: "ema" or "training"; raises a UserError if there are no such weights.
         """
         checkpoints = importlib.import_module("sit_composer.checkpoint.load")  # which itself imports this module
         checkpoint = checkpoints.load_checkpoint(checkpoints.fetch(folder_or_hub_id), weights)
@@ -175,22 +169,17 @@ class SiT(nn.Module):
 
     def initialize_weights(self) -> None:
         """The release's initialization: every block starts as the identity, and the output is zero (adaLN-Zero)."""
-
-        def xavier(module: nn.Module) -> None:
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-
-        self.apply(xavier)
+        for layer in (module for module in self.modules() if isinstance(module, nn.Linear)):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
         self.pos_embed.data.copy_(sincos_positions(self.hidden_size, self.input_size // self.patch_size))
         projection = self.x_embedder.proj  # a convolution, initialized as a linear layer
         nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
         nn.init.zeros_(projection.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        modulations = [block.adaLN_modulation[-1] for block in self.blocks]
-        for layer in [*modulations, self.final_layer.adaLN_modulation[-1], self.final_layer.linear]:
+        for embedder in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(embedder.weight, std=0.02)
+        modulations = [block.adaLN_modulation[-1] for block in [*self.blocks, self.final_layer]]
+        for layer in [*modulations, self.final_layer.linear]:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 

@@ -27,14 +27,10 @@ def main(argv: list[str] | None = None) -> int:
     keys = "keys of the YAML, with defaults (???: must be given):\n" + documentation()
     parser = make_parser("composer sit_composer/train.py", __doc__, epilog=keys)
     parser.add_argument("yaml", help="the run's config, such as yamls/quickstart.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="override the YAML's keys, such as data.local=/data"
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print the run, its memory and its cost, check what it needs, and start nothing",
-    )
+    overrides = "override the YAML's keys, such as data.local=/data"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
+    dry_run = "print the run, its memory and its cost, check what it needs, and start nothing"
+    parser.add_argument("--dry-run", action="store_true", help=dry_run)
     args = parser.parse_intermixed_args(argv)
     stopped = "stopped; rerun the same command to resume from the last checkpoint"
     return run_command(lambda: run(args), stopped, errors=(UserError,))
@@ -49,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
             check_local(config)
     except UserError:
         if os.environ.get("RANK", "0") != "0":
-            # A node's ranks have the same to say. Let rank 0 say it: the launcher ends the others when the first one
-            # exits, and would make rank 0's "terminated" its own exit code. Another node may have its own mistake.
+            # Rank 0 prints the same error. If another rank exited first, the launcher would end rank 0 and return its
+            # "terminated" as exit code. Another node may have an error of its own.
             time.sleep(60)
         raise
     if args.dry_run:
@@ -70,8 +66,7 @@ def check_local(config: Config) -> None:
     check_same_run(config)
     for section in ("data", "eval_data"):
         data = getattr(config, section)
-        spec = local_spec(data, section) if data is not None else None
-        if spec is not None:
+        if data is not None and (spec := local_spec(data, section)) is not None:
             check_data(config, spec, section)
 
 

@@ -24,7 +24,7 @@ def at_least_float32(x: Tensor) -> torch.dtype:
 
 @dataclass(eq=False)
 class Transport:
-    """A path with a prediction target and a loss weight.
+    """A path with a prediction target and a loss weight. Invalid values raise a UserError.
 
     Args:
         path_type: ``Linear``, ``GVP`` or ``VP``.
@@ -32,7 +32,7 @@ class Transport:
         loss_weight: None, or the weight that turns a noise or score error into a ``velocity`` error, or into its part
             of a ``likelihood`` bound.
         train_eps: the distance of training times from the ends of [0, 1]. None is the path's own value where the
-            field has a pole (1e-5 for VP, else 1e-3, as released), and 0 for velocity on the other paths.
+            field has a pole (1e-5 for VP, else 1e-3, as released), else 0; 0 is invalid where there is a pole.
         sample_eps: the same for sampling; None is 1e-3 where the field has a pole, else 0.
         time_sampling: the distribution of training times: ``uniform``, as in the paper, or ``logit-normal`` (arXiv
             2403.03206, eq. 19), the sigmoid of a normal number, which has more times in the middle.
@@ -40,9 +40,6 @@ class Transport:
         time_shift: moves these times towards the noise, as if σ/α were larger by this factor (arXiv 2403.03206,
             eq. 23); 1 leaves them. For latents of more than 4096 dimensions, √(dimensions / 4096) was found good (arXiv
             2510.11690); for fewer, tests/benchmarks/time_sampling.py found that rule harmful.
-
-    Raises:
-        UserError: for an unknown name, a number out of bounds, or an eps of 0 where there is a pole.
     """
 
     path_type: str = "Linear"
@@ -59,9 +56,8 @@ class Transport:
         choices.choose("path_type", self.path_type, choices.PATHS)
         choices.choose("prediction", self.prediction, choices.PREDICTIONS)
         choices.choose("loss_weight", self.loss_weight, choices.LOSS_WEIGHTS)
-        for name in ("train_eps", "sample_eps"):
-            if getattr(self, name) is not None:
-                choices.EPS.check(name, getattr(self, name))
+        choices.EPS.check("train_eps", self.train_eps or 0)
+        choices.EPS.check("sample_eps", self.sample_eps or 0)
         choices.check_poles(self)
         choices.choose("time_sampling", self.time_sampling, choices.TIME_SAMPLINGS)
         choices.FINITE.check("time_mean", self.time_mean)

@@ -3,10 +3,9 @@
 How it differs from Composer 0.32's own, and why:
 
 - It starts from the initial weights, as SiT's does; Composer's starts from those after the first batch.
-- A checkpoint's ``state.model`` always holds the training weights. Composer's swaps the average in before a save, so
-  loading without the algorithm, or weights only, silently trains on from the average.
-- The callback `EMAWeights` keeps the average: a sharded checkpoint stores the state of callbacks, a dict, tensor by
-  tensor, but the state of algorithms, a list, as one pickled blob of rank 0's.
+- A checkpoint's ``state.model`` always holds the training weights; Composer's swaps the average in before a save.
+- The callback `EMAWeights` keeps the average: a sharded checkpoint stores callbacks' state tensor by tensor, but
+  algorithms' as one pickled blob of rank 0's.
 - The update is one fused call over the part of each tensor that this rank holds; nothing is gathered.
 """
 
@@ -24,10 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class EMA(ComposerEMA):
-    """After each batch: average ← decay · average + (1 - decay) · weights. Evaluation uses the average.
-
-    Register ``ema.weights``, the callback that stores it, along with the algorithm.
-    """
+    """After each batch: average ← decay · average + (1 - decay) · weights, kept by the callback ``ema.weights``."""
 
     def __init__(self, decay: float = 0.9999):
         super().__init__(half_life=None, smoothing=decay, update_interval="1ba")
@@ -74,7 +70,6 @@ class EMAWeights(Callback):
         self.params = {name.replace("_checkpoint_wrapped_module.", ""): p.detach().clone() for name, p in named}
         self.loaded = self.swapped = False
 
-    @torch.no_grad()
     def _local(self) -> tuple[list[Tensor], list[Tensor]]:
         """This rank's part of the averages, and of the parameters."""
         # Not kept: FSDP2 moves uneven shards to other storage before its first forward pass.
@@ -120,15 +115,15 @@ class EMAWeights(Callback):
         return {"params": {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in self.params.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        missing, unknown = self.params.keys() - state["params"].keys(), state["params"].keys() - self.params.keys()
-        if missing or unknown:
-            lacks, has = sorted(missing)[:3], sorted(unknown)[:3]
+        theirs, ours = state["params"].keys(), self.params.keys()
+        if theirs != ours:
+            lacks, has = sorted(ours - theirs)[:3], sorted(theirs - ours)[:3]
             raise ValueError(f"the checkpoint's EMA is of another model: it lacks {lacks} and has {has}")
         for name, average in self.params.items():
             stored = state["params"][name]
             if isinstance(average, DTensor) and not isinstance(stored, DTensor):  # each rank has read all of it
-                mesh, placements = average.device_mesh, average.placements
-                stored = distribute_tensor(stored.to(average.device), mesh, placements, src_data_rank=None)
+                where = average.device_mesh, average.placements
+                stored = distribute_tensor(stored.to(average.device), *where, src_data_rank=None)
             average.copy_(stored)
         self.loaded = True
 

@@ -23,8 +23,8 @@ from sit_composer.guidance import Guidance
 class Drawing:
     """Generates images from the averaged weights in the middle of training; each rank generates its share.
 
-    Their noise has its own generators, and the network is in evaluation mode meanwhile, so training's bits are the
-    same with and without it. All ranks call the network equally often, as sharded weights need.
+    Training's bits stay the same: the noise has its own generators, and the network is in evaluation mode meanwhile.
+    All ranks call the network equally often, as sharded weights need.
     """
 
     labels: list[int]  # of the images, in order
@@ -36,12 +36,11 @@ class Drawing:
 
     def __call__(self, state: State, process: Callable[[Tensor], Tensor]) -> Tensor:
         """All images' rows, on every rank; ``process`` makes n rows from n images, uint8 (n, C, H, W)."""
-        model = state.model.module if hasattr(state.model, "module") else state.model  # DDP's wrapper
+        model = getattr(state.model, "module", state.model)  # inside DDP's wrapper
         rank, ranks, count = dist.get_global_rank(), dist.get_world_size(), len(self.labels)
         share = [min(i, count - 1) for i in range(rank, -(-count // ranks) * ranks, ranks)]  # padded with the last one
-        training = model.training
+        training, parts = model.training, []
         model.eval()
-        parts = []
         # FSDP2 gathers weights in autocast's precision, and Composer calls callbacks without autocast.
         sharded = any(isinstance(module, FSDPModule) for module in model.modules())
         precision = get_precision_context(state.precision) if sharded else nullcontext()

@@ -12,33 +12,22 @@ from composer.utils import dist
 from torch import Tensor
 
 from sit_composer.callbacks.drawing import Drawing, DrawingCallback
+from sit_composer.cli import say
 from sit_composer.evaluation.features import Extractor
 from sit_composer.evaluation.metrics import frechet_distance, statistics
 from sit_composer.outputs import write_json
+
+Statistics = tuple[np.ndarray, np.ndarray]  # mean (D,) and covariance (D, D) of images' features
 
 
 class FrechetDistance(DrawingCallback):
     """Measures at each interval how far generated images are from real ones; logs ``metrics/frechet_distance``.
 
-    The values so far are in the checkpoint, so a resumed run has the same as an uninterrupted one. With few images the
-    number is biased upwards: compare only numbers of the same image count.
-
-    Args:
-        interval: a time string such as ``10000ba``; the end of training counts too.
-        drawing: generates the images.
-        extractor: gives the images' features.
-        reference: mean (D,) and covariance (D, D) of the real images' features.
-        file: gets the values, as JSON; None: only the loggers get them.
+    The values so far are in the checkpoint, so a resumed run has the same as an uninterrupted one, and in the JSON file
+    if one is given. With few images the number is biased upwards: compare only numbers of the same image count.
     """
 
-    def __init__(
-        self,
-        interval: str,
-        drawing: Drawing,
-        extractor: Extractor,
-        reference: tuple[np.ndarray, np.ndarray],
-        file: str | None,
-    ):
+    def __init__(self, interval: str, drawing: Drawing, extractor: Extractor, reference: Statistics, file: str | None):
         super().__init__(interval, drawing)
         self.extractor = extractor
         self.reference = reference
@@ -47,18 +36,15 @@ class FrechetDistance(DrawingCallback):
 
     def draw(self, state: State, logger: Logger) -> None:
         features = self.drawing(state, self.features).cpu().numpy()  # (N, D)
-        distance: list[float | None] = [None]
-        if dist.get_global_rank() == 0:
-            distance = [frechet_distance(*statistics(features), *self.reference)]
-        dist.broadcast_object_list(distance)
-        batch = int(state.timestamp.batch)
-        self.values[str(batch)] = distance[0]
-        logger.log_metrics({"metrics/frechet_distance": distance[0]})
-        if dist.get_global_rank() != 0:
-            return
+        rank = dist.get_global_rank()
+        found = [frechet_distance(*statistics(features), *self.reference) if rank == 0 else None]
+        dist.broadcast_object_list(found)
+        batch, distance = int(state.timestamp.batch), found[0]
+        self.values[str(batch)] = distance
+        logger.log_metrics({"metrics/frechet_distance": distance})
         count, sampling = len(self.drawing.labels), self.drawing.sampling
-        print(f"batch {batch}: Fréchet distance {distance[0]:.2f} of {count} images", flush=True)
-        if self.file is not None:
+        say(f"batch {batch}: Fréchet distance {distance:.2f} of {count} images")
+        if self.file is not None and rank == 0:
             Path(self.file).parent.mkdir(parents=True, exist_ok=True)
             settings = {k: getattr(sampling, k) for k in ("sampling_method", "num_steps", "cfg_scale", "seed")}
             settings |= {"pictures": count, "features": self.extractor.identity}

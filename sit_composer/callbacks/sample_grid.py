@@ -13,13 +13,7 @@ from sit_composer.gallery import write_grid
 
 
 class SampleGrid(DrawingCallback):
-    """Generates the same images at each interval: a PNG in ``folder``, and an image in the loggers.
-
-    Args:
-        interval: a time string such as ``1000ba``; the end of training counts too.
-        drawing: generates the images.
-        folder: gets the PNGs, such as ``ba0001000.png``; None: only the loggers get the images.
-    """
+    """Generates the same images at each interval, for the loggers and, as ``ba0001000.png``, in a folder if given."""
 
     def __init__(self, interval: str, drawing: Drawing, folder: str | None):
         super().__init__(interval, drawing)

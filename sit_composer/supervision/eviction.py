@@ -17,8 +17,6 @@ from composer.utils import dist
 
 from sit_composer.errors import EVICTED
 
-PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>: send this process a signal when its parent dies
-
 
 class Evicted(Exception):
     """A SIGTERM came: the run has left training, and must save."""
@@ -29,15 +27,11 @@ class Eviction(Callback):
 
     That point is the end of a training batch, or the start of a batch of an evaluation or of generated images. An
     evaluation or images due after the last batch are skipped: the resumed run continues with the next batch.
-
-    Args:
-        grace: seconds until the process exits, saved or not.
-        timeout: seconds that a rank waits for the others, as one of them may wait for a store.
     """
 
     def __init__(self, grace: float, timeout: float):
-        self.grace = grace
-        self.timeout = timedelta(seconds=timeout)
+        self.grace = grace  # seconds until the process exits, saved or not
+        self.timeout = timedelta(seconds=timeout)  # for a rank that waits for the others; one may wait for a store
         self.check: Callable[[], None] = lambda: None  # raises what ends the run otherwise
         self._training = False
         self._told = False
@@ -57,12 +51,12 @@ class Eviction(Callback):
         threading.Thread(target=self._time, args=(listening,), name="eviction", daemon=True).start()
         if "LOCAL_RANK" in os.environ and sys.platform == "linux":
             # If a signal kills Composer's launcher, it tells its ranks nothing, and they would train on alone.
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a SIGTERM when this process's parent dies
 
     def _time(self, listening: int) -> None:
         while os.read(listening, 1) not in (b"", bytes([signal.SIGTERM])):
             pass
-        if not self._left.is_set() and not self._left.wait(self.grace):
+        if not self._left.wait(self.grace):
             os._exit(EVICTED)
         os.close(listening)
 
@@ -93,11 +87,7 @@ class Eviction(Callback):
         self.leave_if_told()
 
     def leave_if_told(self) -> None:
-        """Leaves training if a rank received a SIGTERM. All ranks must call this equally often.
-
-        Raises:
-            Evicted: on all ranks.
-        """
+        """Raises Evicted on all ranks if one received a SIGTERM. All ranks must call this equally often."""
         if self._training and self._agree():
             raise Evicted
 

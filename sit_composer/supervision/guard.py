@@ -1,8 +1,5 @@
 """Makes Composer read checkpoints without running code that might be in them."""
 
-from pathlib import Path
-from typing import Any
-
 import torch.distributed.checkpoint as dcp
 from composer import algorithms as composer_algorithms
 from composer.utils import checkpoint
@@ -12,16 +9,9 @@ from sit_composer.checkpoint.safe_load import SafePlanner, SafeReader, load_file
 
 
 def guard_composer() -> None:
-    """Makes Composer load checkpoints with `safe_load`; 0.32 unpickles them whole, even with `load_weights_only`.
-
-    Torch's own classes are patched, as Composer bypasses the planner and reader that it is given: after an error with a
-    certain message, for example, it tries again with torch's planner.
-    """
-
-    def load(path: Path | str, map_location: str) -> Any:
-        return load_file(path)
-
-    checkpoint._torch_load_with_validation = load
+    """Makes Composer load checkpoints with `safe_load`; 0.32 unpickles them whole, even with `load_weights_only`."""
+    checkpoint._torch_load_with_validation = lambda path, map_location: load_file(path)
+    # Composer bypasses the planner and reader that it is given: after some errors it tries again with torch's planner.
     DefaultLoadPlanner.load_bytes = SafePlanner.load_bytes
     dcp.FileSystemReader.read_metadata = SafeReader.read_metadata
 

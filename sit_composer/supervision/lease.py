@@ -1,12 +1,10 @@
 """One live run per folder: its holder rewrites a small file beside the checkpoints every few seconds, a beat each.
 
-A second run of the same name sees the beats and is refused. A killed run beats no more, and the next run takes the
-lease over: at once on the same machine, where the process is known to be dead, and elsewhere after three missed beats.
-A run that finds another owner in the file (it was cut off, and taken for dead) stops, and writes no more.
-
-Each write has the condition that the file is as it was read, so two runs can't both take over from a dead one, and a
-beat can't undo a takeover. One case remains: a process that is suspended for three beats between a look at the file and
-the request after it (see `Uploads`) makes that one request when it continues.
+A second run of the same name sees the beats and is refused. A killed run's lease is taken over: at once on the same
+machine, where the process is known to be dead, elsewhere after three missed beats. A run that finds another owner in
+the file stops. Each write has the condition that the file is as it was read, so two runs can't both take over, and a
+beat can't undo a takeover. One case remains: a process suspended for three beats between a look at the file and the
+request after it (see `Uploads`) makes that one request when it continues.
 """
 
 import contextlib
@@ -26,30 +24,20 @@ MISSED = 3  # beats after which a holder counts as dead
 
 
 class Lease:
-    """The right to write to a run's folder.
-
-    Args:
-        folder: the run's.
-        beat: seconds between two beats.
-        owner: the process of the same run that holds it; None: this one will, once it has acquired it.
-    """
+    """The right to write to a run's folder."""
 
     def __init__(self, folder: RunFolder, beat: float, owner: str | None = None):
         self.folder = folder
-        self.beat = beat
+        self.beat = beat  # seconds between two beats
         self.lost: str | None = None  # why it isn't held any more
-        self.owner = owner or uuid.uuid4().hex
+        self.owner = owner or uuid.uuid4().hex  # the process of the same run that holds it, or this one's own id
         self._me = {"owner": self.owner, "host": socket.gethostname(), **_process(os.getpid())}
         self._beats = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
     def acquire(self) -> None:
-        """Acquires the lease, after waiting for the beats of a run that may be dead.
-
-        Raises:
-            StorageError: if a live run holds it, or the folder can't be written to.
-        """
+        """Acquires the lease, after waiting for the beats of a run that may be dead; StorageError if one is alive."""
         there = self.folder.read(NAME)
         beat = _holder(there).get("beat")
         deadline = time.monotonic() + MISSED * max(self.beat, beat if isinstance(beat, float | int) else 0)
@@ -67,11 +55,7 @@ class Lease:
         self._thread.start()
 
     def check(self) -> bytes | None:
-        """Reads the file, and returns its content, if the lease is still held.
-
-        Raises:
-            StorageError: if another run holds it.
-        """
+        """Reads the file, and returns its content; raises StorageError if another run holds the lease."""
         if self.lost is None:
             now = self.folder.read(NAME)
             if _holder(now).get("owner") == self.owner:

@@ -1,9 +1,7 @@
-"""Keeps a run alive: it resumes from the newest complete checkpoint, uploads its own to an object store, lets no other
-run write beside it, and saves after a SIGTERM before it ends.
+"""Keeps a run alive: resumes from the newest complete checkpoint, uploads, holds the lease, saves after a SIGTERM.
 
-Composer always saves to a local folder here. Its own uploads continue in processes that outlive the run; its resume
-looks for a link that is written half a minute after the checkpoint, and reuses what an earlier resume downloaded. So
-finding, uploading and pruning are done here, on threads that end with the run.
+Composer always saves to a local folder here. Its own uploads outlive the run; its resume looks for a link written half
+a minute after the checkpoint, and reuses what an earlier resume downloaded. So both, and pruning, are done here.
 """
 
 import hashlib
@@ -20,6 +18,7 @@ from composer.callbacks import CheckpointSaver
 from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist, format_name_with_dist
+from omegaconf import OmegaConf
 
 from sit_composer.checkpoint.folder import checkpoints, clear_incomplete, fetch_checkpoint, newest, prune
 from sit_composer.config.same_run import CONFIG, check_same_config
@@ -31,12 +30,9 @@ from sit_composer.supervision.uploads import Uploads
 
 
 class Supervision:
-    """Holds a run's folder from its start to its end. Every rank has one, and makes the same calls in the same order.
+    """Holds a run's folder from start to end. Every rank has one, and makes the same calls in the same order."""
 
-    ``timeout`` is how many seconds a rank waits for the others.
-    """
-
-    def __init__(self, config: Config, timeout: float):
+    def __init__(self, config: Config, timeout: float):  # for how many seconds a rank waits for the others
         self.config = config
         self.keep: int = config.trainer.get("save_num_checkpoints_to_keep", -1)
         uri = config.trainer.get("save_folder")
@@ -51,12 +47,7 @@ class Supervision:
         self.staging = Path(tempfile.gettempdir(), f"sit_composer-{os.getuid()}-{name}")
 
     def start(self) -> dict[str, Any]:
-        """Acquires the folder. Returns the Trainer's arguments that say where to save and what to resume from.
-
-        Raises:
-            ConfigError, StorageError: if a live run holds the folder, it has a run that must not be resumed, or it
-                can't be read or written.
-        """
+        """Acquires the folder. Returns the Trainer's arguments that say where to save and what to resume from."""
         self.eviction.install()
         if self.folder is None:
             return {}
@@ -76,7 +67,7 @@ class Supervision:
         return arguments
 
     def _stage(self) -> str:
-        """The folder of this rank's checkpoints until they are uploaded, empty."""
+        """Makes the empty folder that holds this rank's checkpoints until they are uploaded."""
         if dist.get_local_rank() == 0:
             shutil.rmtree(self.staging, ignore_errors=True)
             try:
@@ -108,27 +99,31 @@ class Supervision:
             # Their batches may be later, and would count as newer than this run's.
             self._outdated = [file for files in found.values() for file in files]
         elif found:
-            raise ConfigError(
-                f"trainer.save_folder: {self.uri} holds checkpoints ({list(found)[-1]}); trainer.autoresume=true "
-                "resumes from them, or choose another run_name"
-            )
+            advice = "trainer.autoresume=true resumes from them, or choose another run_name"
+            raise ConfigError(f"trainer.save_folder: {self.uri} holds checkpoints ({list(found)[-1]}); {advice}")
         return None
 
     def _local(self, name: str) -> Path:
         """The checkpoint of that name on this node."""
         sharded, fsdp = not name.endswith(".pt"), self.config.fsdp
         if sharded != (fsdp is not None and fsdp.state_dict_type == "sharded"):
-            kind = "a sharded checkpoint" if sharded else "an unsharded checkpoint"
+            kind = "a sharded" if sharded else "an unsharded"
             keys = "fsdp.state_dict_type=sharded" if sharded else "fsdp=null or fsdp.state_dict_type=full"
-            raise ConfigError(f"fsdp: {self.uri}/{name} is {kind}, expected {keys}")
+            raise ConfigError(f"fsdp: {self.uri}/{name} is {kind} checkpoint, expected {keys}")
         if not isinstance(self.folder, S3Folder):
-            if not (Path(self.uri) / name).exists():
-                raise ConfigError(f"trainer.save_folder: node {dist.get_node_rank()} doesn't see {self.uri}/{name}")
-            return Path(self.uri) / name
+            path = Path(self.uri, name)
+            if not path.exists():
+                raise ConfigError(f"trainer.save_folder: node {dist.get_node_rank()} doesn't see {path}")
+            return path
         if dist.get_local_rank() == 0:
             fetch_checkpoint(self.folder, name, self.staging / "resume")
         dist.barrier()
         return self.staging / "resume" / name
+
+    def save_config(self) -> None:
+        """Writes the resolved config beside the run's checkpoints."""
+        if self.folder is not None and dist.get_global_rank() == 0:
+            self.folder.write(CONFIG, OmegaConf.to_yaml(OmegaConf.structured(self.config)).encode())
 
     def attach(self, trainer: Trainer) -> None:
         """Supervises the trainer, which has loaded the checkpoint."""
@@ -181,14 +176,13 @@ class Supervision:
 
 def _from_rank_0(find: Callable[[], Any]) -> Any:
     """Calls ``find`` on rank 0; returns its result, or raises its error, on every rank."""
-    found: list[Any] = [None]
+    found: list[Any] = [None, None]
     if dist.get_global_rank() == 0:
         try:
-            found = [(find(), None)]
+            found[0] = find()
         except Exception as error:
-            found = [(None, error)]
+            found[1] = error
     dist.broadcast_object_list(found)
-    value, failure = found[0]
-    if failure is not None:
-        raise failure
-    return value
+    if found[1] is not None:
+        raise found[1]
+    return found[0]

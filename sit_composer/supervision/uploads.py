@@ -5,7 +5,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,8 @@ class Uploads:
     """Uploads each checkpoint while training continues, one at a time, and prunes the old ones there.
 
     The lease is checked before each request that makes a file appear. For a file in parts this is the last request,
-    which puts the parts together; a sharded checkpoint becomes complete with its metadata, the last file.
-
-    Args:
-        folder: gets the checkpoints.
-        lease: must be held, or nothing more is written.
-        keep: how many complete checkpoints stay; -1: all.
-        patience: seconds for which a failing upload is retried.
+    which puts the parts together; a sharded checkpoint becomes complete with its metadata, the last file. ``keep``
+    complete checkpoints stay (-1: all), and a failing upload is retried for ``patience`` seconds.
     """
 
     def __init__(self, folder: S3Folder, lease: Lease, keep: int, patience: float):
@@ -53,7 +47,7 @@ class Uploads:
         self.check()
 
     def end(self, seconds: float = 60) -> bool:
-        """Takes no more checkpoints; returns whether those taken were uploaded within so many seconds."""
+        """Ends the thread; returns whether the queued checkpoints were uploaded within so many seconds."""
         self._jobs.put(None)
         self._thread.join(seconds)
         return not self._thread.is_alive()
@@ -80,18 +74,18 @@ class Uploads:
     def _upload(self, path: Path) -> None:
         place = path.parent
         if path.suffix == ".pt":
-            self._patiently(lambda: self._put(path, path.name))
+            self._patiently(self._put, path, path.name)
             path.unlink()
         else:
             name = place.name  # ep0-ba10/__RANK_0.distcp
             for shard in sorted(place.glob(f"{path.name.rpartition('_')[0]}_*.distcp")):
-                self._patiently(partial(self._put, shard, f"{name}/{shard.name}"))
+                self._patiently(self._put, shard, f"{name}/{shard.name}")
                 shard.unlink()
             metadata = place / METADATA
             if metadata.exists():  # on rank 0, the last file of all
                 needed = sharded_files(load_metadata(metadata.read_bytes(), str(metadata)))
-                self._patiently(lambda: self._expect(name, needed))
-                self._patiently(lambda: self._put(metadata, f"{name}/{METADATA}"))
+                self._patiently(self._expect, name, needed)
+                self._patiently(self._put, metadata, f"{name}/{METADATA}")
                 metadata.unlink()
         if dist.get_global_rank() == 0 and self.keep >= 0:
             self._patiently(self._prune)
@@ -111,12 +105,11 @@ class Uploads:
         if late:
             raise StorageError(f"{self.folder.uri}/{name}/{late[0]}: its rank hasn't uploaded it yet")
 
-    def _patiently(self, action: Callable[[], Any]) -> None:
+    def _patiently(self, action: Callable[..., None], *arguments: Any) -> None:
         deadline, pause = time.monotonic() + self.patience, 0.5
         while True:
             try:
-                action()
-                return
+                return action(*arguments)
             except StorageError as error:
                 if self.lease.lost is not None or time.monotonic() + pause > deadline:
                     raise

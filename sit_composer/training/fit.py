@@ -1,14 +1,12 @@
 """Builds what a config says and trains it."""
 
 import sys
-from functools import partial
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from composer import Trainer
 from composer.utils import dist, reproducibility
-from omegaconf import OmegaConf
 from torch.distributed.checkpoint.api import CheckpointException
 
 from sit_composer.algorithms.ema import EMA
@@ -16,15 +14,14 @@ from sit_composer.callbacks.run_record import RunRecord
 from sit_composer.checkpoint.record import Record
 from sit_composer.cli import say
 from sit_composer.config.composer_classes import build
-from sit_composer.config.same_run import CONFIG
 from sit_composer.config.schema import Config, ConfigError, network_arguments
 from sit_composer.errors import one_line
 from sit_composer.sit import SiT
-from sit_composer.storage import RunFolder, StorageError, is_disk_full
+from sit_composer.storage import StorageError, is_disk_full
 from sit_composer.supervision.eviction import Evicted
 from sit_composer.supervision.guard import excluded_algorithms, guard_composer
 from sit_composer.supervision.supervisor import Supervision
-from sit_composer.training.inputs import Inputs, open_inputs
+from sit_composer.training.inputs import open_inputs
 from sit_composer.training.model import ComposerSiT
 from sit_composer.training.quality import quality_callbacks
 from sit_composer.training.sharding import parallelism
@@ -35,12 +32,7 @@ REFUSALS = (ValueError, TypeError, OSError, RuntimeError, EOFError, KeyError, Un
 
 
 def train(config: Config) -> bool:
-    """Builds what the config says and trains it. Returns False if a SIGTERM ended it, once that is saved.
-
-    Raises:
-        ConfigError: for what the libraries, the data's spec or an earlier checkpoint refuse.
-        DataError: if a shard is missing or broken.
-    """
+    """Trains what the config describes. Returns False if a SIGTERM ended it, after saving; raises UserErrors."""
     if config.precision != "fp32" and not torch.cuda.is_available():
         raise ConfigError(f"precision: got {config.precision}, expected fp32: there is no GPU here")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,27 +47,31 @@ def train(config: Config) -> bool:
 
 
 def fit(config: Config, device: str, supervision: Supervision) -> bool:
-    """What `train` does once the ranks are connected."""
+    """Does what `train` says, once the ranks are connected."""
     resumption = supervision.start()
-
-    # --- Inputs ---
     inputs = open_inputs(config, device)
 
-    # --- Network and objective ---
     reproducibility.seed_all(config.seed)  # alike on every rank: Composer doesn't broadcast rank 0's weights under FSDP
     network = SiT(**network_arguments(config.model))
     model = ComposerSiT(network, Transport(**vars(config.transport)), inputs.autoencoder, inputs.encoder)
     optimizer = build_optimizer(config, network, device)
 
-    # --- Trainer ---
     ema = EMA(config.ema.decay) if config.ema is not None else None
-    run_record = build_record(config, inputs, supervision.folder)
-    callbacks = [*([ema.weights] if ema else []), run_record, *build("callbacks", config.callbacks)]
-    algorithms = [*([ema] if ema else []), *build("algorithms", config.algorithms)]
+    weights = ema.weights if ema is not None else None
+    record = Record(
+        model=network_arguments(config.model),
+        transport=vars(config.transport),
+        autoencoder=inputs.autoencoder,
+        classes=list(inputs.specs["data"].classes),
+        ema_decay=ema.decay if ema is not None else None,
+    )
+    callbacks = [RunRecord(record, supervision.save_config), *build("callbacks", config.callbacks)]
+    algorithms = build("algorithms", config.algorithms)
+    if ema is not None:
+        callbacks, algorithms = [weights, *callbacks], [ema, *algorithms]
     loggers = build("loggers", config.loggers)
     (scheduler,) = build("scheduler", config.scheduler or {"constant": {}})
-    weights, before_each = ema.weights if ema else None, supervision.eviction.leave_if_told
-    callbacks += quality_callbacks(config, inputs, weights, before_each, device)
+    callbacks += quality_callbacks(config, inputs, weights, supervision.eviction.leave_if_told, device)
     trainer = build_trainer(
         config,
         resumption,
@@ -88,8 +84,6 @@ def fit(config: Config, device: str, supervision: Supervision) -> bool:
         callbacks=callbacks,
         loggers=loggers,
     )
-
-    # --- Run ---
     try:
         supervision.attach(trainer)
         return run(trainer, config.run_name, ema, supervision)
@@ -113,35 +107,12 @@ def build_optimizer(config: Config, network: SiT, device: str) -> torch.optim.Op
     return torch.optim.AdamW(trained, **vars(config.optimizer), fused=fused)
 
 
-def build_record(config: Config, inputs: Inputs, folder: RunFolder | None) -> RunRecord:
-    """The callback that keeps in each checkpoint what its weights mean."""
-    record = Record(
-        model=network_arguments(config.model),
-        transport=vars(config.transport),
-        autoencoder=inputs.autoencoder,
-        classes=list(inputs.specs["data"].classes),
-        ema_decay=config.ema.decay if config.ema is not None else None,
-    )
-    return RunRecord(record, partial(save_config, config, folder) if folder is not None else None)
-
-
-def save_config(config: Config, folder: RunFolder) -> None:
-    """Writes the resolved config beside the run's checkpoints."""
-    if dist.get_global_rank() == 0:
-        folder.write(CONFIG, OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
-
-
 def build_trainer(config: Config, resumption: dict[str, Any], **parts: Any) -> Trainer:
-    """Composer's Trainer of these parts, resumed if ``resumption`` says so.
-
-    Raises:
-        ConfigError: if Composer refuses an argument, a folder or a checkpoint.
-    """
+    """Composer's Trainer of these parts, resumed if ``resumption`` says so."""
     arguments = {"load_exclude_algorithms": excluded_algorithms(), **config.trainer, **resumption}
     arguments.pop("autoresume", None)  # supervision does it
     if "progress_bar" not in arguments and not sys.stderr.isatty():  # in a file, a bar is a thousand lines
-        lines = {"progress_bar": False, "log_to_console": True, "console_log_interval": "100ba"}
-        arguments = {**lines, **arguments}
+        arguments = {"progress_bar": False, "log_to_console": True, "console_log_interval": "100ba", **arguments}
     if not config.trust_checkpoint:
         guard_composer()
     try:

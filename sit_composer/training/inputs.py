@@ -12,34 +12,27 @@ from sit_composer.data.spec import DataSpec
 from sit_composer.data.stream import load_spec
 
 SECTIONS = ("data", "eval_data")
+Specs = dict[str, DataSpec]  # by section
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run is trained and evaluated on. The dicts have an entry per section: ``data``, ``eval_data``."""
+    """A run's inputs. The dicts have an entry per section: ``data``, ``eval_data``."""
 
-    specs: dict[str, DataSpec]
+    specs: Specs
     autoencoder: AutoencoderSpec  # of the latents that the network learns
     encoder: KLAutoencoder | None  # encodes images in each step; None if the shards hold latents, or for pixels
     loaders: dict[str, SitLoader]
 
 
-def read_specs(config: Config) -> dict[str, DataSpec]:
-    """Reads `spec.json` once for each section of data that the config has.
-
-    Raises:
-        DataError: if it can't be read or is malformed.
-    """
+def read_specs(config: Config) -> Specs:
+    """Reads `spec.json` once for each section of data that the config has."""
     sections = {name: getattr(config, name) for name in SECTIONS}
     return {name: load_spec(data.remote, data.local) for name, data in sections.items() if data is not None}
 
 
-def check_specs(config: Config, specs: dict[str, DataSpec]) -> None:
-    """Checks that the network can be trained on such shards, and evaluated on such others.
-
-    Raises:
-        ConfigError: naming the key, its value and what was expected.
-    """
+def check_specs(config: Config, specs: Specs) -> None:
+    """Raises ConfigError unless the network can be trained on ``data``'s shards, and evaluated on ``eval_data``'s."""
     if "data" in specs:
         check_classes_agree(specs)
     latents: list[AutoencoderSpec] = []
@@ -55,30 +48,39 @@ def check_specs(config: Config, specs: dict[str, DataSpec]) -> None:
 
 
 def open_inputs(config: Config, device: str) -> Inputs:
-    """Reads and checks the specs, loads the encoder if images are to be encoded, and builds the loaders.
-
-    Raises:
-        ConfigError: if the shards, the autoencoder and the network don't fit together.
-        DataError: if the shards can't be read.
-    """
+    """Reads and checks the specs, loads the encoder if images are to be encoded, and builds the loaders."""
     specs = read_specs(config)
     check_specs(config, specs)
     autoencoder, encoder = _open_autoencoder(config, specs, device)
     loaders = {}
     for section, spec in specs.items():
+        data, training = getattr(config, section), section == "data"
         image_size = None  # latents have theirs
         if spec.kind == "pixels":
-            image_size = getattr(config, section).image_size or config.model.input_size * autoencoder.downsample
+            image_size = data.image_size or config.model.input_size * autoencoder.downsample
             check_latents(config, autoencoder.channels, autoencoder.downsample, image_size, section)
             if encoder is not None:
                 spec = replace(spec, channels=encoder.picture_channels)  # as images are decoded for it
-        loaders[section] = _loader(config, section, spec, image_size)
+        loaders[section] = build_loader(
+            data.remote,
+            data.local,
+            spec=spec,
+            batch_size=data.global_batch_size // dist.get_world_size(),
+            image_size=image_size,
+            flip=data.flip and training,
+            shuffle=data.shuffle and training,
+            seed=config.seed,
+            num_workers=data.num_workers,
+            drop_last=training,
+            predownload=data.predownload,
+            cache_limit=data.cache_limit,
+            # Streaming's default is the number of nodes that a run starts on, so another order on every cluster.
+            num_canonical_nodes=data.num_canonical_nodes,
+        )
     return Inputs(specs, autoencoder, encoder, loaders)
 
 
-def _open_autoencoder(
-    config: Config, specs: dict[str, DataSpec], device: str
-) -> tuple[AutoencoderSpec, KLAutoencoder | None]:
+def _open_autoencoder(config: Config, specs: Specs, device: str) -> tuple[AutoencoderSpec, KLAutoencoder | None]:
     """The autoencoder of the run's latents, and the loaded one if images are encoded in each step."""
     latents = next((AutoencoderSpec(**spec.autoencoder) for spec in specs.values() if spec.kind == "latents"), None)
     if config.autoencoder.name is None:
@@ -89,23 +91,3 @@ def _open_autoencoder(
     if latents is not None and encoder.spec != latents:
         raise ConfigError(f"autoencoder.name: got {encoder.spec}, expected that of the latents, {latents}")
     return encoder.spec, encoder
-
-
-def _loader(config: Config, section: str, spec: DataSpec, image_size: int | None) -> SitLoader:
-    data, training = getattr(config, section), section == "data"
-    return build_loader(
-        data.remote,
-        data.local,
-        spec=spec,
-        batch_size=data.global_batch_size // dist.get_world_size(),
-        image_size=image_size,
-        flip=data.flip and training,
-        shuffle=data.shuffle and training,
-        seed=config.seed,
-        num_workers=data.num_workers,
-        drop_last=training,
-        predownload=data.predownload,
-        cache_limit=data.cache_limit,
-        # Streaming's default is the number of nodes that a run starts on, so another order on every cluster.
-        num_canonical_nodes=data.num_canonical_nodes,
-    )

@@ -1,7 +1,7 @@
 """ComposerSiT: the network with its objective, as Composer's Trainer takes it."""
 
 from composer.models import ComposerModel
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
 from sit_composer import randomness
@@ -16,22 +16,12 @@ class ComposerSiT(ComposerModel):
     """A SiT and its transport loss over batches of `data.loader.build_loader`.
 
     A batch is a dict of ``label``, ``index`` and ``key`` (each int64 (N,)), and of ``moments`` (N, 2C, H, W) or
-    ``image`` (N, C, H, W) uint8.
-
-    Args:
-        network: its parameters are the model's, under ``network.``
-        transport: the objective.
-        autoencoder: turns moments into latents.
-        encoder: encodes images in each step, if the data is pixels and the network learns latents. It is kept out of
-            the module tree, and so out of the optimizer, the shards and the checkpoints.
+    ``image`` (N, C, H, W) uint8. The autoencoder turns moments into latents; the encoder, if there is one, encodes
+    images in each step. It is kept out of the module tree, and so out of the optimizer, shards and checkpoints.
     """
 
     def __init__(
-        self,
-        network: SiT,
-        transport: Transport,
-        autoencoder: AutoencoderSpec,
-        encoder: KLAutoencoder | None = None,
+        self, network: SiT, transport: Transport, autoencoder: AutoencoderSpec, encoder: KLAutoencoder | None = None
     ):
         super().__init__()
         self.network = network
@@ -39,7 +29,7 @@ class ComposerSiT(ComposerModel):
         self.autoencoder = autoencoder
         self.encoder = encoder  # KLAutoencoder is no nn.Module
         # Composer asks the network for these: a block is the unit of sharding and of activation checkpointing.
-        network.fsdp_wrap_fn = network.activation_checkpointing_fn = _is_block
+        network.fsdp_wrap_fn = network.activation_checkpointing_fn = lambda module: isinstance(module, SiTBlock)
 
     def latents(self, batch: dict[str, Tensor], keys: Tensor) -> Tensor:
         """The batch's latents, float32 (N, C, H, W); their random part is drawn by the keys (N,)."""
@@ -72,9 +62,8 @@ class ComposerSiT(ComposerModel):
     def eval_forward(self, batch: dict[str, Tensor], outputs: Tensor | None = None) -> Tensor:
         """The loss per sample, (N,), at a time and noise that the sample's index alone determines.
 
-        So evaluations differ by the weights, not by the batch size or the state of training. (If the ranks don't
-        divide the samples, a few are counted twice.) The times are the golden ratio's sequence: spread evenly over the
-        interval, where a batch of random ones is not.
+        So evaluations differ by the weights alone. (If the ranks don't divide the samples, a few are counted twice.)
+        The times are the golden ratio's sequence, which is spread evenly over the interval.
         """
         t0, t1 = self.transport.interval()
         t = ((batch["index"].double() * GOLDEN_RATIO + 0.5) % 1 * (t1 - t0) + t0).float()
@@ -89,7 +78,3 @@ class ComposerSiT(ComposerModel):
     def flops_per_batch(self, batch: dict[str, Tensor]) -> int:
         """FLOPs of a training step on this batch: 2 per multiply-accumulate; a backward pass is two forward passes."""
         return 6 * self.network.forward_macs() * len(batch["label"])
-
-
-def _is_block(module: nn.Module) -> bool:
-    return isinstance(module, SiTBlock)

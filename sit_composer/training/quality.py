@@ -24,11 +24,7 @@ from sit_composer.training.inputs import Inputs
 def quality_callbacks(
     config: Config, inputs: Inputs, weights: EMAWeights | None, before_each: Callable[[], None], device: str
 ) -> list[Callback]:
-    """The callbacks of the sections sample_grid and frechet; ``before_each`` is called before each batch of images.
-
-    Raises:
-        ConfigError: for features or a reference that can't be used.
-    """
+    """The callbacks of the sections sample_grid and frechet; ``before_each`` is called before each batch of images."""
     grid, frechet, classes = config.sample_grid, config.frechet, config.model.num_classes
     if grid is None and frechet is None:
         return []
@@ -46,7 +42,11 @@ def quality_callbacks(
         labels = [label for label in chosen for _ in range(grid.per_class)]
         callbacks.append(SampleGrid(grid.interval, drawing(grid, labels), folder and f"{folder}/samples"))
     if frechet is not None:
-        extractor = _load_extractor(frechet.features)
+        try:
+            with dist.run_local_rank_zero_first():  # it downloads Inception's weights
+                extractor = load_extractor(frechet.features)
+        except UserError as error:
+            raise ConfigError(str(error).replace("--features", "frechet.features")) from error
         real = _load_reference(config, extractor, config.model.input_size * autoencoder.spec.downsample)
         labels = [i * classes // frechet.num_images for i in range(frechet.num_images)]
         file = folder and f"{folder}/frechet.json"
@@ -54,28 +54,16 @@ def quality_callbacks(
     return callbacks
 
 
-def _load_extractor(features: str) -> Extractor:
-    with dist.run_local_rank_zero_first():  # it downloads Inception's weights
-        try:
-            return load_extractor(features)
-        except UserError as error:
-            raise ConfigError(str(error).replace("--features", "frechet.features")) from error
-
-
 def _load_reference(config: Config, extractor: Extractor, side: int) -> tuple:
     """The reference's statistics, once they are known to fit the features of generated images."""
-    frechet = config.frechet
-    reference = open_set(frechet.reference)
+    name, features = config.frechet.reference, config.frechet.features
+    reference = open_set(name)
     check_statistics(reference, extractor)
     if "mu" not in reference.statistics:
-        raise ConfigError(
-            f"frechet.reference: {frechet.reference} has no statistics of {frechet.features}; "
-            "sit_composer.evaluate --save-statistics writes them"
-        )
+        advice = "sit_composer.evaluate --save-statistics writes them"
+        raise ConfigError(f"frechet.reference: {name} has no statistics of {features}; {advice}")
     probe = extractor(torch.zeros(2, 3, side, side, dtype=torch.uint8))["features"]  # fails now, not in ten hours
-    if reference.statistics["mu"].shape != probe.shape[1:]:
-        raise ConfigError(
-            f"frechet.reference: {frechet.reference} has {reference.statistics['mu'].size} features, expected "
-            f"{probe.shape[1]}, those of {frechet.features}"
-        )
+    mu, expected = reference.statistics["mu"], probe.shape[1]
+    if mu.shape != (expected,):
+        raise ConfigError(f"frechet.reference: {name} has {mu.size} features, expected {expected}, those of {features}")
     return tuple(reference.statistics[name] for name in STATISTICS["features"])

@@ -13,10 +13,7 @@ from sit_composer.config.schema import FSDPConfig
 
 
 class ShardingConfig(FSDP2Config):
-    """Composer's, with two properties that its FSDP2 class fixes at None.
-
-    These are the degree of replication, which HSDP needs, and the planner that loads checkpoints.
-    """
+    """Composer's, with two properties that it fixes at None: HSDP's degree of replication, and the loading planner."""
 
     replicas: int = 1
 
@@ -30,11 +27,8 @@ class ShardingConfig(FSDP2Config):
 
 
 def _policy(precision: Precision, mixed_precision: str) -> MixedPrecisionPolicy:
-    """Composer's policy, except that inputs are not cast.
-
-    Composer's would round times and noised latents to bfloat16 before the network sees them, while the target is made
-    from the exact ones. Autocast casts the inputs of matrix products, as under DDP.
-    """
+    """Composer's policy, except that inputs are not cast; autocast casts those of matrix products, as under DDP."""
+    # Composer's rounds times and noised latents to bfloat16, while the target is made from the exact ones.
     _, param_dtype, reduce_dtype, _ = get_mixed_precision(precision, mixed_precision)
     return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
 

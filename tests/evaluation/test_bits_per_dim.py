@@ -184,7 +184,7 @@ def test_a_trace_of_too_many_dimensions_is_refused(checkpoints, digits_shards, c
 def test_a_solver_that_gives_up_is_told(checkpoints, digits_shards, capsys):
     tight = ["--atol", "1e-30", "--rtol", "1e-30", "--num-images", "1"]
     assert bits_per_dim.main([str(checkpoints), "--data", str(digits_shards), *tight]) == 2
-    assert "error: the solver gave up (underflow in dt" in capsys.readouterr().err.splitlines()[-1]
+    assert "error: sampling_method: the solver gave up (underflow in dt" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
