@@ -38,7 +38,7 @@ def run(args: argparse.Namespace, source: dict[str, Any]) -> int:
         if source["format"] == "imagefolder" and output.path:
             root = Path(source["path"]).resolve()
             if root in output.path.parents:  # shards inside a folder of images would be one of its classes next time
-                raise OutputError(f"{args.out} is inside the source, {root}: choose another --out")
+                raise OutputError(f"{args.out}: is inside the source, {root}; choose another --out")
         output.is_done(source, args.overwrite)  # a wrong folder, address or credential is reported before reading
         try:
             return _convert(args, source, output)
@@ -126,7 +126,9 @@ def _first_size(plan: Plan, skip_bad: bool) -> int:
                     continue
                 raise InputError(f"{sample.where}: {error}; --skip-bad leaves out such images") from None
             if height != width:
-                raise InputError(f"{sample.where}: the image is {width}x{height}; say --image-size to crop them")
+                raise InputError(
+                    f"{sample.where}: the image is {width}x{height}, expected a square; crop with --image-size"
+                )
             return width
     raise InputError(f"{plan.source['path']}: none of its images can be used")
 
@@ -155,7 +157,7 @@ def _spec(job: Job, tally: Tally) -> DataSpec:
     """The spec of all parts. Raises InputError if there is nothing in them, or labels are not classes."""
     path, classes = job.plan.source["path"], job.plan.reading.classes
     if not tally.images:
-        raise InputError(f"{path} is empty")
+        raise InputError(f"{path}: empty, expected images")
     if not tally.counts:
         raise InputError(f"{path}: none of {tally.skipped} images can be used; the first: {tally.reasons[0]}")
     if classes is None:  # integers whose largest was not known before

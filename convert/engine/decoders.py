@@ -83,8 +83,8 @@ def ahead(
         while waiting:
             yield from _collect(*waiting.popleft())
     except BrokenExecutor:
-        advice = "perhaps for memory: rerun with fewer --workers"
-        raise InputError(f"a process that decodes images was killed, {advice}") from None
+        killed = "--workers: a process that decodes images was killed, perhaps for memory; rerun with fewer"
+        raise InputError(killed) from None
     if mistake is not None:
         raise mistake
 

@@ -58,9 +58,9 @@ class Output:
             raise OutputError(f"{out}: expected a folder or s3://BUCKET/PREFIX; for other stores, copy a folder there")
         self.path = Path(out).expanduser().resolve()
         if self.path.exists() and not self.path.is_dir():
-            raise OutputError(f"{out} is a file: choose another --out")
+            raise OutputError(f"{out}: is a file; choose another --out")
         if self.path.is_mount():
-            raise OutputError(f"{out} is a mount point, which cannot be renamed: choose a folder inside it")
+            raise OutputError(f"{out}: is a mount point, which cannot be renamed; choose a folder inside it")
         self.place = self.path.with_name(self.path.name + ".partial")
         self.store, self.final = LocalFolder(str(self.place)), LocalFolder(str(self.path))
 
@@ -77,7 +77,7 @@ class Output:
             return False
         text = self.final.read(SPEC_NAME)
         if text is None:  # MDS shards of another program
-            raise OutputError(f"{self.uri} holds shards without {SPEC_NAME}, not this program's: choose another --out")
+            raise OutputError(f"{self.uri}: holds shards without {SPEC_NAME}, not this program's; choose another --out")
         if overwrite:
             return False
         try:
@@ -85,10 +85,10 @@ class Output:
         except ValueError as error:
             raise OutputError(f"{error}: choose another --out") from None
         if difference := changes(there, {key: there[key] for key in LATE if key in there} | source):
-            raise OutputError(f"{self.uri} is another conversion ({difference}): --overwrite replaces it")
+            raise OutputError(f"{self.uri}: is another conversion ({difference}); --overwrite replaces it")
         shards = self._indexed()
         if shards is None or not _are_there(shards, files):
-            raise OutputError(f"{self.uri} is damaged: shards that its {INDEX_NAME} names are missing; say --overwrite")
+            raise OutputError(f"{self.uri}: is damaged, shards in its {INDEX_NAME} are missing; use --overwrite")
         if PLAN_NAME in files and _read_json(self.final, PLAN_NAME).get("source") == there:  # killed after publishing
             with suppress(OutputError):  # another run holds it
                 self._take()
@@ -117,13 +117,13 @@ class Output:
             files.pop(SCRATCH, None)
         _refuse_foreign(self.store.uri, files)
         if self.path and files and PLAN_NAME not in files:
-            raise OutputError(f"{self.store.uri} holds shards, but no {PLAN_NAME} of a conversion: move it away")
+            raise OutputError(f"{self.store.uri}: holds shards, but no {PLAN_NAME} of a conversion; move it away")
         there = _read_json(self.store, PLAN_NAME) if PLAN_NAME in files else {}
         resumes = there.get("digest") == plan.record()["digest"]
         if PLAN_NAME in files and not resumes and not overwrite:
             difference = changes(there.get("source", {}), plan.source) or "the source's files have changed"
             difference += changed_file(there.get("files"), plan.reading.files)
-            raise OutputError(f"{self.store.uri} holds another unfinished conversion ({difference}): use --overwrite")
+            raise OutputError(f"{self.store.uri}: holds another unfinished conversion ({difference}); use --overwrite")
         self.begun = True
         self._clear_scratch()
         if not resumes:
@@ -145,13 +145,15 @@ class Output:
         try:
             self.place.mkdir(parents=True, exist_ok=True, mode=0o777 if self.path else 0o700)
         except OSError as error:
-            raise OutputError(f"cannot make {self.place}: {error.strerror}") from error
+            raise OutputError(f"{self.place}: cannot be made: {error.strerror}") from error
         lock = os.open(self.place, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends in any way
         except BlockingIOError:
             os.close(lock)
-            raise OutputError(f"another conversion is writing to {self.uri}: wait, or choose another --out") from None
+            raise OutputError(
+                f"{self.uri}: another conversion is writing to it; wait, or choose another --out"
+            ) from None
         self.lock = lock
 
     def _clear_scratch(self) -> None:
@@ -182,7 +184,9 @@ class Output:
         sizes = _sizes(shards)
         for name in sizes:
             if files.get(name) != sizes[name]:
-                raise OutputError(f"{self.store.uri}/{name} has been lost since it was written: run it again")
+                raise OutputError(
+                    f"{self.store.uri}/{name}: has been lost since it was written; run the same command again"
+                )
         index = json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode()
         if self.path is None:
             self.store.delete([INDEX_NAME, SPEC_NAME])  # the index first
@@ -228,7 +232,7 @@ def is_ours(name: str) -> bool:
 def _refuse_foreign(uri: str, files: Iterable[str]) -> None:
     if foreign := sorted(name for name in files if not is_ours(name)):
         these = ", ".join(foreign[:3])
-        raise OutputError(f"{uri} holds files that this program did not write ({these}): choose another --out")
+        raise OutputError(f"{uri}: holds files that this program did not write ({these}); choose another --out")
 
 
 def _delete(store: LocalFolder | S3Folder, names: Iterable[str], keep: set[str]) -> None:

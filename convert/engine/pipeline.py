@@ -116,7 +116,7 @@ def _write(writer: Any, job: Job, group: Iterable[Prepared], on_image: Callable[
         if isinstance(row, BadPicture):
             reason = f"{sample.where}: {row}"
             if not job.skip_bad:
-                raise InputError(f"{reason}; --skip-bad leaves out such images")
+                raise InputError(f"{sample.where}: {row}; --skip-bad leaves out such images")
             tally.skipped += 1
             if tally.skipped <= REASONS:
                 tally.reasons.append(reason)

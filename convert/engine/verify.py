@@ -44,7 +44,7 @@ class Verification:
         self.store = S3Folder(args.uri) if args.uri.startswith("s3://") else None
         self.files = set(self.store.listing() if self.store else os.listdir(args.uri))
         if self.store and not self.files:
-            raise UserError(f"{self.uri}: nothing is there")
+            raise UserError(f"{self.uri}: no object below it")
 
     def fault(self, line: object) -> None:
         """Prints a line for one of the first faults, and counts it."""
@@ -103,7 +103,7 @@ class Verification:
         if spec.kind == "latents":
             return LatentCheck(spec, self.fault, self.args.vae, bool(self.args.grid))
         if self.args.vae:
-            raise UserError(f"--vae is for latents; {self.uri} holds images")
+            raise UserError(f"--vae: only for latents; {self.uri} holds images")
         return PixelCheck(spec, self.fault, bool(self.args.grid))
 
     def _read_all(self, shards: list[Reader], spec: DataSpec, content: PixelCheck | LatentCheck) -> list[int] | None:

@@ -104,8 +104,8 @@ class Latents:
             if not isinstance(image, BadPicture):
                 height, width = image.shape[-2:]
                 if (height, width) != (size, size):
-                    sizes = f"the image is {width}x{height}, and the first is {size}x{size}"
-                    raise InputError(f"{sample.where}: {sizes}; say --image-size to crop them")
+                    sizes = f"the image is {width}x{height}, expected {size}x{size}, as the first is"
+                    raise InputError(f"{sample.where}: {sizes}; crop with --image-size")
                 good += 1
             batch.append((sample._replace(image=None), image))
             if good == self.batch_size:

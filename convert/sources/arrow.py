@@ -76,10 +76,10 @@ def _open_once(format: str, name: str, column: str, *state: Any) -> Table:
 def _beside(folder: str, path: str) -> Path:
     """The file that a row of a table names. A table from elsewhere must not name arbitrary files of this machine."""
     if is_remote(folder):
-        raise InputError(f"it names a file, {path!r}, in place of an image's bytes; only local tables may do so")
+        raise InputError(f"{path!r}: a file instead of an image's bytes; only local tables may name files")
     file = os.path.normpath(os.path.join(folder, path))
     if not file.startswith(os.path.join(folder, "")):
-        raise InputError(f"the image's path {path!r} leads out of {folder}, the table's folder")
+        raise InputError(f"{path!r}: the image's path leads out of {folder}, the table's folder")
     return Path(file)
 
 

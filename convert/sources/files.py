@@ -60,5 +60,5 @@ def fingerprint(name: str) -> dict[str, Any]:
     try:
         state = os.stat(name)
     except OSError as error:
-        raise InputError(f"cannot read {name}: {error.strerror}") from error
+        raise InputError(f"{name}: cannot be read: {error.strerror}") from error
     return {"name": name, "bytes": state.st_size, "modified": when(state.st_mtime_ns)}

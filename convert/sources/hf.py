@@ -43,7 +43,7 @@ def read_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iter
     def check() -> None:
         files = _open(description)[1]
         if len(files) != len(plan.files):
-            raise InputError(f"{description['path']} changed since the conversion began: it has other files")
+            raise InputError(f"{description['path']}: changed since the conversion began, it has other files")
         for planned, file in zip(plan.files, files, strict=True):
             check_same(planned, file)
 
@@ -82,7 +82,7 @@ def _table(description: dict[str, Any], data: Any, shard: int | None = None) -> 
             batches = (batch for table in rows.iter(size) for batch in table.to_batches())
             yield from Rows(batches, first).between(start, stop)
         except Exception as error:  # of a dozen libraries underneath
-            raise InputError(f"cannot read {name}: {one_line(error)}") from error
+            raise InputError(f"{name}: cannot be read: {one_line(error)}") from error
 
     lengths = [1] * len(data) if shard is None else None
     return Table(name, partial(_find, path), data.features.arrow_schema, lengths, read)
@@ -98,14 +98,14 @@ def _find(source: str, path: str) -> bytes | Path:
     if not place.startswith(("hf://", constants.ENDPOINT + "/")):
         folders = (source, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE)
         if "://" in place or not any(_is_below(place, str(folder)) for folder in folders):
-            raise InputError(f"the image's path {path!r} leads out of the data set {source}")
+            raise InputError(f"{path!r}: the image's path leads out of the data set {source}")
     if "://" not in path:
         return Path(path)
     try:
         with xopen(path, "rb") as file:
             return file.read()
     except Exception as error:
-        raise InputError(f"cannot read {path}: {one_line(error)}") from error
+        raise InputError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
 def _is_below(path: str, folder: str) -> bool:
@@ -131,10 +131,10 @@ def _load(path: str, split: str | None, config: str | None, streaming: bool) -> 
             return data, data._fingerprint
         data = datasets.load_from_disk(path)
         if split is not None and split not in data:
-            raise InputError(f"{path} has no split {split!r}; its splits are: {', '.join(data)}")
+            raise InputError(f"{path}: has no split {split!r}; its splits are: {', '.join(data)}")
         return data if split is None else data[split], ""
     except InputError:
         raise
     except Exception as error:  # of a dozen libraries underneath
-        where = path if Path(path).exists() else f"{path!r}, neither a path here nor readable as a data set on the Hub"
-        raise InputError(f"cannot load {where}: {one_line(error)}") from error
+        here = "" if Path(path).exists() else ", it is neither a path here nor readable as a data set on the Hub"
+        raise InputError(f"{path}: cannot be loaded{here}: {one_line(error)}") from error

@@ -41,19 +41,19 @@ def describe(
     format = format or (_infer_remote_format(source) if is_remote else _infer_format(source))
     path = Path(source).expanduser()
     if is_remote and format not in REMOTE:
-        raise InputError(f"{source} is taken as {format}, which is not read from s3://, only {', '.join(REMOTE)} are")
+        raise InputError(f"{source}: is read as {format}, expected {', '.join(REMOTE)} for s3://")
     if format == "digits" and source != "digits":
         raise InputError(f"--format digits: got the source {source!r}, expected the word 'digits'")
     if format == "imagefolder" and not path.is_dir():
-        raise InputError(f"{source} is not a folder of images: no such folder")
+        raise InputError(f"{source}: no such folder, expected a folder of images")
     if format in REMOTE and not is_remote:
         list_files(source, format)
     if format != "hf" and (split or config):
-        raise InputError(f"--split and --config are for Hugging Face data sets; {source} is taken as {format}")
+        raise InputError(f"--split and --config: only for Hugging Face data sets; {source} is read as {format}")
     if format != "hf" and streaming:
-        raise InputError(f"--streaming is for Hugging Face data sets (--format hf); {source} is taken as {format}")
+        raise InputError(f"--streaming: only for Hugging Face data sets (--format hf); {source} is read as {format}")
     if format not in (*TABLES, "webdataset") and (image_column or label_column not in (None, "none")):
-        raise InputError(f"columns are for tables; {source} is taken as {format}: only --label-column none applies")
+        raise InputError(f"{source}: is read as {format}, columns are for tables; only --label-column none applies")
 
     is_name = is_remote or format == "digits" or (format == "hf" and not path.exists())
     description: dict[str, Any] = {"format": format, "path": source if is_name else os.path.abspath(path)}
@@ -72,11 +72,11 @@ def _describe_hf(source: str, path: Path, split: str | None, config: str | None,
     """The split, the config and whether to stream, of a Hugging Face data set."""
     alone = (path / "state.json").is_file()  # save_to_disk of one Dataset, not of a DatasetDict
     if config and is_saved(str(path)):
-        raise InputError(f"{source} was saved to disk, without configs: leave out --config")
+        raise InputError(f"{source}: was saved to disk, without configs; leave out --config")
     if alone and split:
-        raise InputError(f"{source} holds one data set without splits: leave out --split")
+        raise InputError(f"{source}: holds one data set without splits; leave out --split")
     if streaming and is_saved(str(path)):
-        raise InputError(f"{source} was saved to disk, and is never read whole: leave out --streaming")
+        raise InputError(f"{source}: was saved to disk, and is never read whole; leave out --streaming")
     options = {"split": None if alone else split or "train", "config": config}
     return options | ({"streaming": True} if streaming else {})
 
@@ -102,7 +102,7 @@ def read_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iter
         yield sample
     if part.rows not in (None, rows):
         file = plan.files[part.file]["name"]
-        raise InputError(f"{file} changed since the conversion began: {part.rows} images then, {rows} now")
+        raise InputError(f"{file}: changed since the conversion began, {part.rows} images then, {rows} now")
 
 
 def check_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> None:
@@ -128,7 +128,7 @@ def _infer_format(source: str) -> str:
     path = Path(source).expanduser()
     if source == "digits":
         if path.exists():
-            raise InputError("'digits' is both scikit-learn's digits and a path here: say --format digits, or ./digits")
+            raise InputError("digits: is both scikit-learn's digits and a path here; use --format digits, or ./digits")
         return "digits"
     if is_saved(str(path)):
         return "hf"
@@ -137,5 +137,5 @@ def _infer_format(source: str) -> str:
             return "hf"
         raise no_such_file(source)
     if path.is_file() and format_of(source) == "imagefolder":
-        raise InputError(f"{source} is a single image: give the folder that holds one folder per class")
+        raise InputError(f"{source}: is a single image; give the folder that holds one folder per class")
     return infer_format(source, walk(path) if path.is_dir() else [source] if path.is_file() else expand(source))

@@ -61,7 +61,7 @@ def fingerprint(uri: str) -> dict[str, Any]:
     with reading(uri):
         info = _store().get_file_info(_path(uri))
     if info.type != fs.FileType.File:
-        raise InputError(f"cannot read {uri}: no such object")
+        raise InputError(f"{uri}: cannot be read: no such object")
     seconds = info.mtime_ns // 10**9  # some stores tell more in a listing than of an object
     return {"name": uri, "bytes": info.size, "modified": when(seconds * 10**9)}
 
@@ -111,7 +111,7 @@ def reading(name: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"cannot read {name}: {first_sentence(error)}") from error
+        raise InputError(f"{name}: cannot be read: {first_sentence(error)}") from error
 
 
 def first_sentence(error: Exception) -> str:

@@ -83,15 +83,15 @@ def read_labels(table: Table, description: dict[str, Any], or_strings: bool = Tr
     if pa.types.is_struct(type_) and type_.get_field_index("bytes") >= 0:
         type_ = type_.field("bytes").type
     if not pa.types.is_binary(type_) and not pa.types.is_large_binary(type_):
-        raise InputError(f"column {image!r} of {table.name} is {type_}, expected the bytes of image files")
+        raise InputError(f"{table.name} column {image!r}: is {type_}, expected the bytes of image files")
     if column is None:
         return Labels(table.name, None, "none")
     type_, names = _find(table, column)[1:]
     text = pa.types.is_string(type_) or pa.types.is_large_string(type_)
     if not text and not pa.types.is_integer(type_):
-        raise InputError(f"column {column!r} of {table.name} is {type_}, expected labels that are integers or strings")
+        raise InputError(f"{table.name} column {column!r}: is {type_}, expected labels that are integers or strings")
     if text and not or_strings:
-        raise InputError(f"column {column!r} of {table.name} has strings; --streaming takes integers only")
+        raise InputError(f"{table.name} column {column!r}: has strings, expected integers with --streaming")
     kind = tuple(names) if names else "strings" if text else "integers"
     if table.lengths is None and not text:
         return Labels(table.name, column, kind, largest=None)
@@ -128,7 +128,7 @@ def merge_classes(labels: tuple[Labels, ...]) -> list[str] | None:
     first = labels[0]
     for other in labels:
         if other.kind != first.kind:
-            raise InputError(f"column {first.column!r} has other classes in {other.table} than in {first.table}")
+            raise InputError(f"{other.table} column {first.column!r}: has other classes than {first.table}")
     if first.kind == "none":
         return ["all"]
     if first.kind == "strings":
@@ -197,7 +197,7 @@ def _find(table: Table, column: str) -> tuple[list[str], pa.DataType, list[str] 
     for name in path:
         if not pa.types.is_struct(type_) or type_.get_field_index(name) < 0:
             columns = ", ".join(_names(pa.struct(table.schema)))
-            raise InputError(f"{table.name} has no column {column!r}; its columns are: {columns}")
+            raise InputError(f"{table.name}: has no column {column!r}; its columns are: {columns}")
         type_ = type_.field(name).type
         features = features.get(name, {}) if isinstance(features, dict) else {}
     names = features.get("names") if isinstance(features, dict) and features.get("_type") == "ClassLabel" else None

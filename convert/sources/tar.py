@@ -81,14 +81,14 @@ def _samples(name: str, description: dict[str, Any], read_images: bool = True) -
         found = [extension for extension in group if extension in images]
         if len(found) > 1:
             these = ", ".join(found)
-            raise InputError(f"{where} has several images ({these}): choose with --image-column, by extension")
+            raise InputError(f"{where}: has several images ({these}); choose with --image-column, by extension")
         if found:
             yield where, group[found[0]] if read_images else True, _label(group, description["label_column"], where)
         else:
             yield where, None, None
     if not extensions & images:
         ends = ", ".join(sorted(extensions)[:10]) or "none"
-        raise InputError(f"{name} holds no image; its members' extensions are: {ends} (--image-column chooses one)")
+        raise InputError(f"{name}: holds no image; its members' extensions are: {ends} (--image-column chooses one)")
 
 
 def _label(group: Group, column: str | None, where: str) -> str | None:
@@ -102,7 +102,7 @@ def _label(group: Group, column: str | None, where: str) -> str | None:
         value = _json_value(group["json"], column, where)
     if value is None or value == "":
         advice = "--label-column names an extension, or a key in the json; 'none' converts without labels"
-        raise InputError(f"{where} has no label {column!r}; it has: {', '.join(group)} ({advice})")
+        raise InputError(f"{where}: has no label {column!r}; it has: {', '.join(group)} ({advice})")
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise InputError(f"{where}: the label {column!r} is {value!r}, expected an integer or a string")
     return str(value)
@@ -187,4 +187,4 @@ def _tar(name: str) -> Iterator[tarfile.TarFile]:
         with file, tarfile.open(None, mode, file, 1 << 16, tarinfo=_Member) as tar:  # type: ignore[call-overload]
             yield tar
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise InputError(f"cannot read {name}: {error}") from error
+        raise InputError(f"{name}: cannot be read: {error}") from error
