@@ -7,7 +7,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +18,7 @@ from convert.engine.output import Output, OutputError
 from convert.engine.pipeline import Job, Tally, convert_parts
 from convert.engine.plan import Plan, identity, vae_identity
 from convert.engine.progress import Progress
-from convert.kinds import BadPicture
+from convert.kinds import BadPicture, Kind
 from convert.kinds.pixels import Pixels
 from convert.sources.parts import MAX_CLASSES, InputError
 from convert.sources.registry import plan_source, read_part
@@ -63,7 +63,8 @@ def _convert(args: argparse.Namespace, source: dict[str, Any], output: Output) -
         print(f"already converted: {args.out} holds this source, nothing to do")
         return 0
     records = output.begin(plan, args.overwrite)
-    kind, options = _kind(args, plan)
+    make_kind, options = _kind(args, plan)
+    kind = make_kind(**options)
     with _signals_wait():
         from convert.engine.shards import PartWriter  # streaming
 
@@ -95,16 +96,14 @@ def _convert(args: argparse.Namespace, source: dict[str, Any], output: Output) -
     return 0
 
 
-def _kind(args: argparse.Namespace, plan: Plan) -> tuple[Any, dict[str, Any]]:
-    """What is made of images, and the arguments of its class."""
-    options: dict[str, Any] = {"check": args.check or "decode"}
+def _kind(args: argparse.Namespace, plan: Plan) -> tuple[Callable[..., Kind], dict[str, Any]]:
+    """The class of what is made of images, and its arguments."""
     if not args.latents and args.image_size is None:
-        return Pixels(**options), options
+        return Pixels, {"check": args.check or "decode"}
     cropping, latents = _torch_kinds()
     if not args.latents:
-        options = {"image_size": args.image_size, "quality": args.quality}
-        return cropping.CroppedPixels(**options), options
-    options = {
+        return cropping.CroppedPixels, {"image_size": args.image_size, "quality": args.quality}
+    return latents.Latents, {
         "vae": args.vae,
         "image_size": args.image_size or _first_size(plan, args.skip_bad),
         "crop": args.image_size is not None,
@@ -112,7 +111,6 @@ def _kind(args: argparse.Namespace, plan: Plan) -> tuple[Any, dict[str, Any]]:
         "batch_size": args.batch_size,
         "cores": 1 if args.engine == "ray" else len(os.sched_getaffinity(0)),  # ray starts an actor per core
     }
-    return latents.Latents(**options), options
 
 
 def _first_size(plan: Plan, skip_bad: bool) -> int:
@@ -180,8 +178,7 @@ def _report(spec: DataSpec, records: list[dict[str, Any]], rates: dict[str, Any]
     if spec.skipped:
         shown = "\n  ".join([reason for record in records for reason in record["reasons"]][:REASONS_SHOWN])
         print(f"skipped {_count(spec.skipped, 'image')}; the first:\n  {shown}", file=sys.stderr)
-    empty = [name for name, count in zip(spec.classes, spec.class_counts, strict=True) if not count]
-    if empty:
+    if empty := [name for name, count in zip(spec.classes, spec.class_counts, strict=True) if not count]:
         which = ", ".join(empty[:10]) + (", …" if len(empty) > 10 else "")
         print(f"warning: {len(empty)} of {spec.num_classes} classes have no image: {which}", file=sys.stderr)
     sizes = [shard["raw_data"]["bytes"] for record in records for shard in record["shards"]]
@@ -203,9 +200,7 @@ def _torch_kinds() -> tuple[ModuleType, ModuleType]:
 @contextmanager
 def _signals_wait() -> Iterator[None]:
     """Blocks signals during an import of torch, which swallows an interrupt of its own import of numpy.
-
-    That works while this is the process's only thread: another, such as a progress bar's, would take the signal.
-    """
+    That works while this is the process's only thread: another, such as a progress bar's, would take the signal."""
     signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield

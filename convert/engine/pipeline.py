@@ -74,10 +74,7 @@ def convert_parts(
     job: Job, todo: Iterable[int], decoders: Decoders, on_image: Callable[[int, str | None], None]
 ) -> Iterator[dict[str, Any]]:
     """Converts the parts with the numbers ``todo``, and yields the record of each when its shards are stored.
-
-    ``on_image`` is called for each image with its bytes, and the reason if it was skipped. Raises InputError if an
-    image can't be used or the source can't be read; StorageError or OSError if a shard can't be written.
-    """
+    ``on_image`` is called for each image with its bytes, and the reason if it was skipped."""
     samples = _samples(job.plan, todo)
     with (
         job.output.scratch() as scratch,
@@ -114,13 +111,12 @@ def _write(writer: Any, job: Job, group: Iterable[Prepared], on_image: Callable[
     images = ((one.sample, one.result) for one in takewhile(lambda one: one.sample is not None, group))
     for sample, row, look in job.kind.rows(images):
         if isinstance(row, BadPicture):
-            reason = f"{sample.where}: {row}"
             if not job.skip_bad:
                 raise InputError(f"{sample.where}: {row}; --skip-bad leaves out such images")
             tally.skipped += 1
             if tally.skipped <= REASONS:
-                tally.reasons.append(reason)
-            on_image(0, reason)
+                tally.reasons.append(f"{sample.where}: {row}")
+            on_image(0, f"{sample.where}: {row}")
             continue
         size = sum(memoryview(value).nbytes for value in row.values())
         row["label"] = sample.label
@@ -154,7 +150,6 @@ class Deliveries:
         self.waiting.append(self.sent[-1])
 
     def end_part(self, record: dict[str, Any]) -> None:
-        """Ends the part: it has no more shards."""
         self.parts.append((self.sent, record))
         self.sent = []
 

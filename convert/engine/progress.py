@@ -13,10 +13,8 @@ POSTFIX = 0.5  # seconds between two updates of the bar's end
 
 
 class Progress:
-    """Counts the images of this run, after ``done`` of earlier runs, among a ``total`` if that is known.
-
-    A line of JSON per event is appended to the file ``log``, if there is one.
-    """
+    """Counts the images of this run, after ``done`` of earlier runs, among a ``total`` if that is known; appends to
+    the file ``log``, if there is one."""
 
     def __init__(self, total: int | None, done: int, log: str | None) -> None:
         try:

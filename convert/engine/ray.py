@@ -52,11 +52,8 @@ class Converter:
 
 
 def convert_on_ray(job: Job, options: dict[str, Any], todo: list[int]) -> Generator[dict[str, Any], None, None]:
-    """Converts the parts with the numbers ``todo``, and yields the record of each, in any order.
-
-    ``options`` are the arguments of the job's kind. Raises an actor's InputError or OutputError, and OSError for its
-    other errors or if the cluster fails.
-    """
+    """Converts the parts with the numbers ``todo``, and yields the record of each, in any order. ``options`` are the
+    arguments of the job's kind. Raises OSError for an actor's error that isn't the user's, or if the cluster fails."""
     if not todo:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it reports to its makers

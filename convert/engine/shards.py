@@ -14,15 +14,8 @@ SHARD_BYTES = 1 << 26
 
 
 class PartWriter(MDSWriter):
-    """Writes samples to ``shard.PPPPP.NNNNN.mds`` in a new, empty folder.
-
-    Args:
-        columns: names and MDS encodings.
-        folder: of the shards.
-        part: the part's number.
-        prefix: of each shard's name.
-        deliver: is called with each file that is whole; it may wait, and may move the file away.
-    """
+    """Writes samples to ``{prefix}shard.PPPPP.NNNNN.mds``, P being the part, in a new, empty folder.
+    ``deliver`` is called with each file that is whole; it may wait, and may move the file away."""
 
     def __init__(
         self, columns: dict[str, str], folder: Path, part: int, prefix: str, deliver: Callable[[Path], None]

@@ -20,7 +20,7 @@ from PIL import Image
 
 from convert.sources import parts
 from convert.sources.registry import InputError, Part, describe, plan_source, read_part
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 from tests.helpers.sources import write_folder, write_parquet
 
 PICTURES = [bytes([65 + k]) * (40 + k) for k in range(6)]  # no source looks inside
