@@ -7,7 +7,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +18,7 @@ from convert.engine.output import Output, OutputError
 from convert.engine.pipeline import Job, Tally, convert_parts
 from convert.engine.plan import Plan, identity, vae_identity
 from convert.engine.progress import Progress
-from convert.kinds import BadPicture, Kind
+from convert.kinds import BadPicture
 from convert.kinds.pixels import Pixels
 from convert.sources.parts import MAX_CLASSES, InputError
 from convert.sources.registry import plan_source, read_part
@@ -96,7 +96,7 @@ def _convert(args: argparse.Namespace, source: dict[str, Any], output: Output) -
     return 0
 
 
-def _kind(args: argparse.Namespace, plan: Plan) -> tuple[Callable[..., Kind], dict[str, Any]]:
+def _kind(args: argparse.Namespace, plan: Plan) -> tuple[type, dict[str, Any]]:
     """The class of what is made of images, and its arguments."""
     if not args.latents and args.image_size is None:
         return Pixels, {"check": args.check or "decode"}

@@ -16,10 +16,8 @@ MAX_PIXELS = 1 << 26  # of an image whose short side is resized, before it is cr
 
 
 class CroppedPixels(Pixels):
-    """Samples of kind ``pixels``, cropped to squares of ``image_size`` pixels, as training does.
-
-    With a ``quality``, 1 to 100, they become JPEGs; else PNGs, which are lossless.
-    """
+    """Samples of kind ``pixels``, cropped to squares of ``image_size`` pixels, as training does; as JPEGs if they
+    have a ``quality``, 1 to 100, or else as PNGs, which are lossless."""
 
     def __init__(self, image_size: int, quality: int | None) -> None:
         self.prepare = partial(cropped, image_size=image_size, quality=quality)
@@ -40,11 +38,8 @@ def levels(image: bytes | Path | None, channels: int, image_size: int | None) ->
 
 
 def crop(data: bytes, channels: int, image_size: int | None) -> Tensor:
-    """An image as training sees it: uint8 (channels, H, W), with H and W ``image_size`` unless that is None.
-
-    Raises:
-        BadPicture: as `opened`; also if it would fill the memory before it is cropped, as a long and thin one can.
-    """
+    """An image as training sees it: uint8 (channels, H, W), with H and W ``image_size`` unless that is None. Raises
+    BadPicture as `opened`; also if it would fill the memory before it is cropped, as a long and thin one can."""
     with opened(data) as image:
         width, height = image.size
         if image_size and image_size**2 * max(width, height) > MAX_PIXELS * min(width, height):
@@ -57,8 +52,5 @@ def encode(levels: Tensor, quality: int | None) -> bytes:
     """The file of an image, uint8 (1 or 3, H, W): a JPEG of that quality, or a PNG if it is None."""
     file = io.BytesIO()
     image = Image.fromarray(levels[0].numpy() if len(levels) == 1 else levels.permute(1, 2, 0).contiguous().numpy())
-    if quality is None:
-        image.save(file, "PNG")
-    else:
-        image.save(file, "JPEG", quality=quality)
+    image.save(file, "PNG") if quality is None else image.save(file, "JPEG", quality=quality)
     return file.getvalue()

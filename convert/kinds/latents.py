@@ -24,7 +24,6 @@ CPU_BATCH = 32 * 32 * 32  # pixels: more at a time would not fit the caches
 
 
 def default_device() -> str:
-    """The device that encodes."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -35,23 +34,12 @@ class Latents:
     thread, and as many batches at a time as it has cores. A GPU encodes one while the next is transferred.
 
     Args:
-        vae: hub name or folder, as `KLAutoencoder` takes it; `spec.json` has the same name.
-        image_size: side of the images in pixels.
-        crop: whether images are cropped to it, as training does, or are all squares of that size.
-        dtype: in which the encoder computes: float32, bfloat16 or float16. Moments are then converted to float16.
+        crop: whether images are cropped to ``image_size``, as training does, or are all squares of that size.
+        dtype: in which the encoder computes. Moments are then converted to float16.
         batch_size: images encoded at a time; None chooses a fast one. Another batch size may change the last bits.
-        cores: CPU cores that encode.
-
-    Raises:
-        InputError: if the autoencoder cannot be loaded, or does not suit the images.
-        MemoryError: if it doesn't fit the GPU's free memory.
     """
 
-    columns: ClassVar[dict[str, str]] = {
-        "moments": "ndarray:float16",
-        "moments_flip": "ndarray:float16",
-        "label": "int",
-    }
+    columns: ClassVar[dict[str, str]] = dict.fromkeys(("moments", "moments_flip"), "ndarray:float16") | {"label": "int"}
 
     def __init__(self, vae: str, image_size: int, crop: bool, dtype: str, batch_size: int | None, cores: int) -> None:
         torch.backends.cudnn.deterministic = True
@@ -83,7 +71,6 @@ class Latents:
         self.preload = ["convert.kinds.cropping"]
 
     def rows(self, images: Iterable[tuple[Sample, Any]]) -> Iterator[Row]:
-        """As `Kind.rows`. Raises InputError if an image has another size, or a batch doesn't fit the memory."""
         encoding: deque[Future[list[Row]]] = deque()
         try:
             for batch in self._batches(images):

@@ -56,10 +56,7 @@ def read_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iter
 
 
 def _open(description: dict[str, Any]) -> tuple[Any, list[dict[str, Any]]]:
-    """The data set, and the state of its files.
-
-    Unless the data set was saved to disk, that is the library's fingerprint, as its cache is not the source.
-    """
+    """The data set, and the state of its files: the library's fingerprint, unless the data set was saved to disk."""
     path = description["path"]
     data, state = _load(path, description["split"], description["config"], "streaming" in description)
     if is_saved(path):
@@ -89,10 +86,8 @@ def _table(description: dict[str, Any], data: Any, shard: int | None = None) -> 
 
 
 def _find(source: str, path: str) -> bytes | Path:
-    """An image that a data set keeps as a separate file, local, inside an archive or on the Hub.
-
-    A data set from elsewhere must not name other files of this machine or its network.
-    """
+    """An image that a data set keeps as a separate file, local, inside an archive or on the Hub. A data set from
+    elsewhere must not name other files of this machine or its network."""
     config = datasets.config
     place = path.rpartition("::")[2]  # of the archive, if the image is inside one
     if not place.startswith(("hf://", constants.ENDPOINT + "/")):

@@ -38,8 +38,7 @@ def infer_format(source: str, names: Iterable[str]) -> str:
 
 
 def of_one_split(source: str, folder: str, names: Iterable[str], format: str) -> list[str]:
-    """The files of a folder that are data of a format, sorted. Raises InputError if there are none, or if they are of
-    several splits."""
+    """The files of a folder that are data of a format, sorted. Raises InputError unless they are of one split."""
     # cache-*.arrow are transformed copies that `datasets` leaves beside the data that it saved.
     files = sorted((name for name in names if format_of(name) == format), key=lambda name: name.split("/"))
     files = [name for name in files if not os.path.basename(name).startswith(("_", "cache-"))]
@@ -59,8 +58,7 @@ def when(nanoseconds: int) -> str:
 
 
 def check_same(planned: dict[str, Any], now: dict[str, Any]) -> None:
-    """Compares a file with its state when the conversion was planned. Raises InputError naming the file, if it has
-    changed."""
+    """Raises InputError naming a file, if it has changed since the conversion was planned."""
     if now != planned:
         key = next(key for key in {**planned, **now} if planned.get(key) != now.get(key))
         change = f"{key}: {planned.get(key)} then, {now.get(key)} now"

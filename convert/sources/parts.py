@@ -44,8 +44,8 @@ class Part:
 class SourcePlan:
     """How a source is read. It depends on the source alone.
 
-    ``files`` have a ``name`` (a path or a URI), their ``bytes`` and when they were ``modified`` (ISO 8601); other keys
-    also serve to detect changes. ``classes`` are those of all rows, whatever the limit.
+    Each file has a ``name`` (a path or a URI), its ``bytes`` and when it was ``modified`` (ISO 8601); other keys also
+    serve to detect changes. The classes are those of all rows, whatever the limit.
     """
 
     files: list[dict[str, Any]]
@@ -60,13 +60,9 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(names)
 
 
-def cut(file: int, lengths: Iterable[int], start: int = 0) -> list[Part]:
-    """Parts of a file of groups of rows with these lengths: groups are joined, and large groups are cut.
-
-    No part has more than 2 * PART rows. ``start`` is the number of the first row.
-    """
-    bounds = [start]  # of the parts
-    end = start
+def cut(file: int, lengths: Iterable[int]) -> list[Part]:
+    """Parts, of at most 2 * PART rows, of a file of groups of rows with these lengths: groups are joined or cut."""
+    bounds, end = [0], 0  # of the parts
     for length in lengths:
         if end - bounds[-1] + length > 2 * PART and end > bounds[-1]:
             bounds.append(end)
@@ -82,10 +78,8 @@ def cut(file: int, lengths: Iterable[int], start: int = 0) -> list[Part]:
 
 
 def cut_off(parts: list[Part], limit: int | None, count: Callable[[Part, int], int] | None = None) -> list[Part]:
-    """The parts of the first ``limit`` images; all if that is None.
-
-    ``count(part, most)`` counts the images of a part with unknown ``rows``, up to ``most``.
-    """
+    """The parts of the first ``limit`` images; all if that is None. ``count(part, most)`` counts the images of a part
+    with unknown ``rows``, up to ``most``."""
     if limit is None:
         return parts
     kept: list[Part] = []

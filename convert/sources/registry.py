@@ -34,11 +34,10 @@ def describe(
     config: str | None = None,
     streaming: bool = False,
 ) -> dict[str, Any]:
-    """Settles what a source is: its format, its absolute path or its name, and the columns and split to read. Raises
-    InputError if there is no such source, its format is in doubt, or an option does not apply to it."""
+    """Settles what a source is: its format, its absolute path or its name, and the columns and split to read."""
     is_remote = source.startswith(SCHEME)
     source = SCHEME + source.removeprefix(SCHEME).rstrip("/") if is_remote else source
-    format = format or (_infer_remote_format(source) if is_remote else _infer_format(source))
+    format = format or _infer_format(source)
     path = Path(source).expanduser()
     if is_remote and format not in REMOTE:
         raise InputError(f"{source}: is read as {format}, expected {', '.join(REMOTE)} for s3://")
@@ -82,20 +81,14 @@ def _describe_hf(source: str, path: Path, split: str | None, config: str | None,
 
 
 def plan_source(description: dict[str, Any], limit: int | None = None) -> SourcePlan:
-    """Reads footers and labels of a source; the same plan each time, if the source is the same.
-
-    ``limit`` plans the first so many images only. Raises InputError if the source cannot be read, lacks a column, or
-    has labels that are not classes.
-    """
+    """Reads footers and labels of a source, for the first ``limit`` images; the same plan each time, if the source is
+    the same. Raises InputError if the source cannot be read, lacks a column, or has labels that are not classes."""
     return _module(description).plan_source(description, limit)
 
 
 def read_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iterator[Sample]:
-    """The images of one part of a plan, in order. Between calls only open files are kept.
-
-    At most a few rows of a table (of a Parquet file: one page per column), or one image, are in memory. Raises
-    InputError if the source cannot be read, or a file has changed since the plan was made.
-    """
+    """The images of one part of a plan, in order. At most a few rows of a table, or one image, are in memory. Raises
+    InputError if the source cannot be read, or a file has changed since the plan was made."""
     rows = 0
     for sample in _module(description).read_part(description, plan, part):
         rows += 1
@@ -106,10 +99,8 @@ def read_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iter
 
 
 def check_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> None:
-    """Checks, after a part's last image, that no image has changed since the plan was made.
-
-    Only folders of images need it: `read_part` checks other files after it has read the last image.
-    """
+    """Checks, after a part's last image, that no image has changed since the plan was made. Only folders of images need
+    it: `read_part` checks other files after it has read the last image."""
     if description["format"] == "imagefolder":
         _module(description).check_part(description, plan, part)
 
@@ -120,11 +111,9 @@ def _module(description: dict[str, Any]) -> ModuleType:
     return import_module(f"convert.sources.{MODULES.get(format, format)}")
 
 
-def _infer_remote_format(source: str) -> str:
-    return format_of(source) or infer_format(source, object_store().list_remote(source))
-
-
 def _infer_format(source: str) -> str:
+    if source.startswith(SCHEME):
+        return format_of(source) or infer_format(source, object_store().list_remote(source))
     path = Path(source).expanduser()
     if source == "digits":
         if path.exists():

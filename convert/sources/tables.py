@@ -17,6 +17,7 @@ from convert.sources.parts import MAX_CLASSES, InputError, Part, Sample, SourceP
 from convert.sources.s3 import reading
 
 BATCH = 64  # rows
+Check = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,7 @@ class Table:
     read: Callable[[list[str], int, int, int], Iterator[pa.RecordBatch]]
 
 
-def samples(
-    table: Table, description: dict[str, Any], plan: SourcePlan, part: Part, check: Callable[[], None]
-) -> Iterator[Sample]:
+def samples(table: Table, description: dict[str, Any], plan: SourcePlan, part: Part, check: Check) -> Iterator[Sample]:
     """The images of a part's rows. ``check`` is called before rows are taken from a batch."""
     image, label = description["image_column"], description["label_column"]
     columns = [image] if label is None else [image, label]
@@ -70,14 +69,8 @@ class Labels:
 
 
 def read_labels(table: Table, description: dict[str, Any], or_strings: bool = True) -> Labels:
-    """Checks the columns of a table and reads all its labels, except integers where that would mean reading all.
-
-    ``or_strings`` is whether labels may be strings.
-
-    Raises:
-        InputError: if it lacks a column, or the images are not bytes; or naming the first row whose label is not a
-            class: null, negative, too large, not an integer or string.
-    """
+    """Checks the columns of a table and reads all its labels, except integers where that would mean reading all. Raises
+    InputError if a column is missing or of another type, or naming the first row whose label is not a class."""
     image, column = description["image_column"], description["label_column"]
     type_ = _find(table, image)[1]
     if pa.types.is_struct(type_) and type_.get_field_index("bytes") >= 0:
@@ -123,8 +116,7 @@ def _check_labels(table: Table, first: int, labels: pa.Array, classes: int) -> i
 
 
 def merge_classes(labels: tuple[Labels, ...]) -> list[str] | None:
-    """The names of the classes of all tables; None if they are integers that were not all read. Raises InputError if
-    the tables have different kinds of labels."""
+    """The names of the classes of all tables; None if they are integers that were not all read."""
     first = labels[0]
     for other in labels:
         if other.kind != first.kind:
@@ -140,12 +132,7 @@ def merge_classes(labels: tuple[Labels, ...]) -> list[str] | None:
 
 
 def batches(
-    table: Table,
-    columns: list[str],
-    start: int,
-    stop: int | None,
-    check: Callable[[], None] = lambda: None,
-    size: int = BATCH,
+    table: Table, columns: list[str], start: int, stop: int | None, check: Check = lambda: None, size: int = BATCH
 ) -> Iterator[tuple[int, list[pa.Array]]]:
     """Yields the columns of rows ``start`` to before ``stop`` (None: to the end), a few at a time, each time with the
     number of the first row."""

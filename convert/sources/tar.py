@@ -28,11 +28,8 @@ Group = dict[str, bytes | None]  # the bytes of a sample's members by extension;
 
 
 def plan_source(description: dict[str, Any], limit: int | None) -> SourcePlan:
-    """Lists the tars, each of which is a part.
-
-    The first label tells whether all are integers. If so, no tar is read further. Names are numbered in sorted order;
-    to find them, all tars are scanned: local ones from header to header, remote ones by reading them.
-    """
+    """Lists the tars, each of which is a part. If the first label is an integer, no tar is read further. Names are
+    numbered in sorted order; to find them, all tars are scanned: local ones from header to header, others whole."""
     names = list_files(description["path"], "webdataset")
 
     def labels(name: str) -> list[str | None]:
@@ -70,8 +67,7 @@ def read_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iter
 
 
 def _samples(name: str, description: dict[str, Any], read_images: bool = True) -> Iterator[tuple[str, Any, str | None]]:
-    """Where each sample of a tar is, its image (True if it is not read; None if there is none), and its label. Raises
-    InputError if the tar is broken or holds no image; if a sample with an image has no label."""
+    """Where each sample of a tar is, its image (True if it is not read; None if there is none), and its label."""
     images = {description["image_column"]} if description["image_column"] else IMAGES
     labels = {"json", description["label_column"]}
     extensions: set[str] = set()
