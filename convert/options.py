@@ -43,8 +43,7 @@ def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
 
 
 def what_is_made(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that decide what is made of images, as the spec's source records them: those that were given. Raises
-    InputError for options that don't go together."""
+    """The options that decide what is made of images, of those given, as the spec's source records them."""
     if args.latents != (args.vae is not None):
         raise InputError("--latents and --vae: each needs the other")
     for name in ("encode_dtype", "batch_size"):

@@ -1,7 +1,4 @@
-"""The body of `to_mds.py`: checks output and source, converts the parts that are not done, publishes, and reports.
-
-Everything that can be wrong with the command is checked before streaming is imported, which takes seconds.
-"""
+"""The body of `to_mds.py`: checks output and source, converts the parts that are not done, publishes, and reports."""
 
 import argparse
 import os
@@ -63,12 +60,12 @@ def _convert(args: argparse.Namespace, source: dict[str, Any], output: Output) -
         print(f"already converted: {args.out} holds this source, nothing to do")
         return 0
     records = output.begin(plan, args.overwrite)
-    make_kind, options = _kind(args, plan)
-    kind = make_kind(**options)
+    kind, options = _kind(args, plan)
+    made = kind(**options)
     with _signals_wait():
-        from convert.engine.shards import PartWriter  # streaming
+        from convert.engine.shards import PartWriter  # streaming takes seconds: all checks come before
 
-    job = Job(plan, kind, output, args.skip_bad, PartWriter)
+    job = Job(plan, made, output, args.skip_bad, PartWriter)
     parts, done = len(reading.parts), Tally.of(records.values()).images
     if records:
         print(f"resumes: {len(records)} of {parts} parts, {done} images, are done", file=sys.stderr)
@@ -137,7 +134,7 @@ def _here(job: Job, workers: int | None, todo: list[int], progress: Progress) ->
         small = job.plan.rows is not None and job.plan.rows <= SMALL
         workers = 0 if small else len(os.sched_getaffinity(0))
     with Decoders(workers, job.kind.preload) as decoders:
-        yield from convert_parts(job, todo, decoders, progress.image)
+        yield from convert_parts(job, todo, decoders, progress.add)
 
 
 def _on_ray(job: Job, options: dict[str, Any], todo: list[int], progress: Progress) -> Records:
@@ -147,7 +144,8 @@ def _on_ray(job: Job, options: dict[str, Any], todo: list[int], progress: Progre
         raise InputError(f"--engine ray: {error}; pip install 'sit-composer[ray]' brings it") from None
     with closing(convert_on_ray(job, options, todo)) as results:
         for record in results:
-            progress.part(record)
+            size = sum(shard["raw_data"]["bytes"] for shard in record["shards"])
+            progress.add(Tally.of([record]).images, size, record["skipped"], record["reasons"])
             yield record
 
 
@@ -199,8 +197,8 @@ def _torch_kinds() -> tuple[ModuleType, ModuleType]:
 
 @contextmanager
 def _signals_wait() -> Iterator[None]:
-    """Blocks signals during an import of torch, which swallows an interrupt of its own import of numpy.
-    That works while this is the process's only thread: another, such as a progress bar's, would take the signal."""
+    """Blocks signals during an import of torch, which swallows an interrupt of its own import of numpy."""
+    # This works while there is one thread only: another, such as a progress bar's, would take the signal.
     signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield

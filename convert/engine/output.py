@@ -64,8 +64,7 @@ class Output:
         self.store, self.final = LocalFolder(str(self.place)), LocalFolder(str(self.path))
 
     def is_done(self, source: dict[str, Any], overwrite: bool) -> bool:
-        """Whether the whole conversion of this source is there. False: the place is free, or may be replaced.
-        Keys that ``source`` gets only later are not compared before. Raises OutputError if anything else is there."""
+        """Whether the whole conversion of this source is there. False: the place is free, or may be replaced."""
         files = _entries(self.path) if self.path else self.store.listing()
         _refuse_foreign(self.uri, files)
         if not files or (self.path is None and PLAN_NAME in files and INDEX_NAME not in files):

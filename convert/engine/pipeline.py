@@ -71,10 +71,10 @@ class Job:
 
 
 def convert_parts(
-    job: Job, todo: Iterable[int], decoders: Decoders, on_image: Callable[[int, str | None], None]
+    job: Job, todo: Iterable[int], decoders: Decoders, on_image: Callable[..., None]
 ) -> Iterator[dict[str, Any]]:
-    """Converts the parts with the numbers ``todo``, and yields the record of each when its shards are stored.
-    ``on_image`` is called for each image with its bytes, and the reason if it was skipped."""
+    """Converts parts by number, and yields the record of each when its shards are stored; ``on_image`` is as
+    `Progress.add`."""
     samples = _samples(job.plan, todo)
     with (
         job.output.scratch() as scratch,
@@ -116,13 +116,13 @@ def _write(writer: Any, job: Job, group: Iterable[Prepared], on_image: Callable[
             tally.skipped += 1
             if tally.skipped <= REASONS:
                 tally.reasons.append(f"{sample.where}: {row}")
-            on_image(0, f"{sample.where}: {row}")
+            on_image(1, 0, 1, [f"{sample.where}: {row}"])
             continue
         size = sum(memoryview(value).nbytes for value in row.values())
         row["label"] = sample.label
         writer.write(row)
         tally.add(sample.label, look)
-        on_image(size, None)
+        on_image(1, size)
     return tally
 
 

@@ -21,10 +21,9 @@ FILES_NAMED = 1000  # of more files, a plan keeps only their number, bytes and d
 
 @dataclass(frozen=True)
 class Plan:
-    """``source`` says where images come from and what is made of them, as in `spec.json`: the options given,
-    and ``files``, the identity of the files that are read."""
+    """A conversion's plan."""
 
-    source: dict[str, Any]
+    source: dict[str, Any]  # as in `spec.json`: the options given, and ``files``, the identity of the files
     reading: SourcePlan
 
     @property

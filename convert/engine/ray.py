@@ -45,7 +45,7 @@ class Converter:
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         """The records of a batch's parts, as JSON; or the type and the message of an error."""
         try:
-            records = list(convert_parts(self.job, map(int, batch["part"]), self.decoders, lambda size, skipped: None))
+            records = list(convert_parts(self.job, map(int, batch["part"]), self.decoders, lambda *_: None))
             return {"kind": ["record"] * len(records), "content": list(map(json.dumps, records))}
         except (UserError, OSError) as error:
             return {"kind": [type(error).__name__], "content": [str(error)]}

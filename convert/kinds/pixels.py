@@ -105,8 +105,7 @@ def read_file(image: bytes | Path | None) -> bytes:
 
 @contextmanager
 def opened(data: bytes) -> Iterator[Image.Image]:
-    """The image, opened by PIL; its pixels are not decoded yet. Raises BadPicture if it is broken, not an image, or may
-    be an attack, and for exceptions in the body."""
+    """An image, not decoded yet. Raises BadPicture if it is broken, or may be an attack; for the body's errors, too."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

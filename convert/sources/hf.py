@@ -40,17 +40,16 @@ def plan_source(description: dict[str, Any], limit: int | None) -> SourcePlan:
 def read_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iterator[Sample]:
     """The images of a part, as stored, not decoded."""
 
-    def check() -> None:
-        files = _open(description)[1]
+    def check() -> Any:
+        data, files = _open(description)
         if len(files) != len(plan.files):
             raise InputError(f"{description['path']}: changed since the conversion began, it has other files")
         for planned, file in zip(plan.files, files, strict=True):
             check_same(planned, file)
+        return data
 
-    check()
-    data, _ = _open(description)
     streaming = "streaming" in description
-    table = _table(description, data, part.file if streaming else None)
+    table = _table(description, check(), part.file if streaming else None)
     yield from samples(table, description, plan, part, (lambda: None) if streaming else check)
     check()
 
@@ -86,13 +85,13 @@ def _table(description: dict[str, Any], data: Any, shard: int | None = None) -> 
 
 
 def _find(source: str, path: str) -> bytes | Path:
-    """An image that a data set keeps as a separate file, local, inside an archive or on the Hub. A data set from
-    elsewhere must not name other files of this machine or its network."""
+    """An image that a data set keeps as a file, local, in an archive or on the Hub; no other file of this machine."""
     config = datasets.config
     place = path.rpartition("::")[2]  # of the archive, if the image is inside one
     if not place.startswith(("hf://", constants.ENDPOINT + "/")):
         folders = (source, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE)
-        if "://" in place or not any(_is_below(place, str(folder)) for folder in folders):
+        roots = (os.path.join(way(folder), "") for folder in folders for way in (os.path.abspath, os.path.realpath))
+        if "://" in place or not os.path.abspath(place).startswith(tuple(roots)):
             raise InputError(f"{path!r}: the image's path leads out of the data set {source}")
     if "://" not in path:
         return Path(path)
@@ -101,11 +100,6 @@ def _find(source: str, path: str) -> bytes | Path:
             return file.read()
     except Exception as error:
         raise InputError(f"{path}: cannot be read: {one_line(error)}") from error
-
-
-def _is_below(path: str, folder: str) -> bool:
-    ways = (os.path.abspath, os.path.realpath)
-    return os.path.abspath(path).startswith(tuple(os.path.join(way(folder), "") for way in ways))
 
 
 @lru_cache(maxsize=1)  # loaded once for all parts

@@ -42,14 +42,10 @@ class Part:
 
 @dataclass(frozen=True)
 class SourcePlan:
-    """How a source is read. It depends on the source alone.
+    """How a source is read. It depends on the source alone."""
 
-    Each file has a ``name`` (a path or a URI), its ``bytes`` and when it was ``modified`` (ISO 8601); other keys also
-    serve to detect changes. The classes are those of all rows, whatever the limit.
-    """
-
-    files: list[dict[str, Any]]
-    classes: list[str] | None  # None where labels are integers whose largest is known only when all are read
+    files: list[dict[str, Any]]  # ``name`` (path or URI), ``bytes``, ``modified`` (ISO 8601), others to detect changes
+    classes: list[str] | None  # of all rows; None if labels are integers whose largest is known only when all are read
     parts: list[Part]  # together, all images to be read, each once, in order
 
 
@@ -78,8 +74,7 @@ def cut(file: int, lengths: Iterable[int]) -> list[Part]:
 
 
 def cut_off(parts: list[Part], limit: int | None, count: Callable[[Part, int], int] | None = None) -> list[Part]:
-    """The parts of the first ``limit`` images; all if that is None. ``count(part, most)`` counts the images of a part
-    with unknown ``rows``, up to ``most``."""
+    """The parts of the first ``limit`` images, if any. ``count(part, most)`` counts images where ``rows`` is None."""
     if limit is None:
         return parts
     kept: list[Part] = []

@@ -99,8 +99,7 @@ def read_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iter
 
 
 def check_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> None:
-    """Checks, after a part's last image, that no image has changed since the plan was made. Only folders of images need
-    it: `read_part` checks other files after it has read the last image."""
+    """Checks folders of images, after a part's last image, for changes; `read_part` checks other files itself."""
     if description["format"] == "imagefolder":
         _module(description).check_part(description, plan, part)
 

@@ -1,7 +1,4 @@
-"""Images and labels from tables of columns, whatever stores them.
-
-A table is a schema and a function that reads some columns of some rows batch by batch. At most one batch is in memory.
-"""
+"""Images and labels from tables of columns, whatever stores them. At most one batch of rows is in memory."""
 
 import json
 import sys
@@ -22,16 +19,13 @@ Check = Callable[[], None]
 
 @dataclass(frozen=True)
 class Table:
-    """One file, or one data set.
-
-    ``read(columns, start, stop, size)`` yields batches of top-level columns, rows ``start`` to before ``stop``, of
-    ``size`` rows where it can choose.
-    """
+    """One file, or one data set."""
 
     name: str  # for errors
     find: Callable[[str], bytes | Path]  # the image at a path, for rows without bytes; or raises an InputError
     schema: pa.Schema
     lengths: list[int] | None  # of its groups of rows, where reading can begin; None: unknown, only at the first row
+    # (columns, start, stop, size) to batches of top-level columns, of ``size`` rows where it can choose
     read: Callable[[list[str], int, int, int], Iterator[pa.RecordBatch]]
 
 
@@ -91,17 +85,14 @@ def read_labels(table: Table, description: dict[str, Any], or_strings: bool = Tr
     strings: set[str] = set()
     largest = -1
     for first, (labels,) in batches(table, [column], 0, None, size=64 * BATCH):
-        greatest = _check_labels(table, first, labels, len(names) if names else MAX_CLASSES)
+        largest = max(largest, _check_labels(table, first, labels, len(names) if names else MAX_CLASSES))
         if text:
             strings.update(pc.unique(labels).to_pylist())
-        else:
-            largest = max(largest, greatest)
     return Labels(table.name, column, kind, frozenset(strings), largest)
 
 
 def _check_labels(table: Table, first: int, labels: pa.Array, classes: int) -> int:
-    """The largest label from row ``first`` on, or -1 if they are strings. Raises InputError naming the first row whose
-    label is null or not a class."""
+    """The largest of labels, which begin at row ``first``, or -1 if they are strings; all must be classes."""
     if labels.null_count:
         row = first + pc.index(pc.is_null(labels), True).as_py()
         raise InputError(f"{table.name} row {row}: the label is null; --label-column none converts without labels")
@@ -134,8 +125,7 @@ def merge_classes(labels: tuple[Labels, ...]) -> list[str] | None:
 def batches(
     table: Table, columns: list[str], start: int, stop: int | None, check: Check = lambda: None, size: int = BATCH
 ) -> Iterator[tuple[int, list[pa.Array]]]:
-    """Yields the columns of rows ``start`` to before ``stop`` (None: to the end), a few at a time, each time with the
-    number of the first row."""
+    """The columns of rows ``start`` to before ``stop`` (None: the end), a few at a time, each after its first row."""
     stop = sys.maxsize if stop is None else stop
     paths = [_find(table, column)[0] for column in columns]
     with reading(table.name):

@@ -95,23 +95,18 @@ def _label(group: Group, column: str | None, where: str) -> str | None:
     if column in group:
         value = group[column].decode("utf-8", "replace").strip()
     elif "json" in group:
-        value = _json_value(group["json"], column, where)
+        try:
+            value = json.loads(group["json"])
+        except ValueError as error:
+            raise InputError(f"{where}: its json cannot be read: {error}") from None
+        for name in column.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
     if value is None or value == "":
         advice = "--label-column names an extension, or a key in the json; 'none' converts without labels"
         raise InputError(f"{where}: has no label {column!r}; it has: {', '.join(group)} ({advice})")
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise InputError(f"{where}: the label {column!r} is {value!r}, expected an integer or a string")
     return str(value)
-
-
-def _json_value(data: bytes, column: str, where: str) -> Any:
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise InputError(f"{where}: its json cannot be read: {error}") from None
-    for name in column.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
 
 
 def _class(text: str, where: str) -> int:
@@ -131,13 +126,13 @@ def _groups(name: str, wanted: Collection[str]) -> Iterator[tuple[str, Group]]:
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all in memory
             match = NAME.fullmatch(member.name)
-            if match is None or not (member.isreg() or member.islnk() or member.issym()):
+            if match is None:
                 continue
             key, extension = match[1], match[2].lower()
+            if (member.islnk() or member.issym()) and extension in wanted:
+                advice = "make the tar with --hard-dereference and --dereference"
+                raise InputError(f"{name}: {member.name} is a link; {advice}")
             if not member.isreg():
-                if extension in wanted:
-                    advice = "make the tar with --hard-dereference and --dereference"
-                    raise InputError(f"{name}: {member.name} is a link; {advice}")
                 continue
             if key != current:
                 if current is not None:
@@ -148,15 +143,11 @@ def _groups(name: str, wanted: Collection[str]) -> Iterator[tuple[str, Group]]:
                 current, group = key, {}
             if extension in group:
                 raise InputError(f"{name}: sample {key} has two members {extension!r}")
-            group[extension] = _read(tar, member, name) if extension in wanted else None
+            if extension in wanted and member.size > MAX_BYTES:
+                raise InputError(f"{name}: {member.name} has {member.size} bytes, expected at most {MAX_BYTES}")
+            group[extension] = tar.extractfile(member).read() if extension in wanted else None
     if current is not None:
         yield current, group
-
-
-def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> bytes:
-    if member.size > MAX_BYTES:
-        raise InputError(f"{name}: {member.name} has {member.size} bytes, expected at most {MAX_BYTES}")
-    return tar.extractfile(member).read()
 
 
 class _Member(tarfile.TarInfo):
