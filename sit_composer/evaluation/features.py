@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
 from sit_composer.checkpoint.record import digest
 from sit_composer.errors import UserError, first_line, one_line
@@ -74,12 +74,12 @@ def load_extractor(features: str) -> Extractor:
 def load_inception(device: str) -> Callable[[Tensor], dict[str, Tensor]]:
     """FID's InceptionV3 with all three outputs."""
     try:
-        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], verbose=True)
+        network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], verbose=True)
     except Exception as error:
-        cache = Path(torch.hub.get_dir(), "checkpoints", Path(URL_INCEPTION_V3).name)
+        cache = Path(torch.hub.get_dir(), "checkpoints", Path(fidelity.URL_INCEPTION_V3).name)
         raise UserError(
             f"--features inception: its weights come over the network once, and can't be loaded: {one_line(error)}; "
-            f"put {URL_INCEPTION_V3} at {cache}, or give --features FILE"
+            f"put {fidelity.URL_INCEPTION_V3} at {cache}, or give --features FILE"
         ) from None
     network.to(device)
     seen: dict[str, Tensor] = {}

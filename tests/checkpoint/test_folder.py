@@ -171,7 +171,7 @@ def test_one_of_two_has_the_lease_until_it_lets_go(folder):
 def test_a_dead_process_of_this_machine_is_followed_at_once(folder, tmp_path):
     """Killed with kill -9; with a beat so slow that waiting for three of them would show."""
     code = (
-        "import sys; from sit_composer.lease import Lease; from sit_composer.storage import open_run_folder\n"
+        "import sys; from sit_composer.supervision.lease import Lease; from sit_composer.storage import open_run_folder\n"
         "lease = Lease(open_run_folder(sys.argv[1]), 30); lease.acquire(); print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, folder.uri], stdout=-1, stdin=-1, text=True)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from convert.kinds import pixels
+from convert.kinds import BadPicture, cropping, pixels
 from sit_composer.data.pictures import center_crop, decode_image
 from tests.helpers.images import adm_center_crop, encode
 
@@ -255,7 +255,7 @@ def test_a_picture_of_any_kind_becomes_rgb_or_grey(kind):
     assert np.abs(grey[0].numpy() - wanted @ [0.299, 0.587, 0.114]).max() <= 1
     with pixels.opened(pixels.read_file(data)) as picture:
         picture.load()
-    assert torch.equal(pixels.crop(data, 3, 16), center_crop(got, 16))
+    assert torch.equal(cropping.crop(data, 3, 16), center_crop(got, 16))
 
 
 def test_a_files_name_says_nothing(tmp_path):
@@ -316,7 +316,7 @@ def test_a_broken_file_is_told_by_what_is_wrong_with_it(kind):
             with pixels.opened(pixels.read_file(data)) as picture:
                 picture.load()
 
-    with pytest.raises(pixels.BadPicture, match=told) as caught:
+    with pytest.raises(BadPicture, match=told) as caught:
         load()
     assert "\n" not in str(caught.value)
 
@@ -327,5 +327,5 @@ def test_the_benchmark_prints_its_table(capsys, monkeypatch):
     monkeypatch.setattr(crop, "SIZES", [(300, 260), (640, 520)])
     assert crop.main(["--seconds", "0"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[0] for line in lines] == ["| picture", "| ---", "| 300 × 260", "| 640 × 520"]
+    assert [line.split(" | ")[0] for line in lines] == ["| image", "| ---", "| 300 × 260", "| 640 × 520"]
     assert all(line.endswith(" | 0 |") for line in lines[2:])

@@ -369,7 +369,7 @@ def bad(digits, tmp_path_factory):
         ("real", "shape.npz", [], "mu and sigma: got (12,) and (12, 11), expected (D,) and (D, D)"),
         ("real", "nan.npz", [], "mu or sigma has numbers that are not finite"),
         ("real", "other.npz", [], "mu: got 2048 features numbers, expected the 12 of Full.pt"),
-        ("real", "foreign.npz", [], "foreign.npz: got statistics of inception, expected the --features: sha256:"),
+        ("real", "foreign.npz", [], "foreign.npz: got statistics of inception, expected sha256:"),
         ("other.npz", "real", [], "other.npz: holds statistics only, expected images for SAMPLES"),
         ("real", "other.npz", ["--metrics", "kid"], "--metrics kid: it needs the reference's images"),
         ("real", "other.npz", ["--metrics", "sfid"], "--metrics sfid: it needs mu_s and sigma_s"),
