@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ class Prepared(NamedTuple):
     result: Any  # from the kind's `prepare`, or a BadPicture
 
 
-class Decoders:
+class Decoders(AbstractContextManager["Decoders"]):
     """So many processes, or none, that prepare images with these modules. They end with this one, also on a kill."""
 
     def __init__(self, workers: int, preload: list[str]) -> None:
@@ -36,9 +37,6 @@ class Decoders:
             context = multiprocessing.get_context("forkserver")  # forking a process with threads could hang
             context.set_forkserver_preload(preload)  # imported once, for all
             self.pool = ProcessPoolExecutor(workers, context, _begin_worker)
-
-    def __enter__(self) -> "Decoders":
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self.pool:

@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class OutputError(UserError):
     """Why the output cannot be written there, and what to do."""
 
 
-class Output:
+class Output(AbstractContextManager["Output"]):
     """The place that ``--out`` names. One process holds it, from `begin` on; others may `put` into it meanwhile."""
 
     def __init__(self, out: str) -> None:
@@ -192,9 +192,6 @@ class Output:
             _remove_replaced(self.path)
         self.begun = False
         _delete(self.final, files, {*sizes, INDEX_NAME, SPEC_NAME})
-
-    def __enter__(self) -> "Output":
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Releases the place. Finished parts stay, for the next run; without any, nothing stays."""

@@ -6,7 +6,7 @@ The result for a part depends on the plan alone: not on the processes, nor on th
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass, field
 from itertools import groupby, takewhile
 from pathlib import Path
@@ -73,8 +73,7 @@ class Job:
 def convert_parts(
     job: Job, todo: Iterable[int], decoders: Decoders, on_image: Callable[..., None]
 ) -> Iterator[dict[str, Any]]:
-    """Converts parts by number, and yields the record of each when its shards are stored; ``on_image`` is as
-    `Progress.add`."""
+    """Converts parts by number, and yields their records, once shards are stored. ``on_image``: `Progress.add`."""
     samples = _samples(job.plan, todo)
     with (
         job.output.scratch() as scratch,
@@ -126,7 +125,7 @@ def _write(writer: Any, job: Job, group: Iterable[Prepared], on_image: Callable[
     return tally
 
 
-class Deliveries:
+class Deliveries(AbstractContextManager["Deliveries"]):
     """Delivers shards to the output, a few at a time. If the store is slow, writing waits, so the disk doesn't fill."""
 
     def __init__(self, output: Output) -> None:
@@ -135,9 +134,6 @@ class Deliveries:
         self.waiting: deque[Future[None]] = deque()
         self.sent: list[Future[None]] = []  # of the part that is being written
         self.parts: deque[tuple[list[Future[None]], dict[str, Any]]] = deque()  # written, but not all delivered
-
-    def __enter__(self) -> "Deliveries":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)

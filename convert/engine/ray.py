@@ -1,10 +1,8 @@
 """The parts of a conversion on a Ray cluster: one actor per GPU, or per core, converts one whole part at a time.
 
-A part's result is the same as in one process. Ray restarts an actor if its process or its node dies, and gives its part
-to another; shards appear whole, so a part that is done twice does no harm.
-
-Without RAY_ADDRESS, a cluster of this machine alone is started, and ended. The nodes of another cluster need the
-project's dependencies, the source, the output and the credentials in the same places; the code is sent to them.
+If an actor's process or node dies, Ray gives its part to another; shards appear whole, so no part is harmed. Without
+RAY_ADDRESS, a cluster of this machine is started, and ended. The nodes of another cluster need the project's
+dependencies, the source, the output and the credentials in the same places; the code is sent to them.
 """
 
 import json

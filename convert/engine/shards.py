@@ -1,7 +1,6 @@
-"""The MDS shards of one part of a source.
+"""The MDS shards of one part of a source. `Output.publish` writes one index for all parts.
 
-streaming's own writer writes an `index.json` even if the body of its `with` fails, and starts uploads that it never
-waits for. Here each shard is delivered as soon as it is whole, and `Output.publish` writes one index for all parts.
+streaming's own writer writes an `index.json` even if its `with` fails, and starts uploads that it never waits for.
 """
 
 from collections.abc import Callable

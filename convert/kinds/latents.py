@@ -56,17 +56,16 @@ class Latents:
         self.encoder.vae.to(memory_format=torch.channels_last)  # faster convolutions
         if self.device == "cuda":
             torch.cuda.synchronize()  # before other streams read the weights
-        self.batch_size = batch_size
+        self.batch_size, self.image_size = batch_size, image_size
         memory = batch_size * image_size**2 * BYTES_PER_PIXEL
         self.at_once = 2 if self.device == "cuda" else max(1, min(cores, virtual_memory().available // memory))
         self.pool = ThreadPoolExecutor(self.at_once, initializer=self._begin_thread)
         channels = self.encoder.picture_channels
         if channels not in (1, 3):
             raise InputError(f"--vae: {vae!r} is for images of {channels} channels, expected 1 or 3")
-        if image_size % self.encoder.spec.downsample:
-            times = self.encoder.spec.downsample
+        times = self.encoder.spec.downsample
+        if image_size % times:
             raise InputError(f"--image-size: got {image_size}, expected a multiple of {times} for this autoencoder")
-        self.image_size = image_size
         self.prepare = partial(levels, channels=channels, image_size=image_size if crop else None)
         self.preload = ["convert.kinds.cropping"]
 
@@ -102,10 +101,8 @@ class Latents:
             yield batch
 
     def spec(self, grey: bool, sizes: list[list[int]]) -> dict[str, Any]:
-        spec = self.encoder.spec
-        return {
-            "kind": "latents", "channels": spec.channels, "image_size": self.image_size, "autoencoder": spec.as_dict(),
-        }  # fmt: skip
+        of = self.encoder.spec
+        return {"kind": "latents", "channels": of.channels, "image_size": self.image_size, "autoencoder": of.as_dict()}
 
     def _begin_thread(self) -> None:
         if self.device == "cuda":

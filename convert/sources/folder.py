@@ -1,8 +1,4 @@
-"""Folders of images.
-
-A plan's files are folders here: a million images need not be named one by one. A part is some images of a folder and,
-where those end, of the folders after it.
-"""
+"""Folders of images. A plan's files are folders here, and a part may continue in the next folder."""
 
 import hashlib
 import os

@@ -51,9 +51,8 @@ class SourcePlan:
 
 def in_order(names: Iterable[str]) -> list[str]:
     """The names of classes, sorted; by number if all are whole numbers, so that 0 to 11 keep their numbers."""
-    if all(name.isdecimal() for name in names):
-        return sorted(names, key=lambda name: (int(name), name))
-    return sorted(names)
+    numbers = all(name.isdecimal() for name in names)
+    return sorted(names, key=lambda name: (int(name) if numbers else 0, name))
 
 
 def cut(file: int, lengths: Iterable[int]) -> list[Part]:

@@ -65,7 +65,7 @@ def fingerprint(uri: str) -> dict[str, Any]:
 
 
 class RemoteFile(io.RawIOBase):
-    """An object, open for reading at any place. `pa.PythonFile` wraps it for pyarrow.
+    """An object, open for reading at any place.
 
     pyarrow's buffer for an answer has the requested size: a longer error text doesn't fit, and becomes an error that is
     not retried. So each request is for at least ``LEAST`` bytes, or ``window``, if the next bytes are needed soon.

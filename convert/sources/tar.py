@@ -1,8 +1,5 @@
-"""WebDataset tars: consecutive members whose file names agree up to the first dot are one sample.
-
-The rest of the name, the extension, says what a member is: an image (jpg, png, …), its label (cls: an integer or a
-name), or a description (json). Nothing is extracted to files, so members' paths do no harm.
-"""
+"""WebDataset tars: consecutive members whose file names agree up to the first dot are one sample. The extension says
+what a member is: an image (jpg, png, …), its label (cls: an integer or a name), or a description (json)."""
 
 import json
 import re
