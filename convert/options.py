@@ -43,19 +43,18 @@ def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
 
 
 def what_is_made(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that decide what is made of images, as the spec's source records them: those that were given. Raises
-    InputError for options that don't go together."""
+    """The options that decide what is made of images, of those given, as the spec's source records them."""
     if args.latents != (args.vae is not None):
-        raise InputError("--latents and --vae go together: the latents are that autoencoder's")
+        raise InputError("--latents and --vae: each needs the other")
     for name in ("encode_dtype", "batch_size"):
         if getattr(args, name) is not None and not args.latents:
-            raise InputError(f"--{name.replace('_', '-')} is for --latents")
+            raise InputError(f"--{name.replace('_', '-')}: only for --latents")
     if args.quality is not None and (args.latents or args.image_size is None):
-        raise InputError("--quality is for the images that --image-size crops, and not for --latents")
+        raise InputError("--quality: only for images that --image-size crops, not for --latents")
     if args.check is not None and (args.latents or args.image_size is not None):
-        raise InputError("--check is for images that keep their bytes; with --image-size or --latents each is decoded")
+        raise InputError("--check: only for images that keep their bytes; --image-size and --latents decode each")
     if args.engine == "ray" and args.workers is not None:
-        raise InputError("--workers is for conversions without --engine ray, which starts actors")
+        raise InputError("--workers: only for conversions without --engine ray, which starts actors")
     names = ("image_size", "quality", "vae", "encode_dtype", "batch_size")
     made = {name: value for name in names if (value := getattr(args, name)) is not None}
     return made | ({"check": "header"} if args.check == "header" else {})  # it decides which images are left out

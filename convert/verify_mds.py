@@ -25,19 +25,6 @@ from sit_composer.errors import UserError
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    args = _parse(argv)
-    return run_command(lambda: _verify(args), "interrupted")
-
-
-def _verify(args: argparse.Namespace) -> int:
-    if not is_remote(args.uri) and not Path(args.uri).is_dir():
-        raise UserError(f"{args.uri}: no such folder")
-    from convert.engine.verify import run  # streaming and torch take seconds
-
-    return run(args)
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser("verify_mds.py", __doc__)
     add = parser.add_argument
     add("uri", metavar="URI", help="a folder, or s3://BUCKET/PREFIX")
@@ -53,7 +40,15 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--grid: {args.grid} exists, expected a new file")
     if args.grid and not args.grid.absolute().parent.is_dir():
         parser.error(f"--grid: {args.grid.parent} is not a folder")
-    return args
+    return run_command(lambda: _verify(args), "interrupted")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    if not is_remote(args.uri) and not Path(args.uri).is_dir():
+        raise UserError(f"{args.uri}: no such folder")
+    from convert.engine.verify import run  # streaming and torch take seconds
+
+    return run(args)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""The body of `to_mds.py`: checks output and source, converts the parts that are not done, publishes, and reports.
-
-Everything that can be wrong with the command is checked before streaming is imported, which takes seconds.
-"""
+"""The body of `to_mds.py`: checks output and source, converts the parts that are not done, publishes, and reports."""
 
 import argparse
 import os
@@ -38,7 +35,7 @@ def run(args: argparse.Namespace, source: dict[str, Any]) -> int:
         if source["format"] == "imagefolder" and output.path:
             root = Path(source["path"]).resolve()
             if root in output.path.parents:  # shards inside a folder of images would be one of its classes next time
-                raise OutputError(f"{args.out} is inside the source, {root}: choose another --out")
+                raise OutputError(f"{args.out}: is inside the source, {root}; choose another --out")
         output.is_done(source, args.overwrite)  # a wrong folder, address or credential is reported before reading
         try:
             return _convert(args, source, output)
@@ -64,10 +61,11 @@ def _convert(args: argparse.Namespace, source: dict[str, Any], output: Output) -
         return 0
     records = output.begin(plan, args.overwrite)
     kind, options = _kind(args, plan)
+    made = kind(**options)
     with _signals_wait():
-        from convert.engine.shards import PartWriter  # streaming
+        from convert.engine.shards import PartWriter  # streaming takes seconds: all checks come before
 
-    job = Job(plan, kind, output, args.skip_bad, PartWriter)
+    job = Job(plan, made, output, args.skip_bad, PartWriter)
     parts, done = len(reading.parts), Tally.of(records.values()).images
     if records:
         print(f"resumes: {len(records)} of {parts} parts, {done} images, are done", file=sys.stderr)
@@ -95,16 +93,14 @@ def _convert(args: argparse.Namespace, source: dict[str, Any], output: Output) -
     return 0
 
 
-def _kind(args: argparse.Namespace, plan: Plan) -> tuple[Any, dict[str, Any]]:
-    """What is made of images, and the arguments of its class."""
-    options: dict[str, Any] = {"check": args.check or "decode"}
+def _kind(args: argparse.Namespace, plan: Plan) -> tuple[type, dict[str, Any]]:
+    """The class of what is made of images, and its arguments."""
     if not args.latents and args.image_size is None:
-        return Pixels(**options), options
+        return Pixels, {"check": args.check or "decode"}
     cropping, latents = _torch_kinds()
     if not args.latents:
-        options = {"image_size": args.image_size, "quality": args.quality}
-        return cropping.CroppedPixels(**options), options
-    options = {
+        return cropping.CroppedPixels, {"image_size": args.image_size, "quality": args.quality}
+    return latents.Latents, {
         "vae": args.vae,
         "image_size": args.image_size or _first_size(plan, args.skip_bad),
         "crop": args.image_size is not None,
@@ -112,7 +108,6 @@ def _kind(args: argparse.Namespace, plan: Plan) -> tuple[Any, dict[str, Any]]:
         "batch_size": args.batch_size,
         "cores": 1 if args.engine == "ray" else len(os.sched_getaffinity(0)),  # ray starts an actor per core
     }
-    return latents.Latents(**options), options
 
 
 def _first_size(plan: Plan, skip_bad: bool) -> int:
@@ -126,7 +121,9 @@ def _first_size(plan: Plan, skip_bad: bool) -> int:
                     continue
                 raise InputError(f"{sample.where}: {error}; --skip-bad leaves out such images") from None
             if height != width:
-                raise InputError(f"{sample.where}: the image is {width}x{height}; say --image-size to crop them")
+                raise InputError(
+                    f"{sample.where}: the image is {width}x{height}, expected a square; crop with --image-size"
+                )
             return width
     raise InputError(f"{plan.source['path']}: none of its images can be used")
 
@@ -137,7 +134,7 @@ def _here(job: Job, workers: int | None, todo: list[int], progress: Progress) ->
         small = job.plan.rows is not None and job.plan.rows <= SMALL
         workers = 0 if small else len(os.sched_getaffinity(0))
     with Decoders(workers, job.kind.preload) as decoders:
-        yield from convert_parts(job, todo, decoders, progress.image)
+        yield from convert_parts(job, todo, decoders, progress.add)
 
 
 def _on_ray(job: Job, options: dict[str, Any], todo: list[int], progress: Progress) -> Records:
@@ -147,7 +144,8 @@ def _on_ray(job: Job, options: dict[str, Any], todo: list[int], progress: Progre
         raise InputError(f"--engine ray: {error}; pip install 'sit-composer[ray]' brings it") from None
     with closing(convert_on_ray(job, options, todo)) as results:
         for record in results:
-            progress.part(record)
+            size = sum(shard["raw_data"]["bytes"] for shard in record["shards"])
+            progress.add(Tally.of([record]).images, size, record["skipped"], record["reasons"])
             yield record
 
 
@@ -155,7 +153,7 @@ def _spec(job: Job, tally: Tally) -> DataSpec:
     """The spec of all parts. Raises InputError if there is nothing in them, or labels are not classes."""
     path, classes = job.plan.source["path"], job.plan.reading.classes
     if not tally.images:
-        raise InputError(f"{path} is empty")
+        raise InputError(f"{path}: empty, expected images")
     if not tally.counts:
         raise InputError(f"{path}: none of {tally.skipped} images can be used; the first: {tally.reasons[0]}")
     if classes is None:  # integers whose largest was not known before
@@ -178,8 +176,7 @@ def _report(spec: DataSpec, records: list[dict[str, Any]], rates: dict[str, Any]
     if spec.skipped:
         shown = "\n  ".join([reason for record in records for reason in record["reasons"]][:REASONS_SHOWN])
         print(f"skipped {_count(spec.skipped, 'image')}; the first:\n  {shown}", file=sys.stderr)
-    empty = [name for name, count in zip(spec.classes, spec.class_counts, strict=True) if not count]
-    if empty:
+    if empty := [name for name, count in zip(spec.classes, spec.class_counts, strict=True) if not count]:
         which = ", ".join(empty[:10]) + (", …" if len(empty) > 10 else "")
         print(f"warning: {len(empty)} of {spec.num_classes} classes have no image: {which}", file=sys.stderr)
     sizes = [shard["raw_data"]["bytes"] for record in records for shard in record["shards"]]
@@ -200,10 +197,8 @@ def _torch_kinds() -> tuple[ModuleType, ModuleType]:
 
 @contextmanager
 def _signals_wait() -> Iterator[None]:
-    """Blocks signals during an import of torch, which swallows an interrupt of its own import of numpy.
-
-    That works while this is the process's only thread: another, such as a progress bar's, would take the signal.
-    """
+    """Blocks signals during an import of torch, which swallows an interrupt of its own import of numpy."""
+    # This works while there is one thread only: another, such as a progress bar's, would take the signal.
     signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield

@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
@@ -27,24 +28,15 @@ class Prepared(NamedTuple):
     result: Any  # from the kind's `prepare`, or a BadPicture
 
 
-class Decoders:
-    """Processes that prepare images. They end with this one, also when it is killed.
-
-    Args:
-        workers: their number; 0: this process prepares images itself.
-        preload: modules that they need.
-    """
+class Decoders(AbstractContextManager["Decoders"]):
+    """So many processes, or none, that prepare images with these modules. They end with this one, also on a kill."""
 
     def __init__(self, workers: int, preload: list[str]) -> None:
-        self.workers = workers
-        self.pool = None
+        self.workers, self.pool = workers, None
         if workers:
             context = multiprocessing.get_context("forkserver")  # forking a process with threads could hang
             context.set_forkserver_preload(preload)  # imported once, for all
             self.pool = ProcessPoolExecutor(workers, context, _begin_worker)
-
-    def __enter__(self) -> "Decoders":
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self.pool:
@@ -54,11 +46,10 @@ class Decoders:
 def ahead(
     prepare: Callable[[Any], Any], samples: Iterable[Numbered], decoders: Decoders
 ) -> Generator[Prepared, None, None]:
-    """Each sample with its prepared image, or with what is wrong with that, in order. Decoders work ahead. Raises
-    InputError if one of them dies."""
+    """Each sample with its prepared image, or the BadPicture, in order. Decoders work ahead."""
     if decoders.pool is None:
         for part, sample in samples:
-            yield Prepared(part, sample, None if sample is None else _attempt(prepare, sample.image))
+            yield Prepared(part, sample, None if sample is None else _attempts(prepare, [sample.image])[0])
         return
     waiting: deque[tuple[list[Numbered], Future[list[Any]]]] = deque()
     chunk: list[Numbered] = []
@@ -83,8 +74,8 @@ def ahead(
         while waiting:
             yield from _collect(*waiting.popleft())
     except BrokenExecutor:
-        advice = "perhaps for memory: rerun with fewer --workers"
-        raise InputError(f"a process that decodes images was killed, {advice}") from None
+        killed = "--workers: a process that decodes images was killed, perhaps for memory; rerun with fewer"
+        raise InputError(killed) from None
     if mistake is not None:
         raise mistake
 
@@ -109,11 +100,10 @@ def _begin_worker() -> None:
 
 
 def _attempts(prepare: Callable[[Any], Any], images: list[Any]) -> list[Any]:
-    return [_attempt(prepare, image) for image in images]
-
-
-def _attempt(prepare: Callable[[Any], Any], image: Any) -> Any:
-    try:
-        return prepare(image)
-    except BadPicture as error:
-        return BadPicture(str(error))  # without the traceback, which holds the image
+    results = []
+    for image in images:
+        try:
+            results.append(prepare(image))
+        except BadPicture as error:
+            results.append(BadPicture(str(error)))  # without the traceback, which holds the image
+    return results

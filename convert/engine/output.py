@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from sit_composer.storage import LocalFolder, S3Folder, StorageError
 AGAIN = "again-"  # prefix of the shards that replace earlier ones in an object store; then none, in turns
 SHARD = re.compile(rf"({AGAIN})?shard\.\d{{5,}}(\.\d{{5,}})?\.mds")
 PART = re.compile(r"part\.(\d{5,})\.json")
-HALF_WRITTEN = re.compile(r"\.(.+\.json)\.\d+")  # a file that was being written at a kill
+HALF_WRITTEN = re.compile(r"^\.(.+\.json)\.\d+$")  # a file that was being written at a kill
 SCRATCH = "scratch"  # a folder of shards that are being written
 
 
@@ -35,9 +35,8 @@ class OutputError(UserError):
     """Why the output cannot be written there, and what to do."""
 
 
-class Output:
-    """The place that ``--out`` names. One process holds it, from `begin` on; others may `put` into it meanwhile. Raises
-    OutputError, StorageError if it cannot be an output."""
+class Output(AbstractContextManager["Output"]):
+    """The place that ``--out`` names. One process holds it, from `begin` on; others may `put` into it meanwhile."""
 
     def __init__(self, out: str) -> None:
         self.uri = out
@@ -58,26 +57,21 @@ class Output:
             raise OutputError(f"{out}: expected a folder or s3://BUCKET/PREFIX; for other stores, copy a folder there")
         self.path = Path(out).expanduser().resolve()
         if self.path.exists() and not self.path.is_dir():
-            raise OutputError(f"{out} is a file: choose another --out")
+            raise OutputError(f"{out}: is a file; choose another --out")
         if self.path.is_mount():
-            raise OutputError(f"{out} is a mount point, which cannot be renamed: choose a folder inside it")
+            raise OutputError(f"{out}: is a mount point, which cannot be renamed; choose a folder inside it")
         self.place = self.path.with_name(self.path.name + ".partial")
         self.store, self.final = LocalFolder(str(self.place)), LocalFolder(str(self.path))
 
-    # --- What is there ---
-
     def is_done(self, source: dict[str, Any], overwrite: bool) -> bool:
-        """Whether the whole conversion of this source is there. False: the place is free, or may be replaced.
-
-        Keys that ``source`` gets only later are not compared before. Raises OutputError if anything else is there.
-        """
+        """Whether the whole conversion of this source is there. False: the place is free, or may be replaced."""
         files = _entries(self.path) if self.path else self.store.listing()
         _refuse_foreign(self.uri, files)
         if not files or (self.path is None and PLAN_NAME in files and INDEX_NAME not in files):
             return False
         text = self.final.read(SPEC_NAME)
         if text is None:  # MDS shards of another program
-            raise OutputError(f"{self.uri} holds shards without {SPEC_NAME}, not this program's: choose another --out")
+            raise OutputError(f"{self.uri}: holds shards without {SPEC_NAME}, not this program's; choose another --out")
         if overwrite:
             return False
         try:
@@ -85,10 +79,10 @@ class Output:
         except ValueError as error:
             raise OutputError(f"{error}: choose another --out") from None
         if difference := changes(there, {key: there[key] for key in LATE if key in there} | source):
-            raise OutputError(f"{self.uri} is another conversion ({difference}): --overwrite replaces it")
+            raise OutputError(f"{self.uri}: is another conversion ({difference}); --overwrite replaces it")
         shards = self._indexed()
-        if shards is None or not _are_there(shards, files):
-            raise OutputError(f"{self.uri} is damaged: shards that its {INDEX_NAME} names are missing; say --overwrite")
+        if shards is None or not shards.items() <= files.items():
+            raise OutputError(f"{self.uri}: is damaged, shards in its {INDEX_NAME} are missing; use --overwrite")
         if PLAN_NAME in files and _read_json(self.final, PLAN_NAME).get("source") == there:  # killed after publishing
             with suppress(OutputError):  # another run holds it
                 self._take()
@@ -106,36 +100,33 @@ class Output:
         except (KeyError, TypeError):
             return None
 
-    # --- A conversion's course: begin, put, publish ---
-
     def begin(self, plan: Plan, overwrite: bool) -> dict[int, dict[str, Any]]:
-        """Takes the place. Returns the records of the plan's parts that are finished, by number. Raises OutputError if
-        another conversion is at work there, or was begun under another plan."""
+        """Takes the place, for this plan alone. Returns the records of its parts that are finished, by number."""
         self._take()
         files = _entries(self.place) if self.path else self.store.listing()
         if self.path and PLAN_NAME in files:
             files.pop(SCRATCH, None)
         _refuse_foreign(self.store.uri, files)
         if self.path and files and PLAN_NAME not in files:
-            raise OutputError(f"{self.store.uri} holds shards, but no {PLAN_NAME} of a conversion: move it away")
+            raise OutputError(f"{self.store.uri}: holds shards, but no {PLAN_NAME} of a conversion; move it away")
         there = _read_json(self.store, PLAN_NAME) if PLAN_NAME in files else {}
         resumes = there.get("digest") == plan.record()["digest"]
         if PLAN_NAME in files and not resumes and not overwrite:
             difference = changes(there.get("source", {}), plan.source) or "the source's files have changed"
             difference += changed_file(there.get("files"), plan.reading.files)
-            raise OutputError(f"{self.store.uri} holds another unfinished conversion ({difference}): use --overwrite")
+            raise OutputError(f"{self.store.uri}: holds another unfinished conversion ({difference}); use --overwrite")
         self.begun = True
-        self._clear_scratch()
+        shutil.rmtree(self.place / SCRATCH, ignore_errors=True)
         if not resumes:
             self._clear(files)
             earlier = self._indexed() if self.path is None else None
             self.prefix = AGAIN if any(name.startswith("shard.") for name in earlier or ()) else ""
-            self.store.write(PLAN_NAME, _json({"prefix": self.prefix, **plan.record()}))
+            self._write_json(PLAN_NAME, {"prefix": self.prefix, **plan.record()})
             return {}
         self.prefix = there["prefix"]
         records = [_read_json(self.store, name) for name in sorted(files) if PART.fullmatch(name)]
         # A power failure may leave an empty record.
-        return {one["part"]: one for one in records if one and _are_there(_sizes(one["shards"]), files)}
+        return {one["part"]: one for one in records if one and _sizes(one["shards"]).items() <= files.items()}
 
     def _clear(self, files: Iterable[str]) -> None:
         """Removes the files of an earlier attempt. In an object store, a whole earlier conversion stays beside them."""
@@ -145,17 +136,16 @@ class Output:
         try:
             self.place.mkdir(parents=True, exist_ok=True, mode=0o777 if self.path else 0o700)
         except OSError as error:
-            raise OutputError(f"cannot make {self.place}: {error.strerror}") from error
+            raise OutputError(f"{self.place}: cannot be made: {error.strerror}") from error
         lock = os.open(self.place, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends in any way
         except BlockingIOError:
             os.close(lock)
-            raise OutputError(f"another conversion is writing to {self.uri}: wait, or choose another --out") from None
+            raise OutputError(
+                f"{self.uri}: another conversion is writing to it; wait, or choose another --out"
+            ) from None
         self.lock = lock
-
-    def _clear_scratch(self) -> None:
-        shutil.rmtree(self.place / SCRATCH, ignore_errors=True)
 
     def scratch(self) -> tempfile.TemporaryDirectory[str]:
         """A new, empty local folder, from which files are `put`."""
@@ -173,7 +163,10 @@ class Output:
 
     def finish_part(self, record: dict[str, Any]) -> None:
         """Notes that a part's shards are all there."""
-        self.store.write(f"part.{record['part']:05}.json", _json(record))
+        self._write_json(f"part.{record['part']:05}.json", record)
+
+    def _write_json(self, name: str, content: dict[str, Any]) -> None:
+        self.store.write(name, f"{json.dumps(content)}\n".encode())
 
     def publish(self, spec: DataSpec, records: list[dict[str, Any]]) -> None:
         """Makes the conversion visible, in place of an earlier one. Raises OutputError if a shard is not there."""
@@ -182,29 +175,30 @@ class Output:
         sizes = _sizes(shards)
         for name in sizes:
             if files.get(name) != sizes[name]:
-                raise OutputError(f"{self.store.uri}/{name} has been lost since it was written: run it again")
-        index = json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode()
+                raise OutputError(
+                    f"{self.store.uri}/{name}: has been lost since it was written; run the same command again"
+                )
         if self.path is None:
             self.store.delete([INDEX_NAME, SPEC_NAME])  # the index first
         self.store.write(SPEC_NAME, spec.to_json().encode())
-        self.store.write(INDEX_NAME, index)
-        self._clear_scratch()
+        self.store.write(INDEX_NAME, json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode())
+        shutil.rmtree(self.place / SCRATCH, ignore_errors=True)
         if self.path:
             for folder in (self.place, self.path):  # files may have been added since it began
                 _refuse_foreign(str(folder), _entries(folder))
-            _swap(self.place, self.path)
+            if self.path.exists():
+                self.path.rename(self.path.with_name(f"{self.path.name}.replaced-{os.getpid()}"))
+            self.place.rename(self.path)
+            _remove_replaced(self.path)
         self.begun = False
         _delete(self.final, files, {*sizes, INDEX_NAME, SPEC_NAME})
-
-    def __enter__(self) -> "Output":
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Releases the place. Finished parts stay, for the next run; without any, nothing stays."""
         if self.lock is None:
             return
         if self.begun:
-            self._clear_scratch()
+            shutil.rmtree(self.place / SCRATCH, ignore_errors=True)
             with suppress(StorageError):  # the store may be why the conversion failed; then the next run clears up
                 files = self.store.listing()
                 if not (any(map(PART.fullmatch, files)) and any(map(SHARD.fullmatch, files))):
@@ -218,24 +212,22 @@ class Output:
         self.lock = None
 
 
-def is_ours(name: str) -> bool:
+def _is_ours(name: str) -> bool:
     """Whether conversions write files of that name."""
-    half = HALF_WRITTEN.fullmatch(name)
-    name = half[1] if half else name
+    name = HALF_WRITTEN.sub(r"\1", name)
     return name in (SPEC_NAME, INDEX_NAME, PLAN_NAME) or bool(SHARD.fullmatch(name) or PART.fullmatch(name))
 
 
 def _refuse_foreign(uri: str, files: Iterable[str]) -> None:
-    if foreign := sorted(name for name in files if not is_ours(name)):
+    if foreign := sorted(name for name in files if not _is_ours(name)):
         these = ", ".join(foreign[:3])
-        raise OutputError(f"{uri} holds files that this program did not write ({these}): choose another --out")
+        raise OutputError(f"{uri}: holds files that this program did not write ({these}); choose another --out")
 
 
 def _delete(store: LocalFolder | S3Folder, names: Iterable[str], keep: set[str]) -> None:
     """Deletes a conversion's files except some; the plan last, as it tells whose they are."""
-    ours = {name for name in names if is_ours(name)} - keep
-    store.delete(sorted(ours - {PLAN_NAME}))
-    store.delete(sorted(ours & {PLAN_NAME}))
+    ours = {name for name in names if _is_ours(name)} - keep
+    store.delete(sorted(ours, key=lambda name: (name == PLAN_NAME, name)))
 
 
 def _entries(folder: Path) -> dict[str, int]:
@@ -258,26 +250,9 @@ def _sizes(shards: list[dict[str, Any]]) -> dict[str, int]:
     return {shard["raw_data"]["basename"]: shard["raw_data"]["bytes"] for shard in shards}
 
 
-def _are_there(sizes: dict[str, int], files: dict[str, int]) -> bool:
-    return all(files.get(name) == size for name, size in sizes.items())
-
-
-def _swap(partial: Path, path: Path) -> None:
-    """Renames a folder to the place of an earlier conversion, which is removed."""
-    earlier = path.with_name(f"{path.name}.replaced-{os.getpid()}")
-    if path.exists():
-        path.rename(earlier)
-    partial.rename(path)
-    _remove_replaced(path)
-
-
 def _remove_replaced(path: Path) -> None:
     """Removes the conversions that the one there has replaced, also those of runs that were killed here."""
     for folder in path.parent.glob(f"{glob.escape(path.name)}.replaced-*"):
         names = _entries(folder)
-        if SPEC_NAME in names and all(map(is_ours, names)):
+        if SPEC_NAME in names and all(map(_is_ours, names)):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _json(content: Any) -> bytes:
-    return (json.dumps(content) + "\n").encode()

@@ -6,7 +6,7 @@ The result for a part depends on the plan alone: not on the processes, nor on th
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass, field
 from itertools import groupby, takewhile
 from pathlib import Path
@@ -71,13 +71,9 @@ class Job:
 
 
 def convert_parts(
-    job: Job, todo: Iterable[int], decoders: Decoders, on_image: Callable[[int, str | None], None]
+    job: Job, todo: Iterable[int], decoders: Decoders, on_image: Callable[..., None]
 ) -> Iterator[dict[str, Any]]:
-    """Converts the parts with the numbers ``todo``, and yields the record of each when its shards are stored.
-
-    ``on_image`` is called for each image with its bytes, and the reason if it was skipped. Raises InputError if an
-    image can't be used or the source can't be read; StorageError or OSError if a shard can't be written.
-    """
+    """Converts parts by number, and yields their records, once shards are stored. ``on_image``: `Progress.add`."""
     samples = _samples(job.plan, todo)
     with (
         job.output.scratch() as scratch,
@@ -114,23 +110,22 @@ def _write(writer: Any, job: Job, group: Iterable[Prepared], on_image: Callable[
     images = ((one.sample, one.result) for one in takewhile(lambda one: one.sample is not None, group))
     for sample, row, look in job.kind.rows(images):
         if isinstance(row, BadPicture):
-            reason = f"{sample.where}: {row}"
             if not job.skip_bad:
-                raise InputError(f"{reason}; --skip-bad leaves out such images")
+                raise InputError(f"{sample.where}: {row}; --skip-bad leaves out such images")
             tally.skipped += 1
             if tally.skipped <= REASONS:
-                tally.reasons.append(reason)
-            on_image(0, reason)
+                tally.reasons.append(f"{sample.where}: {row}")
+            on_image(1, 0, 1, [f"{sample.where}: {row}"])
             continue
         size = sum(memoryview(value).nbytes for value in row.values())
         row["label"] = sample.label
         writer.write(row)
         tally.add(sample.label, look)
-        on_image(size, None)
+        on_image(1, size)
     return tally
 
 
-class Deliveries:
+class Deliveries(AbstractContextManager["Deliveries"]):
     """Delivers shards to the output, a few at a time. If the store is slow, writing waits, so the disk doesn't fill."""
 
     def __init__(self, output: Output) -> None:
@@ -139,9 +134,6 @@ class Deliveries:
         self.waiting: deque[Future[None]] = deque()
         self.sent: list[Future[None]] = []  # of the part that is being written
         self.parts: deque[tuple[list[Future[None]], dict[str, Any]]] = deque()  # written, but not all delivered
-
-    def __enter__(self) -> "Deliveries":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
@@ -154,7 +146,6 @@ class Deliveries:
         self.waiting.append(self.sent[-1])
 
     def end_part(self, record: dict[str, Any]) -> None:
-        """Ends the part: it has no more shards."""
         self.parts.append((self.sent, record))
         self.sent = []
 

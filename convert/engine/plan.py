@@ -21,13 +21,9 @@ FILES_NAMED = 1000  # of more files, a plan keeps only their number, bytes and d
 
 @dataclass(frozen=True)
 class Plan:
-    """A conversion's plan.
+    """A conversion's plan."""
 
-    ``source`` says where images come from and what is made of them, as in `spec.json`: the options' names and values,
-    and ``files``, the identity of the files that are read.
-    """
-
-    source: dict[str, Any]
+    source: dict[str, Any]  # as in `spec.json`: the options given, and ``files``, the identity of the files
     reading: SourcePlan
 
     @property
@@ -54,8 +50,7 @@ def identity(files: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def vae_identity(vae: str) -> dict[str, str]:
-    """The identity of an autoencoder, as its name may later mean another one: a folder's digest, or a commit. Raises
-    InputError if it is not a folder, not in the Hub's cache, and the Hub can't be reached."""
+    """The identity of an autoencoder, as its name may later mean another one: a folder's digest, or a commit."""
     if os.path.isdir(vae):
         hashes = []
         for path in sorted(path for path in Path(vae).rglob("*") if path.suffix in (".json", ".safetensors")):
@@ -86,10 +81,10 @@ def digest(content: Any) -> str:
 
 def changes(there: dict[str, Any], now: dict[str, Any]) -> str:
     """The differences between two plans' ``source``, in words; "" if there are none."""
-    different = [key for key in sorted({*there, *now}) if there.get(key) != now.get(key)]
     return "; ".join(
         "the source's files have changed" if key == "files" else f"{key} {there.get(key)!r} there, {now.get(key)!r} now"
-        for key in different
+        for key in sorted({*there, *now})
+        if there.get(key) != now.get(key)
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,10 +14,7 @@ POSTFIX = 0.5  # seconds between two updates of the bar's end
 
 
 class Progress:
-    """Counts the images of this run, after ``done`` of earlier runs, among a ``total`` if that is known.
-
-    A line of JSON per event is appended to the file ``log``, if there is one.
-    """
+    """Counts the images of this run, after ``done`` of earlier runs; appends to the file ``log``, if given."""
 
     def __init__(self, total: int | None, done: int, log: str | None) -> None:
         try:
@@ -27,17 +25,8 @@ class Progress:
         self.start = self.changed = time.monotonic()
         self.images = self.bytes = self.skipped = 0
 
-    def image(self, size: int, skipped: str | None) -> None:
-        """Counts an image, with its bytes in a shard, or the reason why it was skipped."""
-        self._add(1, size, 1 if skipped else 0, [skipped] if skipped else [])
-
-    def part(self, record: dict[str, Any]) -> None:
-        """Counts the images of a part that was converted by another process."""
-        size = sum(shard["raw_data"]["bytes"] for shard in record["shards"])
-        count = sum(record["counts"].values()) + record["skipped"]
-        self._add(count, size, record["skipped"], record["reasons"])
-
-    def _add(self, count: int, size: int, skipped: int, reasons: list[str]) -> None:
+    def add(self, count: int, size: int, skipped: int = 0, reasons: Iterable[str] = ()) -> None:
+        """Counts images with their bytes in shards, some of which were skipped for those reasons."""
         self.images += count
         self.bytes += size
         self.skipped += skipped
@@ -56,7 +45,7 @@ class Progress:
             print(json.dumps(line), file=self.log_file, flush=True)
 
     def rates(self) -> dict[str, Any]:
-        """Images, bytes written and seconds of this run."""
+        """The images, bytes written and seconds of this run."""
         return {"pictures": self.images, "bytes": self.bytes, "seconds": round(time.monotonic() - self.start, 3)}
 
     def close(self) -> None:

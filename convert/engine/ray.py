@@ -1,10 +1,8 @@
 """The parts of a conversion on a Ray cluster: one actor per GPU, or per core, converts one whole part at a time.
 
-A part's result is the same as in one process. Ray restarts an actor if its process or its node dies, and gives its part
-to another; shards appear whole, so a part that is done twice does no harm.
-
-Without RAY_ADDRESS, a cluster of this machine alone is started, and ended. The nodes of another cluster need the
-project's dependencies, the source, the output and the credentials in the same places; the code is sent to them.
+If an actor's process or node dies, Ray gives its part to another; shards appear whole, so no part is harmed. Without
+RAY_ADDRESS, a cluster of this machine is started, and ended. The nodes of another cluster need the project's
+dependencies, the source, the output and the credentials in the same places; the code is sent to them.
 """
 
 import json
@@ -45,18 +43,15 @@ class Converter:
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         """The records of a batch's parts, as JSON; or the type and the message of an error."""
         try:
-            records = list(convert_parts(self.job, map(int, batch["part"]), self.decoders, lambda size, skipped: None))
+            records = list(convert_parts(self.job, map(int, batch["part"]), self.decoders, lambda *_: None))
             return {"kind": ["record"] * len(records), "content": list(map(json.dumps, records))}
         except (UserError, OSError) as error:
             return {"kind": [type(error).__name__], "content": [str(error)]}
 
 
 def convert_on_ray(job: Job, options: dict[str, Any], todo: list[int]) -> Generator[dict[str, Any], None, None]:
-    """Converts the parts with the numbers ``todo``, and yields the record of each, in any order.
-
-    ``options`` are the arguments of the job's kind. Raises an actor's InputError or OutputError, and OSError for its
-    other errors or if the cluster fails.
-    """
+    """Converts the parts with the numbers ``todo``, and yields the record of each, in any order. ``options`` are the
+    arguments of the job's kind. Raises OSError for an actor's error that isn't the user's, or if the cluster fails."""
     if not todo:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it reports to its makers

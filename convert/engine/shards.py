@@ -1,7 +1,6 @@
-"""The MDS shards of one part of a source.
+"""The MDS shards of one part of a source. `Output.publish` writes one index for all parts.
 
-streaming's own writer writes an `index.json` even if the body of its `with` fails, and starts uploads that it never
-waits for. Here each shard is delivered as soon as it is whole, and `Output.publish` writes one index for all parts.
+streaming's own writer writes an `index.json` even if its `with` fails, and starts uploads that it never waits for.
 """
 
 from collections.abc import Callable
@@ -14,15 +13,8 @@ SHARD_BYTES = 1 << 26
 
 
 class PartWriter(MDSWriter):
-    """Writes samples to ``shard.PPPPP.NNNNN.mds`` in a new, empty folder.
-
-    Args:
-        columns: names and MDS encodings.
-        folder: of the shards.
-        part: the part's number.
-        prefix: of each shard's name.
-        deliver: is called with each file that is whole; it may wait, and may move the file away.
-    """
+    """Writes samples to ``{prefix}shard.PPPPP.NNNNN.mds``, P being the part, in a new, empty folder.
+    ``deliver`` is called with each file that is whole; it may wait, and may move the file away."""
 
     def __init__(
         self, columns: dict[str, str], folder: Path, part: int, prefix: str, deliver: Callable[[Path], None]

@@ -19,14 +19,14 @@ from convert.sources.registry import InputError, plan_source, read_part
 from sit_composer.data.spec import INDEX_NAME, SPEC_NAME, DataSpec
 from sit_composer.data.stream import DataError, load_spec, read_text, safe_shards, shard_fault, shard_files
 from sit_composer.errors import UserError, one_line
-from sit_composer.storage import S3Folder, StorageError
+from sit_composer.storage import S3Folder
 
 SHARD = re.compile(r"(again-)?shard\.[\d.]+\.mds")
 FAULTS_SHOWN = 20
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the report, and returns the exit code. Raises UserError if the options or the store don't fit."""
+    """Prints the report, and returns the exit code."""
     verification = Verification(args)
     for line in verification.report():
         print(line)
@@ -44,7 +44,7 @@ class Verification:
         self.store = S3Folder(args.uri) if args.uri.startswith("s3://") else None
         self.files = set(self.store.listing() if self.store else os.listdir(args.uri))
         if self.store and not self.files:
-            raise UserError(f"{self.uri}: nothing is there")
+            raise UserError(f"{self.uri}: no object below it")
 
     def fault(self, line: object) -> None:
         """Prints a line for one of the first faults, and counts it."""
@@ -54,10 +54,10 @@ class Verification:
 
     def report(self) -> list[str]:
         """Adds the faults, and returns the lines of the report."""
-        missing = [name for name in (INDEX_NAME, SPEC_NAME) if name not in self.files]
-        for name in missing:
-            self.fault(f"{self.uri}/{name} is missing: the conversion was not finished")
-        if missing:
+        for name in (INDEX_NAME, SPEC_NAME):
+            if name not in self.files:
+                self.fault(f"{self.uri}/{name} is missing: the conversion was not finished")
+        if self.faults:
             return []
         remote, local = (self.uri, "") if self.store else (None, self.uri)
         try:
@@ -87,15 +87,14 @@ class Verification:
     def _check_counts(self, spec: DataSpec, shards: list[Reader]) -> None:
         """Compares the index with the folder and the spec."""
         listed = {shard.raw_data.basename for shard in shards}
-        for name in sorted(self.files - listed):
-            if SHARD.fullmatch(name):
-                self.fault(f"{self.uri}/{name} is not in {INDEX_NAME}: delete it, or convert again")
+        for name in filter(SHARD.fullmatch, sorted(self.files - listed)):
+            self.fault(f"{self.uri}/{name} is not in {INDEX_NAME}: delete it, or convert again")
         samples, counted = sum(shard.samples for shard in shards), sum(spec.class_counts)
         if not samples:
             self.fault(f"{self.uri}/{INDEX_NAME} lists no sample")
         if samples != spec.samples or counted != spec.samples:
-            said = f"{SPEC_NAME} says {spec.samples}, and {counted} by class"
-            self.fault(f"{INDEX_NAME} lists {samples} samples; {said}")
+            spec_says = f"{SPEC_NAME} says {spec.samples}, and {counted} by class"
+            self.fault(f"{INDEX_NAME} lists {samples} samples; {spec_says}")
         if len(set(spec.classes)) < len(spec.classes):
             self.fault(f"{SPEC_NAME} names a class twice")
 
@@ -103,66 +102,54 @@ class Verification:
         if spec.kind == "latents":
             return LatentCheck(spec, self.fault, self.args.vae, bool(self.args.grid))
         if self.args.vae:
-            raise UserError(f"--vae is for latents; {self.uri} holds images")
+            raise UserError(f"--vae: only for latents; {self.uri} holds images")
         return PixelCheck(spec, self.fault, bool(self.args.grid))
 
     def _read_all(self, shards: list[Reader], spec: DataSpec, content: PixelCheck | LatentCheck) -> list[int] | None:
         """Checks each shard and its samples; returns the samples per class, or None if a shard can't be read."""
         total, sample = sum(shard.samples for shard in shards), self.args.sample
         chosen = range(total) if sample is None or sample >= total else {i * total // sample for i in range(sample)}
-        counts = [0] * spec.num_classes
-        first = 0
-        whole = True
+        counts, first, whole = [0] * spec.num_classes, 0, True
         size = sum(shard.raw_data.bytes for shard in shards)
         with tqdm(total=size, unit="B", unit_scale=True, disable=None) as progress:
             for number, shard in enumerate(shards):
                 progress.set_postfix_str(f"{number + 1} of {len(shards)} shards")
-                rows = self._rows_of(shard)
-                whole &= rows is not None
-                places = [f"{shard.raw_data.basename} sample {i}" for i in range(len(rows or []))]
-                for where, row in zip(places, rows or [], strict=True):
+                try:
+                    rows = self._rows(shard)
+                except ValueError as error:  # also StorageError
+                    self.fault(error)
+                    rows, whole = [], False
+                placed = [(f"{shard.raw_data.basename} sample {i}", row) for i, row in enumerate(rows)]
+                for where, row in placed:
                     label = int(row["label"])
                     if 0 <= label < spec.num_classes:
                         counts[label] += 1
                     else:
                         self.fault(f"{where}: the label is {label}, but there are {spec.num_classes} classes")
-                content.check([(place, rows[i]) for i, place in enumerate(places) if first + i in chosen])
+                content.check([one for i, one in enumerate(placed, first) if i in chosen])
                 first += shard.samples
                 progress.update(shard.raw_data.bytes)
         return counts if whole else None
 
-    def _rows_of(self, shard: Reader) -> list[dict[str, Any]] | None:
-        """The samples of a shard, if it is right."""
-        data = self._read_shard(shard)
-        try:
-            return None if data is None else list(_rows(shard, data))
-        except Exception as error:  # its decoders raise many kinds
-            self.fault(f"{self.uri}/{shard.raw_data.basename} is no MDS shard of these columns ({error})")
-            return None
-
-    def _read_shard(self, shard: Reader) -> bytes | None:
-        """The bytes of a shard, if they are right."""
+    def _rows(self, shard: Reader) -> list[dict[str, Any]]:
+        """The samples of a shard. Raises ValueError if it is wrong, StorageError if it cannot be fetched."""
         name = shard.raw_data.basename
         if len(shard_files(shard)) != 1:
-            self.fault(f"{self.uri}/{name} is compressed, which to_mds.py doesn't do")
-            return None
+            raise ValueError(f"{self.uri}/{name} is compressed, which to_mds.py doesn't do")
         if name not in self.files:
-            self.fault(f"{self.uri}/{name} is missing")
-            return None
+            raise ValueError(f"{self.uri}/{name} is missing")
         if not shard.raw_data.hashes:
             self.fault(f"{self.uri}/{name} has no hash in the index: changes in it cannot be detected")
         with tempfile.TemporaryDirectory(prefix="verify_mds-") if self.store else nullcontext(self.uri) as folder:
-            try:
-                if self.store:
-                    self.store.download(name, Path(folder, name))
-            except StorageError as error:  # after some attempts
-                self.fault(f"cannot read {error}")
-                return None
-            fault = shard_fault(shard, folder)
-            if not fault:
-                return Path(folder, name).read_bytes()
-        self.fault(fault.replace(folder, self.uri, 1))
-        return None
+            if self.store:
+                self.store.download(name, Path(folder, name))
+            if fault := shard_fault(shard, folder):
+                raise ValueError(fault.replace(folder, self.uri, 1))
+            data = Path(folder, name).read_bytes()
+        try:
+            return list(_decoded(shard, data))
+        except Exception as error:  # its decoders raise many kinds
+            raise ValueError(f"{self.uri}/{name} is no MDS shard of these columns ({error})") from error
 
     def _compare(self, counts: list[int], others: Iterable[int], spec: DataSpec, where: str) -> None:
         for label, (ours, theirs) in enumerate(zip(counts, others, strict=True)):
@@ -193,7 +180,7 @@ class Verification:
         return f"source: {total} images in {spec.source['path']}, {spec.skipped} skipped"
 
 
-def _rows(shard: Reader, data: bytes) -> Iterator[dict[str, Any]]:
+def _decoded(shard: Reader, data: bytes) -> Iterator[dict[str, Any]]:
     """The samples of a shard, which begins with their number, the place of each, and the place of the end."""
     (count,) = np.frombuffer(data, np.uint32, 1)
     if count != shard.samples:

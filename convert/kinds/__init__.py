@@ -17,17 +17,11 @@ Row = tuple[Sample, dict[str, Any] | BadPicture, Look | None]
 
 
 class Kind(Protocol):
-    """A kind of data, which makes the columns of a shard from images.
+    """A kind of data, which makes the columns of a shard from images."""
 
-    Attributes:
-        columns: names and MDS encodings.
-        prepare: makes from an image (`Sample.image`) what `rows` takes; it may run in another process.
-        preload: the modules that ``prepare`` needs.
-    """
-
-    columns: ClassVar[dict[str, str]]
-    prepare: Callable[[bytes | Path | None], Any]
-    preload: list[str]
+    columns: ClassVar[dict[str, str]]  # names and MDS encodings
+    prepare: Callable[[bytes | Path | None], Any]  # `Sample.image` to what `rows` takes; it may run in another process
+    preload: list[str]  # the modules that `prepare` needs
 
     def rows(self, images: Iterable[tuple[Sample, Any]]) -> Iterator[Row]:
         """Each sample with its columns except the label, or with what is wrong with its image; in order."""

@@ -74,17 +74,8 @@ class PixelCheck:
 
 
 class LatentCheck:
-    """Checks that moments have their shape, are finite, and give latents such as training expects.
-
-    Args:
-        spec: of the latents.
-        fault: called with one line per fault.
-        vae: the autoencoder that decodes the grid, and is compared with the spec; None: the spec's, for a grid only.
-        grid: whether one is wanted.
-
-    Raises:
-        UserError: if the autoencoder cannot be loaded.
-    """
+    """Checks that moments have their shape, are finite, and give latents such as training expects. ``vae`` (None: the
+    spec's, for a grid only) decodes the grid, and is compared with the spec."""
 
     def __init__(self, spec: DataSpec, fault: Callable[[str], None], vae: str | None, grid: bool) -> None:
         self.spec, self.fault, self.grid = spec, fault, grid
@@ -109,8 +100,7 @@ class LatentCheck:
     def check(self, rows: Rows) -> None:
         for where, row in rows:
             self.seen += 1
-            fault = self._fault(row)
-            if fault:
+            if fault := self._fault(row):
                 self.fault(f"{where}: {fault}")
                 continue
             for i, column in enumerate(("moments", "moments_flip")):

@@ -16,10 +16,7 @@ MAX_PIXELS = 1 << 26  # of an image whose short side is resized, before it is cr
 
 
 class CroppedPixels(Pixels):
-    """Samples of kind ``pixels``, cropped to squares of ``image_size`` pixels, as training does.
-
-    With a ``quality``, 1 to 100, they become JPEGs; else PNGs, which are lossless.
-    """
+    """Samples of kind ``pixels``, cropped to squares as training does: JPEGs of a ``quality``, or lossless PNGs."""
 
     def __init__(self, image_size: int, quality: int | None) -> None:
         self.prepare = partial(cropped, image_size=image_size, quality=quality)
@@ -40,13 +37,10 @@ def levels(image: bytes | Path | None, channels: int, image_size: int | None) ->
 
 
 def crop(data: bytes, channels: int, image_size: int | None) -> Tensor:
-    """An image as training sees it: uint8 (channels, H, W), with H and W ``image_size`` unless that is None.
-
-    Raises:
-        BadPicture: as `opened`; also if it would fill the memory before it is cropped, as a long and thin one can.
-    """
+    """An image as training sees it: uint8 (channels, H, W), with H and W ``image_size`` unless that is None."""
     with opened(data) as image:
         width, height = image.size
+        # A long and thin image would fill the memory before it is cropped.
         if image_size and image_size**2 * max(width, height) > MAX_PIXELS * min(width, height):
             raise BadPicture(f"the image, {width}x{height}, is too large with a short side of {image_size}")
         levels = decode_image(data, channels)
@@ -57,8 +51,5 @@ def encode(levels: Tensor, quality: int | None) -> bytes:
     """The file of an image, uint8 (1 or 3, H, W): a JPEG of that quality, or a PNG if it is None."""
     file = io.BytesIO()
     image = Image.fromarray(levels[0].numpy() if len(levels) == 1 else levels.permute(1, 2, 0).contiguous().numpy())
-    if quality is None:
-        image.save(file, "PNG")
-    else:
-        image.save(file, "JPEG", quality=quality)
+    image.save(file, "PNG") if quality is None else image.save(file, "JPEG", quality=quality)
     return file.getvalue()

@@ -24,7 +24,6 @@ CPU_BATCH = 32 * 32 * 32  # pixels: more at a time would not fit the caches
 
 
 def default_device() -> str:
-    """The device that encodes."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -35,23 +34,12 @@ class Latents:
     thread, and as many batches at a time as it has cores. A GPU encodes one while the next is transferred.
 
     Args:
-        vae: hub name or folder, as `KLAutoencoder` takes it; `spec.json` has the same name.
-        image_size: side of the images in pixels.
-        crop: whether images are cropped to it, as training does, or are all squares of that size.
-        dtype: in which the encoder computes: float32, bfloat16 or float16. Moments are then converted to float16.
+        crop: whether images are cropped to ``image_size``, as training does, or are all squares of that size.
+        dtype: in which the encoder computes. Moments are then converted to float16.
         batch_size: images encoded at a time; None chooses a fast one. Another batch size may change the last bits.
-        cores: CPU cores that encode.
-
-    Raises:
-        InputError: if the autoencoder cannot be loaded, or does not suit the images.
-        MemoryError: if it doesn't fit the GPU's free memory.
     """
 
-    columns: ClassVar[dict[str, str]] = {
-        "moments": "ndarray:float16",
-        "moments_flip": "ndarray:float16",
-        "label": "int",
-    }
+    columns: ClassVar[dict[str, str]] = dict.fromkeys(("moments", "moments_flip"), "ndarray:float16") | {"label": "int"}
 
     def __init__(self, vae: str, image_size: int, crop: bool, dtype: str, batch_size: int | None, cores: int) -> None:
         torch.backends.cudnn.deterministic = True
@@ -68,22 +56,20 @@ class Latents:
         self.encoder.vae.to(memory_format=torch.channels_last)  # faster convolutions
         if self.device == "cuda":
             torch.cuda.synchronize()  # before other streams read the weights
-        self.batch_size = batch_size
+        self.batch_size, self.image_size = batch_size, image_size
         memory = batch_size * image_size**2 * BYTES_PER_PIXEL
         self.at_once = 2 if self.device == "cuda" else max(1, min(cores, virtual_memory().available // memory))
         self.pool = ThreadPoolExecutor(self.at_once, initializer=self._begin_thread)
         channels = self.encoder.picture_channels
         if channels not in (1, 3):
             raise InputError(f"--vae: {vae!r} is for images of {channels} channels, expected 1 or 3")
-        if image_size % self.encoder.spec.downsample:
-            times = self.encoder.spec.downsample
+        times = self.encoder.spec.downsample
+        if image_size % times:
             raise InputError(f"--image-size: got {image_size}, expected a multiple of {times} for this autoencoder")
-        self.image_size = image_size
         self.prepare = partial(levels, channels=channels, image_size=image_size if crop else None)
         self.preload = ["convert.kinds.cropping"]
 
     def rows(self, images: Iterable[tuple[Sample, Any]]) -> Iterator[Row]:
-        """As `Kind.rows`. Raises InputError if an image has another size, or a batch doesn't fit the memory."""
         encoding: deque[Future[list[Row]]] = deque()
         try:
             for batch in self._batches(images):
@@ -104,8 +90,8 @@ class Latents:
             if not isinstance(image, BadPicture):
                 height, width = image.shape[-2:]
                 if (height, width) != (size, size):
-                    sizes = f"the image is {width}x{height}, and the first is {size}x{size}"
-                    raise InputError(f"{sample.where}: {sizes}; say --image-size to crop them")
+                    sizes = f"the image is {width}x{height}, expected {size}x{size}, as the first is"
+                    raise InputError(f"{sample.where}: {sizes}; crop with --image-size")
                 good += 1
             batch.append((sample._replace(image=None), image))
             if good == self.batch_size:
@@ -115,10 +101,8 @@ class Latents:
             yield batch
 
     def spec(self, grey: bool, sizes: list[list[int]]) -> dict[str, Any]:
-        spec = self.encoder.spec
-        return {
-            "kind": "latents", "channels": spec.channels, "image_size": self.image_size, "autoencoder": spec.as_dict(),
-        }  # fmt: skip
+        of = self.encoder.spec
+        return {"kind": "latents", "channels": of.channels, "image_size": self.image_size, "autoencoder": of.as_dict()}
 
     def _begin_thread(self) -> None:
         if self.device == "cuda":

@@ -56,8 +56,7 @@ def decoded(data: bytes) -> Look:
 
 
 def glance(data: bytes) -> Look:
-    """Reads an image's header, and checks that its file has an end. This is a hundred times as fast as decoding. Raises
-    BadPicture if it has no end, or is larger than PIL takes without a warning."""
+    """Reads an image's header, and checks that its file has an end. This is a hundred times as fast as decoding."""
     look = _glance_jpeg(data) if data[:2] == b"\xff\xd8" else _glance_png(data) if data[:4] == b"\x89PNG" else None
     if look is None:  # another format, or an unusual one, which PIL may read
         with opened(data) as image:
@@ -106,12 +105,7 @@ def read_file(image: bytes | Path | None) -> bytes:
 
 @contextmanager
 def opened(data: bytes) -> Iterator[Image.Image]:
-    """The image, opened by PIL; its pixels are not decoded yet.
-
-    Raises:
-        BadPicture: if it is broken, not an image, has 32-bit numbers, which training refuses, or over 89 million
-            pixels, so that it may be an attack. Exceptions in the body become BadPicture, too.
-    """
+    """An image, not decoded yet. Raises BadPicture if it is broken, or may be an attack; for the body's errors, too."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -1,7 +1,4 @@
-"""Parquet and Arrow files as tables, local or in an object store.
-
-At most one batch is in memory: of a Parquet file, one page per column.
-"""
+"""Parquet and Arrow files as tables. At most one batch is in memory: of a Parquet file, one page per column."""
 
 import os
 from bisect import bisect_right
@@ -76,10 +73,10 @@ def _open_once(format: str, name: str, column: str, *state: Any) -> Table:
 def _beside(folder: str, path: str) -> Path:
     """The file that a row of a table names. A table from elsewhere must not name arbitrary files of this machine."""
     if is_remote(folder):
-        raise InputError(f"it names a file, {path!r}, in place of an image's bytes; only local tables may do so")
+        raise InputError(f"{path!r}: a file instead of an image's bytes; only local tables may name files")
     file = os.path.normpath(os.path.join(folder, path))
     if not file.startswith(os.path.join(folder, "")):
-        raise InputError(f"the image's path {path!r} leads out of {folder}, the table's folder")
+        raise InputError(f"{path!r}: the image's path leads out of {folder}, the table's folder")
     return Path(file)
 
 
@@ -95,7 +92,6 @@ def _parquet_file(name: str) -> Table:
         metadata, schema = parquet.metadata, parquet.schema_arrow
     lengths = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     ends = list(accumulate(lengths))
-
     resting: dict[tuple, Rows] = {}  # at most one reader that stopped inside a row group, by where it continues
 
     def read_groups(columns: list[str], groups: list[int], size: int) -> Iterator[pa.RecordBatch]:
@@ -143,11 +139,8 @@ def _arrow_file(name: str, column: str) -> Table:
 def _arrow_batches(
     name: str, fields: list[int] | None = None, first: int = 0
 ) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch], bool]]:
-    """The schema of an Arrow file, its batches from ``first`` on with some fields, and whether it is a stream.
-
-    Arrow has two layouts: the file, which starts with a magic word, and the stream, which `datasets` saves. A stream is
-    read from its beginning, as a batch's place is known only from the batches before it.
-    """
+    """The schema of an Arrow file, its batches from ``first`` on with some fields, and whether it is a stream, which
+    `datasets` saves: that is read from its beginning, as a batch's place is known only from the batches before it."""
     options = pa.ipc.IpcReadOptions(included_fields=fields)
     with pa.PythonFile(RemoteFile(name)) if is_remote(name) else pa.memory_map(name) as file:
         magic = file.read(6)

@@ -19,8 +19,7 @@ def object_store() -> ModuleType:
 
 
 def list_files(source: str, format: str) -> list[str]:
-    """The files of a format that a path or a glob names, sorted. Raises InputError if there are none, or if they are of
-    several splits."""
+    """The files of a format that a path or a glob names, sorted; all of one split."""
     if source.startswith(SCHEME):
         found = object_store().list_remote(source)
         if not found:
@@ -54,11 +53,11 @@ def is_saved(path: str) -> bool:
 
 
 def fingerprint(name: str) -> dict[str, Any]:
-    """A file's name, its bytes, and when it was modified. Raises InputError if it can't be read."""
+    """A file's name, its bytes, and when it was modified."""
     if name.startswith(SCHEME):
         return object_store().fingerprint(name)
     try:
         state = os.stat(name)
     except OSError as error:
-        raise InputError(f"cannot read {name}: {error.strerror}") from error
+        raise InputError(f"{name}: cannot be read: {error.strerror}") from error
     return {"name": name, "bytes": state.st_size, "modified": when(state.st_mtime_ns)}

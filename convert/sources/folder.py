@@ -1,8 +1,4 @@
-"""Folders of images.
-
-A plan's files are folders here: a million images need not be named one by one. A part is some images of a folder and,
-where those end, of the folders after it.
-"""
+"""Folders of images. A plan's files are folders here, and a part may continue in the next folder."""
 
 import hashlib
 import os
@@ -27,8 +23,8 @@ def plan_source(description: dict[str, Any], limit: int | None) -> SourcePlan:
     listed = [_list(folder, labelled)[1] for folder in folders]
     if not any(folder["pictures"] for folder in listed):
         if not labelled:
-            raise InputError(f"{root} holds no image")
-        raise InputError(f"{root} holds no ROOT/CLASS/IMAGE; for images without classes say --label-column none")
+            raise InputError(f"{root}: holds no image")
+        raise InputError(f"{root}: holds no ROOT/CLASS/IMAGE; for images without classes use --label-column none")
     return SourcePlan(listed, classes, cut_off(_across(listed), limit))
 
 
@@ -89,11 +85,11 @@ def _list(folder: Path, of_class: bool) -> tuple[list[str], dict[str, Any]]:
                 if entry.name.startswith("."):
                     continue
                 if of_class and entry.is_dir():
-                    raise InputError(f"{entry.path} is a folder inside a class: expected ROOT/CLASS/IMAGE")
+                    raise InputError(f"{entry.path}: is a folder inside a class, expected ROOT/CLASS/IMAGE")
                 if format_of(entry.name) == "imagefolder":
                     images.append((entry.name, *_state(entry)))
     except OSError as error:
-        raise InputError(f"cannot read {error.filename or folder}: {error.strerror}") from error
+        raise InputError(f"{error.filename or folder}: cannot be read: {error.strerror}") from error
     images.sort()
     modified = when(max((ns for _, _, ns in images), default=0))
     digest = hashlib.blake2b(repr(images).encode(), digest_size=8).hexdigest()

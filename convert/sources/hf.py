@@ -40,26 +40,22 @@ def plan_source(description: dict[str, Any], limit: int | None) -> SourcePlan:
 def read_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iterator[Sample]:
     """The images of a part, as stored, not decoded."""
 
-    def check() -> None:
-        files = _open(description)[1]
+    def check() -> Any:
+        data, files = _open(description)
         if len(files) != len(plan.files):
-            raise InputError(f"{description['path']} changed since the conversion began: it has other files")
+            raise InputError(f"{description['path']}: changed since the conversion began, it has other files")
         for planned, file in zip(plan.files, files, strict=True):
             check_same(planned, file)
+        return data
 
-    check()
-    data, _ = _open(description)
     streaming = "streaming" in description
-    table = _table(description, data, part.file if streaming else None)
+    table = _table(description, check(), part.file if streaming else None)
     yield from samples(table, description, plan, part, (lambda: None) if streaming else check)
     check()
 
 
 def _open(description: dict[str, Any]) -> tuple[Any, list[dict[str, Any]]]:
-    """The data set, and the state of its files.
-
-    Unless the data set was saved to disk, that is the library's fingerprint, as its cache is not the source.
-    """
+    """The data set, and the state of its files: the library's fingerprint, unless the data set was saved to disk."""
     path = description["path"]
     data, state = _load(path, description["split"], description["config"], "streaming" in description)
     if is_saved(path):
@@ -82,35 +78,28 @@ def _table(description: dict[str, Any], data: Any, shard: int | None = None) -> 
             batches = (batch for table in rows.iter(size) for batch in table.to_batches())
             yield from Rows(batches, first).between(start, stop)
         except Exception as error:  # of a dozen libraries underneath
-            raise InputError(f"cannot read {name}: {one_line(error)}") from error
+            raise InputError(f"{name}: cannot be read: {one_line(error)}") from error
 
     lengths = [1] * len(data) if shard is None else None
     return Table(name, partial(_find, path), data.features.arrow_schema, lengths, read)
 
 
 def _find(source: str, path: str) -> bytes | Path:
-    """An image that a data set keeps as a separate file, local, inside an archive or on the Hub.
-
-    A data set from elsewhere must not name other files of this machine or its network.
-    """
+    """An image that a data set keeps as a file, local, in an archive or on the Hub; no other file of this machine."""
     config = datasets.config
     place = path.rpartition("::")[2]  # of the archive, if the image is inside one
     if not place.startswith(("hf://", constants.ENDPOINT + "/")):
         folders = (source, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE)
-        if "://" in place or not any(_is_below(place, str(folder)) for folder in folders):
-            raise InputError(f"the image's path {path!r} leads out of the data set {source}")
+        roots = (os.path.join(way(folder), "") for folder in folders for way in (os.path.abspath, os.path.realpath))
+        if "://" in place or not os.path.abspath(place).startswith(tuple(roots)):
+            raise InputError(f"{path!r}: the image's path leads out of the data set {source}")
     if "://" not in path:
         return Path(path)
     try:
         with xopen(path, "rb") as file:
             return file.read()
     except Exception as error:
-        raise InputError(f"cannot read {path}: {one_line(error)}") from error
-
-
-def _is_below(path: str, folder: str) -> bool:
-    ways = (os.path.abspath, os.path.realpath)
-    return os.path.abspath(path).startswith(tuple(os.path.join(way(folder), "") for way in ways))
+        raise InputError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
 @lru_cache(maxsize=1)  # loaded once for all parts
@@ -131,10 +120,10 @@ def _load(path: str, split: str | None, config: str | None, streaming: bool) -> 
             return data, data._fingerprint
         data = datasets.load_from_disk(path)
         if split is not None and split not in data:
-            raise InputError(f"{path} has no split {split!r}; its splits are: {', '.join(data)}")
+            raise InputError(f"{path}: has no split {split!r}; its splits are: {', '.join(data)}")
         return data if split is None else data[split], ""
     except InputError:
         raise
     except Exception as error:  # of a dozen libraries underneath
-        where = path if Path(path).exists() else f"{path!r}, neither a path here nor readable as a data set on the Hub"
-        raise InputError(f"cannot load {where}: {one_line(error)}") from error
+        here = "" if Path(path).exists() else ", it is neither a path here nor readable as a data set on the Hub"
+        raise InputError(f"{path}: cannot be loaded{here}: {one_line(error)}") from error

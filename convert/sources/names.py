@@ -33,23 +33,22 @@ def infer_format(source: str, names: Iterable[str]) -> str:
         raise InputError(f"{source}: found no Parquet file, Arrow file, tar or image")
     if len(found) > 1:
         these = " and ".join(f"{name} ({count} files)" for name, count in sorted(found.items()))
-        raise InputError(f"{source} could be {these}: choose with --format")
+        raise InputError(f"{source}: could be {these}; choose with --format")
     return next(iter(found))
 
 
 def of_one_split(source: str, folder: str, names: Iterable[str], format: str) -> list[str]:
-    """The files of a folder that are data of a format, sorted. Raises InputError if there are none, or if they are of
-    several splits."""
+    """The files of a folder that are data of a format, sorted. Raises InputError unless they are of one split."""
     # cache-*.arrow are transformed copies that `datasets` leaves beside the data that it saved.
     files = sorted((name for name in names if format_of(name) == format), key=lambda name: name.split("/"))
     files = [name for name in files if not os.path.basename(name).startswith(("_", "cache-"))]
     if not files:
-        raise InputError(f"{source} holds no {format} file")
+        raise InputError(f"{source}: holds no {format} file")
     splits = {match[1] for name in files if (match := SPLIT.search(name.removeprefix(folder).lstrip("/")))}
     if len(splits) > 1:
         these = ", ".join(sorted(splits))
         advice = f"give a glob such as '{source}/**/train*', or --format hf and --split"
-        raise InputError(f"{source} holds files of several splits ({these}): {advice}")
+        raise InputError(f"{source}: holds files of several splits ({these}); {advice}")
     return files
 
 
@@ -59,9 +58,10 @@ def when(nanoseconds: int) -> str:
 
 
 def check_same(planned: dict[str, Any], now: dict[str, Any]) -> None:
-    """Compares a file with its state when the conversion was planned. Raises InputError naming the file, if it has
-    changed."""
+    """Raises InputError naming a file, if it has changed since the conversion was planned."""
     if now != planned:
         key = next(key for key in {**planned, **now} if planned.get(key) != now.get(key))
         change = f"{key}: {planned.get(key)} then, {now.get(key)} now"
-        raise InputError(f"{planned['name']} changed since the conversion began ({change}): restore it, or --overwrite")
+        raise InputError(
+            f"{planned['name']}: changed since the conversion began ({change}); restore it, or --overwrite"
+        )

@@ -42,31 +42,22 @@ class Part:
 
 @dataclass(frozen=True)
 class SourcePlan:
-    """How a source is read. It depends on the source alone.
+    """How a source is read. It depends on the source alone."""
 
-    ``files`` have a ``name`` (a path or a URI), their ``bytes`` and when they were ``modified`` (ISO 8601); other keys
-    also serve to detect changes. ``classes`` are those of all rows, whatever the limit.
-    """
-
-    files: list[dict[str, Any]]
-    classes: list[str] | None  # None where labels are integers whose largest is known only when all are read
+    files: list[dict[str, Any]]  # ``name`` (path or URI), ``bytes``, ``modified`` (ISO 8601), others to detect changes
+    classes: list[str] | None  # of all rows; None if labels are integers whose largest is known only when all are read
     parts: list[Part]  # together, all images to be read, each once, in order
 
 
 def in_order(names: Iterable[str]) -> list[str]:
     """The names of classes, sorted; by number if all are whole numbers, so that 0 to 11 keep their numbers."""
-    if all(name.isdecimal() for name in names):
-        return sorted(names, key=lambda name: (int(name), name))
-    return sorted(names)
+    numbers = all(name.isdecimal() for name in names)
+    return sorted(names, key=lambda name: (int(name) if numbers else 0, name))
 
 
-def cut(file: int, lengths: Iterable[int], start: int = 0) -> list[Part]:
-    """Parts of a file of groups of rows with these lengths: groups are joined, and large groups are cut.
-
-    No part has more than 2 * PART rows. ``start`` is the number of the first row.
-    """
-    bounds = [start]  # of the parts
-    end = start
+def cut(file: int, lengths: Iterable[int]) -> list[Part]:
+    """Parts, of at most 2 * PART rows, of a file of groups of rows with these lengths: groups are joined or cut."""
+    bounds, end = [0], 0  # of the parts
     for length in lengths:
         if end - bounds[-1] + length > 2 * PART and end > bounds[-1]:
             bounds.append(end)
@@ -82,10 +73,7 @@ def cut(file: int, lengths: Iterable[int], start: int = 0) -> list[Part]:
 
 
 def cut_off(parts: list[Part], limit: int | None, count: Callable[[Part, int], int] | None = None) -> list[Part]:
-    """The parts of the first ``limit`` images; all if that is None.
-
-    ``count(part, most)`` counts the images of a part with unknown ``rows``, up to ``most``.
-    """
+    """The parts of the first ``limit`` images, if any. ``count(part, most)`` counts images where ``rows`` is None."""
     if limit is None:
         return parts
     kept: list[Part] = []

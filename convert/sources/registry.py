@@ -34,26 +34,25 @@ def describe(
     config: str | None = None,
     streaming: bool = False,
 ) -> dict[str, Any]:
-    """Settles what a source is: its format, its absolute path or its name, and the columns and split to read. Raises
-    InputError if there is no such source, its format is in doubt, or an option does not apply to it."""
+    """Settles what a source is: its format, its absolute path or its name, and the columns and split to read."""
     is_remote = source.startswith(SCHEME)
     source = SCHEME + source.removeprefix(SCHEME).rstrip("/") if is_remote else source
-    format = format or (_infer_remote_format(source) if is_remote else _infer_format(source))
+    format = format or _infer_format(source)
     path = Path(source).expanduser()
     if is_remote and format not in REMOTE:
-        raise InputError(f"{source} is taken as {format}, which is not read from s3://, only {', '.join(REMOTE)} are")
+        raise InputError(f"{source}: is read as {format}, expected {', '.join(REMOTE)} for s3://")
     if format == "digits" and source != "digits":
         raise InputError(f"--format digits: got the source {source!r}, expected the word 'digits'")
     if format == "imagefolder" and not path.is_dir():
-        raise InputError(f"{source} is not a folder of images: no such folder")
+        raise InputError(f"{source}: no such folder, expected a folder of images")
     if format in REMOTE and not is_remote:
         list_files(source, format)
     if format != "hf" and (split or config):
-        raise InputError(f"--split and --config are for Hugging Face data sets; {source} is taken as {format}")
+        raise InputError(f"--split and --config: only for Hugging Face data sets; {source} is read as {format}")
     if format != "hf" and streaming:
-        raise InputError(f"--streaming is for Hugging Face data sets (--format hf); {source} is taken as {format}")
+        raise InputError(f"--streaming: only for Hugging Face data sets (--format hf); {source} is read as {format}")
     if format not in (*TABLES, "webdataset") and (image_column or label_column not in (None, "none")):
-        raise InputError(f"columns are for tables; {source} is taken as {format}: only --label-column none applies")
+        raise InputError(f"{source}: is read as {format}, columns are for tables; only --label-column none applies")
 
     is_name = is_remote or format == "digits" or (format == "hf" and not path.exists())
     description: dict[str, Any] = {"format": format, "path": source if is_name else os.path.abspath(path)}
@@ -72,44 +71,35 @@ def _describe_hf(source: str, path: Path, split: str | None, config: str | None,
     """The split, the config and whether to stream, of a Hugging Face data set."""
     alone = (path / "state.json").is_file()  # save_to_disk of one Dataset, not of a DatasetDict
     if config and is_saved(str(path)):
-        raise InputError(f"{source} was saved to disk, without configs: leave out --config")
+        raise InputError(f"{source}: was saved to disk, without configs; leave out --config")
     if alone and split:
-        raise InputError(f"{source} holds one data set without splits: leave out --split")
+        raise InputError(f"{source}: holds one data set without splits; leave out --split")
     if streaming and is_saved(str(path)):
-        raise InputError(f"{source} was saved to disk, and is never read whole: leave out --streaming")
+        raise InputError(f"{source}: was saved to disk, and is never read whole; leave out --streaming")
     options = {"split": None if alone else split or "train", "config": config}
     return options | ({"streaming": True} if streaming else {})
 
 
 def plan_source(description: dict[str, Any], limit: int | None = None) -> SourcePlan:
-    """Reads footers and labels of a source; the same plan each time, if the source is the same.
-
-    ``limit`` plans the first so many images only. Raises InputError if the source cannot be read, lacks a column, or
-    has labels that are not classes.
-    """
+    """Reads footers and labels of a source, for the first ``limit`` images; the same plan each time, if the source is
+    the same. Raises InputError if the source cannot be read, lacks a column, or has labels that are not classes."""
     return _module(description).plan_source(description, limit)
 
 
 def read_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iterator[Sample]:
-    """The images of one part of a plan, in order. Between calls only open files are kept.
-
-    At most a few rows of a table (of a Parquet file: one page per column), or one image, are in memory. Raises
-    InputError if the source cannot be read, or a file has changed since the plan was made.
-    """
+    """The images of one part of a plan, in order. At most a few rows of a table, or one image, are in memory. Raises
+    InputError if the source cannot be read, or a file has changed since the plan was made."""
     rows = 0
     for sample in _module(description).read_part(description, plan, part):
         rows += 1
         yield sample
     if part.rows not in (None, rows):
         file = plan.files[part.file]["name"]
-        raise InputError(f"{file} changed since the conversion began: {part.rows} images then, {rows} now")
+        raise InputError(f"{file}: changed since the conversion began, {part.rows} images then, {rows} now")
 
 
 def check_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> None:
-    """Checks, after a part's last image, that no image has changed since the plan was made.
-
-    Only folders of images need it: `read_part` checks other files after it has read the last image.
-    """
+    """Checks folders of images, after a part's last image, for changes; `read_part` checks other files itself."""
     if description["format"] == "imagefolder":
         _module(description).check_part(description, plan, part)
 
@@ -120,15 +110,13 @@ def _module(description: dict[str, Any]) -> ModuleType:
     return import_module(f"convert.sources.{MODULES.get(format, format)}")
 
 
-def _infer_remote_format(source: str) -> str:
-    return format_of(source) or infer_format(source, object_store().list_remote(source))
-
-
 def _infer_format(source: str) -> str:
+    if source.startswith(SCHEME):
+        return format_of(source) or infer_format(source, object_store().list_remote(source))
     path = Path(source).expanduser()
     if source == "digits":
         if path.exists():
-            raise InputError("'digits' is both scikit-learn's digits and a path here: say --format digits, or ./digits")
+            raise InputError("digits: is both scikit-learn's digits and a path here; use --format digits, or ./digits")
         return "digits"
     if is_saved(str(path)):
         return "hf"
@@ -137,5 +125,5 @@ def _infer_format(source: str) -> str:
             return "hf"
         raise no_such_file(source)
     if path.is_file() and format_of(source) == "imagefolder":
-        raise InputError(f"{source} is a single image: give the folder that holds one folder per class")
+        raise InputError(f"{source}: is a single image; give the folder that holds one folder per class")
     return infer_format(source, walk(path) if path.is_dir() else [source] if path.is_file() else expand(source))

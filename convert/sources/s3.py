@@ -24,8 +24,7 @@ SILENCE = 30  # seconds without a byte, after which a request has failed
 
 
 def list_remote(source: str) -> list[str]:
-    """The URIs of an object, of all objects below a prefix, or of all that a glob matches, sorted; no hidden ones.
-    Raises InputError if the store doesn't answer, or denies access."""
+    """The URIs of an object, of all objects below a prefix, or of all that a glob matches, sorted; no hidden ones."""
     path = _path(source)
     segments = path.split("/")
     plain = next((k for k, segment in enumerate(segments) if MAGIC.search(segment)), len(segments))
@@ -56,18 +55,17 @@ def _matches(names: list[str], patterns: list[str]) -> bool:
 
 
 def fingerprint(uri: str) -> dict[str, Any]:
-    """An object's URI, its bytes, and when it was modified. Raises InputError if it is not there, or the store doesn't
-    answer."""
+    """An object's URI, its bytes, and when it was modified."""
     with reading(uri):
         info = _store().get_file_info(_path(uri))
     if info.type != fs.FileType.File:
-        raise InputError(f"cannot read {uri}: no such object")
+        raise InputError(f"{uri}: cannot be read: no such object")
     seconds = info.mtime_ns // 10**9  # some stores tell more in a listing than of an object
     return {"name": uri, "bytes": info.size, "modified": when(seconds * 10**9)}
 
 
 class RemoteFile(io.RawIOBase):
-    """An object, open for reading at any place. `pa.PythonFile` wraps it for pyarrow.
+    """An object, open for reading at any place.
 
     pyarrow's buffer for an answer has the requested size: a longer error text doesn't fit, and becomes an error that is
     not retried. So each request is for at least ``LEAST`` bytes, or ``window``, if the next bytes are needed soon.
@@ -111,12 +109,8 @@ def reading(name: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"cannot read {name}: {first_sentence(error)}") from error
-
-
-def first_sentence(error: Exception) -> str:
-    """pyarrow's message, without the details and the traceback that may follow it."""
-    return re.split(r"[. ]*Detail: ", str(error))[0].strip().partition("\n")[0]
+        message = re.split(r"[. ]*Detail: ", str(error))[0].strip().partition("\n")[0]  # a traceback may follow it
+        raise InputError(f"{name}: cannot be read: {message}") from error
 
 
 def _path(uri: str) -> str:

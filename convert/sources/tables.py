@@ -1,7 +1,4 @@
-"""Images and labels from tables of columns, whatever stores them.
-
-A table is a schema and a function that reads some columns of some rows batch by batch. At most one batch is in memory.
-"""
+"""Images and labels from tables of columns, whatever stores them. At most one batch of rows is in memory."""
 
 import json
 import sys
@@ -17,26 +14,22 @@ from convert.sources.parts import MAX_CLASSES, InputError, Part, Sample, SourceP
 from convert.sources.s3 import reading
 
 BATCH = 64  # rows
+Check = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class Table:
-    """One file, or one data set.
-
-    ``read(columns, start, stop, size)`` yields batches of top-level columns, rows ``start`` to before ``stop``, of
-    ``size`` rows where it can choose.
-    """
+    """One file, or one data set."""
 
     name: str  # for errors
     find: Callable[[str], bytes | Path]  # the image at a path, for rows without bytes; or raises an InputError
     schema: pa.Schema
     lengths: list[int] | None  # of its groups of rows, where reading can begin; None: unknown, only at the first row
+    # (columns, start, stop, size) to batches of top-level columns, of ``size`` rows where it can choose
     read: Callable[[list[str], int, int, int], Iterator[pa.RecordBatch]]
 
 
-def samples(
-    table: Table, description: dict[str, Any], plan: SourcePlan, part: Part, check: Callable[[], None]
-) -> Iterator[Sample]:
+def samples(table: Table, description: dict[str, Any], plan: SourcePlan, part: Part, check: Check) -> Iterator[Sample]:
     """The images of a part's rows. ``check`` is called before rows are taken from a batch."""
     image, label = description["image_column"], description["label_column"]
     columns = [image] if label is None else [image, label]
@@ -70,45 +63,36 @@ class Labels:
 
 
 def read_labels(table: Table, description: dict[str, Any], or_strings: bool = True) -> Labels:
-    """Checks the columns of a table and reads all its labels, except integers where that would mean reading all.
-
-    ``or_strings`` is whether labels may be strings.
-
-    Raises:
-        InputError: if it lacks a column, or the images are not bytes; or naming the first row whose label is not a
-            class: null, negative, too large, not an integer or string.
-    """
+    """Checks the columns of a table and reads all its labels, except integers where that would mean reading all. Raises
+    InputError if a column is missing or of another type, or naming the first row whose label is not a class."""
     image, column = description["image_column"], description["label_column"]
     type_ = _find(table, image)[1]
     if pa.types.is_struct(type_) and type_.get_field_index("bytes") >= 0:
         type_ = type_.field("bytes").type
     if not pa.types.is_binary(type_) and not pa.types.is_large_binary(type_):
-        raise InputError(f"column {image!r} of {table.name} is {type_}, expected the bytes of image files")
+        raise InputError(f"{table.name} column {image!r}: is {type_}, expected the bytes of image files")
     if column is None:
         return Labels(table.name, None, "none")
     type_, names = _find(table, column)[1:]
     text = pa.types.is_string(type_) or pa.types.is_large_string(type_)
     if not text and not pa.types.is_integer(type_):
-        raise InputError(f"column {column!r} of {table.name} is {type_}, expected labels that are integers or strings")
+        raise InputError(f"{table.name} column {column!r}: is {type_}, expected labels that are integers or strings")
     if text and not or_strings:
-        raise InputError(f"column {column!r} of {table.name} has strings; --streaming takes integers only")
+        raise InputError(f"{table.name} column {column!r}: has strings, expected integers with --streaming")
     kind = tuple(names) if names else "strings" if text else "integers"
     if table.lengths is None and not text:
         return Labels(table.name, column, kind, largest=None)
     strings: set[str] = set()
     largest = -1
     for first, (labels,) in batches(table, [column], 0, None, size=64 * BATCH):
-        greatest = _check_labels(table, first, labels, len(names) if names else MAX_CLASSES)
+        largest = max(largest, _check_labels(table, first, labels, len(names) if names else MAX_CLASSES))
         if text:
             strings.update(pc.unique(labels).to_pylist())
-        else:
-            largest = max(largest, greatest)
     return Labels(table.name, column, kind, frozenset(strings), largest)
 
 
 def _check_labels(table: Table, first: int, labels: pa.Array, classes: int) -> int:
-    """The largest label from row ``first`` on, or -1 if they are strings. Raises InputError naming the first row whose
-    label is null or not a class."""
+    """The largest of labels, which begin at row ``first``, or -1 if they are strings; all must be classes."""
     if labels.null_count:
         row = first + pc.index(pc.is_null(labels), True).as_py()
         raise InputError(f"{table.name} row {row}: the label is null; --label-column none converts without labels")
@@ -123,12 +107,11 @@ def _check_labels(table: Table, first: int, labels: pa.Array, classes: int) -> i
 
 
 def merge_classes(labels: tuple[Labels, ...]) -> list[str] | None:
-    """The names of the classes of all tables; None if they are integers that were not all read. Raises InputError if
-    the tables have different kinds of labels."""
+    """The names of the classes of all tables; None if they are integers that were not all read."""
     first = labels[0]
     for other in labels:
         if other.kind != first.kind:
-            raise InputError(f"column {first.column!r} has other classes in {other.table} than in {first.table}")
+            raise InputError(f"{other.table} column {first.column!r}: has other classes than {first.table}")
     if first.kind == "none":
         return ["all"]
     if first.kind == "strings":
@@ -140,15 +123,9 @@ def merge_classes(labels: tuple[Labels, ...]) -> list[str] | None:
 
 
 def batches(
-    table: Table,
-    columns: list[str],
-    start: int,
-    stop: int | None,
-    check: Callable[[], None] = lambda: None,
-    size: int = BATCH,
+    table: Table, columns: list[str], start: int, stop: int | None, check: Check = lambda: None, size: int = BATCH
 ) -> Iterator[tuple[int, list[pa.Array]]]:
-    """Yields the columns of rows ``start`` to before ``stop`` (None: to the end), a few at a time, each time with the
-    number of the first row."""
+    """The columns of rows ``start`` to before ``stop`` (None: the end), a few at a time, each after its first row."""
     stop = sys.maxsize if stop is None else stop
     paths = [_find(table, column)[0] for column in columns]
     with reading(table.name):
@@ -197,7 +174,7 @@ def _find(table: Table, column: str) -> tuple[list[str], pa.DataType, list[str] 
     for name in path:
         if not pa.types.is_struct(type_) or type_.get_field_index(name) < 0:
             columns = ", ".join(_names(pa.struct(table.schema)))
-            raise InputError(f"{table.name} has no column {column!r}; its columns are: {columns}")
+            raise InputError(f"{table.name}: has no column {column!r}; its columns are: {columns}")
         type_ = type_.field(name).type
         features = features.get(name, {}) if isinstance(features, dict) else {}
     names = features.get("names") if isinstance(features, dict) and features.get("_type") == "ClassLabel" else None

@@ -1,8 +1,5 @@
-"""WebDataset tars: consecutive members whose file names agree up to the first dot are one sample.
-
-The rest of the name, the extension, says what a member is: an image (jpg, png, …), its label (cls: an integer or a
-name), or a description (json). Nothing is extracted to files, so members' paths do no harm.
-"""
+"""WebDataset tars: consecutive members whose file names agree up to the first dot are one sample. The extension says
+what a member is: an image (jpg, png, …), its label (cls: an integer or a name), or a description (json)."""
 
 import json
 import re
@@ -28,11 +25,8 @@ Group = dict[str, bytes | None]  # the bytes of a sample's members by extension;
 
 
 def plan_source(description: dict[str, Any], limit: int | None) -> SourcePlan:
-    """Lists the tars, each of which is a part.
-
-    The first label tells whether all are integers. If so, no tar is read further. Names are numbered in sorted order;
-    to find them, all tars are scanned: local ones from header to header, remote ones by reading them.
-    """
+    """Lists the tars, each of which is a part. If the first label is an integer, no tar is read further. Names are
+    numbered in sorted order; to find them, all tars are scanned: local ones from header to header, others whole."""
     names = list_files(description["path"], "webdataset")
 
     def labels(name: str) -> list[str | None]:
@@ -70,8 +64,7 @@ def read_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iter
 
 
 def _samples(name: str, description: dict[str, Any], read_images: bool = True) -> Iterator[tuple[str, Any, str | None]]:
-    """Where each sample of a tar is, its image (True if it is not read; None if there is none), and its label. Raises
-    InputError if the tar is broken or holds no image; if a sample with an image has no label."""
+    """Where each sample of a tar is, its image (True if it is not read; None if there is none), and its label."""
     images = {description["image_column"]} if description["image_column"] else IMAGES
     labels = {"json", description["label_column"]}
     extensions: set[str] = set()
@@ -81,14 +74,14 @@ def _samples(name: str, description: dict[str, Any], read_images: bool = True) -
         found = [extension for extension in group if extension in images]
         if len(found) > 1:
             these = ", ".join(found)
-            raise InputError(f"{where} has several images ({these}): choose with --image-column, by extension")
+            raise InputError(f"{where}: has several images ({these}); choose with --image-column, by extension")
         if found:
             yield where, group[found[0]] if read_images else True, _label(group, description["label_column"], where)
         else:
             yield where, None, None
     if not extensions & images:
         ends = ", ".join(sorted(extensions)[:10]) or "none"
-        raise InputError(f"{name} holds no image; its members' extensions are: {ends} (--image-column chooses one)")
+        raise InputError(f"{name}: holds no image; its members' extensions are: {ends} (--image-column chooses one)")
 
 
 def _label(group: Group, column: str | None, where: str) -> str | None:
@@ -99,23 +92,18 @@ def _label(group: Group, column: str | None, where: str) -> str | None:
     if column in group:
         value = group[column].decode("utf-8", "replace").strip()
     elif "json" in group:
-        value = _json_value(group["json"], column, where)
+        try:
+            value = json.loads(group["json"])
+        except ValueError as error:
+            raise InputError(f"{where}: its json cannot be read: {error}") from None
+        for name in column.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
     if value is None or value == "":
         advice = "--label-column names an extension, or a key in the json; 'none' converts without labels"
-        raise InputError(f"{where} has no label {column!r}; it has: {', '.join(group)} ({advice})")
+        raise InputError(f"{where}: has no label {column!r}; it has: {', '.join(group)} ({advice})")
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise InputError(f"{where}: the label {column!r} is {value!r}, expected an integer or a string")
     return str(value)
-
-
-def _json_value(data: bytes, column: str, where: str) -> Any:
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise InputError(f"{where}: its json cannot be read: {error}") from None
-    for name in column.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
 
 
 def _class(text: str, where: str) -> int:
@@ -135,13 +123,13 @@ def _groups(name: str, wanted: Collection[str]) -> Iterator[tuple[str, Group]]:
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all in memory
             match = NAME.fullmatch(member.name)
-            if match is None or not (member.isreg() or member.islnk() or member.issym()):
+            if match is None:
                 continue
             key, extension = match[1], match[2].lower()
+            if (member.islnk() or member.issym()) and extension in wanted:
+                advice = "make the tar with --hard-dereference and --dereference"
+                raise InputError(f"{name}: {member.name} is a link; {advice}")
             if not member.isreg():
-                if extension in wanted:
-                    advice = "make the tar with --hard-dereference and --dereference"
-                    raise InputError(f"{name}: {member.name} is a link; {advice}")
                 continue
             if key != current:
                 if current is not None:
@@ -152,15 +140,11 @@ def _groups(name: str, wanted: Collection[str]) -> Iterator[tuple[str, Group]]:
                 current, group = key, {}
             if extension in group:
                 raise InputError(f"{name}: sample {key} has two members {extension!r}")
-            group[extension] = _read(tar, member, name) if extension in wanted else None
+            if extension in wanted and member.size > MAX_BYTES:
+                raise InputError(f"{name}: {member.name} has {member.size} bytes, expected at most {MAX_BYTES}")
+            group[extension] = tar.extractfile(member).read() if extension in wanted else None
     if current is not None:
         yield current, group
-
-
-def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> bytes:
-    if member.size > MAX_BYTES:
-        raise InputError(f"{name}: {member.name} has {member.size} bytes, expected at most {MAX_BYTES}")
-    return tar.extractfile(member).read()
 
 
 class _Member(tarfile.TarInfo):
@@ -187,4 +171,4 @@ def _tar(name: str) -> Iterator[tarfile.TarFile]:
         with file, tarfile.open(None, mode, file, 1 << 16, tarinfo=_Member) as tar:  # type: ignore[call-overload]
             yield tar
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise InputError(f"cannot read {name}: {error}") from error
+        raise InputError(f"{name}: cannot be read: {error}") from error

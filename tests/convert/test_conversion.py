@@ -195,7 +195,7 @@ def test_a_process_that_dies_is_one_line_and_the_next_run_goes_on(tmp_path, tabl
         context.setattr(decoders, "_collect", kill_one)
         code, _, stderr = convert(table, "--out", tmp_path / "out", "--workers", 1)
     assert code == 2
-    assert stderr.splitlines()[-1].startswith("error: a process that decodes images was killed")
+    assert stderr.splitlines()[-1].startswith("error: --workers: a process that decodes images was killed")
     assert convert(table, "--out", tmp_path / "out", "--workers", 1)[0] == 0
     assert contents(tmp_path / "out") == whole
 
@@ -287,7 +287,7 @@ def test_a_shard_that_was_lost_from_s3_is_never_in_an_index(table, convert, whol
     monkeypatch.setattr(pipeline.Output, "publish", publish)
     code, _, stderr = convert(table, "--out", "s3://sit/c", "--workers", 0)
     assert code == 2
-    assert "s3://sit/c/shard.00001.00000.mds has been lost since it was written" in stderr
+    assert "s3://sit/c/shard.00001.00000.mds: has been lost since it was written" in stderr
     assert "index.json" not in s3.contents("c")
     code, _, stderr = convert(table, "--out", "s3://sit/c", "--workers", 0)
     assert code == 0, stderr
@@ -323,7 +323,7 @@ def test_what_is_refused_is_left_as_it_was(tmp_path, table, convert):
     for options in ([], ["--overwrite"]):
         code, _, stderr = convert(table, "--out", tmp_path / "out", *options)
         assert code == 2
-        assert "holds files that this program did not write" in stderr
+        assert ": holds files that this program did not write" in stderr
         assert sorted(map(str, partial.rglob("*"))) == before
 
 
@@ -364,7 +364,7 @@ def test_pictures_that_change_before_they_are_read_are_seen(tmp_path, convert, m
 
     monkeypatch.setattr(pixels, "decoded", decoded_late)
     code, _, stderr = convert(tmp_path / "d", "--out", tmp_path / "out", "--skip-bad")
-    assert (code, f"{tmp_path}/d/ant changed since the conversion began" in stderr) == (2, True)
+    assert (code, f"{tmp_path}/d/ant: changed since the conversion began" in stderr) == (2, True)
     assert sorted(os.listdir(tmp_path)) == ["d"]
 
 

@@ -301,7 +301,7 @@ def test_output_that_cannot_be(tmp_path, convert, pictures):
     (tmp_path / "file").write_text("kept")
     cases = [
         (tmp_path / "file", "is a file"),
-        (tmp_path / "file" / "out", "cannot make"),
+        (tmp_path / "file" / "out", "cannot be made"),
         (pictures / "shards", "is inside the source"),
         ("/proc", "mount point"),
         ("gs://bucket/x", "expected a folder or s3://"),
@@ -373,7 +373,7 @@ def test_a_killed_run_is_started_again_but_not_beside_a_living_one(tmp_path, con
         (tmp_path / "out.partial" / "shard.00000.00000.mds").write_bytes(b"half a sha")
         code, _, stderr = convert(pictures, "--out", tmp_path / "out")
         assert code == 2
-        assert "another conversion is writing to" in stderr
+        assert ": another conversion is writing to it" in stderr
     finally:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
@@ -504,12 +504,12 @@ def test_a_bad_picture_is_not_cropped_but_named_or_left_out(tmp_path, convert, j
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--quality", "90"], "--quality is for the images that --image-size crops"),
-        (["--latents"], "--latents and --vae go together"),
-        (["--vae", "some/vae"], "--latents and --vae go together"),
-        (["--image-size", "8", "--batch-size", "2"], "--batch-size is for --latents"),
-        (["--encode-dtype", "float32"], "--encode-dtype is for --latents"),
-        (["--latents", "--vae", "x", "--image-size", "8", "--quality", "9"], "--quality is for the images"),
+        (["--quality", "90"], "--quality: only for images that --image-size crops"),
+        (["--latents"], "--latents and --vae: each needs the other"),
+        (["--vae", "some/vae"], "--latents and --vae: each needs the other"),
+        (["--image-size", "8", "--batch-size", "2"], "--batch-size: only for --latents"),
+        (["--encode-dtype", "float32"], "--encode-dtype: only for --latents"),
+        (["--latents", "--vae", "x", "--image-size", "8", "--quality", "9"], "--quality: only for images"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(tmp_path, convert, options, message):

@@ -283,8 +283,13 @@ def test_pictures_or_an_autoencoder_that_do_not_fit_are_refused_in_a_line(pictur
         return root
 
     for source, vae, options, message in (
-        (pictures, vae_folder, [], "ant/0.png: the image is 24x20; say --image-size"),
-        (pictures / "bee", vae_folder, ["--label-column", "none"], "17x33, and the first is 16x16; say --image-size"),
+        (pictures, vae_folder, [], "ant/0.png: the image is 24x20, expected a square; crop with --image-size"),
+        (
+            pictures / "bee",
+            vae_folder,
+            ["--label-column", "none"],
+            "17x33, expected 16x16, as the first is; crop with --image-size",
+        ),
         (made(9, 9), vae_folder, [], "--image-size: got 9, expected a multiple of 2"),
         (pictures, vae_folder, ["--image-size", 15], "--image-size: got 15, expected a multiple of 2"),
         (pictures, tmp_path / "nowhere", ["--image-size", 16], "--vae: can't load an AutoencoderKL from"),

@@ -139,17 +139,17 @@ def test_what_is_wrong_with_a_source_in_s3(put, monkeypatch):
         ("s3://sit/none/", {}, "s3://sit/none: found no Parquet file"),
         ("s3://sit/d/*.parquet", {}, "s3://sit/d/[*].parquet: no such object"),
         ("s3://no-such-bucket/x.parquet", {}, "s3://no-such-bucket/x.parquet: .*bucket does not exist"),
-        ("s3://sit/mixed", {}, r"arrow \(1 files\) and parquet \(2 files\): choose with --format"),
-        ("s3://sit/mixed", {"format": "parquet"}, r"several splits \(test, train\): give a glob"),
-        ("s3://sit/pictures", {}, "taken as imagefolder, which is not read from s3://"),
-        ("s3://sit/mixed", {"format": "hf"}, "taken as hf, which is not read from s3://"),
-        ("s3://sit/cut/t.parquet", {}, "cannot read s3://sit/cut/t.parquet: Parquet magic bytes not found"),
+        ("s3://sit/mixed", {}, r"arrow \(1 files\) and parquet \(2 files\); choose with --format"),
+        ("s3://sit/mixed", {"format": "parquet"}, r"several splits \(test, train\); give a glob"),
+        ("s3://sit/pictures", {}, "is read as imagefolder, expected parquet, arrow, webdataset for s3://"),
+        ("s3://sit/mixed", {"format": "hf"}, "is read as hf, expected parquet, arrow, webdataset for s3://"),
+        ("s3://sit/cut/t.parquet", {}, "s3://sit/cut/t.parquet: cannot be read: Parquet magic bytes not found"),
         ("s3://sit/labels/t.arrow", {}, "labels/t.arrow row 199: label -5 is not a class"),
         ("s3://sit/labels/null.arrow", {}, "labels/null.arrow row 199: the label is null"),
         (
             "s3://sit/path/t.parquet",
             {},
-            "path/t.parquet row 0: it names a file, 'x.jpg', in place of an image's bytes",
+            "path/t.parquet row 0: 'x.jpg': a file instead of an image's bytes",
         ),
         ("s3://", {"format": "parquet"}, "expected s3://BUCKET/KEY"),
         ("s3://key:secret@bucket/t.parquet", {}, "credentials come from the environment"),
@@ -159,7 +159,7 @@ def test_what_is_wrong_with_a_source_in_s3(put, monkeypatch):
         assert "secret" not in str(raised.value)
         assert len(str(raised.value).splitlines()) == 1
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    with pytest.raises(InputError, match=r"cannot read s3://sit/mixed: .*ACCESS_DENIED"):
+    with pytest.raises(InputError, match=r"s3://sit/mixed: cannot be read: .*ACCESS_DENIED"):
         read("s3://sit/mixed")
 
 
@@ -174,7 +174,7 @@ def test_an_object_that_changed_since_the_plan_is_refused(put):
     next(samples)
     put("t.parquet", as_parquet(table(LABELS[:9], IMAGES[:9])))
     for rest in (samples, read_part(description, plan, plan.parts[0])):
-        with pytest.raises(InputError, match=r"s3://sit/t\.parquet changed since the conversion began"):
+        with pytest.raises(InputError, match=r"s3://sit/t\.parquet: changed since the conversion began"):
             list(rest)
 
 
@@ -207,6 +207,6 @@ def test_a_store_that_fails_is_tried_again_and_then_named(put, s3, monkeypatch, 
             samples = read_part(description, plan, plan.parts[0])
             next(samples)
             proxy.fault(fault, f"GET /sit/t.{kind}", after=500)
-            with pytest.raises(InputError, match=f"cannot read {re.escape(uri)}: .*AWS Error"):
+            with pytest.raises(InputError, match=f"{re.escape(uri)}: cannot be read: .*AWS Error"):
                 list(samples)
             proxy.heal()

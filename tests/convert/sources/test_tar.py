@@ -120,7 +120,7 @@ def test_a_tar_that_is_cut_off_anywhere_is_refused(tmp_path, cut, packed):
     data = tar([(f"{k}.{e}", d) for k in range(3) for e, d in (("jpg", b"picture"), ("cls", b"1"))])
     path = tmp_path / ("t.tar.gz" if packed else "t.tar")
     path.write_bytes(gzip.compress(data[:cut]) if packed else data[:cut])
-    with pytest.raises(InputError, match=f"cannot read {path}: "):
+    with pytest.raises(InputError, match=f"{path}: cannot be read: "):
         read(path)
 
 
@@ -132,12 +132,12 @@ def test_broken_tars(tmp_path, packed):
     broken[1536 * 2 + 1024 + 5] ^= 1  # in a header
     for bad in (broken, b"", b"<html>" * 1000):
         path.write_bytes(gzip.compress(bad) if packed else bad)
-        with pytest.raises(InputError, match=f"cannot read {path}: "):
+        with pytest.raises(InputError, match=f"{path}: cannot be read: "):
             read(path)
     if packed:
         for bad in (gzip.compress(data)[:-2000], b"<html>", b""):
             path.write_bytes(bad)
-            with pytest.raises(InputError, match=f"cannot read {path}: "):
+            with pytest.raises(InputError, match=f"{path}: cannot be read: "):
                 read(path)
 
 
@@ -147,27 +147,27 @@ GOOD = [("1.jpg", b"x"), ("1.cls", b"1")]
 @pytest.mark.parametrize(
     ("members", "options", "message"),
     [
-        ([*GOOD, ("2.jpg", b"x")], {}, "sample 2 has no label 'cls'; it has: jpg .--label-column names"),
-        ([("1.jpg", b"x"), ("1.cls", b"")], {}, "sample 1 has no label 'cls'"),
+        ([*GOOD, ("2.jpg", b"x")], {}, "sample 2: has no label 'cls'; it has: jpg .--label-column names"),
+        ([("1.jpg", b"x"), ("1.cls", b"")], {}, "sample 1: has no label 'cls'"),
         ([*GOOD, ("2.jpg", b"x"), ("2.cls", b"wolf")], {}, "sample 2: label 'wolf' is not an integer, as the first"),
         ([*GOOD, ("2.jpg", b"x"), ("2.cls", b"-1")], {}, "sample 2: label -1 is not a class, expected 0 to"),
         ([*GOOD, ("2.jpg", b"x"), ("2.cls", b"1000000")], {}, "sample 2: label 1000000 is not a class"),
         ([*GOOD, *GOOD], {}, "t.tar: sample 1 has two members 'jpg'"),
         ([*GOOD, ("2.jpg", b""), ("2.cls", b"1"), *GOOD], {}, "sample 1 occurs twice, or its members do not follow"),
-        ([("1.jpg", b""), ("2.jpg", b""), ("1.cls", b"0")], {}, "sample 1 has no label"),
-        ([("1.txt", b"x"), ("1.cls", b"1")], {}, "t.tar holds no image; its members' extensions are: cls, txt"),
-        ([], {}, "t.tar holds no image; its members' extensions are: none"),
-        (GOOD, {"image_column": "jpeg"}, "t.tar holds no image; .*: cls, jpg .--image-column chooses one"),
-        ([*GOOD, ("1.png", b"x")], {}, "sample 1 has several images .jpg, png.: choose with --image-column"),
+        ([("1.jpg", b""), ("2.jpg", b""), ("1.cls", b"0")], {}, "sample 1: has no label"),
+        ([("1.txt", b"x"), ("1.cls", b"1")], {}, "t.tar: holds no image; its members' extensions are: cls, txt"),
+        ([], {}, "t.tar: holds no image; its members' extensions are: none"),
+        (GOOD, {"image_column": "jpeg"}, "t.tar: holds no image; .*: cls, jpg .--image-column chooses one"),
+        ([*GOOD, ("1.png", b"x")], {}, "sample 1: has several images .jpg, png.; choose with --image-column"),
         ([("1.jpg", b"x"), ("1.json", b"{")], {"label_column": "a"}, "sample 1: its json cannot be read"),
         (
             [("1.jpg", b"x"), ("1.json", b"[]")],
             {"label_column": "a.b"},
-            "sample 1 has no label 'a.b'; it has: jpg, json",
+            "sample 1: has no label 'a.b'; it has: jpg, json",
         ),
         ([("1.jpg", b"x"), ("1.json", b'{"a": 0.5}')], {"label_column": "a"}, "label 'a' is 0.5, expected an integer"),
         ([("1.jpg", b"x"), ("1.json", b'{"a": true}')], {"label_column": "a"}, "label 'a' is True, expected"),
-        ([("1.jpg", b"x"), ("1.json", b'{"a": null}')], {"label_column": "a"}, "sample 1 has no label 'a'"),
+        ([("1.jpg", b"x"), ("1.json", b'{"a": null}')], {"label_column": "a"}, "sample 1: has no label 'a'"),
         ([("1.jpg", b"x" * 3001), ("1.cls", b"1")], {}, "1.jpg has 3001 bytes, expected at most 3000"),
     ],
 )
@@ -192,9 +192,9 @@ def test_a_tar_that_changed_since_the_plan_is_refused(tmp_path):
     samples = read_part(description, plan, plan.parts[0])
     next(samples)
     os.truncate(path, 300 * 1024)
-    with pytest.raises(InputError, match=f"cannot read {path}: "):
+    with pytest.raises(InputError, match=f"{path}: cannot be read: "):
         list(samples)
-    with pytest.raises(InputError, match=f"{path} changed since the conversion began"):
+    with pytest.raises(InputError, match=f"{path}: changed since the conversion began"):
         list(read_part(description, plan, plan.parts[0]))
 
 
