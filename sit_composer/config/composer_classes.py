@@ -28,7 +28,7 @@ def _tree(path: str) -> ast.Module:
     """The syntax tree of a file in Composer's package."""
     composer = importlib.util.find_spec("composer")
     if composer is None or not composer.submodule_search_locations:
-        raise UserError("mosaicml (the package composer) is not installed: run `make install`")
+        raise UserError("composer: mosaicml, which has this package, is not installed; run `make install`")
     return ast.parse(Path(composer.submodule_search_locations[0], path).read_text())
 
 
@@ -37,11 +37,7 @@ def _plain_name(text: str, ending: str) -> str:
 
 
 def find_class(section: str, name: str) -> tuple[str, str]:
-    """A class's name and module for its name in the YAML: SpeedMonitor's for speed_monitor.
-
-    Raises:
-        UserError: if Composer has none of that name.
-    """
+    """A class's name and module for its name in the YAML: SpeedMonitor's for speed_monitor."""
     package, ending = GROUPS[section]
     classes = {}
     for node in _tree(f"{package}/__init__.py").body:
@@ -82,11 +78,7 @@ def _accepts(annotation: ast.expr | None) -> set[str] | None:
 
 
 def check(key: str, arguments: dict[str, Any], class_name: str, file: str) -> None:
-    """Checks the names, plain types and presence of a key's arguments, for a class in a file of Composer's package.
-
-    Raises:
-        UserError: naming the key, its value, and what is expected.
-    """
+    """Checks the names, plain types and presence of a key's arguments, for a class in a file of Composer's package."""
     known = _arguments(class_name, _tree(file))
     if known is None:
         return

@@ -35,8 +35,7 @@ class CheckedDataset(StreamingDataset):
         options: StreamingDataset's own: batch_size (per rank), shuffle, shuffle_seed, predownload (samples whose shards
             a worker fetches ahead; 8 batches), epoch_size, num_canonical_nodes, shuffle_algo, shuffle_block_size.
 
-    Raises:
-        DataError: if the data are invalid, also later, when a sample is read.
+    Invalid data raise a DataError, here or when a sample is read.
     """
 
     cache_usage: int  # StreamingDataset's, in memory that all processes share
@@ -58,9 +57,8 @@ class CheckedDataset(StreamingDataset):
         options["cache_limit"] = cache_limit if remote else None  # a limit would delete the source
         for attempts_left in reversed(range(STARTS)):
             try:
-                self.stream = CheckedStream(
-                    spec, download_retry, remote=remote, local=local, download_timeout=download_timeout
-                )
+                places = {"remote": remote, "local": local}
+                self.stream = CheckedStream(spec, download_retry, **places, download_timeout=download_timeout)
                 super().__init__(streams=[self.stream], **options)
                 break
             except DataError:
@@ -72,7 +70,7 @@ class CheckedDataset(StreamingDataset):
                 if remote and is_disk_full(error):
                     raise DataError(f"{local}: no space left on the disk for copies of {remote}") from error
                 if not (collision and attempts_left):
-                    raise DataError(f"cannot stream {remote or local}: {error}") from error
+                    raise DataError(f"{remote or local}: can't be streamed: {error}") from error
         least = self.stream.index_size + max(shard.get_max_size() for shard in self.shards)
         if self.cache_limit and self.cache_limit < least:
             raise DataError(f"cache_limit: {self.cache_limit} bytes don't hold the index and a shard, {least} bytes")
@@ -93,7 +91,7 @@ class CheckedDataset(StreamingDataset):
             raise
         except Exception as error:
             where = self.stream.where(self.shards[shard_id])
-            raise DataError(f"sample {index}, in {where}: {type(error).__name__}: {error}") from error
+            raise DataError(f"{where}: sample {index}: {type(error).__name__}: {error}") from error
 
     def make_sample(self, index: int, row: dict[str, Any]) -> dict[str, Any]:
         """What `get_item` returns for a row's columns."""
@@ -105,7 +103,7 @@ class CheckedDataset(StreamingDataset):
         if shard_id in self.unchecked:
             fault = self.stream.fault(shard)
             if fault and self.stream.remote is None:
-                raise DataError(f"{fault}; restore it, or write the shards again")
+                raise DataError(fault)
             if fault:
                 with FileLock(self._cache_filelock_path):
                     # Another process may be fetching it again, or have done so.
@@ -145,7 +143,7 @@ class CheckedDataset(StreamingDataset):
             where = self.stream.where(shard)
             if is_disk_full(error):
                 raise DataError(f"{self.stream.local}: no space left on the disk for {where}") from error
-            raise DataError(f"cannot read the shard {where}: {type(error).__name__}: {error}") from error
+            raise DataError(f"{where}: can't be read: {type(error).__name__}: {error}") from error
         finally:
             with FileLock(self._cache_filelock_path):
                 self.cache_usage += grown - shard.get_max_size()
@@ -155,9 +153,8 @@ class CheckedDataset(StreamingDataset):
     def _claim(self, shard_id: int) -> _ShardState:
         """Claims a shard for fetching.
 
-        Returns:
-            LOCAL: the shard is here. REMOTE: this process must fetch it, and its bytes are reserved in the cache.
-            PREPARING: another process fetches it, or the shards being fetched leave no room for it.
+        LOCAL: the shard is here. REMOTE: this process must fetch it, and its bytes are reserved in the cache.
+        PREPARING: another process fetches it, or the shards being fetched leave no room for it.
         """
         shard = self.shards[shard_id]
         states = self._shard_states.numpy()

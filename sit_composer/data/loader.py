@@ -29,8 +29,7 @@ class SitDataset(CheckedDataset):
         shuffle: A new order in each epoch. It depends on ``seed`` and epoch, not on the number of workers and ranks.
         options: `CheckedDataset`'s.
 
-    Raises:
-        DataError: if the data are invalid, also later, when a sample is read.
+    Invalid data raise a DataError, here or when a sample is read.
     """
 
     def __init__(
@@ -61,11 +60,11 @@ class SitDataset(CheckedDataset):
         else:
             moments = row["moments_flip" if flip else "moments"]
             if moments.ndim != 3 or moments.shape[0] != 2 * self.spec.channels:
-                raise ValueError(f"moments are {moments.shape}, but {SPEC_NAME} says {self.spec.channels} channels")
+                raise ValueError(f"moments: got {moments.shape}, expected {SPEC_NAME}'s {self.spec.channels} channels")
             sample = {"moments": torch.from_numpy(moments.copy())}
         label = int(row["label"])
         if not 0 <= label < self.spec.num_classes:
-            raise ValueError(f"label {label}, but {SPEC_NAME} has {self.spec.num_classes} classes")
+            raise ValueError(f"label: got {label}, expected one of {SPEC_NAME}'s {self.spec.num_classes} classes")
         return {**sample, "label": label, "index": index, "key": key}
 
     def _resume_incr_epoch(self) -> tuple[int, int]:
@@ -128,12 +127,10 @@ def build_loader(
         drop_last: Leave out an incomplete last batch.
         options: `SitDataset`'s and `CheckedDataset`'s: image_size, flip, shuffle, seed, predownload, cache_limit, ….
 
-    Raises:
-        DataError: if the data are invalid; while iterating too, with any number of workers.
+    Invalid data raise a DataError, here or while iterating, with any number of workers.
     """
-    dataset = SitDataset(remote=remote, local=local, spec=spec, batch_size=batch_size, **options)
     return SitLoader(
-        dataset,
+        SitDataset(remote=remote, local=local, spec=spec, batch_size=batch_size, **options),
         batch_size=batch_size,
         num_workers=num_workers,
         drop_last=drop_last,

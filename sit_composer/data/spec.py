@@ -43,11 +43,7 @@ class DataSpec:
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "DataSpec":
-        """Parses the text of `spec.json`, which errors call ``where``.
-
-        Raises:
-            ValueError: if it is not a valid spec, or has another version.
-        """
+        """Parses the text of `spec.json`. A ValueError, which calls it ``where``, tells what is invalid."""
         try:
             content = json.loads(text)
             version = content.pop("version")
@@ -59,10 +55,9 @@ class DataSpec:
                 raise ValueError(f"kind: got {spec.kind!r}, expected 'pixels' or 'latents'")
             if spec.kind == "latents" and spec.autoencoder is None:
                 raise ValueError("autoencoder: missing, expected that of the latents")
-            if not len(spec.classes) == len(spec.class_counts) == spec.num_classes:
-                raise ValueError(
-                    f"classes: got {len(spec.classes)} names, expected the {spec.num_classes} of num_classes"
-                )
+            names, classes = len(spec.classes), spec.num_classes
+            if not names == len(spec.class_counts) == classes:
+                raise ValueError(f"classes: got {names} names, expected the {classes} of num_classes")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{where} is not a shard spec: {error}") from None
         return spec
@@ -81,9 +76,7 @@ class DataSpec:
             raise ValueError(f"channels: got {self.channels}, expected 1 or 3 for pixels")
         if not isinstance(self.source, dict):
             raise ValueError(f"source: got {self.source!r}, expected an object")
-        if self.autoencoder is not None:
-            for name, types in AUTOENCODER.items():
-                if type(value := self.autoencoder.get(name)) not in types:
-                    raise ValueError(
-                        f"autoencoder.{name}: got {value!r}, expected {' or '.join(kind.__name__ for kind in types)}"
-                    )
+        for name, types in AUTOENCODER.items() if self.autoencoder is not None else ():
+            value, expected = self.autoencoder.get(name), " or ".join(kind.__name__ for kind in types)
+            if type(value) not in types:
+                raise ValueError(f"autoencoder.{name}: got {value!r}, expected {expected}")

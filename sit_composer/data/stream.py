@@ -41,11 +41,7 @@ class DataError(UserError):
 
 
 def load_spec(remote: str | None, local: str) -> DataSpec:
-    """Reads `spec.json` from ``remote``, never from a cached copy, or from the folder ``local`` if there is no remote.
-
-    Raises:
-        DataError: naming the file, if it cannot be read or is not a spec.
-    """
+    """Reads `spec.json` from ``remote``, never from a cached copy; or from the folder ``local`` without a remote."""
     text, uri = read_text(source(remote, local), local, SPEC_NAME)
     try:
         return DataSpec.from_json(text, uri)
@@ -73,7 +69,7 @@ def read_text(remote: str | None, local: str, name: str, timeout: float = 60, at
         if remote is not None and is_disk_full(error):
             raise DataError(f"{tempfile.gettempdir()}: no space left on the disk for {uri}") from error
         cause = f"{type(error).__name__}: {error}"
-        raise DataError(f"cannot read {uri} ({cause}); check the address, and that the shards are whole") from error
+        raise DataError(f"{uri}: can't be read ({cause}); check the address, and that the shards are whole") from error
 
 
 class CheckedStream(Stream):
@@ -89,20 +85,16 @@ class CheckedStream(Stream):
         self.attempts = download_retry
 
     def get_shards(self, world: Any, allow_unsafe_types: bool) -> list[Reader]:
-        """The shards that the index lists.
-
-        Raises:
-            DataError: if the index is missing, malformed, unsafe or contradicts the spec, or a local shard is missing.
-        """
+        """The shards that the index lists. A DataError names what is missing, unsafe or contradicts the spec."""
         text, uri = read_text(self.remote, self.local, INDEX_NAME, self.download_timeout, min(2, self.attempts))
         self.index_size = len(text)
         shards = safe_shards(text, uri, self.local, self.spec.kind, allow_unsafe_types)
         for shard in shards:
             if self.remote is None and (fault := self.fault(shard, hashes=False)):
-                raise DataError(f"{fault}; restore it, or write the shards again")
-        samples = sum(shard.samples for shard in shards)
-        if samples != self.spec.samples:
-            raise DataError(f"{uri} lists {samples} samples, but {SPEC_NAME} says {self.spec.samples}: one is stale")
+                raise DataError(fault)
+        samples, expected = sum(shard.samples for shard in shards), self.spec.samples
+        if samples != expected:
+            raise DataError(f"{uri}: got {samples} samples, expected {expected} as in {SPEC_NAME}: one file is stale")
         if self.remote is not None:
             claim_cache(self.local, self.remote)
         return shards
@@ -120,16 +112,15 @@ class CheckedStream(Stream):
             super().set_up_local(shards, cache_usage_per_shard)
 
     def fault(self, shard: Reader, hashes: bool = True) -> str | None:
-        """What is wrong with the shard's files here, or None."""
-        return shard_fault(shard, self.local, hashes)
+        """What is wrong with the shard's files here, and without a remote what to do; or None."""
+        fault = shard_fault(shard, self.local, hashes)
+        return f"{fault}; restore it, or write the shards again" if fault and self.remote is None else fault
 
     def prepare_shard(self, shard: Reader) -> int:
         """Fetches, decompresses and checks a shard. Returns by how many bytes the cache grew.
 
-        If the store doesn't answer or asks to wait, retries for minutes; after any other error, retries once.
-
-        Raises:
-            Exception: of any kind; then the cache has no file of the shard.
+        If the store doesn't answer or asks to wait, retries for minutes; after any other error, retries once. If it
+        raises, the cache has no file of the shard.
         """
         if self.remote is None and (fault := self.fault(shard, hashes=False)):
             raise FileNotFoundError(fault)
@@ -173,11 +164,7 @@ def is_outage(error: Exception) -> bool:
 
 
 def safe_shards(text: str, uri: str, folder: str, kind: str, allow_unsafe_types: bool = False) -> list[Reader]:
-    """The shards that the text of an index lists, with ``folder`` as their place.
-
-    Raises:
-        DataError: naming the index's ``uri``, if it is malformed or unsafe, or lacks the columns of that kind of data.
-    """
+    """The shards that the text of an index lists, in ``folder``. A DataError names the index's ``uri``."""
     shards = []
     try:
         for info in json.loads(text)["shards"]:
@@ -203,7 +190,7 @@ def safe_shards(text: str, uri: str, folder: str, kind: str, allow_unsafe_types:
         raise
     except Exception as error:
         cause = f"{type(error).__name__}: {error}"
-        raise DataError(f"{uri} is not a whole and safe MDS index ({cause}); write the shards again") from error
+        raise DataError(f"{uri}: not a whole and safe MDS index ({cause}); write the shards again") from error
     return shards
 
 
@@ -240,22 +227,18 @@ def claim_cache(local: str, remote: str) -> None:
         if not owner:
             note.write_text(remote)
     if owner not in ("", remote):
-        raise DataError(f"{local} holds copies of {owner}, not of {remote}: choose another local folder, or empty it")
+        raise DataError(f"{local}: holds copies of {owner}, not of {remote}; choose another local folder, or empty it")
 
 
 def read_first_sample(spec: DataSpec, remote: str | None, local: str) -> tuple[int, str]:
-    """Reads the index and the first sample, and keeps no copy of a remote shard.
-
-    Returns:
-        The number of shards, and the file with the sample.
-    """
+    """Reads the index and the first sample, and keeps no copy. Returns the number of shards, and the sample's file."""
     remote = source(remote, local)
     with tempfile.TemporaryDirectory() as folder:
         stream = CheckedStream(spec, 2, remote=remote, local=folder if remote else local)
         stream.apply_default({"split": None, "download_timeout": 60.0, "validate_hash": None, "keep_zip": False})
         shards = stream.get_shards(None, False)
         if not shards:
-            raise DataError(f"{remote or local} has no shard")
+            raise DataError(f"{remote or local}: no shard")
         if remote is not None:
             stream.prepare_shard(shards[0])
         elif fault := stream.fault(shards[0]):
