@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import itertools
 import os
 import random
 import re
@@ -31,13 +32,13 @@ class StorageError(UserError):
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether a full disk raised the error, also through torch's writers of checkpoints."""
-    causes = [error, *(failure[0] for failure in getattr(error, "failures", {}).values())]  # torch's, of the ranks
-    return any(
-        getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        # torch's archive writer says this after a short write, without the reason.
-        or (isinstance(cause, RuntimeError) and re.search(r"PytorchStreamWriter failed|unexpected pos \d+", str(cause)))
-        for cause in causes
-    )
+    for cause in (error, *(failure[0] for failure in getattr(error, "failures", {}).values())):  # torch's, of the ranks
+        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        # torch's archive writer raises this after a short write, without the reason.
+        if isinstance(cause, RuntimeError) and re.search(r"PytorchStreamWriter failed|unexpected pos \d+", str(cause)):
+            return True
+    return False
 
 
 class LocalFolder:
@@ -173,8 +174,7 @@ class S3Folder:
     def _get(self, name: str) -> tuple[bytes | None, str]:
         """Content and ETag, which identifies the content in conditions."""
         with self._errors(name):
-            attempt = 0
-            while True:
+            for attempt in itertools.count(1):
                 try:
                     answer = self.client.get_object(**self._where(name))
                 except self.client.exceptions.NoSuchKey:
@@ -182,7 +182,6 @@ class S3Folder:
                 try:
                     return answer["Body"].read(), answer["ETag"]
                 except BotoCoreError:  # cut off or stalled in the middle, where the client doesn't retry
-                    attempt += 1
                     if attempt == ATTEMPTS:
                         raise
                 time.sleep(random.random() * 2 ** (attempt - 1))
@@ -251,11 +250,7 @@ RunFolder = LocalFolder | S3Folder
 
 
 def open_run_folder(uri: str) -> RunFolder:
-    """The folder of that path or s3:// URI.
-
-    Raises:
-        StorageError: if it is of another kind.
-    """
+    """The folder of that path or s3:// URI."""
     if uri.startswith("s3://"):
         return S3Folder(uri)
     if "://" in uri:

@@ -20,9 +20,7 @@ def strategies(config: Config, ranks: Sequence[int]) -> dict[str, tuple[Config, 
     number matters only for whether a rank has several microbatches per step.
     """
     ddp, fsdp = replace(config, fsdp=None), config.fsdp or FSDPConfig()
-    columns = {}
-    if 1 in ranks:
-        columns["1 rank"] = (ddp, 1)
+    columns = {"1 rank": (ddp, 1)} if 1 in ranks else {}
     several = [count for count in ranks if count > 1]
     if several:
         columns[f"DDP ×{several[0]}"] = (ddp, several[0])
@@ -64,13 +62,12 @@ def memory_tables(
     columns = strategies(config, ranks)
     given = config.trainer.get("device_train_microbatch_size")  # without it, a rank's batch is its microbatch
     parts = ("weights", "gradients", "optimizer", "ema", "buffers", "encoder", "activations", "total")
-    rows = [["microbatch"], *([part] for part in parts)]
+    cells = [["microbatch", *parts]]
     for column, count in columns.values():
         size = given if isinstance(given, int) else max(config.data.global_batch_size // count, 1)
         sizes = memory(column, count, size, cuda, encoder)
-        cells = [str(size), *(gib(getattr(sizes, part)) for part in parts)]
-        for row, cell in zip(rows, cells, strict=True):
-            row.append(cell)
+        cells.append([str(size), *(gib(getattr(sizes, part)) for part in parts)])
+    rows = [list(row) for row in zip(*cells, strict=True)]
     text = ["GiB per rank, as configured:", "", markdown(["part", *columns], rows)]
     rows = [
         [str(n), *(gib(memory(column, count, n, cuda, encoder).total) for column, count in columns.values())]
@@ -114,8 +111,8 @@ def cost_table(config: Config, ranks: Sequence[int], mfu: float, samples: int | 
         return f"{text}; the number of steps in {config.trainer.get('max_duration')} depends on the data's size"
     total = flops * count
     rows = []
-    for gpu, (_, low_peak, full_peak) in GPUS.items():
-        peak = full_peak if config.precision == "fp32" else low_peak
+    for gpu, (_, *peaks) in GPUS.items():
+        peak = peaks[config.precision == "fp32"]
         hours = total / (mfu * peak * 1e12) / 3600
         rows.append([gpu, f"{peak:g}", f"{hours:.3g}", *(f"{hours / n:.3g}" for n in ranks)])
     header = ["GPU", "peak TFLOP/s", "GPU-hours", *("1 GPU" if n == 1 else f"{n} GPUs" for n in ranks)]

@@ -30,10 +30,9 @@ SECRETS = ("KEY", "SECRET", "TOKEN", "PASSWORD")  # in the names of environment 
 
 
 def dry_run(config: Config) -> int:
-    """Prints the run, its memory and its cost, and checks what it needs.
+    """Prints the run, its memory and its cost, and checks what it needs. Returns the exit code: 2 if a check failed.
 
-    Returns:
-        The exit code: 0, or 2 if a check failed. All ranks but the first do nothing and return 0.
+    All ranks but the first do nothing and return 0.
     """
     if os.environ.get("RANK", "0") != "0":
         return 0
@@ -42,7 +41,9 @@ def dry_run(config: Config) -> int:
     for section in SECTIONS:
         if getattr(config, section) is not None:
             checks.make(section, _data, config, section, specs)
-    if needs_autoencoder(config, specs):
+    pixels = any(spec.kind == "pixels" for spec in specs.values())
+    generates = config.sample_grid is not None or config.frechet is not None
+    if config.autoencoder.name is not None and (pixels or generates):  # to encode images, or to decode them
         checks.make("autoencoder.name", _autoencoder, config.autoencoder.name)
     if config.trainer.get("save_folder"):
         checks.make("trainer.save_folder", lambda: _save_folder(save_folder(config)))
@@ -82,17 +83,14 @@ def hide(text: str) -> str:
     return text
 
 
-# --- What the run is ---
-
-
 def summary(config: Config, specs: dict[str, DataSpec]) -> str:
     """The resolved run, its checkpoints, its memory and its cost."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     batch, micro = config.data.global_batch_size, config.trainer.get("device_train_microbatch_size")
     spec = specs.get("data")
     samples = spec.samples if spec is not None else None
-    lines = {"run": config.run_name, "network": tables.describe(config)}
-    lines["objective"] = f"{config.transport.path_type}, {config.transport.prediction}"
+    objective = f"{config.transport.path_type}, {config.transport.prediction}"
+    lines = {"run": config.run_name, "network": tables.describe(config), "objective": objective}
     lines["data"] = config.data.remote or config.data.local
     if spec is not None:
         size = "" if spec.image_size is None else f" of {spec.image_size}²"
@@ -145,19 +143,8 @@ def save_folder(config: Config) -> str:
     try:
         return folder.format(**names)
     except (KeyError, IndexError, ValueError) as error:
-        raise ConfigError(
-            f"trainer.save_folder: got {folder!r}, expected names of {', '.join(names)}: {error}"
-        ) from None
-
-
-# --- Whether it could start ---
-
-
-def needs_autoencoder(config: Config, specs: dict[str, DataSpec]) -> bool:
-    """Whether the run loads the autoencoder: to encode images, or to decode generated ones."""
-    pixels = any(spec.kind == "pixels" for spec in specs.values())
-    generates = config.sample_grid is not None or config.frechet is not None
-    return config.autoencoder.name is not None and (pixels or generates)
+        expected = ", ".join(names)
+        raise ConfigError(f"trainer.save_folder: got {folder!r}, expected names of {expected}: {error}") from None
 
 
 def _data(config: Config, section: str, specs: dict[str, DataSpec]) -> str:
@@ -173,7 +160,7 @@ def _autoencoder(name: str) -> str:
     try:
         find_subfolder(name)
     except Exception as error:  # diffusers raises a dozen kinds
-        raise ConfigError(f"no AutoencoderKL of the name {name!r}: {error}") from error
+        raise ConfigError(f"{name}: no AutoencoderKL: {error}") from error
     return f"{name} has an AutoencoderKL's config (its weights are not loaded)"
 
 
@@ -204,10 +191,8 @@ def _earlier(config: Config) -> str:
     found = list(checkpoints(folder))
     if not config.trainer.get("autoresume"):
         if found and not config.trainer.get("save_overwrite"):
-            raise ConfigError(
-                f"{folder.uri} holds checkpoints ({found[-1]}); set trainer.autoresume=true to resume, or choose "
-                "another run_name"
-            )
+            advice = "set trainer.autoresume=true to resume, or choose another run_name"
+            raise ConfigError(f"{folder.uri}: holds checkpoints ({found[-1]}); {advice}")
         return "none is resumed from"
     before = folder.read(CONFIG)
     if before is not None:
@@ -223,5 +208,5 @@ def _build(section: str, entries: dict) -> str:
 
 def _gpu(precision: str) -> str:
     if not torch.cuda.is_available():
-        raise ConfigError(f"got {precision}, expected fp32: there is no GPU here")
+        raise ConfigError(f"precision: got {precision}, expected fp32: there is no GPU here")
     return f"{precision} on {torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
