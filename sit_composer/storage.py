@@ -160,8 +160,8 @@ class S3Folder:
     def listing(self) -> dict[str, int]:
         with self._errors():
             pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix)
-            objects = [found for page in pages for found in page.get("Contents", [])]
-        return {found["Key"].removeprefix(self.prefix): found["Size"] for found in objects}
+            objects = (found for page in pages for found in page.get("Contents", []))
+            return {found["Key"].removeprefix(self.prefix): found["Size"] for found in objects}
 
     def before_writing(self, check: Callable[[], object]) -> None:
         """Calls ``check`` before each request that makes an object appear, retries included; its errors stop it."""
@@ -203,13 +203,12 @@ class S3Folder:
                 action(**self._where(name), **condition)
             except ClientError as error:
                 code = error.response["Error"]["Code"]
-                if code == "NotImplemented":  # a store without conditions
-                    action(**self._where(name))
-                elif code in ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"):
+                if code in ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"):
                     # The request may have succeeded, its answer been lost, and the client have retried.
                     return self.read(name) == content
-                else:
+                if code != "NotImplemented":
                     raise
+                action(**self._where(name))  # a store without conditions
         return True
 
     def upload(self, file: Path, name: str) -> None:

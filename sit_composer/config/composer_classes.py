@@ -55,18 +55,17 @@ def find_class(section: str, name: str) -> tuple[str, str]:
 def _arguments(class_name: str, tree: ast.Module) -> dict[str, tuple[ast.expr | None, bool]] | None:
     """{argument: (annotation, required)} of a class; None if it accepts any (``**kwargs``) or inherits them."""
     classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == class_name]
-    for node in classes:
-        for method in node.body:
-            if isinstance(method, ast.FunctionDef) and method.name == "__init__":
-                arguments = method.args
-                if arguments.kwarg is not None:
-                    return None
-                positional = arguments.args[1:]
-                required = len(positional) - len(arguments.defaults)
-                found = {a.arg: (a.annotation, i < required) for i, a in enumerate(positional)}
-                only = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
-                return found | {a.arg: (a.annotation, default is None) for a, default in only}
-    return {} if classes and not classes[0].bases else None
+    methods = [method for node in classes for method in node.body if isinstance(method, ast.FunctionDef)]
+    given = next((method.args for method in methods if method.name == "__init__"), None)
+    if given is None:
+        return {} if classes and not classes[0].bases else None
+    if given.kwarg is not None:
+        return None
+    positional = given.args[1:]
+    required = len(positional) - len(given.defaults)
+    found = {a.arg: (a.annotation, i < required) for i, a in enumerate(positional)}
+    only = zip(given.kwonlyargs, given.kw_defaults, strict=True)
+    return found | {a.arg: (a.annotation, default is None) for a, default in only}
 
 
 def _accepts(annotation: ast.expr | None) -> set[str] | None:

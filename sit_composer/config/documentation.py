@@ -52,8 +52,8 @@ def markdown() -> str:
 
 def table(title: str, meaning: str, cls: type) -> str:
     """A section's heading and its table."""
-    lines = [f"## {title}", "", *([meaning, ""] if meaning else [])]
-    lines += ["| key | default | meaning | expected |", "| --- | --- | --- | --- |"]
+    head = [f"## {title}", "", *([meaning, ""] if meaning else [])]
+    lines = [*head, "| key | default | meaning | expected |", "| --- | --- | --- | --- |"]
     lines += [f"| `{name}` | `{default}` | {doc} | {expected} |" for name, default, doc, expected in keys(cls)]
     return "\n".join(lines) + "\n"
 

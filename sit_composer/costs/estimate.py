@@ -73,12 +73,10 @@ def memory(
     encoder: tuple[int, int] = (0, 0),
     accumulated: bool | None = None,
 ) -> Memory:
-    """The memory of each of ``ranks`` ranks that train ``microbatch`` samples at a time.
+    """The memory of each of ``ranks`` ranks that train ``microbatch`` samples at a time, on GPUs or else on CPUs.
 
-    Args:
-        cuda: The ranks are GPUs; else CPUs.
-        encoder: From `encoder_memory`, if images are encoded in the step.
-        accumulated: Whether a step has several microbatches; None: as the config's batch size says.
+    ``encoder`` is from `encoder_memory`, if images are encoded in the step. ``accumulated``: whether a step has several
+    microbatches; None: as for the config's batch size.
     """
     fsdp = config.fsdp
     network = tuple(sorted(network_arguments(config.model).items()))
@@ -89,18 +87,12 @@ def memory(
     trained = sum(part for part, is_trained in parts if is_trained)
     if accumulated is None:
         accumulated = config.data.global_batch_size > ranks * microbatch
-    gathered = None
+    gathered, checkpointing, offload = None, False, False
     if fsdp is not None:
         gathered = torch.float32 if fsdp.mixed_precision == "FULL" else DTYPES[config.precision]
-    step = Step(
-        network,
-        tuple(sorted(vars(config.transport).items())),
-        config.precision,
-        gathered,
-        fsdp is not None and fsdp.activation_checkpointing,
-        fsdp is not None and fsdp.activation_cpu_offload,
-        cuda,
-    )
+        checkpointing, offload = fsdp.activation_checkpointing, fsdp.activation_cpu_offload
+    transport = tuple(sorted(vars(config.transport).items()))
+    step = Step(network, transport, config.precision, gathered, checkpointing, offload, cuda)
     passes = peak(step, microbatch, accumulated)
     buffers = 4 * trained if ranks > 1 else 0  # DDP's buckets: in Composer they aren't views of the gradients
     if fsdp is not None:

@@ -52,11 +52,7 @@ def describe(config: Config) -> str:
 
 
 def memory_tables(
-    config: Config,
-    ranks: Sequence[int],
-    microbatches: Sequence[int] = MICROBATCHES,
-    cuda: bool = True,
-    encoder: tuple[int, int] = (0, 0),
+    config: Config, ranks: Sequence[int], microbatches: Sequence[int], cuda: bool, encoder: tuple[int, int]
 ) -> str:
     """The parts of a config's memory, its total by microbatch, and the largest microbatch by GPU."""
     columns = strategies(config, ranks)
@@ -69,10 +65,9 @@ def memory_tables(
         cells.append([str(size), *(gib(getattr(sizes, part)) for part in parts)])
     rows = [list(row) for row in zip(*cells, strict=True)]
     text = ["GiB per rank, as configured:", "", markdown(["part", *columns], rows)]
-    rows = [
-        [str(n), *(gib(memory(column, count, n, cuda, encoder).total) for column, count in columns.values())]
-        for n in microbatches
-    ]
+    rows = []
+    for n in microbatches:
+        rows.append([str(n), *(gib(memory(run, count, n, cuda, encoder).total) for run, count in columns.values())])
     text += ["", "GiB per rank, by microbatch:", "", markdown(["microbatch", *columns], rows)]
     if cuda:
         rows = [_largest(gpu, gpu, columns.values(), encoder) for gpu in GPUS]
@@ -111,8 +106,8 @@ def cost_table(config: Config, ranks: Sequence[int], mfu: float, samples: int | 
         return f"{text}; the number of steps in {config.trainer.get('max_duration')} depends on the data's size"
     total = flops * count
     rows = []
-    for gpu, (_, *peaks) in GPUS.items():
-        peak = peaks[config.precision == "fp32"]
+    for gpu, (_, low_peak, full_peak) in GPUS.items():
+        peak = full_peak if config.precision == "fp32" else low_peak
         hours = total / (mfu * peak * 1e12) / 3600
         rows.append([gpu, f"{peak:g}", f"{hours:.3g}", *(f"{hours / n:.3g}" for n in ranks)])
     header = ["GPU", "peak TFLOP/s", "GPU-hours", *("1 GPU" if n == 1 else f"{n} GPUs" for n in ranks)]
