@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import itertools
 import os
 import random
 import re
@@ -64,11 +63,9 @@ class LocalFolder:
 
     def read(self, name: str) -> bytes | None:
         """A small file's content; None if there is no such file."""
-        with self._errors():
-            try:
-                return (self.path / name).read_bytes()
-            except FileNotFoundError:
-                return None
+        with self._errors(), suppress(FileNotFoundError):
+            return (self.path / name).read_bytes()
+        return None
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a small file, whole or not at all."""
@@ -123,12 +120,10 @@ class LocalFolder:
 
     def is_whole(self, name: str) -> bool:
         """Whether a checkpoint of one file was written to its end."""
-        with self._errors():
-            try:
-                with open(self.path / name, "rb") as file:  # is_zipfile would hide why it can't be opened
-                    return zipfile.is_zipfile(file)
-            except FileNotFoundError:  # a live run has just pruned it
-                return False
+        # A live run may have just pruned it. is_zipfile alone would hide why it can't be opened.
+        with self._errors(), suppress(FileNotFoundError), open(self.path / name, "rb") as file:
+            return zipfile.is_zipfile(file)
+        return False
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -174,7 +169,9 @@ class S3Folder:
     def _get(self, name: str) -> tuple[bytes | None, str]:
         """Content and ETag, which identifies the content in conditions."""
         with self._errors(name):
-            for attempt in itertools.count(1):
+            attempt = 0
+            while True:
+                attempt += 1
                 try:
                     answer = self.client.get_object(**self._where(name))
                 except self.client.exceptions.NoSuchKey:

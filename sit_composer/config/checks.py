@@ -38,8 +38,7 @@ def check(config: Config, ranks: int | None = None) -> None:
     check_transport(config.transport)
     ranks = ranks or int(os.environ.get("WORLD_SIZE", 1))
     for section in ("data", "eval_data"):
-        data = getattr(config, section)
-        n = data.global_batch_size if data is not None else 0
+        n = getattr(getattr(config, section), "global_batch_size", 0)
         if n % ranks:
             raise ConfigError(f"{section}.global_batch_size: got {n}, expected a multiple of {ranks} ({ranks} ranks)")
     if len(config.optimizer.betas) != 2:
@@ -117,11 +116,10 @@ def check_drawing(config: Config, section: str) -> None:
     for label in getattr(drawing, "labels", None) or []:
         if label > last:
             raise ConfigError(f"{section}.labels: got {label}, expected labels from 0 to {last}")
-    if section == "frechet":
-        for name in ("reference", "features"):
-            path = getattr(drawing, name)
-            if not (name == "features" and path == "inception") and not Path(path).is_file():
-                raise ConfigError(f"{section}.{name}: no file {path!r}")
+    for name in ("reference", "features") if section == "frechet" else ():
+        path = getattr(drawing, name)
+        if (name, path) != ("features", "inception") and not Path(path).is_file():
+            raise ConfigError(f"{section}.{name}: no file {path!r}")
 
 
 def check_trainer(config: Config) -> None:

@@ -1,7 +1,4 @@
-"""Composer's classes by their names in the YAML: find, check, build.
-
-Finding and checking read Composer's source: importing Composer takes 15 s, and a misspelt key should not.
-"""
+"""Composer's classes by their names in the YAML. Composer's source is read, as importing it takes 15 s."""
 
 import ast
 import contextlib
@@ -32,10 +29,6 @@ def _tree(path: str) -> ast.Module:
     return ast.parse(Path(composer.submodule_search_locations[0], path).read_text())
 
 
-def _plain_name(text: str, ending: str) -> str:
-    return text.replace("_", "").lower().removesuffix(ending)
-
-
 def find_class(section: str, name: str) -> tuple[str, str]:
     """A class's name and module for its name in the YAML: SpeedMonitor's for speed_monitor."""
     package, ending = GROUPS[section]
@@ -44,8 +37,8 @@ def find_class(section: str, name: str) -> tuple[str, str]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"composer.{package}."):
             for exported in (alias.name for alias in node.names):
                 if exported.lower().endswith(ending) and exported not in ("Logger", "ComposerScheduler"):
-                    classes[_plain_name(exported, ending)] = (exported, node.module)
-    wanted = _plain_name(name, ending)
+                    classes[exported.lower().removesuffix(ending)] = (exported, node.module)
+    wanted = name.replace("_", "").lower().removesuffix(ending)
     if wanted not in classes:
         hint = suggest(wanted, {plain: exported for plain, (exported, _) in sorted(classes.items())})
         raise UserError(f"{section}.{name}: Composer has no such class; {hint}")

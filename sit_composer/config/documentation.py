@@ -44,9 +44,9 @@ def markdown() -> str:
     """The page docs/configuration.md: one table per section."""
     pages = [INTRO, table("Top level", "", Config)]
     for f in dataclasses.fields(Config):
-        section = section_of(f)
+        section, doc = section_of(f), f.metadata["doc"]
         if section is not None and f.name != "eval_data":
-            pages.append(table(f"`{f.name}`", f"{f.metadata['doc'][0].upper()}{f.metadata['doc'][1:]}.", section))
+            pages.append(table(f"`{f.name}`", f"{doc[0].upper()}{doc[1:]}.", section))
     return "\n".join(pages)
 
 

@@ -38,11 +38,6 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def gib(size: float) -> str:
-    """Bytes in GiB, to three digits."""
-    return f"{size / GIB:.3g}"
-
-
 def describe(config: Config) -> str:
     """The network in a line."""
     arguments = network_arguments(config.model)
@@ -62,12 +57,13 @@ def memory_tables(
     for column, count in columns.values():
         size = given if isinstance(given, int) else max(config.data.global_batch_size // count, 1)
         sizes = memory(column, count, size, cuda, encoder)
-        cells.append([str(size), *(gib(getattr(sizes, part)) for part in parts)])
+        cells.append([str(size), *(f"{getattr(sizes, part) / GIB:.3g}" for part in parts)])
     rows = [list(row) for row in zip(*cells, strict=True)]
     text = ["GiB per rank, as configured:", "", markdown(["part", *columns], rows)]
     rows = []
     for n in microbatches:
-        rows.append([str(n), *(gib(memory(run, count, n, cuda, encoder).total) for run, count in columns.values())])
+        totals = (memory(column, count, n, cuda, encoder).total for column, count in columns.values())
+        rows.append([str(n), *(f"{total / GIB:.3g}" for total in totals)])
     text += ["", "GiB per rank, by microbatch:", "", markdown(["microbatch", *columns], rows)]
     if cuda:
         rows = [_largest(gpu, gpu, columns.values(), encoder) for gpu in GPUS]
@@ -84,14 +80,12 @@ def size_table(config: Config, ranks: int) -> str:
     for kind, fsdp in kinds.items():
         models = [replace(config.model, name=name, hidden_size=None, depth=None, num_heads=None) for name in names]
         columns = [(replace(config, model=model, fsdp=fsdp), ranks) for model in models]
-        rows += [_largest(f"{gpu}, {kind}", gpu, columns) for gpu in GPUS]
+        rows += [_largest(f"{gpu}, {kind}", gpu, columns, (0, 0)) for gpu in GPUS]
     title = f"Largest microbatch on {ranks} GPUs, {config.precision} ({RESERVE_TEXT}):"
     return f"{title}\n\n{markdown(['GPU', *names], rows)}"
 
 
-def _largest(
-    name: str, gpu: str, columns: Iterable[tuple[Config, int]], encoder: tuple[int, int] = (0, 0)
-) -> list[str]:
+def _largest(name: str, gpu: str, columns: Iterable[tuple[Config, int]], encoder: tuple[int, int]) -> list[str]:
     """A row: its name, and each column's largest microbatch on a GPU."""
     return [name, *(str(fits(config, ranks, GPUS[gpu][0], encoder)) for config, ranks in columns)]
 

@@ -2,7 +2,7 @@
 
 The crop is ADM's `center_crop_arr`, to the bit: PIL's BOX filter halves an image while its short side is at least twice
 the target, PIL's BICUBIC resizes the short side to the target, and the centre is kept. Here PIL's faster `reduce`
-halves, and torch's `embedding_bag` does PIL's integer arithmetic of the bicubic filter, for the pixels of the crop only.
+halves, and torch's `embedding_bag` does PIL's integer arithmetic of the bicubic filter, for the crop's pixels only.
 All sums are exact, so all machines round alike. (torchvision's faster resize rounds weights to 16 bits, and differs.)
 """
 

@@ -96,7 +96,7 @@ def summary(config: Config, specs: dict[str, DataSpec]) -> str:
         size = "" if spec.image_size is None else f" of {spec.image_size}²"
         lines["data"] += f": {spec.samples:,} {spec.kind}{size}, {spec.num_classes} classes"
     each = "" if micro is None else f", in microbatches of {micro}"
-    lines["batch"] = f"{batch}: {batch // ranks} on each of {counted(ranks, 'rank')}{each}"
+    lines["batch"] = f"{batch}: {batch // ranks} per rank, {ranks} rank{'s' if ranks > 1 else ''}{each}"
     lines["precision"] = f"{config.precision}, {'DDP' if config.fsdp is None else 'FSDP2'}"
     count = estimate.steps(config, samples)
     lines["length"] = str(config.trainer["max_duration"])
@@ -111,11 +111,6 @@ def summary(config: Config, specs: dict[str, DataSpec]) -> str:
     text = "\n".join(f"{name + ':':<13}{line}" for name, line in lines.items())
     text += "\n\n" + tables.memory_tables(config, counts, tables.MICROBATCHES, cuda, encoder)
     return text + "\n\n" + tables.cost_table(config, counts, 0.4, samples) if cuda else text
-
-
-def counted(count: int, noun: str) -> str:
-    """A number and a noun, in the plural if need be."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def checkpoints_text(config: Config, count: int | None, samples: int | None) -> str:
@@ -153,7 +148,7 @@ def _data(config: Config, section: str, specs: dict[str, DataSpec]) -> str:
     check_specs(config, {**specs, section: spec})
     specs[section] = spec
     shards, file = read_first_sample(spec, data.remote, data.local)
-    return f"{spec.samples:,} samples in {counted(shards, 'shard')}; read {file}"
+    return f"{spec.samples:,} samples in {shards} shard{'s' if shards > 1 else ''}; read {file}"
 
 
 def _autoencoder(name: str) -> str:
@@ -175,8 +170,7 @@ def _save_folder(uri: str) -> str:
     missing = [path for path in (Path(uri), *Path(uri).parents) if not path.exists()]
     try:
         Path(uri).mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=uri, prefix=PROBE):
-            pass
+        tempfile.NamedTemporaryFile(dir=uri, prefix=PROBE).close()
     except OSError as error:
         raise ConfigError(f"{error.filename or uri}: {error.strerror or error}") from error
     finally:

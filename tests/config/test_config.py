@@ -193,7 +193,11 @@ LATENTS = {"name": "some/vae", "scale": 0.2, "shift": 0.0, "channels": 4, "downs
 @pytest.mark.parametrize(
     ("overrides", "changes", "message"),
     [
-        ([], {"num_classes": 11, "classes": ["a"] * 11, "class_counts": [1] * 11}, "expected 11: runs/quickstart/shards has 11 classes"),
+        (
+            [],
+            {"num_classes": 11, "classes": ["a"] * 11, "class_counts": [1] * 11},
+            "expected 11: runs/quickstart/shards has 11 classes",
+        ),
         (
             ["model.num_classes=12"],
             {},
