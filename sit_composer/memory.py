@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--all-sizes", action="store_true", help="only the largest microbatch, for S, B, L and XL")
     args = parser.parse_intermixed_args(argv)
     if args.all_sizes and (args.microbatch or args.samples or args.cpu or args.encode or len(args.ranks or [8]) > 1):
-        parser.error("argument --all-sizes: goes with --ranks N [8], and with no other option")
+        parser.error("argument --all-sizes: expected at most --ranks N [8] beside it, no other option")
     return run_command(lambda: print(report(args)))
 
 

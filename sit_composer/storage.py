@@ -31,13 +31,13 @@ class StorageError(UserError):
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether a full disk raised the error, also through torch's writers of checkpoints."""
-    causes = [error, *(failure[0] for failure in getattr(error, "failures", {}).values())]  # torch's, of the ranks
-    return any(
-        getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        # torch's archive writer says this after a short write, without the reason.
-        or (isinstance(cause, RuntimeError) and re.search(r"PytorchStreamWriter failed|unexpected pos \d+", str(cause)))
-        for cause in causes
-    )
+    for cause in (error, *(failure[0] for failure in getattr(error, "failures", {}).values())):  # torch's, of the ranks
+        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        # torch's archive writer raises this after a short write, without the reason.
+        if isinstance(cause, RuntimeError) and re.search(r"PytorchStreamWriter failed|unexpected pos \d+", str(cause)):
+            return True
+    return False
 
 
 class LocalFolder:
@@ -63,11 +63,9 @@ class LocalFolder:
 
     def read(self, name: str) -> bytes | None:
         """A small file's content; None if there is no such file."""
-        with self._errors():
-            try:
-                return (self.path / name).read_bytes()
-            except FileNotFoundError:
-                return None
+        with self._errors(), suppress(FileNotFoundError):
+            return (self.path / name).read_bytes()
+        return None
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a small file, whole or not at all."""
@@ -122,12 +120,10 @@ class LocalFolder:
 
     def is_whole(self, name: str) -> bool:
         """Whether a checkpoint of one file was written to its end."""
-        with self._errors():
-            try:
-                with open(self.path / name, "rb") as file:  # is_zipfile would hide why it can't be opened
-                    return zipfile.is_zipfile(file)
-            except FileNotFoundError:  # a live run has just pruned it
-                return False
+        # A live run may have just pruned it. is_zipfile alone would hide why it can't be opened.
+        with self._errors(), suppress(FileNotFoundError), open(self.path / name, "rb") as file:
+            return zipfile.is_zipfile(file)
+        return False
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -159,8 +155,8 @@ class S3Folder:
     def listing(self) -> dict[str, int]:
         with self._errors():
             pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix)
-            objects = [found for page in pages for found in page.get("Contents", [])]
-        return {found["Key"].removeprefix(self.prefix): found["Size"] for found in objects}
+            objects = (found for page in pages for found in page.get("Contents", []))
+            return {found["Key"].removeprefix(self.prefix): found["Size"] for found in objects}
 
     def before_writing(self, check: Callable[[], object]) -> None:
         """Calls ``check`` before each request that makes an object appear, retries included; its errors stop it."""
@@ -175,6 +171,7 @@ class S3Folder:
         with self._errors(name):
             attempt = 0
             while True:
+                attempt += 1
                 try:
                     answer = self.client.get_object(**self._where(name))
                 except self.client.exceptions.NoSuchKey:
@@ -182,7 +179,6 @@ class S3Folder:
                 try:
                     return answer["Body"].read(), answer["ETag"]
                 except BotoCoreError:  # cut off or stalled in the middle, where the client doesn't retry
-                    attempt += 1
                     if attempt == ATTEMPTS:
                         raise
                 time.sleep(random.random() * 2 ** (attempt - 1))
@@ -204,13 +200,12 @@ class S3Folder:
                 action(**self._where(name), **condition)
             except ClientError as error:
                 code = error.response["Error"]["Code"]
-                if code == "NotImplemented":  # a store without conditions
-                    action(**self._where(name))
-                elif code in ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"):
+                if code in ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"):
                     # The request may have succeeded, its answer been lost, and the client have retried.
                     return self.read(name) == content
-                else:
+                if code != "NotImplemented":
                     raise
+                action(**self._where(name))  # a store without conditions
         return True
 
     def upload(self, file: Path, name: str) -> None:
@@ -251,11 +246,7 @@ RunFolder = LocalFolder | S3Folder
 
 
 def open_run_folder(uri: str) -> RunFolder:
-    """The folder of that path or s3:// URI.
-
-    Raises:
-        StorageError: if it is of another kind.
-    """
+    """The folder of that path or s3:// URI."""
     if uri.startswith("s3://"):
         return S3Folder(uri)
     if "://" in uri:

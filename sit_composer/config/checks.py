@@ -38,17 +38,16 @@ def check(config: Config, ranks: int | None = None) -> None:
     check_transport(config.transport)
     ranks = ranks or int(os.environ.get("WORLD_SIZE", 1))
     for section in ("data", "eval_data"):
-        data = getattr(config, section)
-        if data is not None and data.global_batch_size % ranks:
-            got = f"{section}.global_batch_size: got {data.global_batch_size}"
-            raise ConfigError(f"{got}, expected a multiple of {ranks} ({ranks} ranks)")
+        n = getattr(getattr(config, section), "global_batch_size", 0)
+        if n % ranks:
+            raise ConfigError(f"{section}.global_batch_size: got {n}, expected a multiple of {ranks} ({ranks} ranks)")
     if len(config.optimizer.betas) != 2:
         raise ConfigError(f"optimizer.betas: got {config.optimizer.betas}, expected two numbers in [0, 1)")
     for section in ("sample_grid", "frechet"):
         if getattr(config, section) is not None:
             check_drawing(config, section)
-    if config.fsdp is not None and ranks % config.fsdp.data_parallel_replicate_degree:
-        replicas = config.fsdp.data_parallel_replicate_degree
+    replicas = config.fsdp.data_parallel_replicate_degree if config.fsdp is not None else 1
+    if ranks % replicas:
         raise ConfigError(f"fsdp.data_parallel_replicate_degree: got {replicas}, expected a divisor of {ranks} ranks")
     check_trainer(config)
     check_composer(config)
@@ -87,8 +86,8 @@ def check_model(model: ModelConfig) -> None:
     for name, value in arguments.items():
         if value is None:
             raise ConfigError(f"model.{name}: no value; set it, or a variant as model.name=SiT-XL/2")
-    sizes = {name: arguments[name] for name in ("hidden_size", "num_heads", "input_size", "patch_size")}
-    check_sizes(**sizes, prefix="model.")
+    sizes = ("hidden_size", "num_heads", "input_size", "patch_size")
+    check_sizes(**{name: arguments[name] for name in sizes}, prefix="model.")
     if not 1 <= model.mlp_ratio * arguments["hidden_size"] < math.inf:
         raise ConfigError(f"model.mlp_ratio: got {model.mlp_ratio}, expected a number of at least 1 / hidden_size")
 
@@ -99,7 +98,7 @@ def check_transport(transport: TransportConfig) -> None:
     if transport.time_sampling == "uniform":
         for name in ("time_mean", "time_std"):
             if getattr(transport, name) != getattr(TransportConfig(), name):
-                raise ConfigError(f"transport.{name}: goes with transport.time_sampling=logit-normal")
+                raise ConfigError(f"transport.{name}: needs transport.time_sampling=logit-normal")
 
 
 def check_drawing(config: Config, section: str) -> None:
@@ -113,24 +112,24 @@ def check_drawing(config: Config, section: str) -> None:
         choose(f"{section}.sampling_method", drawing.sampling_method, FIXED_STEP_METHODS)
     if drawing.cfg_scale != 1 and config.model.class_dropout_prob == 0:
         raise ConfigError(f"{section}.cfg_scale: got {drawing.cfg_scale}, expected 1, as there is no class dropout")
+    last = config.model.num_classes - 1
     for label in getattr(drawing, "labels", None) or []:
-        if label >= config.model.num_classes:
-            last = config.model.num_classes - 1
+        if label > last:
             raise ConfigError(f"{section}.labels: got {label}, expected labels from 0 to {last}")
-    if section == "frechet":
-        for name in ("reference", "features"):
-            path = getattr(drawing, name)
-            if not (name == "features" and path == "inception") and not Path(path).is_file():
-                raise ConfigError(f"{section}.{name}: no file {path!r}")
+    for name in ("reference", "features") if section == "frechet" else ():
+        path = getattr(drawing, name)
+        if (name, path) != ("features", "inception") and not Path(path).is_file():
+            raise ConfigError(f"{section}.{name}: no file {path!r}")
 
 
 def check_trainer(config: Config) -> None:
     """Checks the Trainer's arguments by its own signature, and refuses those that would break resuming."""
     trainer = config.trainer
-    for name in trainer.keys() & TRAINER_KEYS_ELSEWHERE.keys():
-        raise ConfigError(f"trainer.{name}: set it as {TRAINER_KEYS_ELSEWHERE[name]}, at the top level")
-    for name in sorted(trainer.keys() & FIXED_TRAINER_KEYS):
-        raise ConfigError(f"trainer.{name}: is fixed here, as resuming relies on it; leave it out")
+    for name in trainer:
+        if name in TRAINER_KEYS_ELSEWHERE:
+            raise ConfigError(f"trainer.{name}: set it as {TRAINER_KEYS_ELSEWHERE[name]}, at the top level")
+        if name in FIXED_TRAINER_KEYS:
+            raise ConfigError(f"trainer.{name}: is fixed here, as resuming relies on it; leave it out")
     composer_classes.check("trainer", {**trainer, "model": None}, "Trainer", "trainer/trainer.py")
     if "max_duration" not in trainer:
         raise ConfigError("trainer.max_duration: no value, expected a time, such as 400000ba or 80ep")
@@ -140,15 +139,13 @@ def check_trainer(config: Config) -> None:
     if trainer.get("autoresume") and not trainer.get("save_folder"):
         raise ConfigError("trainer.save_folder: no value; autoresume needs one to resume from")
     if trainer.get("save_weights_only"):
-        what = "the EMA and the record of the network would be left out"
-        raise ConfigError(f"trainer.save_weights_only: got True, expected false: {what}")
-    if re.fullmatch(r"0+\D*", str(trainer.get("save_interval", 1))):
-        got = f"trainer.save_interval: got {trainer['save_interval']}"
-        raise ConfigError(f"{got}, expected a time above 0: nothing would be saved")
-    micro = trainer.get("device_train_microbatch_size", 1)
+        raise ConfigError("trainer.save_weights_only: got True, expected false: the EMA and record would be missing")
+    interval, micro = trainer.get("save_interval", 1), trainer.get("device_train_microbatch_size", 1)
+    if re.fullmatch(r"0+\D*", str(interval)):
+        raise ConfigError(f"trainer.save_interval: got {interval}, expected a time above 0: nothing would be saved")
     if micro != "auto" and not (isinstance(micro, int) and micro >= 1):
-        got = f"trainer.device_train_microbatch_size: got {micro}"
-        raise ConfigError(f"{got}, expected a whole number of at least 1, or auto on a GPU")
+        expected = "a whole number of at least 1, or auto on a GPU"
+        raise ConfigError(f"trainer.device_train_microbatch_size: got {micro}, expected {expected}")
 
 
 def check_composer(config: Config) -> None:
@@ -162,6 +159,5 @@ def check_composer(config: Config) -> None:
             if section == "algorithms" and name.lower() == "ema":
                 raise ConfigError("algorithms.ema: set it as ema.decay; Composer's own is not used")
             if not isinstance(arguments, dict | None):
-                got = f"{section}.{name}: got {arguments!r}"
-                raise ConfigError(f"{got}, expected its arguments, as {{name: value}}")
+                raise ConfigError(f"{section}.{name}: got {arguments!r}, expected its arguments, as {{name: value}}")
             composer_classes.check_group(section, name, arguments or {})

@@ -1,7 +1,4 @@
-"""Composer's classes by their names in the YAML: find, check, build.
-
-Finding and checking read Composer's source: importing Composer takes 15 s, and a misspelt key should not.
-"""
+"""Composer's classes by their names in the YAML. Composer's source is read, as importing it takes 15 s."""
 
 import ast
 import contextlib
@@ -28,28 +25,20 @@ def _tree(path: str) -> ast.Module:
     """The syntax tree of a file in Composer's package."""
     composer = importlib.util.find_spec("composer")
     if composer is None or not composer.submodule_search_locations:
-        raise UserError("mosaicml (the package composer) is not installed: run `make install`")
+        raise UserError("composer: mosaicml, which has this package, is not installed; run `make install`")
     return ast.parse(Path(composer.submodule_search_locations[0], path).read_text())
 
 
-def _plain_name(text: str, ending: str) -> str:
-    return text.replace("_", "").lower().removesuffix(ending)
-
-
 def find_class(section: str, name: str) -> tuple[str, str]:
-    """A class's name and module for its name in the YAML: SpeedMonitor's for speed_monitor.
-
-    Raises:
-        UserError: if Composer has none of that name.
-    """
+    """A class's name and module for its name in the YAML: SpeedMonitor's for speed_monitor."""
     package, ending = GROUPS[section]
     classes = {}
     for node in _tree(f"{package}/__init__.py").body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"composer.{package}."):
             for exported in (alias.name for alias in node.names):
                 if exported.lower().endswith(ending) and exported not in ("Logger", "ComposerScheduler"):
-                    classes[_plain_name(exported, ending)] = (exported, node.module)
-    wanted = _plain_name(name, ending)
+                    classes[exported.lower().removesuffix(ending)] = (exported, node.module)
+    wanted = name.replace("_", "").lower().removesuffix(ending)
     if wanted not in classes:
         hint = suggest(wanted, {plain: exported for plain, (exported, _) in sorted(classes.items())})
         raise UserError(f"{section}.{name}: Composer has no such class; {hint}")
@@ -59,18 +48,17 @@ def find_class(section: str, name: str) -> tuple[str, str]:
 def _arguments(class_name: str, tree: ast.Module) -> dict[str, tuple[ast.expr | None, bool]] | None:
     """{argument: (annotation, required)} of a class; None if it accepts any (``**kwargs``) or inherits them."""
     classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == class_name]
-    for node in classes:
-        for method in node.body:
-            if isinstance(method, ast.FunctionDef) and method.name == "__init__":
-                arguments = method.args
-                if arguments.kwarg is not None:
-                    return None
-                positional = arguments.args[1:]
-                required = len(positional) - len(arguments.defaults)
-                found = {a.arg: (a.annotation, i < required) for i, a in enumerate(positional)}
-                only = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
-                return found | {a.arg: (a.annotation, default is None) for a, default in only}
-    return {} if classes and not classes[0].bases else None
+    methods = [method for node in classes for method in node.body if isinstance(method, ast.FunctionDef)]
+    given = next((method.args for method in methods if method.name == "__init__"), None)
+    if given is None:
+        return {} if classes and not classes[0].bases else None
+    if given.kwarg is not None:
+        return None
+    positional = given.args[1:]
+    required = len(positional) - len(given.defaults)
+    found = {a.arg: (a.annotation, i < required) for i, a in enumerate(positional)}
+    only = zip(given.kwonlyargs, given.kw_defaults, strict=True)
+    return found | {a.arg: (a.annotation, default is None) for a, default in only}
 
 
 def _accepts(annotation: ast.expr | None) -> set[str] | None:
@@ -82,11 +70,7 @@ def _accepts(annotation: ast.expr | None) -> set[str] | None:
 
 
 def check(key: str, arguments: dict[str, Any], class_name: str, file: str) -> None:
-    """Checks the names, plain types and presence of a key's arguments, for a class in a file of Composer's package.
-
-    Raises:
-        UserError: naming the key, its value, and what is expected.
-    """
+    """Checks the names, plain types and presence of a key's arguments, for a class in a file of Composer's package."""
     known = _arguments(class_name, _tree(file))
     if known is None:
         return

@@ -9,11 +9,7 @@ from sit_composer.errors import first_line
 
 
 def local_spec(data: DataConfig, section: str = "data") -> DataSpec | None:
-    """The spec of shards in a local folder; None if they have a remote, which takes `data.stream.load_spec` to read.
-
-    Raises:
-        ConfigError: if there is none, or it is malformed.
-    """
+    """The spec of shards in a local folder; None if they have a remote, which `data.stream.load_spec` reads."""
     if data.remote is not None:
         return None
     path = Path(data.local, SPEC_NAME)
@@ -29,51 +25,36 @@ def local_spec(data: DataConfig, section: str = "data") -> DataSpec | None:
 
 
 def check_data(config: Config, spec: DataSpec, section: str = "data") -> None:
-    """Checks that the network fits a section's shards. `check_latents` checks images for an autoencoder, once loaded.
-
-    Raises:
-        ConfigError: naming the key, its value and what the shards hold.
-    """
+    """Checks that the network fits a section's shards; `check_latents` does so for an autoencoder's, once loaded."""
     data: DataConfig = getattr(config, section)
-    model, where = config.model, data.remote or data.local
-    classes = f"model.num_classes: got {model.num_classes}, expected {spec.num_classes}: {where} has"
-    if spec.num_classes > model.num_classes:
-        raise ConfigError(f"{classes} {spec.num_classes} classes")
-    if spec.num_classes < model.num_classes and section == "data":
-        raise ConfigError(f"{classes} only {spec.num_classes} classes, and the others would never be trained")
-    if spec.samples < data.global_batch_size and section == "data":
-        got = f"{section}.global_batch_size: got {data.global_batch_size}"
-        raise ConfigError(f"{got}, expected at most {spec.samples}, the samples of {where}")
+    where, batch, name = data.remote or data.local, data.global_batch_size, config.autoencoder.name
+    ours, theirs = config.model.num_classes, spec.num_classes
+    if theirs > ours or (theirs < ours and section == "data"):  # others would never be trained
+        raise ConfigError(f"model.num_classes: got {ours}, expected {theirs}: {where} has {theirs} classes")
+    if spec.samples < batch and section == "data":
+        expected = f"at most {spec.samples}, the samples of {where}"
+        raise ConfigError(f"{section}.global_batch_size: got {batch}, expected {expected}")
     if spec.kind == "latents":
-        theirs = spec.autoencoder or {}
-        if not _same_place(config.autoencoder.name, theirs["name"]):
-            got = f"autoencoder.name: got {config.autoencoder.name}"
-            raise ConfigError(f"{got}, expected {theirs['name']}, which made the latents of {where}")
+        maker = spec.autoencoder["name"]
+        if not _same_place(name, maker):
+            raise ConfigError(f"autoencoder.name: got {name}, expected {maker}, which made the latents of {where}")
         if data.image_size not in (None, spec.image_size):
-            got = f"{section}.image_size: got {data.image_size}"
-            raise ConfigError(f"{got}, expected {spec.image_size}, as for the latents of {where}")
-        check_latents(config, spec.channels, theirs["downsample"], spec.image_size, section)
-    elif config.autoencoder.name is None:  # images are enlarged only if data.image_size says so
-        check_latents(config, spec.channels, 1, data.image_size or spec.image_size or model.input_size, section)
+            expected = f"{spec.image_size}, as for the latents of {where}"
+            raise ConfigError(f"{section}.image_size: got {data.image_size}, expected {expected}")
+        check_latents(config, spec.channels, spec.autoencoder["downsample"], spec.image_size, section)
+    elif name is None:  # images are enlarged only if data.image_size is given
+        check_latents(config, spec.channels, 1, data.image_size or spec.image_size or config.model.input_size, section)
 
 
 def check_classes_agree(specs: dict[str, DataSpec]) -> None:
-    """Checks, for the specs of all sections, that labels mean the same in each.
-
-    Raises:
-        ConfigError: naming the section.
-    """
+    """Checks, for the specs of all sections, that labels mean the same in each."""
     for section, spec in specs.items():
         if spec.classes != specs["data"].classes:
             raise ConfigError(f"{section}.local: its classes are not data's, or not in the same order")
 
 
 def check_latents(config: Config, channels: int, downsample: int, image_size: int, section: str = "data") -> None:
-    """Checks that the latents of images of image_size have the network's size and channels.
-
-    Raises:
-        ConfigError: naming the key, its value and what is expected.
-    """
+    """Checks that the latents of images of image_size have the network's size and channels."""
     model, side = config.model, image_size // downsample
     if model.in_channels != channels:
         raise ConfigError(f"model.in_channels: got {model.in_channels}, expected {channels}, the channels of the data")

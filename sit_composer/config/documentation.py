@@ -44,16 +44,16 @@ def markdown() -> str:
     """The page docs/configuration.md: one table per section."""
     pages = [INTRO, table("Top level", "", Config)]
     for f in dataclasses.fields(Config):
-        section = section_of(f)
+        section, doc = section_of(f), f.metadata["doc"]
         if section is not None and f.name != "eval_data":
-            pages.append(table(f"`{f.name}`", f"{f.metadata['doc'][0].upper()}{f.metadata['doc'][1:]}.", section))
+            pages.append(table(f"`{f.name}`", f"{doc[0].upper()}{doc[1:]}.", section))
     return "\n".join(pages)
 
 
 def table(title: str, meaning: str, cls: type) -> str:
     """A section's heading and its table."""
-    lines = [f"## {title}", "", *([meaning, ""] if meaning else [])]
-    lines += ["| key | default | meaning | expected |", "| --- | --- | --- | --- |"]
+    head = [f"## {title}", "", *([meaning, ""] if meaning else [])]
+    lines = [*head, "| key | default | meaning | expected |", "| --- | --- | --- | --- |"]
     lines += [f"| `{name}` | `{default}` | {doc} | {expected} |" for name, default, doc, expected in keys(cls)]
     return "\n".join(lines) + "\n"
 

@@ -14,11 +14,7 @@ TYPE_NAMES = {"Integer": "a whole number", "Float": "a number", "bool": "true or
 
 
 def load_config(path: str, overrides: list[str]) -> Config:
-    """Reads a YAML, and overrides it by the command line's ``key=value``. Keys and types are checked, values are not.
-
-    Raises:
-        ConfigError: naming the key, its value and what is expected.
-    """
+    """Reads a YAML, overridden by the command line's ``key=value``. Keys and types are checked, values are not."""
     try:
         file = OmegaConf.load(path)
     except (OSError, UnicodeDecodeError) as error:
@@ -30,9 +26,8 @@ def load_config(path: str, overrides: list[str]) -> Config:
     for item in overrides:
         if not re.fullmatch(r"[\w.]+=.*", item, re.DOTALL):
             raise ConfigError(f"{item!r}: invalid override, expected key=value, such as trainer.max_duration=10ba")
-    config = OmegaConf.structured(Config)
     try:
-        config = OmegaConf.merge(config, file)
+        config = OmegaConf.merge(OmegaConf.structured(Config), file)
         if any(item.startswith("scheduler=") for item in overrides):
             config.scheduler = {}  # there is only one: merging would keep the YAML's beside it
         config = OmegaConf.merge(config, OmegaConf.from_dotlist(overrides))

@@ -20,11 +20,7 @@ def check_same_run(config: Config) -> None:
 
 
 def check_same_config(config: Config, text: str, where: str) -> None:
-    """Checks that the run whose config has this text, read from ``where``, can be resumed with this config.
-
-    Raises:
-        ConfigError: naming the first key that differs.
-    """
+    """Checks that the run whose config has this text, read from ``where``, can be resumed with this config."""
     try:
         before = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text)))
     except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
@@ -33,10 +29,8 @@ def check_same_config(config: Config, text: str, where: str) -> None:
     old, new = _fixed_keys(before), _fixed_keys(config)
     for name, value in new.items():
         if old[name] != value:
-            raise ConfigError(
-                f"{name}: got {value}, expected {old[name]}, the value of the run in {folder}, which this one would "
-                "resume; choose another run_name or save_folder"
-            )
+            expected = f"{old[name]}, the value of the run in {folder}, which this one would resume"
+            raise ConfigError(f"{name}: got {value}, expected {expected}; choose another run_name or save_folder")
 
 
 def _fixed_keys(config: Config) -> dict[str, object]:

@@ -1,7 +1,6 @@
 """A run's YAML: every key, its type, its default, its meaning and what it admits.
 
-The YAML and the command line's ``key=value`` go into OmegaConf structured configs, so that an unknown key or a wrong
-type stops a run at once. Only light modules are imported here: a mistake must not wait for torch.
+OmegaConf rejects an unknown key or a wrong type at once. Only light modules are imported: no mistake waits for torch.
 """
 
 import copy
@@ -16,8 +15,6 @@ from omegaconf import MISSING
 
 from sit_composer import choices as c
 from sit_composer.errors import UserError
-
-PRECISIONS = ("fp32", "amp_bf16", "amp_fp16")
 
 
 class ConfigError(UserError):
@@ -148,7 +145,7 @@ class Config:
     ema: EMAConfig | None = key("averaged weights; null: none", EMAConfig())
     sample_grid: SampleGridConfig | None = key("images generated during training; null: none", None)
     frechet: FrechetConfig | None = key("Fréchet distance (FID) during training; null: none", None)
-    precision: str = key("precision of training", "fp32", choices=PRECISIONS)
+    precision: str = key("precision of training", "fp32", choices=("fp32", "amp_bf16", "amp_fp16"))
     fsdp: FSDPConfig | None = key("sharded training (FSDP2); {} uses its defaults, null is DDP", None)
     supervision: SupervisionConfig = key("what keeps a run alive, and the only one of its name", SupervisionConfig())
     trust_checkpoint: bool = key("unpickle a whole one-file checkpoint, which can run code in it", False)

@@ -27,7 +27,6 @@ GPUS = {
 }
 RESERVE = (0.08, 1.0)  # of a GPU's memory: a part of it, and GiB
 RESERVE_TEXT = f"{RESERVE[0]:.0%} and {RESERVE[1]:g} GiB of the GPU left free"
-LARGEST = 2**32  # samples in a microbatch
 STABLE_DIFFUSION = {
     "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -74,39 +73,31 @@ def memory(
     encoder: tuple[int, int] = (0, 0),
     accumulated: bool | None = None,
 ) -> Memory:
-    """The memory of each of ``ranks`` ranks that train ``microbatch`` samples at a time.
+    """The memory of each of ``ranks`` ranks that train ``microbatch`` samples at a time, on GPUs or else on CPUs.
 
-    Args:
-        cuda: The ranks are GPUs; else CPUs.
-        encoder: From `encoder_memory`, if images are encoded in the step.
-        accumulated: Whether a step has several microbatches; None: as the config's batch size says.
+    ``encoder`` is from `encoder_memory`, if images are encoded in the step. ``accumulated``: whether a step has several
+    microbatches; None: as for the config's batch size.
     """
     fsdp = config.fsdp
     network = tuple(sorted(network_arguments(config.model).items()))
     shards = ranks // fsdp.data_parallel_replicate_degree if fsdp is not None else 1
-    everything, trained, largest = 0, 0, 0
-    for _, shape, is_trained in parameters(network):
-        part = math.ceil(shape[0] / shards) * math.prod(shape[1:])  # FSDP2 splits the first axis, and pads
-        everything += part
-        largest = max(largest, part)
-        if is_trained:
-            trained += part
+    # FSDP2 splits the first axis, and pads.
+    parts = [(math.ceil(p[0] / shards) * math.prod(p[1:]), is_trained) for _, p, is_trained in parameters(network)]
+    everything, largest = sum(part for part, _ in parts), max(part for part, _ in parts)
+    trained = sum(part for part, is_trained in parts if is_trained)
     if accumulated is None:
         accumulated = config.data.global_batch_size > ranks * microbatch
-    step = Step(
-        network,
-        tuple(sorted(vars(config.transport).items())),
-        config.precision,
-        _gathered_dtype(fsdp, config.precision) if fsdp is not None else None,
-        fsdp is not None and fsdp.activation_checkpointing,
-        fsdp is not None and fsdp.activation_cpu_offload,
-        cuda,
-    )
+    gathered, checkpointing, offload = None, False, False
+    if fsdp is not None:
+        gathered = torch.float32 if fsdp.mixed_precision == "FULL" else DTYPES[config.precision]
+        checkpointing, offload = fsdp.activation_checkpointing, fsdp.activation_cpu_offload
+    transport = tuple(sorted(vars(config.transport).items()))
+    step = Step(network, transport, config.precision, gathered, checkpointing, offload, cuda)
     passes = peak(step, microbatch, accumulated)
     buffers = 4 * trained if ranks > 1 else 0  # DDP's buckets: in Composer they aren't views of the gradients
     if fsdp is not None:
         passes += 4 * trained  # the gradients' shards
-        buffers = _gathered(fsdp, config.precision, network)
+        buffers = _gathered(fsdp, config.precision, gathered, network)
     fused = fsdp is None and config.precision != "amp_fp16"  # AdamW on a GPU; else it makes temporaries
     temporaries = 8 * largest if not cuda else 0 if fused else 4 * trained
     weights, working = encoder
@@ -122,11 +113,7 @@ def memory(
     )
 
 
-def _gathered_dtype(fsdp: FSDPConfig, precision: str) -> torch.dtype:
-    return torch.float32 if fsdp.mixed_precision == "FULL" else DTYPES[precision]
-
-
-def _gathered(fsdp: FSDPConfig, precision: str, network: tuple) -> int:
+def _gathered(fsdp: FSDPConfig, precision: str, dtype: torch.dtype, network: tuple) -> int:
     """The bytes of what FSDP2 gathers and reduces."""
     block = sum(shape.numel() for name, shape, _ in parameters(network) if name.startswith("blocks.0."))
     rest = sum(shape.numel() for name, shape, _ in parameters(network) if not name.startswith("blocks."))
@@ -135,7 +122,7 @@ def _gathered(fsdp: FSDPConfig, precision: str, network: tuple) -> int:
     # gradients of the root and of a block, and the reduction's input, of this block and of the one before.
     blocks = min(2, depth) if fsdp.reshard_after_forward else depth
     reduced = DTYPES[precision] if fsdp.mixed_precision == "PURE" else torch.float32
-    return _gathered_dtype(fsdp, precision).itemsize * (2 * rest + (blocks + 2) * block) + 2 * reduced.itemsize * block
+    return dtype.itemsize * (2 * rest + (blocks + 2) * block) + 2 * reduced.itemsize * block
 
 
 def encoder_memory(config: Config) -> tuple[int, int]:
@@ -164,8 +151,7 @@ def encoder_memory(config: Config) -> tuple[int, int]:
 def fits(config: Config, ranks: int, room: float, encoder: tuple[int, int] = (0, 0)) -> int:
     """The largest microbatch, with several per step, for a GPU of ``room`` GiB less the reserve; 0 if none fits."""
     available = (room * (1 - RESERVE[0]) - RESERVE[1]) * GIB
-    sizes = range(1, LARGEST)
-    return bisect(sizes, available, key=lambda n: memory(config, ranks, n, encoder=encoder, accumulated=True).total)
+    return bisect(range(1, 2**32), available, key=lambda n: memory(config, ranks, n, True, encoder, True).total)
 
 
 def steps(config: Config, samples: int | None = None) -> int | None:
@@ -176,11 +162,7 @@ def steps(config: Config, samples: int | None = None) -> int | None:
 def batches(time: str | int, batch: int, samples: int | None = None) -> int | None:
     """A time such as 400000ba, 80ep or 1000sp, in batches; None if unknown."""
     match = re.fullmatch(r"(\d+)(ep|ba|sp)?", str(time))
-    if match is None:
+    count, unit = (int(match[1]), match[2]) if match else (0, None)
+    if match is None or (unit not in ("ba", "sp") and samples is None):
         return None
-    count = int(match[1])
-    if match[2] == "ba":
-        return count
-    if match[2] == "sp":
-        return -(-count // batch)
-    return None if samples is None else count * (samples // batch)
+    return count if unit == "ba" else -(-count // batch) if unit == "sp" else count * (samples // batch)

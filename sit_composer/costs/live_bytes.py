@@ -1,15 +1,9 @@
 """The bytes that a training step's passes hold, for any microbatch, from a step on tensors without content.
 
-A step runs on fake tensors, which have shapes and no content, and the bytes alive after each operator are recorded. For
-batches of 2 and of 4 the operators are the same, and the bytes at each moment are a line through both. So the peak of
-any batch is known, to the byte, for everything that operators return. It leaves out what an operator needs only while
-it runs, such as a matrix product's workspace.
-
-The operators are the CPU's. For a GPU, autocast follows CUDA's rules, and attention is a kernel that keeps q, k, v, the
-output and a number per token (flash and efficient do; torch's fallback also keeps the T×T matrix).
-
-torch's own MemTracker (`torch.distributed._tools`) can't replace the ledger: it rejects frozen parameters and keeps
-peaks only, which give no line for each moment.
+The bytes alive after each operator are recorded for batches of 2 and of 4; at each moment, they are on a line. So the
+peak of any batch is known, to the byte, for all that operators return, but not for their workspaces. The operators are
+the CPU's; for a GPU, autocast follows CUDA's rules, and attention keeps q, k, v, the output and a number per token
+(torch's fallback also keeps the T×T matrix). torch's MemTracker rejects frozen parameters, and keeps peaks only.
 """
 
 import gc
@@ -79,13 +73,9 @@ class Step:
 
 
 def peak(step: Step, microbatch: int, accumulated: bool) -> int:
-    """The most bytes that the passes hold at once besides the weights.
-
-    Args:
-        accumulated: A step has more than one microbatch, of which the later ones find gradients.
-    """
+    """The most bytes that the passes hold at once besides the weights."""
     first, later = _lines(step)
-    moments = np.concatenate([first, later]) if accumulated else first
+    moments = np.concatenate([first, later]) if accumulated else first  # later microbatches find gradients
     return int((moments @ [1, microbatch]).max())
 
 
@@ -158,10 +148,7 @@ def _caster(dtype: torch.dtype) -> Callable:
 
 
 class Offloaded(nn.Module):
-    """A block whose saved tensors lie elsewhere until its backward pass, as with Composer's activation_cpu_offload.
-
-    If the CPU trains, they stay in its memory, as copies.
-    """
+    """A block whose saved tensors are offloaded until its backward pass; if the CPU trains, they are copies there."""
 
     def __init__(self, block: nn.Module, cuda: bool):
         super().__init__()

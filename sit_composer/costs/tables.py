@@ -20,9 +20,7 @@ def strategies(config: Config, ranks: Sequence[int]) -> dict[str, tuple[Config, 
     number matters only for whether a rank has several microbatches per step.
     """
     ddp, fsdp = replace(config, fsdp=None), config.fsdp or FSDPConfig()
-    columns = {}
-    if 1 in ranks:
-        columns["1 rank"] = (ddp, 1)
+    columns = {"1 rank": (ddp, 1)} if 1 in ranks else {}
     several = [count for count in ranks if count > 1]
     if several:
         columns[f"DDP ×{several[0]}"] = (ddp, several[0])
@@ -40,11 +38,6 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def gib(size: float) -> str:
-    """Bytes in GiB, to three digits."""
-    return f"{size / GIB:.3g}"
-
-
 def describe(config: Config) -> str:
     """The network in a line."""
     arguments = network_arguments(config.model)
@@ -54,28 +47,23 @@ def describe(config: Config) -> str:
 
 
 def memory_tables(
-    config: Config,
-    ranks: Sequence[int],
-    microbatches: Sequence[int] = MICROBATCHES,
-    cuda: bool = True,
-    encoder: tuple[int, int] = (0, 0),
+    config: Config, ranks: Sequence[int], microbatches: Sequence[int], cuda: bool, encoder: tuple[int, int]
 ) -> str:
     """The parts of a config's memory, its total by microbatch, and the largest microbatch by GPU."""
     columns = strategies(config, ranks)
     given = config.trainer.get("device_train_microbatch_size")  # without it, a rank's batch is its microbatch
     parts = ("weights", "gradients", "optimizer", "ema", "buffers", "encoder", "activations", "total")
-    rows = [["microbatch"], *([part] for part in parts)]
+    cells = [["microbatch", *parts]]
     for column, count in columns.values():
         size = given if isinstance(given, int) else max(config.data.global_batch_size // count, 1)
         sizes = memory(column, count, size, cuda, encoder)
-        cells = [str(size), *(gib(getattr(sizes, part)) for part in parts)]
-        for row, cell in zip(rows, cells, strict=True):
-            row.append(cell)
+        cells.append([str(size), *(f"{getattr(sizes, part) / GIB:.3g}" for part in parts)])
+    rows = [list(row) for row in zip(*cells, strict=True)]
     text = ["GiB per rank, as configured:", "", markdown(["part", *columns], rows)]
-    rows = [
-        [str(n), *(gib(memory(column, count, n, cuda, encoder).total) for column, count in columns.values())]
-        for n in microbatches
-    ]
+    rows = []
+    for n in microbatches:
+        totals = (memory(column, count, n, cuda, encoder).total for column, count in columns.values())
+        rows.append([str(n), *(f"{total / GIB:.3g}" for total in totals)])
     text += ["", "GiB per rank, by microbatch:", "", markdown(["microbatch", *columns], rows)]
     if cuda:
         rows = [_largest(gpu, gpu, columns.values(), encoder) for gpu in GPUS]
@@ -92,14 +80,12 @@ def size_table(config: Config, ranks: int) -> str:
     for kind, fsdp in kinds.items():
         models = [replace(config.model, name=name, hidden_size=None, depth=None, num_heads=None) for name in names]
         columns = [(replace(config, model=model, fsdp=fsdp), ranks) for model in models]
-        rows += [_largest(f"{gpu}, {kind}", gpu, columns) for gpu in GPUS]
+        rows += [_largest(f"{gpu}, {kind}", gpu, columns, (0, 0)) for gpu in GPUS]
     title = f"Largest microbatch on {ranks} GPUs, {config.precision} ({RESERVE_TEXT}):"
     return f"{title}\n\n{markdown(['GPU', *names], rows)}"
 
 
-def _largest(
-    name: str, gpu: str, columns: Iterable[tuple[Config, int]], encoder: tuple[int, int] = (0, 0)
-) -> list[str]:
+def _largest(name: str, gpu: str, columns: Iterable[tuple[Config, int]], encoder: tuple[int, int]) -> list[str]:
     """A row: its name, and each column's largest microbatch on a GPU."""
     return [name, *(str(fits(config, ranks, GPUS[gpu][0], encoder)) for config, ranks in columns)]
 

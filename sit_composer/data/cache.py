@@ -23,19 +23,16 @@ STARTS = 10  # attempts to choose a name for shared memory
 
 
 class CheckedDataset(StreamingDataset):
-    """The rows of a `CheckedStream`.
+    """The rows of a `CheckedStream`. Invalid data raise a DataError, here or when a sample is read.
 
     Args:
         remote: Folder or URI (s3://, gs://, …) of the shards; None if they are in ``local``.
         local: The folder of the shards, or of the local copies of the remote ones. Each running job needs its own.
         spec: The contents of the shards, from `load_spec`.
-        download_retry: Attempts to fetch a shard from a store that doesn't answer. 14 take five minutes.
-        download_timeout: Seconds per attempt.
+        download_retry: Attempts, each of ``download_timeout`` seconds, to fetch a shard. 14 take five minutes.
         cache_limit: Bytes, or text such as "100gb", of at least four shards; ignored if there is no remote.
         options: StreamingDataset's own: batch_size (per rank), shuffle, shuffle_seed, predownload (samples whose shards
             a worker fetches ahead; 8 batches), epoch_size, num_canonical_nodes, shuffle_algo, shuffle_block_size.
-
-    Invalid data raise a DataError, here or when a sample is read.
     """
 
     cache_usage: int  # StreamingDataset's, in memory that all processes share

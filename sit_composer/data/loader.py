@@ -15,7 +15,7 @@ from sit_composer.randomness import sample_key
 
 
 class SitDataset(CheckedDataset):
-    """Labelled images or latents.
+    """Labelled images or latents. Invalid data raise a DataError, here or when a sample is read.
 
     A sample has ``index`` (its number in the data set), ``label``, ``key`` (from `randomness`, new in each epoch) and:
 
@@ -28,8 +28,6 @@ class SitDataset(CheckedDataset):
         flip: Mirror half of the samples. Which half depends only on seed, epoch and index.
         shuffle: A new order in each epoch. It depends on ``seed`` and epoch, not on the number of workers and ranks.
         options: `CheckedDataset`'s.
-
-    Invalid data raise a DataError, here or when a sample is read.
     """
 
     def __init__(

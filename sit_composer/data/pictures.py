@@ -1,10 +1,9 @@
 """Image files, decoded and cropped to uint8 tensors.
 
 The crop is ADM's `center_crop_arr`, to the bit: PIL's BOX filter halves an image while its short side is at least twice
-the target, PIL's BICUBIC resizes the short side to the target, and the centre is kept. PIL computes value by value.
-Here PIL's faster `reduce` halves, and torch's vectorised `embedding_bag` does PIL's integer arithmetic of the bicubic
-filter, only for the pixels that the crop keeps. All sums are exact, so all machines round alike. (torchvision's resize
-is faster, but rounds weights to 16 bits: 4 values of 1,000 differ by a level, and in some images by two.)
+the target, PIL's BICUBIC resizes the short side to the target, and the centre is kept. Here PIL's faster `reduce`
+halves, and torch's `embedding_bag` does PIL's integer arithmetic of the bicubic filter, for the crop's pixels only.
+All sums are exact, so all machines round alike. (torchvision's faster resize rounds weights to 16 bits, and differs.)
 """
 
 import io
@@ -25,11 +24,8 @@ def decode_image(data: bytes, channels: int) -> Tensor:
     """Decodes an image file to uint8 (channels, H, W): grey if ``channels`` is 1, RGB if 3.
 
     Transparent pixels become white; of 16 bits per channel, the upper 8 are kept; an animation gives its first frame;
-    an EXIF rotation is ignored, as in ADM. The grey of a JPEG in colour is its luma channel.
-
-    Raises:
-        ValueError: if the file is not an image, or has 32-bit pixels, whose white level is unknown.
-        Exception: PIL's, if it cannot be read or has over 179 million pixels.
+    an EXIF rotation is ignored, as in ADM. The grey of a JPEG in colour is its luma channel. A file that is no image or
+    has 32-bit pixels raises a ValueError; one that can't be read or has over 179 million pixels, PIL's error.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
@@ -121,7 +117,7 @@ def _filter(n: int, out: int, size: int) -> tuple[slice, Tensor, Tensor, Tensor]
 def _weighted_sums(levels: Tensor, taps: Tensor, upper: Tensor, lower: Tensor) -> Tensor:
     """Weighted sums of the rows of uint8 (N, L), rounded to uint8 (M, L), with the M rows of `_filter`'s tensors.
 
-    PIL's sums need 31 bits and a float32 has 24: two exact sums take the place of one.
+    PIL's sums need 31 bits and a float32 has 24: two exact sums replace one.
     """
     table = levels.to(torch.float32, memory_format=torch.contiguous_format)
     carried = embedding_bag(taps, table, mode="sum", per_sample_weights=lower).floor_()

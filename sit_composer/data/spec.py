@@ -1,7 +1,6 @@
 """The contents of a folder of shards: `spec.json`, beside `index.json`.
 
-`convert/to_mds.py` writes it last; training and sampling read it, and reject shards that don't fit their config. Only
-the standard library is imported here, so that a config can be checked before torch is imported.
+`convert/to_mds.py` writes it last; training and evaluation read it. Only the standard library is imported here.
 """
 
 import dataclasses

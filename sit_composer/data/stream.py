@@ -41,7 +41,7 @@ class DataError(UserError):
 
 
 def load_spec(remote: str | None, local: str) -> DataSpec:
-    """Reads `spec.json` from ``remote``, never from a cached copy, or from the folder ``local`` if there is no remote."""
+    """Reads `spec.json` from ``remote``, never from a cached copy; or from the folder ``local`` without a remote."""
     text, uri = read_text(source(remote, local), local, SPEC_NAME)
     try:
         return DataSpec.from_json(text, uri)

@@ -30,10 +30,9 @@ SECRETS = ("KEY", "SECRET", "TOKEN", "PASSWORD")  # in the names of environment 
 
 
 def dry_run(config: Config) -> int:
-    """Prints the run, its memory and its cost, and checks what it needs.
+    """Prints the run, its memory and its cost, and checks what it needs. Returns the exit code: 2 if a check failed.
 
-    Returns:
-        The exit code: 0, or 2 if a check failed. All ranks but the first do nothing and return 0.
+    All ranks but the first do nothing and return 0.
     """
     if os.environ.get("RANK", "0") != "0":
         return 0
@@ -42,7 +41,9 @@ def dry_run(config: Config) -> int:
     for section in SECTIONS:
         if getattr(config, section) is not None:
             checks.make(section, _data, config, section, specs)
-    if needs_autoencoder(config, specs):
+    pixels = any(spec.kind == "pixels" for spec in specs.values())
+    generates = config.sample_grid is not None or config.frechet is not None
+    if config.autoencoder.name is not None and (pixels or generates):  # to encode images, or to decode them
         checks.make("autoencoder.name", _autoencoder, config.autoencoder.name)
     if config.trainer.get("save_folder"):
         checks.make("trainer.save_folder", lambda: _save_folder(save_folder(config)))
@@ -82,23 +83,20 @@ def hide(text: str) -> str:
     return text
 
 
-# --- What the run is ---
-
-
 def summary(config: Config, specs: dict[str, DataSpec]) -> str:
     """The resolved run, its checkpoints, its memory and its cost."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     batch, micro = config.data.global_batch_size, config.trainer.get("device_train_microbatch_size")
     spec = specs.get("data")
     samples = spec.samples if spec is not None else None
-    lines = {"run": config.run_name, "network": tables.describe(config)}
-    lines["objective"] = f"{config.transport.path_type}, {config.transport.prediction}"
+    objective = f"{config.transport.path_type}, {config.transport.prediction}"
+    lines = {"run": config.run_name, "network": tables.describe(config), "objective": objective}
     lines["data"] = config.data.remote or config.data.local
     if spec is not None:
         size = "" if spec.image_size is None else f" of {spec.image_size}²"
         lines["data"] += f": {spec.samples:,} {spec.kind}{size}, {spec.num_classes} classes"
     each = "" if micro is None else f", in microbatches of {micro}"
-    lines["batch"] = f"{batch}: {batch // ranks} on each of {counted(ranks, 'rank')}{each}"
+    lines["batch"] = f"{batch}: {batch // ranks} per rank, {ranks} rank{'s' if ranks > 1 else ''}{each}"
     lines["precision"] = f"{config.precision}, {'DDP' if config.fsdp is None else 'FSDP2'}"
     count = estimate.steps(config, samples)
     lines["length"] = str(config.trainer["max_duration"])
@@ -113,11 +111,6 @@ def summary(config: Config, specs: dict[str, DataSpec]) -> str:
     text = "\n".join(f"{name + ':':<13}{line}" for name, line in lines.items())
     text += "\n\n" + tables.memory_tables(config, counts, tables.MICROBATCHES, cuda, encoder)
     return text + "\n\n" + tables.cost_table(config, counts, 0.4, samples) if cuda else text
-
-
-def counted(count: int, noun: str) -> str:
-    """A number and a noun, in the plural if need be."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def checkpoints_text(config: Config, count: int | None, samples: int | None) -> str:
@@ -145,19 +138,8 @@ def save_folder(config: Config) -> str:
     try:
         return folder.format(**names)
     except (KeyError, IndexError, ValueError) as error:
-        raise ConfigError(
-            f"trainer.save_folder: got {folder!r}, expected names of {', '.join(names)}: {error}"
-        ) from None
-
-
-# --- Whether it could start ---
-
-
-def needs_autoencoder(config: Config, specs: dict[str, DataSpec]) -> bool:
-    """Whether the run loads the autoencoder: to encode images, or to decode generated ones."""
-    pixels = any(spec.kind == "pixels" for spec in specs.values())
-    generates = config.sample_grid is not None or config.frechet is not None
-    return config.autoencoder.name is not None and (pixels or generates)
+        expected = ", ".join(names)
+        raise ConfigError(f"trainer.save_folder: got {folder!r}, expected names of {expected}: {error}") from None
 
 
 def _data(config: Config, section: str, specs: dict[str, DataSpec]) -> str:
@@ -166,14 +148,14 @@ def _data(config: Config, section: str, specs: dict[str, DataSpec]) -> str:
     check_specs(config, {**specs, section: spec})
     specs[section] = spec
     shards, file = read_first_sample(spec, data.remote, data.local)
-    return f"{spec.samples:,} samples in {counted(shards, 'shard')}; read {file}"
+    return f"{spec.samples:,} samples in {shards} shard{'s' if shards > 1 else ''}; read {file}"
 
 
 def _autoencoder(name: str) -> str:
     try:
         find_subfolder(name)
     except Exception as error:  # diffusers raises a dozen kinds
-        raise ConfigError(f"no AutoencoderKL of the name {name!r}: {error}") from error
+        raise ConfigError(f"{name}: no AutoencoderKL: {error}") from error
     return f"{name} has an AutoencoderKL's config (its weights are not loaded)"
 
 
@@ -188,8 +170,7 @@ def _save_folder(uri: str) -> str:
     missing = [path for path in (Path(uri), *Path(uri).parents) if not path.exists()]
     try:
         Path(uri).mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=uri, prefix=PROBE):
-            pass
+        tempfile.NamedTemporaryFile(dir=uri, prefix=PROBE).close()
     except OSError as error:
         raise ConfigError(f"{error.filename or uri}: {error.strerror or error}") from error
     finally:
@@ -204,10 +185,8 @@ def _earlier(config: Config) -> str:
     found = list(checkpoints(folder))
     if not config.trainer.get("autoresume"):
         if found and not config.trainer.get("save_overwrite"):
-            raise ConfigError(
-                f"{folder.uri} holds checkpoints ({found[-1]}); set trainer.autoresume=true to resume, or choose "
-                "another run_name"
-            )
+            advice = "set trainer.autoresume=true to resume, or choose another run_name"
+            raise ConfigError(f"{folder.uri}: holds checkpoints ({found[-1]}); {advice}")
         return "none is resumed from"
     before = folder.read(CONFIG)
     if before is not None:
@@ -223,5 +202,5 @@ def _build(section: str, entries: dict) -> str:
 
 def _gpu(precision: str) -> str:
     if not torch.cuda.is_available():
-        raise ConfigError(f"got {precision}, expected fp32: there is no GPU here")
+        raise ConfigError(f"precision: got {precision}, expected fp32: there is no GPU here")
     return f"{precision} on {torch.cuda.device_count()} × {torch.cuda.get_device_name()}"

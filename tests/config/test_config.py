@@ -92,7 +92,7 @@ def test_a_yamls_header_has_the_numbers_that_follow_from_its_network(name):
         ("transport.time_std=0", "transport.time_std: got 0.0, expected a number above 0"),
         ("transport.time_std=.inf", "transport.time_std: got inf, expected a number above 0"),
         ("transport={time_sampling: logit-normal, time_mean: .nan}", "transport.time_mean: got nan, expected a number"),
-        ("transport.time_mean=1", "transport.time_mean: goes with transport.time_sampling=logit-normal"),
+        ("transport.time_mean=1", "transport.time_mean: needs transport.time_sampling=logit-normal"),
         ("transport={prediction: noise, sample_eps: 0}", "transport.sample_eps: got 0, expected a number above 0"),
         ("transport={prediction: score, loss_weight: velocity, train_eps: 0}", "transport.train_eps: got 0, expected"),
         ("optimizer.lr=.inf", "optimizer.lr: got inf, expected a number above 0"),
@@ -193,7 +193,11 @@ LATENTS = {"name": "some/vae", "scale": 0.2, "shift": 0.0, "channels": 4, "downs
 @pytest.mark.parametrize(
     ("overrides", "changes", "message"),
     [
-        ([], {"num_classes": 11, "classes": ["a"] * 11, "class_counts": [1] * 11}, "has 11 classes"),
+        (
+            [],
+            {"num_classes": 11, "classes": ["a"] * 11, "class_counts": [1] * 11},
+            "expected 11: runs/quickstart/shards has 11 classes",
+        ),
         (
             ["model.num_classes=12"],
             {},

@@ -206,15 +206,12 @@ BROKEN = {
     "no index": (lambda folder: (folder / "index.json").unlink(), ["index.json is missing: the conversion was not"]),
     "no spec": (lambda folder: (folder / "spec.json").unlink(), ["spec.json is missing: the conversion was not"]),
     "half an index": (lambda folder: (folder / "index.json").write_text('{"shards": ['), ["index.json: not a whole"]),
-    "a text for a count": (
-        change_spec(samples="20"),
-        ["spec.json is not a shard spec: samples: got '20', expected a whole"],
-    ),
-    "texts for counts": (change_spec(class_counts=["7", 7, 6]), ["class_counts[0]: got '7', expected a whole number"]),
-    "a number for a class": (change_spec(classes=["ant", "bee", 3]), ["classes: expected names as text"]),
-    "no source": (change_spec(source=None), ["source: got None, expected an object"]),
+    "a text for a count": (change_spec(samples="20"), ["spec.json is not a shard spec: samples is '20', not a whole"]),
+    "texts for counts": (change_spec(class_counts=["7", 7, 6]), ["class_counts[0] is '7', not a whole number"]),
+    "a number for a class": (change_spec(classes=["ant", "bee", 3]), ["a class's name is no text"]),
+    "no source": (change_spec(source=None), ["source is None"]),
     "a class twice": (change_spec(classes=["ant", "bee", "ant"]), ["spec.json names a class twice"]),
-    "seven channels": (change_spec(channels=7), ["channels: got 7, expected 1 or 3"]),
+    "seven channels": (change_spec(channels=7), ["pictures have 7 channels, not 1 or 3"]),
     "one channel": (change_spec(channels=1), ["the image has colours; spec.json says 1 channel"] * 20),
     "a text for bytes": (change_index(lambda index: index[0]["raw_data"].update(bytes="x")), ["bytes is 'x'"]),
     "a hash less": (
@@ -359,7 +356,7 @@ def test_a_mistaken_command_is_one_line(tmp_path, run, capsys):
     folder = write_pixels(tmp_path / "shards")
     for arguments, message in (
         ((tmp_path / "nothing",), "no such folder"),
-        ((folder, "--vae", "some/vae"), "--vae: only for latents"),
+        ((folder, "--vae", "some/vae"), "--vae is for latents"),
     ):
         code, _, _, err = run(*arguments)
         assert code == 2
@@ -412,10 +409,10 @@ def test_s3_is_read_a_shard_at_a_time(tmp_path, run, s3, monkeypatch):
     s3.client.put_object(Bucket="sit", Key="set/shard.00000.mds", Body=shards(folder)[0].read_bytes())
     gone = lambda self, name, file: real(self, name.replace("shard.00000", "gone"), file)  # noqa: E731
     monkeypatch.setattr(storage.S3Folder, "download", gone)
-    assert run("s3://sit/set")[1][1].startswith("s3://sit/set/gone.mds: ")
+    assert run("s3://sit/set")[1][1].startswith("cannot read s3://sit/set/gone.mds: ")
     code, _, _, err = run("s3://sit/none")
     assert code == 2
-    assert err == "error: s3://sit/none: no object below it\n"
+    assert err == "error: s3://sit/none: nothing is there\n"
 
 
 def test_the_sources_pictures_are_counted_by_class(tmp_path, run):

@@ -469,18 +469,18 @@ def test_what_is_wrong_with_remote_shards_is_told_in_one_line(
         assert not list(temporary.glob("sit-*"))
 
     real = str(halves[1])
-    refused(real, "s3://no-such-bucket/digits", "cannot read s3://no-such-bucket/digits/spec.json")
-    refused("s3://sit/nothing", real, "cannot read s3://sit/nothing/spec.json")
-    refused(real, unindexed, f"cannot read {unindexed}/index.json")
-    refused(real, missing, f"cannot read the shard {missing}/{shard}")
-    refused(broken, real, f"cannot read the shard {broken}/{shard}")
-    refused(real, "nowhere://sit/digits", "cannot read nowhere://sit/digits/spec.json")
+    refused(real, "s3://no-such-bucket/digits", "s3://no-such-bucket/digits/spec.json: can't be read")
+    refused("s3://sit/nothing", real, "s3://sit/nothing/spec.json: can't be read")
+    refused(real, unindexed, f"{unindexed}/index.json: can't be read")
+    refused(real, missing, f"{missing}/{shard}: can't be read")
+    refused(broken, real, f"{broken}/{shard}: can't be read")
+    refused(real, "nowhere://sit/digits", "nowhere://sit/digits/spec.json: can't be read")
     refused(real, good, "--cache: /proc/none can't be made", "--cache", "/proc/none")
     with monkeypatch.context() as patch:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-        refused(real, good, f"cannot read {good}/spec.json")
+        refused(real, good, f"{good}/spec.json: can't be read")
     s3.stop()
-    refused(real, good, f"cannot read {good}/spec.json")
+    refused(real, good, f"{good}/spec.json: can't be read")
 
 
 def test_a_failure_among_remote_pictures_ends_the_command_and_leaves_nothing(

@@ -50,7 +50,7 @@ def test_all_faults_are_told_at_once(dry, tmp_path):
         f"data.local={tmp_path}/nothing", "precision=amp_bf16", "callbacks={speed_monitor: {window_size: 10}}"
     )
     assert code == 2
-    assert "failed: cannot read" in line(out, "data")
+    assert "/nothing/spec.json: can't be read" in line(out, "data")
     assert "failed" in line(out, "trainer.save_folder")
     assert str(tmp_path / "runs") in line(out, "trainer.save_folder")
     assert "there is no GPU here" in line(out, "precision")

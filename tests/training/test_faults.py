@@ -353,7 +353,7 @@ def test_a_shard_that_cannot_be_had_is_one_line_that_names_it(proxy, shards, tmp
     options = {"download_retry": 14, "download_timeout": 1, "num_workers": workers}
     batches = loader(shards, tmp_path / "cache", **options)
     before = time.monotonic()
-    with pytest.raises(DataError, match=rf"^cannot read the shard {shards}/shard.00003.mds: [^\n]+$"):
+    with pytest.raises(DataError, match=rf"^{shards}/shard.00003.mds: can't be read: [^\n]+$"):
         gather(batches)
     assert time.monotonic() - before < 50
     proxy.heal()
@@ -363,7 +363,7 @@ def test_a_shard_that_cannot_be_had_is_one_line_that_names_it(proxy, shards, tmp
 def test_a_shard_that_is_not_there_is_asked_for_twice_at_most(proxy, shards, s3, tmp_path):
     batches = loader(shards, tmp_path / "cache", download_retry=14)
     s3.client.delete_object(Bucket="sit", Key="digits/shard.00003.mds")
-    with pytest.raises(DataError, match=rf"^cannot read the shard {shards}/shard.00003.mds: [^\n]+$"):
+    with pytest.raises(DataError, match=rf"^{shards}/shard.00003.mds: can't be read: [^\n]+$"):
         gather(batches)
     assert sum("shard.00003.mds" in request for request in proxy.requests) <= 4  # ahead of time, and when needed
 
@@ -371,13 +371,13 @@ def test_a_shard_that_is_not_there_is_asked_for_twice_at_most(proxy, shards, s3,
 def test_a_spec_that_cannot_be_had_is_one_line_that_names_it(proxy, shards, tmp_path, monkeypatch):
     for kind in KINDS:
         proxy.fault(kind, "spec.json")
-        with pytest.raises(DataError, match=rf"^cannot read {shards}/spec.json [^\n]+$"):
+        with pytest.raises(DataError, match=rf"^{shards}/spec.json: can't be read \([^\n]+$"):
             stream.read_text(shards, str(tmp_path), "spec.json", timeout=1)
         proxy.heal()
-    with pytest.raises(DataError, match=r"^cannot read s3://none/digits/spec.json [^\n]+$"):
+    with pytest.raises(DataError, match=r"^s3://none/digits/spec.json: can't be read \([^\n]+$"):
         load_spec("s3://none/digits", str(tmp_path))
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    with pytest.raises(DataError, match=rf"^cannot read {shards}/spec.json [^\n]+$"):
+    with pytest.raises(DataError, match=rf"^{shards}/spec.json: can't be read \([^\n]+$"):
         load_spec(shards, str(tmp_path))
 
 
@@ -386,7 +386,7 @@ def test_a_run_whose_shard_cannot_be_had_ends_with_one_line(run, proxy, shards, 
     proxy.fault("503", "shard.00003.mds")
     data = [f"data.remote={shards}", f"data.local={tmp_path / 'cache'}", "data.global_batch_size=20"]
     assert run("trainer.max_duration=1ep", *data) == 2
-    assert last_error(capsys).startswith(f"error: cannot read the shard {shards}/shard.00003.mds: ")
+    assert last_error(capsys).startswith(f"error: {shards}/shard.00003.mds: can't be read: ")
     proxy.heal()
     assert run("trainer.max_duration=1ep", *data) == 0
     assert newest(LocalFolder(str(tmp_path / "run"))).endswith("-ba10-rank0.pt")  # all of the 200 samples

@@ -435,13 +435,13 @@ def test_a_run_of_another_network_under_the_same_name_is_refused(run, tmp_path, 
         (["precision=amp_bf16"], "precision: got amp_bf16, expected fp32: there is no GPU here"),
         (["callbacks.early_stopper={monitor: x, dataloader_label: y, patience: soon}"], "callbacks.early_stopper"),
         (["data.local=nowhere"], "data.local: no shards in 'nowhere'"),
-        (["model.num_classes=11"], "has only 10 classes"),
+        (["model.num_classes=11"], "expected 10: "),
         (
             ["trainer.autoresume=false", "trainer.load_path=/nowhere.pt"],
             "trainer: Local path /nowhere.pt does not exist",
         ),
         (["trainer.save_folder=/proc/none"], "trainer.save_folder: /proc/none: No such file or directory"),
-        (["data.remote=/nowhere/at/all", "data.local=cache"], "cannot read /nowhere/at/all/spec.json"),
+        (["data.remote=/nowhere/at/all", "data.local=cache"], "/nowhere/at/all/spec.json: can't be read"),
     ],
 )
 def test_what_only_the_libraries_refuse_is_one_line_too(run, overrides, message, capsys, tmp_path, monkeypatch):
