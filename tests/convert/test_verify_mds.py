@@ -359,7 +359,7 @@ def test_a_mistaken_command_is_one_line(tmp_path, run, capsys):
     folder = write_pixels(tmp_path / "shards")
     for arguments, message in (
         ((tmp_path / "nothing",), "no such folder"),
-        ((folder, "--vae", "some/vae"), "--vae is for latents"),
+        ((folder, "--vae", "some/vae"), "--vae: only for latents"),
     ):
         code, _, _, err = run(*arguments)
         assert code == 2
@@ -412,7 +412,7 @@ def test_s3_is_read_a_shard_at_a_time(tmp_path, run, s3, monkeypatch):
     s3.client.put_object(Bucket="sit", Key="set/shard.00000.mds", Body=shards(folder)[0].read_bytes())
     gone = lambda self, name, file: real(self, name.replace("shard.00000", "gone"), file)  # noqa: E731
     monkeypatch.setattr(storage.S3Folder, "download", gone)
-    assert run("s3://sit/set")[1][1].startswith("cannot read s3://sit/set/gone.mds: ")
+    assert run("s3://sit/set")[1][1].startswith("s3://sit/set/gone.mds: ")
     code, _, _, err = run("s3://sit/none")
     assert code == 2
     assert err == "error: s3://sit/none: nothing is there\n"
