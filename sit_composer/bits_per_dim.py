@@ -58,7 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     check_output("--out", args.out, ".json", "bits_per_dim")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("this command runs as one process; start it with python, not with a launcher")
+        raise UserError("WORLD_SIZE: this command runs as one process; start it with python, not with a launcher")
     steps, atol, rtol = (None, args.atol or 1e-5, args.rtol or 1e-5) if adaptive else (args.num_steps or 50, None, None)
     probes = None if args.exact else args.probes or 1
     args.solve = choices.Solve(args.sampling_method, steps, atol, rtol, probes, exact=args.exact, seed=args.seed)
