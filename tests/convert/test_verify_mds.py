@@ -206,7 +206,10 @@ BROKEN = {
     "no index": (lambda folder: (folder / "index.json").unlink(), ["index.json is missing: the conversion was not"]),
     "no spec": (lambda folder: (folder / "spec.json").unlink(), ["spec.json is missing: the conversion was not"]),
     "half an index": (lambda folder: (folder / "index.json").write_text('{"shards": ['), ["index.json: not a whole"]),
-    "a text for a count": (change_spec(samples="20"), ["spec.json is not a shard spec: samples: got '20', expected a whole"]),
+    "a text for a count": (
+        change_spec(samples="20"),
+        ["not a shard spec: samples: got '20', expected a whole"],
+    ),
     "texts for counts": (change_spec(class_counts=["7", 7, 6]), ["class_counts[0]: got '7', expected a whole number"]),
     "a number for a class": (change_spec(classes=["ant", "bee", 3]), ["classes: expected names as text"]),
     "no source": (change_spec(source=None), ["source: got None, expected an object"]),
