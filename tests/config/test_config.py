@@ -196,7 +196,7 @@ LATENTS = {"name": "some/vae", "scale": 0.2, "shift": 0.0, "channels": 4, "downs
         (
             [],
             {"num_classes": 11, "classes": ["a"] * 11, "class_counts": [1] * 11},
-            "expected 11: runs/quickstart/shards has 11 classes",
+            "expected 11: runs/quickstart/shards has 11",
         ),
         (
             ["model.num_classes=12"],
