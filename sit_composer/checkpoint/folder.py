@@ -34,11 +34,13 @@ def is_complete(folder: RunFolder, name: str, sizes: dict[str, int]) -> bool:
     content = folder.read(f"{name}/{METADATA}")
     if content is None:
         return False
+    where = f"{folder.uri}/{name}/{METADATA}"
     try:
-        needed = sharded_files(load_metadata(content, f"{folder.uri}/{name}/{METADATA}"))
+        needed = sharded_files(load_metadata(content, where))
     except CheckpointError as error:
         if content.endswith(b"."):  # the last byte of a whole pickle, but one of an unknown kind
-            raise StorageError(f"{error}; move the checkpoint away to resume from an older one") from None
+            reason = str(error).removeprefix(f"{where}: ")
+            raise StorageError(f"{where}: {reason}; move the checkpoint away to resume from an older one") from None
         return False
     return bool(needed) and all(sizes.get(f"{name}/{file}", -1) >= size for file, size in needed.items())
 

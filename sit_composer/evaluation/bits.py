@@ -143,7 +143,7 @@ def log_p_of(
     labels = torch.tensor([sample["label"] for sample in samples], device=device)
     values = log_likelihood(record.build_transport(), model, x.to(device), noise=probes, y=labels, **options)
     if not values.isfinite().all():
-        raise UserError("log p is NaN or infinite; try more steps, or another solver")
+        raise UserError("--sampling-method: log p is NaN or infinite; try more steps, or another solver")
     return values.tolist(), model.evaluations
 
 

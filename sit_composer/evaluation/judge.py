@@ -139,12 +139,15 @@ def extract(
                         chosen.drop(name, f"it needs {metric.output}, which {extractor.name} doesn't give")
             needed = {"features", *(METRICS[name].output for name in chosen.names)}
             for output in [output for output in outputs if output in needed]:
-                what, bad = f"{extractor.name}: {output}", ~np.isfinite(out[output]).all(axis=1)
+                bad = ~np.isfinite(out[output]).all(axis=1)
                 if bad.any():
-                    raise UserError(f"{what} of image {done + bad.argmax()} of {images.path} are not finite")
+                    where = f"{output} of image {done + bad.argmax()} of {images.path}"
+                    raise UserError(f"{extractor.name}: {where} are not finite")
                 before = parts.setdefault(output, [])
                 if before and before[0].shape[1] != out[output].shape[1]:
-                    raise UserError(f"{what} have another length from image {done} of {images.path} on")
+                    raise UserError(
+                        f"{extractor.name}: {output} have another length from image {done} of {images.path} on"
+                    )
                 before.append(out[output])
             done += len(batch)
             bar.update(len(batch))
