@@ -415,7 +415,7 @@ def test_s3_is_read_a_shard_at_a_time(tmp_path, run, s3, monkeypatch):
     assert run("s3://sit/set")[1][1].startswith("s3://sit/set/gone.mds: ")
     code, _, _, err = run("s3://sit/none")
     assert code == 2
-    assert err == "error: s3://sit/none: nothing is there\n"
+    assert err == "error: s3://sit/none: no object below it\n"
 
 
 def test_the_sources_pictures_are_counted_by_class(tmp_path, run):
