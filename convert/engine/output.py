@@ -121,7 +121,8 @@ class Output(AbstractContextManager["Output"]):
             self._clear(files)
             earlier = self._indexed() if self.path is None else None
             self.prefix = AGAIN if any(name.startswith("shard.") for name in earlier or ()) else ""
-            self._write_json(PLAN_NAME, {"prefix": self.prefix, **plan.record()})
+            there = {"prefix": self.prefix, **plan.record()}
+            self.store.write(PLAN_NAME, f"{json.dumps(there)}\n".encode())
             return {}
         self.prefix = there["prefix"]
         records = [_read_json(self.store, name) for name in sorted(files) if PART.fullmatch(name)]
@@ -142,16 +143,14 @@ class Output(AbstractContextManager["Output"]):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends in any way
         except BlockingIOError:
             os.close(lock)
-            raise OutputError(
-                f"{self.uri}: another conversion is writing to it; wait, or choose another --out"
-            ) from None
+            busy = "another conversion is writing to it"
+            raise OutputError(f"{self.uri}: {busy}; wait, or choose another --out") from None
         self.lock = lock
 
     def scratch(self) -> tempfile.TemporaryDirectory[str]:
         """A new, empty local folder, from which files are `put`."""
-        root = self.place / SCRATCH
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True)
+        (self.place / SCRATCH).mkdir(parents=True, exist_ok=True, mode=0o700)
+        return tempfile.TemporaryDirectory(dir=self.place / SCRATCH, ignore_cleanup_errors=True)
 
     def put(self, file: Path) -> None:
         """Moves a file there, under its own name. It appears whole, or not at all."""
@@ -163,10 +162,7 @@ class Output(AbstractContextManager["Output"]):
 
     def finish_part(self, record: dict[str, Any]) -> None:
         """Notes that a part's shards are all there."""
-        self._write_json(f"part.{record['part']:05}.json", record)
-
-    def _write_json(self, name: str, content: dict[str, Any]) -> None:
-        self.store.write(name, f"{json.dumps(content)}\n".encode())
+        self.store.write(f"part.{record['part']:05}.json", f"{json.dumps(record)}\n".encode())
 
     def publish(self, spec: DataSpec, records: list[dict[str, Any]]) -> None:
         """Makes the conversion visible, in place of an earlier one. Raises OutputError if a shard is not there."""
@@ -175,9 +171,8 @@ class Output(AbstractContextManager["Output"]):
         sizes = _sizes(shards)
         for name in sizes:
             if files.get(name) != sizes[name]:
-                raise OutputError(
-                    f"{self.store.uri}/{name}: has been lost since it was written; run the same command again"
-                )
+                lost = "has been lost since it was written"
+                raise OutputError(f"{self.store.uri}/{name}: {lost}; run the same command again")
         if self.path is None:
             self.store.delete([INDEX_NAME, SPEC_NAME])  # the index first
         self.store.write(SPEC_NAME, spec.to_json().encode())
@@ -237,12 +232,10 @@ def _entries(folder: Path) -> dict[str, int]:
 
 def _read_json(store: LocalFolder | S3Folder, name: str) -> dict[str, Any]:
     """The object in a file; empty if there is none that can be read."""
-    text = store.read(name)
-    try:
-        content = json.loads(text or "{}")
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
+    with suppress(ValueError):
+        if isinstance(content := json.loads(store.read(name) or "{}"), dict):
+            return content
+    return {}
 
 
 def _sizes(shards: list[dict[str, Any]]) -> dict[str, int]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from convert.kinds import BadPicture
 from convert.kinds.cropping import crop
-from convert.kinds.pixels import glance, read_file
+from convert.kinds.pixels import decoded, read_file
 from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder, to_uint8
 from sit_composer.data.pictures import center_crop
 from sit_composer.data.spec import SPEC_NAME, DataSpec
@@ -65,7 +65,7 @@ class PixelCheck:
             height, width = crop(read_file(row[1]["image"]), self.spec.channels, None).shape[-2:]
         except BadPicture as error:
             return str(error)
-        if self.spec.channels == 1 and not glance(row[1]["image"])[0]:
+        if self.spec.channels == 1 and not decoded(row[1]["image"], load=False)[0]:
             return f"the image has colours; {SPEC_NAME} says 1 channel"
         size = self.spec.image_size
         if size is not None and (height, width) != (size, size):
