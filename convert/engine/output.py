@@ -25,9 +25,10 @@ from sit_composer.errors import UserError
 from sit_composer.storage import LocalFolder, S3Folder, StorageError
 
 AGAIN = "again-"  # prefix of the shards that replace earlier ones in an object store; then none, in turns
+PART = re.compile(r"part\.\d{5,}\.json")
 SHARD = re.compile(rf"({AGAIN})?shard\.\d{{5,}}(\.\d{{5,}})?\.mds")
-PART = re.compile(r"part\.(\d{5,})\.json")
-HALF_WRITTEN = re.compile(r"^\.(.+\.json)\.\d+$")  # a file that was being written at a kill
+JSON = r"(index|plan|spec|part\.\d{5,})\.json"
+OURS = re.compile(rf"{SHARD.pattern}|{JSON}|\.{JSON}\.\d+")  # the last was being written at a kill
 SCRATCH = "scratch"  # a folder of shards that are being written
 
 
@@ -207,21 +208,15 @@ class Output(AbstractContextManager["Output"]):
         self.lock = None
 
 
-def _is_ours(name: str) -> bool:
-    """Whether conversions write files of that name."""
-    name = HALF_WRITTEN.sub(r"\1", name)
-    return name in (SPEC_NAME, INDEX_NAME, PLAN_NAME) or bool(SHARD.fullmatch(name) or PART.fullmatch(name))
-
-
 def _refuse_foreign(uri: str, files: Iterable[str]) -> None:
-    if foreign := sorted(name for name in files if not _is_ours(name)):
+    if foreign := sorted(name for name in files if not OURS.fullmatch(name)):
         these = ", ".join(foreign[:3])
         raise OutputError(f"{uri}: holds files that this program did not write ({these}); choose another --out")
 
 
 def _delete(store: LocalFolder | S3Folder, names: Iterable[str], keep: set[str]) -> None:
     """Deletes a conversion's files except some; the plan last, as it tells whose they are."""
-    ours = {name for name in names if _is_ours(name)} - keep
+    ours = set(filter(OURS.fullmatch, names)) - keep
     store.delete(sorted(ours, key=lambda name: (name == PLAN_NAME, name)))
 
 
@@ -247,5 +242,5 @@ def _remove_replaced(path: Path) -> None:
     """Removes the conversions that the one there has replaced, also those of runs that were killed here."""
     for folder in path.parent.glob(f"{glob.escape(path.name)}.replaced-*"):
         names = _entries(folder)
-        if SPEC_NAME in names and all(map(_is_ours, names)):
+        if SPEC_NAME in names and all(map(OURS.fullmatch, names)):
             shutil.rmtree(folder, ignore_errors=True)

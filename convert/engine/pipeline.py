@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass, field
 from itertools import groupby, takewhile
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def convert_parts(
         closing(ahead(job.kind.prepare, samples, decoders)) as prepared,
     ):
         try:
-            for part, group in groupby(prepared, key=lambda one: one.part):
+            for part, group in groupby(prepared, key=itemgetter(0)):
                 folder = Path(scratch, str(part))
                 with job.writer(job.kind.columns, folder, part, job.output.prefix, deliveries.put) as writer:
                     tally = _write(writer, job, group, on_image)
@@ -106,7 +107,7 @@ def _write(writer: Any, job: Job, group: Iterable[Prepared], on_image: Callable[
     """Writes a part's good images."""
     tally = Tally()
     # Only to the part's end: reading on could raise an error that belongs to the next part.
-    images = ((one.sample, one.result) for one in takewhile(lambda one: one.sample is not None, group))
+    images = ((sample, result) for _, sample, result in takewhile(itemgetter(1), group))
     for sample, row, look in job.kind.rows(images):
         if isinstance(row, BadPicture):
             if not job.skip_bad:
