@@ -7,6 +7,7 @@ import sys
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -111,18 +112,18 @@ def _kind(args: argparse.Namespace, plan: Plan) -> tuple[type, dict[str, Any]]:
 
 def _first_size(plan: Plan, skip_bad: bool) -> int:
     """The side of the source's first image, which must be a square; all others must have the same size."""
-    for part in plan.reading.parts:
-        for sample in read_part(plan.source, plan.reading, part):
-            try:
-                height, width = _torch_kinds()[0].levels(sample.image, 3, None).shape[-2:]
-            except BadPicture as error:
-                if skip_bad:
-                    continue
-                raise InputError(f"{sample.where}: {error}; --skip-bad leaves out such images") from None
-            if height != width:
-                found = f"the image is {width}x{height}, expected a square"
-                raise InputError(f"{sample.where}: {found}; crop with --image-size")
-            return width
+    for sample in chain.from_iterable(read_part(plan.source, plan.reading, part) for part in plan.reading.parts):
+        try:
+            height, width = _torch_kinds()[0].levels(sample.image, 3, None).shape[-2:]
+        except BadPicture as error:
+            if skip_bad:
+                continue
+            raise InputError(f"{sample.where}: {error}; --skip-bad leaves out such images") from None
+        if height != width:
+            raise InputError(
+                f"{sample.where}: the image is {width}x{height}, expected a square; crop with --image-size"
+            )
+        return width
     raise InputError(f"{plan.source['path']}: none of its images can be used")
 
 
@@ -172,18 +173,14 @@ def _spec(job: Job, tally: Tally) -> DataSpec:
 def _report(spec: DataSpec, records: list[dict[str, Any]], rates: dict[str, Any]) -> None:
     if spec.skipped:
         shown = "\n  ".join([reason for record in records for reason in record["reasons"]][:5])
-        print(f"skipped {_count(spec.skipped, 'image')}; the first:\n  {shown}", file=sys.stderr)
+        print(f"skipped {spec.skipped} image{'' if spec.skipped == 1 else 's'}; the first:\n  {shown}", file=sys.stderr)
     if empty := [name for name, count in zip(spec.classes, spec.class_counts, strict=True) if not count]:
         which = ", ".join(empty[:10]) + (", …" if len(empty) > 10 else "")
         print(f"warning: {len(empty)} of {spec.num_classes} classes have no image: {which}", file=sys.stderr)
     sizes = [shard["raw_data"]["bytes"] for record in records for shard in record["shards"]]
-    shards = f"{_count(len(sizes), 'shard')}, {sum(sizes) / 1e6:.1f} MB"
+    shards = f"{len(sizes)} shard{'' if len(sizes) == 1 else 's'}, {sum(sizes) / 1e6:.1f} MB"
     speed = f"{rates['seconds']:.1f} s, {rates['pictures'] / max(rates['seconds'], 1e-9):.0f} images/s"
     print(f"{spec.samples} images, {spec.num_classes} classes, {spec.skipped} skipped; {shards}; {speed}")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _torch_kinds() -> tuple[ModuleType, ModuleType]:

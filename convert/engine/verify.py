@@ -7,7 +7,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -160,11 +160,10 @@ class Verification:
             if plan.classes is not None and plan.classes != spec.classes:
                 self.fault(f"the source's classes are {plan.classes[:5]} …; {SPEC_NAME} says {spec.classes[:5]} …")
                 return f"source: {spec.source['path']} has other classes"
-            for part in plan.parts:
-                for sample in read_part(spec.source, plan, part):
-                    if not 0 <= sample.label < spec.num_classes:
-                        raise InputError(f"{sample.where}: the label is {sample.label}")
-                    counts[sample.label] += 1
+            for sample in chain.from_iterable(read_part(spec.source, plan, part) for part in plan.parts):
+                if not 0 <= sample.label < spec.num_classes:
+                    raise InputError(f"{sample.where}: the label is {sample.label}")
+                counts[sample.label] += 1
         except (InputError, OSError, IndexError) as error:
             raise UserError(f"--source: cannot read it again: {one_line(error)}") from None
         total, fewer = sum(counts), any(a > b for a, b in zip(spec.class_counts, counts, strict=True))

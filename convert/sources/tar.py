@@ -7,6 +7,7 @@ import tarfile
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -27,20 +28,18 @@ def plan_source(description: dict[str, Any], limit: int | None) -> SourcePlan:
     numbered in sorted order; to find them, all tars are scanned: local ones from header to header, others whole."""
     names = list_files(description["path"], "webdataset")
 
-    def labels(name: str) -> list[str | None]:
-        return [label for _, _, label in _samples(name, description, read_images=False)]
-
     with ThreadPoolExecutor(8) as pool:
         files = list(pool.map(fingerprint, names))
         counts: list[int | None] = [None] * len(names)
-        first = next(label for _, image, label in _samples(names[0], description, read_images=False) if image)
+        labels = partial(_samples, description=description, read_images=False)
+        first = next(label for _, image, label in labels(names[0]) if image)
         if first is None:
             classes: list[str] | None = ["all"]
         elif INTEGER.fullmatch(first):
             classes = None
         else:
-            found = list(pool.map(labels, names))
-            counts = [len(of_tar) for of_tar in found]
+            found = list(pool.map(lambda name: [label for *_, label in labels(name)], names))
+            counts = list(map(len, found))
             classes = in_order(frozenset().union(*found) - {None})
     parts = [Part(number, 0, None, count) for number, count in enumerate(counts) if count != 0]
 
