@@ -30,7 +30,7 @@ def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
     add("--vae", metavar="NAME", type=_given, help="the autoencoder: an AutoencoderKL's name on the Hub, or a folder")
     add("--encode-dtype", choices=DTYPES, help="its dtype (default: bfloat16 on a GPU, else float32)")
     add("--batch-size", metavar="N", type=number(COUNT), help="images encoded at a time (default: 32, fewer on a CPU)")
-    check = "for images that keep their bytes: decode each (default), or only read its header, a hundred times as fast"
+    check = "for images that keep their bytes: decode each (default), or only read its header, many times as fast"
     add("--check", choices=("decode", "header"), help=check)
     workers = "processes that decode; 0: only this one (default: one per core)"
     add("--workers", metavar="N", type=number(FROM_ZERO), help=workers)

@@ -6,6 +6,8 @@ import signal
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +26,6 @@ from sit_composer.errors import one_line
 from sit_composer.storage import StorageError
 
 FAILED = 1  # exit code for a failing disk or network
-REASONS_SHOWN = 5
 SMALL = 2000  # images; for fewer, starting processes would take longer than the work
 Records = Generator[dict[str, Any], None, None]  # of parts
 
@@ -73,9 +74,8 @@ def _convert(args: argparse.Namespace, source: dict[str, Any], output: Output) -
     try:
         progress.log("start", source=source, out=args.out, parts=parts, finished=len(records))
         todo = [number for number in range(parts) if number not in records]
-        on_ray = args.engine == "ray"
-        results = _on_ray(job, options, todo, progress) if on_ray else _here(job, args.workers, todo, progress)
-        with closing(results):  # before the output is released
+        convert = partial(_on_ray, options=options) if args.engine == "ray" else partial(_here, workers=args.workers)
+        with closing(convert(job, todo=todo, progress=progress)) as results:  # before the output is released
             for record in results:
                 records[record["part"]] = record
                 progress.log("part", part=record["part"], pictures=sum(record["counts"].values()))
@@ -112,27 +112,25 @@ def _kind(args: argparse.Namespace, plan: Plan) -> tuple[type, dict[str, Any]]:
 
 def _first_size(plan: Plan, skip_bad: bool) -> int:
     """The side of the source's first image, which must be a square; all others must have the same size."""
-    for part in plan.reading.parts:
-        for sample in read_part(plan.source, plan.reading, part):
-            try:
-                height, width = _torch_kinds()[0].levels(sample.image, 3, None).shape[-2:]
-            except BadPicture as error:
-                if skip_bad:
-                    continue
-                raise InputError(f"{sample.where}: {error}; --skip-bad leaves out such images") from None
-            if height != width:
-                raise InputError(
-                    f"{sample.where}: the image is {width}x{height}, expected a square; crop with --image-size"
-                )
-            return width
+    for sample in chain.from_iterable(read_part(plan.source, plan.reading, part) for part in plan.reading.parts):
+        try:
+            height, width = _torch_kinds()[0].levels(sample.image, 3, None).shape[-2:]
+        except BadPicture as error:
+            if skip_bad:
+                continue
+            raise InputError(f"{sample.where}: {error}; --skip-bad leaves out such images") from None
+        if height != width:
+            raise InputError(
+                f"{sample.where}: the image is {width}x{height}, expected a square; crop with --image-size"
+            )
+        return width
     raise InputError(f"{plan.source['path']}: none of its images can be used")
 
 
 def _here(job: Job, workers: int | None, todo: list[int], progress: Progress) -> Records:
     """Converts in this process, with others that decode."""
     if workers is None:
-        small = job.plan.rows is not None and job.plan.rows <= SMALL
-        workers = 0 if small else len(os.sched_getaffinity(0))
+        workers = 0 if (job.plan.rows or SMALL + 1) <= SMALL else len(os.sched_getaffinity(0))
     with Decoders(workers, job.kind.preload) as decoders:
         yield from convert_parts(job, todo, decoders, progress.add)
 
@@ -165,8 +163,8 @@ def _spec(job: Job, tally: Tally) -> DataSpec:
         **job.kind.spec(not tally.colour, tally.sizes),
         num_classes=len(classes),
         classes=classes,
-        class_counts=[tally.counts.get(label, 0) for label in range(len(classes))],
-        samples=sum(tally.counts.values()),
+        class_counts=[tally.counts[label] for label in range(len(classes))],
+        samples=tally.counts.total(),
         skipped=tally.skipped,
         source=job.plan.source,
     )
@@ -174,19 +172,15 @@ def _spec(job: Job, tally: Tally) -> DataSpec:
 
 def _report(spec: DataSpec, records: list[dict[str, Any]], rates: dict[str, Any]) -> None:
     if spec.skipped:
-        shown = "\n  ".join([reason for record in records for reason in record["reasons"]][:REASONS_SHOWN])
-        print(f"skipped {_count(spec.skipped, 'image')}; the first:\n  {shown}", file=sys.stderr)
+        shown = "\n  ".join([reason for record in records for reason in record["reasons"]][:5])
+        print(f"skipped {spec.skipped} image{'' if spec.skipped == 1 else 's'}; the first:\n  {shown}", file=sys.stderr)
     if empty := [name for name, count in zip(spec.classes, spec.class_counts, strict=True) if not count]:
         which = ", ".join(empty[:10]) + (", …" if len(empty) > 10 else "")
         print(f"warning: {len(empty)} of {spec.num_classes} classes have no image: {which}", file=sys.stderr)
     sizes = [shard["raw_data"]["bytes"] for record in records for shard in record["shards"]]
-    shards = f"{_count(len(sizes), 'shard')}, {sum(sizes) / 1e6:.1f} MB"
+    shards = f"{len(sizes)} shard{'' if len(sizes) == 1 else 's'}, {sum(sizes) / 1e6:.1f} MB"
     speed = f"{rates['seconds']:.1f} s, {rates['pictures'] / max(rates['seconds'], 1e-9):.0f} images/s"
     print(f"{spec.samples} images, {spec.num_classes} classes, {spec.skipped} skipped; {shards}; {speed}")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _torch_kinds() -> tuple[ModuleType, ModuleType]:

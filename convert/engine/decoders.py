@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from multiprocessing.connection import wait
-from typing import Any, NamedTuple
+from typing import Any
 
 from convert.kinds import BadPicture
 from convert.sources.parts import InputError, Sample
@@ -18,14 +18,7 @@ from convert.sources.parts import InputError, Sample
 CHUNK = 16  # images that a process gets at a time
 AHEAD = 3  # chunks per process, at least, that are prepared or being prepared
 Numbered = tuple[int, Sample | None]  # a part's number and a sample of it; None after its last
-
-
-class Prepared(NamedTuple):
-    """A sample after the work that other processes do."""
-
-    part: int
-    sample: Sample | None  # None after a part's last
-    result: Any  # from the kind's `prepare`, or a BadPicture
+Prepared = tuple[int, Sample | None, Any]  # likewise, with the result of the kind's `prepare`, or a BadPicture
 
 
 class Decoders(AbstractContextManager["Decoders"]):
@@ -49,7 +42,7 @@ def ahead(
     """Each sample with its prepared image, or the BadPicture, in order. Decoders work ahead."""
     if decoders.pool is None:
         for part, sample in samples:
-            yield Prepared(part, sample, None if sample is None else _attempts(prepare, [sample.image])[0])
+            yield part, sample, None if sample is None else _attempts(prepare, [sample.image])[0]
         return
     waiting: deque[tuple[list[Numbered], Future[list[Any]]]] = deque()
     chunk: list[Numbered] = []
@@ -74,8 +67,8 @@ def ahead(
         while waiting:
             yield from _collect(*waiting.popleft())
     except BrokenExecutor:
-        killed = "--workers: a process that decodes images was killed, perhaps for memory; rerun with fewer"
-        raise InputError(killed) from None
+        killed = "a process that decodes images was killed, perhaps for memory"
+        raise InputError(f"--workers: {killed}; rerun with fewer") from None
     if mistake is not None:
         raise mistake
 
@@ -83,7 +76,7 @@ def ahead(
 def _collect(chunk: list[Numbered], future: Future[list[Any]]) -> Iterator[Prepared]:
     results = iter(future.result())
     for part, sample in chunk:
-        yield Prepared(part, sample, None if sample is None else next(results))
+        yield part, sample, None if sample is None else next(results)
 
 
 def _begin_worker() -> None:

@@ -25,9 +25,10 @@ from sit_composer.errors import UserError
 from sit_composer.storage import LocalFolder, S3Folder, StorageError
 
 AGAIN = "again-"  # prefix of the shards that replace earlier ones in an object store; then none, in turns
+PART = re.compile(r"part\.\d{5,}\.json")
 SHARD = re.compile(rf"({AGAIN})?shard\.\d{{5,}}(\.\d{{5,}})?\.mds")
-PART = re.compile(r"part\.(\d{5,})\.json")
-HALF_WRITTEN = re.compile(r"^\.(.+\.json)\.\d+$")  # a file that was being written at a kill
+JSON = r"(index|plan|spec|part\.\d{5,})\.json"
+OURS = re.compile(rf"{SHARD.pattern}|{JSON}|\.{JSON}\.\d+")  # the last was being written at a kill
 SCRATCH = "scratch"  # a folder of shards that are being written
 
 
@@ -121,7 +122,8 @@ class Output(AbstractContextManager["Output"]):
             self._clear(files)
             earlier = self._indexed() if self.path is None else None
             self.prefix = AGAIN if any(name.startswith("shard.") for name in earlier or ()) else ""
-            self._write_json(PLAN_NAME, {"prefix": self.prefix, **plan.record()})
+            there = {"prefix": self.prefix, **plan.record()}
+            self.store.write(PLAN_NAME, f"{json.dumps(there)}\n".encode())
             return {}
         self.prefix = there["prefix"]
         records = [_read_json(self.store, name) for name in sorted(files) if PART.fullmatch(name)]
@@ -142,16 +144,14 @@ class Output(AbstractContextManager["Output"]):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends in any way
         except BlockingIOError:
             os.close(lock)
-            raise OutputError(
-                f"{self.uri}: another conversion is writing to it; wait, or choose another --out"
-            ) from None
+            busy = "another conversion is writing to it"
+            raise OutputError(f"{self.uri}: {busy}; wait, or choose another --out") from None
         self.lock = lock
 
     def scratch(self) -> tempfile.TemporaryDirectory[str]:
         """A new, empty local folder, from which files are `put`."""
-        root = self.place / SCRATCH
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True)
+        (self.place / SCRATCH).mkdir(parents=True, exist_ok=True, mode=0o700)
+        return tempfile.TemporaryDirectory(dir=self.place / SCRATCH, ignore_cleanup_errors=True)
 
     def put(self, file: Path) -> None:
         """Moves a file there, under its own name. It appears whole, or not at all."""
@@ -163,10 +163,7 @@ class Output(AbstractContextManager["Output"]):
 
     def finish_part(self, record: dict[str, Any]) -> None:
         """Notes that a part's shards are all there."""
-        self._write_json(f"part.{record['part']:05}.json", record)
-
-    def _write_json(self, name: str, content: dict[str, Any]) -> None:
-        self.store.write(name, f"{json.dumps(content)}\n".encode())
+        self.store.write(f"part.{record['part']:05}.json", f"{json.dumps(record)}\n".encode())
 
     def publish(self, spec: DataSpec, records: list[dict[str, Any]]) -> None:
         """Makes the conversion visible, in place of an earlier one. Raises OutputError if a shard is not there."""
@@ -175,9 +172,8 @@ class Output(AbstractContextManager["Output"]):
         sizes = _sizes(shards)
         for name in sizes:
             if files.get(name) != sizes[name]:
-                raise OutputError(
-                    f"{self.store.uri}/{name}: has been lost since it was written; run the same command again"
-                )
+                lost = "has been lost since it was written"
+                raise OutputError(f"{self.store.uri}/{name}: {lost}; run the same command again")
         if self.path is None:
             self.store.delete([INDEX_NAME, SPEC_NAME])  # the index first
         self.store.write(SPEC_NAME, spec.to_json().encode())
@@ -212,21 +208,15 @@ class Output(AbstractContextManager["Output"]):
         self.lock = None
 
 
-def _is_ours(name: str) -> bool:
-    """Whether conversions write files of that name."""
-    name = HALF_WRITTEN.sub(r"\1", name)
-    return name in (SPEC_NAME, INDEX_NAME, PLAN_NAME) or bool(SHARD.fullmatch(name) or PART.fullmatch(name))
-
-
 def _refuse_foreign(uri: str, files: Iterable[str]) -> None:
-    if foreign := sorted(name for name in files if not _is_ours(name)):
+    if foreign := sorted(name for name in files if not OURS.fullmatch(name)):
         these = ", ".join(foreign[:3])
         raise OutputError(f"{uri}: holds files that this program did not write ({these}); choose another --out")
 
 
 def _delete(store: LocalFolder | S3Folder, names: Iterable[str], keep: set[str]) -> None:
     """Deletes a conversion's files except some; the plan last, as it tells whose they are."""
-    ours = {name for name in names if _is_ours(name)} - keep
+    ours = set(filter(OURS.fullmatch, names)) - keep
     store.delete(sorted(ours, key=lambda name: (name == PLAN_NAME, name)))
 
 
@@ -237,12 +227,10 @@ def _entries(folder: Path) -> dict[str, int]:
 
 def _read_json(store: LocalFolder | S3Folder, name: str) -> dict[str, Any]:
     """The object in a file; empty if there is none that can be read."""
-    text = store.read(name)
-    try:
-        content = json.loads(text or "{}")
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
+    with suppress(ValueError):
+        if isinstance(content := json.loads(store.read(name) or "{}"), dict):
+            return content
+    return {}
 
 
 def _sizes(shards: list[dict[str, Any]]) -> dict[str, int]:
@@ -254,5 +242,5 @@ def _remove_replaced(path: Path) -> None:
     """Removes the conversions that the one there has replaced, also those of runs that were killed here."""
     for folder in path.parent.glob(f"{glob.escape(path.name)}.replaced-*"):
         names = _entries(folder)
-        if SPEC_NAME in names and all(map(_is_ours, names)):
+        if SPEC_NAME in names and all(map(OURS.fullmatch, names)):
             shutil.rmtree(folder, ignore_errors=True)

@@ -3,12 +3,13 @@
 The result for a part depends on the plan alone: not on the processes, nor on the parts that were finished before.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass, field
 from itertools import groupby, takewhile
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ REASONS = 100  # of skipped images, that a part's record keeps
 class Tally:
     """Counts of the images of a part, or of several parts."""
 
-    counts: dict[int, int] = field(default_factory=dict)  # per label
+    counts: Counter[int] = field(default_factory=Counter)  # per label
     skipped: int = 0
     reasons: list[str] = field(default_factory=list)
     colour: bool = False
@@ -37,8 +38,7 @@ class Tally:
         """The counts of several parts together."""
         tally = cls()
         for record in records:
-            for label, count in record["counts"].items():
-                tally.counts[int(label)] = tally.counts.get(int(label), 0) + count
+            tally.counts.update({int(label): count for label, count in record["counts"].items()})
             tally.skipped += record["skipped"]
             tally.reasons += record["reasons"]
             tally.colour |= record["colour"]
@@ -48,12 +48,12 @@ class Tally:
     @property
     def images(self) -> int:
         """The number of images, with skipped ones."""
-        return sum(self.counts.values()) + self.skipped
+        return self.counts.total() + self.skipped
 
     def add(self, label: int, look: Look) -> None:
         """Counts an image."""
         grey, *size = look
-        self.counts[label] = self.counts.get(label, 0) + 1
+        self.counts[label] += 1
         self.colour |= not grey
         if len(self.sizes) < 2 and size not in self.sizes:
             self.sizes.append(size)
@@ -81,7 +81,7 @@ def convert_parts(
         closing(ahead(job.kind.prepare, samples, decoders)) as prepared,
     ):
         try:
-            for part, group in groupby(prepared, key=lambda one: one.part):
+            for part, group in groupby(prepared, key=itemgetter(0)):
                 folder = Path(scratch, str(part))
                 with job.writer(job.kind.columns, folder, part, job.output.prefix, deliveries.put) as writer:
                     tally = _write(writer, job, group, on_image)
@@ -107,15 +107,15 @@ def _write(writer: Any, job: Job, group: Iterable[Prepared], on_image: Callable[
     """Writes a part's good images."""
     tally = Tally()
     # Only to the part's end: reading on could raise an error that belongs to the next part.
-    images = ((one.sample, one.result) for one in takewhile(lambda one: one.sample is not None, group))
+    images = ((sample, result) for _, sample, result in takewhile(itemgetter(1), group))
     for sample, row, look in job.kind.rows(images):
         if isinstance(row, BadPicture):
             if not job.skip_bad:
                 raise InputError(f"{sample.where}: {row}; --skip-bad leaves out such images")
             tally.skipped += 1
-            if tally.skipped <= REASONS:
-                tally.reasons.append(f"{sample.where}: {row}")
-            on_image(1, 0, 1, [f"{sample.where}: {row}"])
+            reason = f"{sample.where}: {row}"
+            tally.reasons += [reason] if tally.skipped <= REASONS else []
+            on_image(1, 0, 1, [reason])
             continue
         size = sum(memoryview(value).nbytes for value in row.values())
         row["label"] = sample.label

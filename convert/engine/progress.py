@@ -10,8 +10,6 @@ from tqdm import tqdm
 
 from convert.sources.parts import InputError
 
-POSTFIX = 0.5  # seconds between two updates of the bar's end
-
 
 class Progress:
     """Counts the images of this run, after ``done`` of earlier runs; appends to the file ``log``, if given."""
@@ -33,7 +31,7 @@ class Progress:
         for reason in reasons:
             self.log("skipped", reason=reason)
         self.bar.update(count)
-        if not self.bar.disable and time.monotonic() - self.changed > POSTFIX:
+        if not self.bar.disable and time.monotonic() - self.changed > 0.5:  # seconds
             self.changed = time.monotonic()
             rate = self.bytes / (self.changed - self.start) / 1e6
             self.bar.set_postfix_str(f"{rate:.1f} MB/s" + (f", {self.skipped} skipped" if self.skipped else ""), False)

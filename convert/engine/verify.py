@@ -4,9 +4,10 @@ import argparse
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +68,17 @@ class Verification:
             self.fault(error)
             return []
         self._check_counts(spec, shards)
-        content = self._content(spec)
+        if spec.kind != "latents" and self.args.vae:
+            raise UserError(f"--vae: only for latents; {self.uri} holds images")
+        grid = bool(self.args.grid)
+        latents = spec.kind == "latents"
+        content = LatentCheck(spec, self.fault, self.args.vae, grid) if latents else PixelCheck(spec, self.fault, grid)
         counts = self._read_all(shards, spec, content)
         size, per_class = sum(shard.raw_data.bytes for shard in shards) / 1e6, spec.class_counts
         each = f"{min(per_class)} to {max(per_class)} samples" if per_class else "none"
-        report = [
-            f"{spec.samples} samples ({spec.kind}) in {len(shards)} shard{'' if len(shards) == 1 else 's'}, {size:.1f} "
-            f"MB; {spec.num_classes} classes of {each}; {spec.skipped} skipped"
-        ]
+        total = f"{len(shards)} shard{'' if len(shards) == 1 else 's'}, {size:.1f} MB"
+        classes = f"{spec.num_classes} classes of {each}"
+        report = [f"{spec.samples} samples ({spec.kind}) in {total}; {classes}; {spec.skipped} skipped"]
         if counts is not None:
             self._compare(counts, spec.class_counts, spec, SPEC_NAME)
             report += content.finish()
@@ -93,23 +97,16 @@ class Verification:
         if not samples:
             self.fault(f"{self.uri}/{INDEX_NAME} lists no sample")
         if samples != spec.samples or counted != spec.samples:
-            spec_says = f"{SPEC_NAME} says {spec.samples}, and {counted} by class"
-            self.fault(f"{INDEX_NAME} lists {samples} samples; {spec_says}")
+            says = f"{SPEC_NAME} says {spec.samples}, and {counted} by class"
+            self.fault(f"{INDEX_NAME} lists {samples} samples; {says}")
         if len(set(spec.classes)) < len(spec.classes):
             self.fault(f"{SPEC_NAME} names a class twice")
-
-    def _content(self, spec: DataSpec) -> PixelCheck | LatentCheck:
-        if spec.kind == "latents":
-            return LatentCheck(spec, self.fault, self.args.vae, bool(self.args.grid))
-        if self.args.vae:
-            raise UserError(f"--vae: only for latents; {self.uri} holds images")
-        return PixelCheck(spec, self.fault, bool(self.args.grid))
 
     def _read_all(self, shards: list[Reader], spec: DataSpec, content: PixelCheck | LatentCheck) -> list[int] | None:
         """Checks each shard and its samples; returns the samples per class, or None if a shard can't be read."""
         total, sample = sum(shard.samples for shard in shards), self.args.sample
         chosen = range(total) if sample is None or sample >= total else {i * total // sample for i in range(sample)}
-        counts, first, whole = [0] * spec.num_classes, 0, True
+        counts, first, whole = Counter[int](), 0, True
         size = sum(shard.raw_data.bytes for shard in shards)
         with tqdm(total=size, unit="B", unit_scale=True, disable=None) as progress:
             for number, shard in enumerate(shards):
@@ -121,15 +118,13 @@ class Verification:
                     rows, whole = [], False
                 placed = [(f"{shard.raw_data.basename} sample {i}", row) for i, row in enumerate(rows)]
                 for where, row in placed:
-                    label = int(row["label"])
-                    if 0 <= label < spec.num_classes:
-                        counts[label] += 1
-                    else:
-                        self.fault(f"{where}: the label is {label}, but there are {spec.num_classes} classes")
+                    if not 0 <= row["label"] < spec.num_classes:
+                        self.fault(f"{where}: the label is {row['label']}, but there are {spec.num_classes} classes")
+                counts.update(int(row["label"]) for row in rows)
                 content.check([one for i, one in enumerate(placed, first) if i in chosen])
                 first += shard.samples
                 progress.update(shard.raw_data.bytes)
-        return counts if whole else None
+        return [counts[label] for label in range(spec.num_classes)] if whole else None
 
     def _rows(self, shard: Reader) -> list[dict[str, Any]]:
         """The samples of a shard. Raises ValueError if it is wrong, StorageError if it cannot be fetched."""
@@ -165,11 +160,10 @@ class Verification:
             if plan.classes is not None and plan.classes != spec.classes:
                 self.fault(f"the source's classes are {plan.classes[:5]} …; {SPEC_NAME} says {spec.classes[:5]} …")
                 return f"source: {spec.source['path']} has other classes"
-            for part in plan.parts:
-                for sample in read_part(spec.source, plan, part):
-                    if not 0 <= sample.label < spec.num_classes:
-                        raise InputError(f"{sample.where}: the label is {sample.label}")
-                    counts[sample.label] += 1
+            for sample in chain.from_iterable(read_part(spec.source, plan, part) for part in plan.parts):
+                if not 0 <= sample.label < spec.num_classes:
+                    raise InputError(f"{sample.where}: the label is {sample.label}")
+                counts[sample.label] += 1
         except (InputError, OSError, IndexError) as error:
             raise UserError(f"--source: cannot read it again: {one_line(error)}") from None
         total, fewer = sum(counts), any(a > b for a, b in zip(spec.class_counts, counts, strict=True))

@@ -3,7 +3,7 @@
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from convert.kinds import BadPicture
 from convert.kinds.cropping import crop
-from convert.kinds.pixels import glance, read_file
+from convert.kinds.pixels import decoded, read_file
 from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder, to_uint8
 from sit_composer.data.pictures import center_crop
 from sit_composer.data.spec import SPEC_NAME, DataSpec
@@ -32,13 +32,52 @@ Row = dict[str, Any]  # a sample's columns
 Rows = list[tuple[str, Row]]  # with the place of each sample
 
 
-class PixelCheck:
-    """Checks that images decode, and have the size in the spec. ``fault`` is called with one line per fault."""
+class Check:
+    """Checks samples, and keeps some for a grid. ``fault`` is called with one line per fault."""
 
-    def __init__(self, spec: DataSpec, fault: Callable[[str], None], grid: bool) -> None:
-        self.spec, self.fault, self.grid = spec, fault, grid
+    def __init__(self, spec: DataSpec, fault: Callable[[str], None], room: int) -> None:
+        self.spec, self.fault, self.room = spec, fault, room
         self.kept: list[Row] = []
         self.seen = 0
+
+    def tiles(self, row: Row) -> Iterator[tuple[Tensor, str]]:
+        """The images that a grid shows of a sample, uint8 (C, H, W), with the ends of their captions."""
+        raise NotImplementedError
+
+    def keep(self, row: Row) -> None:
+        """Keeps a random subset of all samples, each equally likely, so that a sorted source shows many classes."""
+        if len(self.kept) < self.room:
+            self.kept.append(row)
+        elif (place := int(np.random.default_rng(self.seen).integers(self.seen))) < self.room:
+            self.kept[place] = row
+
+    def write_grid(self, path: Path) -> bool:
+        """Writes the images of the samples that were kept as a PNG; False if there are none."""
+        tiles = [(*tile, int(row["label"])) for row in self.kept for tile in self.tiles(row)]
+        if not tiles:
+            return False
+        step, line = TILE + 4, TILE + CAPTION + 4
+        rows = math.ceil(len(tiles) / COLUMNS)
+        grid = Image.new("RGB", (min(COLUMNS, len(tiles)) * step - 4, rows * line - 4), "white")
+        draw = ImageDraw.Draw(grid)
+        for i, (levels, side, label) in enumerate(tiles):
+            x, y = i % COLUMNS * step, i // COLUMNS * line
+            name = self.spec.classes[label] if 0 <= label < len(self.spec.classes) else f"label {label}"
+            draw.text((x, y + TILE + 1), f"{name}{side}"[:40], fill="black")
+            # White hides the end of a caption that is too wide, where the next image will be.
+            draw.rectangle((x + TILE, y, x + 2 * step, y + line), fill="white")
+            array = center_crop(levels, TILE).expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
+            grid.paste(Image.fromarray(array), (x, y))
+        with open(path, "xb") as file:
+            grid.save(file, "PNG")
+        return True
+
+
+class PixelCheck(Check):
+    """Checks that images decode, and have the size in the spec."""
+
+    def __init__(self, spec: DataSpec, fault: Callable[[str], None], grid: bool) -> None:
+        super().__init__(spec, fault, GRID if grid else 0)
         self.pool = ThreadPoolExecutor(os.cpu_count() or 1)
         # Filters are shared by all threads: one that `opened` sets in a thread, another thread may undo.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -48,24 +87,22 @@ class PixelCheck:
             self.seen += 1
             if fault:
                 self.fault(f"{where}: {fault}")
-            elif self.grid:
-                _keep(self.kept, self.seen, GRID, row)
+            else:
+                self.keep(row)
 
     def finish(self) -> list[str]:
         self.pool.shutdown()
         return [f"{self.seen} images decode"]
 
-    def write_grid(self, path: Path) -> bool:
-        """Writes the grid; False if there is nothing to show."""
-        tiles = [(center_crop(crop(row["image"], self.spec.channels, None), TILE), row) for row in self.kept]
-        return _write_grid([(levels, _caption(self.spec, row)) for levels, row in tiles], path)
+    def tiles(self, row: Row) -> Iterator[tuple[Tensor, str]]:
+        yield crop(row["image"], self.spec.channels, None), ""
 
     def _fault(self, row: tuple[str, Row]) -> str | None:
         try:
             height, width = crop(read_file(row[1]["image"]), self.spec.channels, None).shape[-2:]
         except BadPicture as error:
             return str(error)
-        if self.spec.channels == 1 and not glance(row[1]["image"])[0]:
+        if self.spec.channels == 1 and not decoded(row[1]["image"], load=False)[0]:
             return f"the image has colours; {SPEC_NAME} says 1 channel"
         size = self.spec.image_size
         if size is not None and (height, width) != (size, size):
@@ -73,12 +110,12 @@ class PixelCheck:
         return None
 
 
-class LatentCheck:
+class LatentCheck(Check):
     """Checks that moments have their shape, are finite, and give latents such as training expects. ``vae`` (None: the
     spec's, for a grid only) decodes the grid, and is compared with the spec."""
 
     def __init__(self, spec: DataSpec, fault: Callable[[str], None], vae: str | None, grid: bool) -> None:
-        self.spec, self.fault, self.grid = spec, fault, grid
+        super().__init__(spec, fault, GRID // 2 if grid else 0)
         names = ("name", "channels", "downsample", "scale", "shift")
         self.of = AutoencoderSpec(**{name: spec.autoencoder[name] for name in names})
         self.autoencoder = None
@@ -94,8 +131,7 @@ class LatentCheck:
         side = (spec.image_size or 0) // self.of.downsample
         self.shape = (2 * self.of.channels, side, side)
         self.sums = np.zeros((2, 4))  # straight and mirrored: number of values, sums of means, their squares, variances
-        self.seen = self.checked = self.same = self.turned = 0
-        self.kept: list[Row] = []
+        self.checked = self.same = self.turned = 0
 
     def check(self, rows: Rows) -> None:
         for where, row in rows:
@@ -109,11 +145,10 @@ class LatentCheck:
             self.checked += 1
             self.same += np.array_equal(row["moments"], row["moments_flip"])
             self.turned += np.array_equal(row["moments"][..., ::-1], row["moments_flip"])
-            if self.grid:
-                _keep(self.kept, self.seen, GRID // 2, row)
+            self.keep(row)
 
     def finish(self) -> list[str]:
-        """The report: mean and standard deviation of (mean + std · noise - shift) · scale over all values."""
+        """Reports mean and standard deviation of (mean + std · noise - shift) · scale over all values."""
         if not self.sums.all(axis=0)[0]:
             return []
         n, means, squares, variances = self.sums.T
@@ -136,15 +171,10 @@ class LatentCheck:
             f"mirrored: {mean[1]:.3f} and {std[1]:.3f}"
         ]
 
-    def write_grid(self, path: Path) -> bool:
-        """Decodes means, straight and mirrored side by side; False if there is nothing to show."""
-        tiles = []
-        for row in self.kept:
-            for column, side in (("moments", ""), ("moments_flip", ", mirrored")):
-                mean = torch.from_numpy(row[column].astype(np.float32))[None, : self.of.channels]
-                levels = to_uint8(self.autoencoder.decode((mean - self.of.shift) * self.of.scale))[0]
-                tiles.append((center_crop(levels, TILE), _caption(self.spec, row) + side))
-        return _write_grid(tiles, path)
+    def tiles(self, row: Row) -> Iterator[tuple[Tensor, str]]:
+        for column, side in (("moments", ""), ("moments_flip", ", mirrored")):
+            mean = torch.from_numpy(row[column].astype(np.float32))[None, : self.of.channels]
+            yield to_uint8(self.autoencoder.decode((mean - self.of.shift) * self.of.scale))[0], side
 
     def _fault(self, row: Row) -> str | None:
         for column in ("moments", "moments_flip"):
@@ -156,36 +186,3 @@ class LatentCheck:
             if not (moments[self.of.channels :] > 0).all():
                 return f"{column} have standard deviations that are not over 0"
         return None
-
-
-def _keep(kept: list[Row], seen: int, room: int, row: Row) -> None:
-    """Keeps a random subset of all samples, each equally likely, so that a sorted source shows many classes."""
-    if len(kept) < room:
-        kept.append(row)
-    elif (place := int(np.random.default_rng(seen).integers(seen))) < room:
-        kept[place] = row
-
-
-def _caption(spec: DataSpec, row: Row) -> str:
-    label = int(row["label"])
-    return spec.classes[label] if 0 <= label < len(spec.classes) else f"label {label}"
-
-
-def _write_grid(tiles: list[tuple[Tensor, str]], path: Path) -> bool:
-    """Writes uint8 (C, TILE, TILE) images with their captions as a PNG."""
-    if not tiles:
-        return False
-    step, line = TILE + 4, TILE + CAPTION + 4
-    rows = math.ceil(len(tiles) / COLUMNS)
-    grid = Image.new("RGB", (min(COLUMNS, len(tiles)) * step - 4, rows * line - 4), "white")
-    draw = ImageDraw.Draw(grid)
-    for i, (levels, caption) in enumerate(tiles):
-        x, y = i % COLUMNS * step, i // COLUMNS * line
-        draw.text((x, y + TILE + 1), caption[:40], fill="black")
-        # White hides the end of a caption that is too wide, where the next image will be.
-        draw.rectangle((x + TILE, y, x + 2 * step, y + line), fill="white")
-        array = levels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
-        grid.paste(Image.fromarray(array), (x, y))
-    with open(path, "xb") as file:
-        grid.save(file, "PNG")
-    return True

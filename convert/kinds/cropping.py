@@ -28,7 +28,11 @@ def cropped(image: bytes | Path | None, image_size: int, quality: int | None) ->
     data = read_file(image)
     with opened(data) as opened_image:
         grey = opened_image.mode in GREY
-    return encode(crop(data, 1 if grey else 3, image_size), quality), (grey, image_size, image_size)
+    levels = crop(data, 1 if grey else 3, image_size)
+    file = io.BytesIO()
+    encoded = Image.fromarray(levels[0].numpy() if grey else levels.permute(1, 2, 0).contiguous().numpy())
+    encoded.save(file, "PNG") if quality is None else encoded.save(file, "JPEG", quality=quality)
+    return file.getvalue(), (grey, image_size, image_size)
 
 
 def levels(image: bytes | Path | None, channels: int, image_size: int | None) -> np.ndarray:
@@ -45,11 +49,3 @@ def crop(data: bytes, channels: int, image_size: int | None) -> Tensor:
             raise BadPicture(f"the image, {width}x{height}, is too large with a short side of {image_size}")
         levels = decode_image(data, channels)
         return levels if image_size is None else center_crop(levels, image_size)
-
-
-def encode(levels: Tensor, quality: int | None) -> bytes:
-    """The file of an image, uint8 (1 or 3, H, W): a JPEG of that quality, or a PNG if it is None."""
-    file = io.BytesIO()
-    image = Image.fromarray(levels[0].numpy() if len(levels) == 1 else levels.permute(1, 2, 0).contiguous().numpy())
-    image.save(file, "PNG") if quality is None else image.save(file, "JPEG", quality=quality)
-    return file.getvalue()

@@ -32,11 +32,8 @@ class Latents:
 
     The same images, options, kind of processor and libraries give the same bits; so a CPU encodes each batch on one
     thread, and as many batches at a time as it has cores. A GPU encodes one while the next is transferred.
-
-    Args:
-        crop: whether images are cropped to ``image_size``, as training does, or are all squares of that size.
-        dtype: in which the encoder computes. Moments are then converted to float16.
-        batch_size: images encoded at a time; None chooses a fast one. Another batch size may change the last bits.
+    Without ``crop``, all images are squares of ``image_size``. The encoder computes in ``dtype``. ``batch_size`` None
+    chooses a fast one; another batch size may change the last bits.
     """
 
     columns: ClassVar[dict[str, str]] = dict.fromkeys(("moments", "moments_flip"), "ndarray:float16") | {"label": "int"}
@@ -133,11 +130,8 @@ class Latents:
             if len(images) == 1:
                 return [BadPicture(str(error))]
             return [row for image in images for row in self._moments([image])]
-        return [_row(*both) for both in zip(straight, mirrored, strict=True)]
-
-
-def _row(moments: np.ndarray, moments_flip: np.ndarray) -> dict[str, Any] | BadPicture:
-    """The columns of an image whose moments are float16 arrays (2C, H, W), unless they overflow float16."""
-    if not (np.isfinite(moments).all() and np.isfinite(moments_flip).all()):
-        return BadPicture("its latents are over 65504, float16's largest number: the autoencoder does not suit it")
-    return {"moments": moments, "moments_flip": moments_flip}
+        over = BadPicture("its latents are over 65504, float16's largest number: the autoencoder does not suit it")
+        rows = [
+            dict(zip(("moments", "moments_flip"), both, strict=True)) for both in zip(straight, mirrored, strict=True)
+        ]
+        return [row if all(np.isfinite(moments).all() for moments in row.values()) else over for row in rows]

@@ -1,9 +1,8 @@
 """Images as shards of pixels keep them, with their own bytes; and what is read of image files."""
 
 import io
-import struct
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from sit_composer.choices import IMAGE_FORMATS
 from sit_composer.errors import one_line
 
 GREY = {"1", "L", "I", "I;16", "I;16B", "I;16L"}  # PIL's modes
-BOMB = 89_478_485  # pixels of an image that may be an attack; PIL's Image.MAX_IMAGE_PIXELS
+ENDS = (("JPEG", b"\xff\xd8", b"\xff\xd9"), ("PNG", b"\x89PNG", b"IEND"))  # how such files begin and end
 
 
 class Pixels:
@@ -42,52 +41,26 @@ class Pixels:
         return {"kind": "pixels", "channels": 1 if grey else 3, "image_size": sizes[0][0] if square else None}
 
 
-def checked(image: bytes | Path | None, look: Any) -> tuple[bytes | None, Look]:
+def checked(image: bytes | Path | None, look: Callable[[bytes], Look]) -> tuple[bytes | None, Look]:
     """The bytes of an image (None: as they were given), and the result of ``look`` on them."""
     data = read_file(image)
     return None if isinstance(image, bytes) else data, look(data)
 
 
-def decoded(data: bytes) -> Look:
-    """Decodes an image to its last row. Raises BadPicture if that fails."""
+def decoded(data: bytes, load: bool = True) -> Look:
+    """Decodes an image to its last row, or only reads its header. Raises BadPicture if that fails."""
     with opened(data) as image:
-        image.load()
+        if load:
+            image.load()
         return image.mode in GREY, *image.size
 
 
 def glance(data: bytes) -> Look:
-    """Reads an image's header, and checks that its file has an end. This is a hundred times as fast as decoding."""
-    look = _glance_jpeg(data) if data[:2] == b"\xff\xd8" else _glance_png(data) if data[:4] == b"\x89PNG" else None
-    if look is None:  # another format, or an unusual one, which PIL may read
-        with opened(data) as image:
-            return image.mode in GREY, *image.size
-    if look[1] * look[2] > BOMB:
-        raise BadPicture(f"the image has {look[1]}x{look[2]} pixels, over {BOMB}: it may be an attack")
-    return look
-
-
-def _glance_jpeg(data: bytes) -> Look | None:
-    """Goes from segment to segment to the frame header (ITU-T T.81, B.2.2). PIL's own takes twenty times as long."""
-    if data[-2:] != b"\xff\xd9" and b"\xff\xd9" not in data[-1024:]:  # some cameras and tools append a little
-        raise BadPicture("the image does not decode: the JPEG file has no end, it is truncated")
-    at = 2
-    while at + 9 < len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width, channels = struct.unpack_from(">HHB", data, at + 5)
-            return (channels == 1, width, height) if height and width else None
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return None
-
-
-def _glance_png(data: bytes) -> Look | None:
-    """Reads the first chunk (PNG specification, 11.2.1)."""
-    if b"IEND" not in data[-1024:]:
-        raise BadPicture("the image does not decode: the PNG file has no end, it is truncated")
-    if data[12:16] != b"IHDR" or len(data) < 26:
-        return None
-    width, height, _, colour = struct.unpack_from(">IIBB", data, 16)
-    return (colour == 0, width, height) if width and height else None
+    """Reads an image's header, and checks that its file has an end. This is about 17 times as fast as decoding."""
+    for name, begin, end in ENDS:
+        if data.startswith(begin) and end not in data[-1024:]:  # some cameras and tools append a little
+            raise BadPicture(f"the image does not decode: the {name} file has no end, it is truncated")
+    return decoded(data, load=False)
 
 
 def read_file(image: bytes | Path | None) -> bytes:

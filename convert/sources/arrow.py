@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from convert.sources import s3
-from convert.sources.files import fingerprint, list_files
-from convert.sources.names import check_same
+from convert.sources.files import check_unchanged, fingerprint, list_files
 from convert.sources.parts import InputError, Part, Sample, SourcePlan, cut, cut_off
 from convert.sources.s3 import RemoteFile, reading
 from convert.sources.tables import Labels, Rows, Table, count_rows, merge_classes, read_labels, samples
 from sit_composer.cli import is_remote
 
-OPENED_AT_ONCE = 16  # files whose footers and labels are read at a time
-
 
 def plan_source(description: dict[str, Any], limit: int | None) -> SourcePlan:
     """Reads all labels, except the integers of a remote Arrow stream: that would mean reading the images, too."""
-    names = list_files(description["path"], description["format"])
 
     def plan(name: str) -> tuple[dict[str, Any], Labels, list[int] | None]:
         file = fingerprint(name)
@@ -36,21 +32,17 @@ def plan_source(description: dict[str, Any], limit: int | None) -> SourcePlan:
     def count(part: Part, most: int) -> int:
         return count_rows(_open(files[part.file], description), description, most)
 
-    with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
-        files, labels, lengths = zip(*pool.map(plan, names), strict=True)
-    parts: list[Part] = []
-    for number, groups in enumerate(lengths):
-        parts += [Part(number, 0, None, None)] if groups is None else cut(number, groups)
-    return SourcePlan(list(files), merge_classes(labels), cut_off(parts, limit, count))
+    with ThreadPoolExecutor(16) as pool:
+        planned = pool.map(plan, list_files(description["path"], description["format"]))
+        files, labels, lengths = zip(*planned, strict=True)
+    cuts = ([Part(n, 0, None, None)] if groups is None else cut(n, groups) for n, groups in enumerate(lengths))
+    return SourcePlan(list(files), merge_classes(labels), cut_off(list(chain(*cuts)), limit, count))
 
 
 def read_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iterator[Sample]:
     """The images of a part."""
     file = plan.files[part.file]
-
-    def check() -> None:
-        check_same(file, fingerprint(file["name"]))
-
+    check = partial(check_unchanged, file)
     check()
     # If a file that is mapped into memory shrinks, the process ends without an error that could be caught.
     before_rows = (lambda: None) if is_remote(file["name"]) else check
@@ -60,14 +52,9 @@ def read_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iter
 
 def _open(file: dict[str, Any], description: dict[str, Any]) -> Table:
     column = description["label_column"] or description["image_column"]
+    open_file = _parquet_file if description["format"] == "parquet" else _arrow_file
     with reading(file["name"]):
-        return _open_once(description["format"], file["name"], column, file["bytes"], file["modified"])
-
-
-@lru_cache(maxsize=64)
-def _open_once(format: str, name: str, column: str, *state: Any) -> Table:
-    """A file's table, kept for its next parts unless its state changes."""
-    return _parquet_file(name) if format == "parquet" else _arrow_file(name, column)
+        return open_file(file["name"], column, file["bytes"], file["modified"])
 
 
 def _beside(folder: str, path: str) -> Path:
@@ -80,7 +67,8 @@ def _beside(folder: str, path: str) -> Path:
     return Path(file)
 
 
-def _parquet_file(name: str) -> Table:
+@lru_cache(maxsize=64)  # a file's table is kept for its next parts, unless its state changes
+def _parquet_file(name: str, *state: Any) -> Table:
     # Without the first two options, pyarrow holds a whole row group, which may be the whole file.
     chunk = s3.CHUNK if is_remote(name) else 1 << 20
     options = {"pre_buffer": False, "buffer_size": chunk, "page_checksum_verification": True}
@@ -113,7 +101,8 @@ def _parquet_file(name: str) -> Table:
     return Table(name, partial(_beside, os.path.dirname(name)), schema, lengths, read)
 
 
-def _arrow_file(name: str, column: str) -> Table:
+@lru_cache(maxsize=64)
+def _arrow_file(name: str, column: str, *state: Any) -> Table:
     """An Arrow file. Its rows are counted by reading the given column, which is likely to be needed anyway."""
     with _arrow_batches(name) as (schema, _, is_stream):
         pass

@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,9 @@ def plan_source(description: dict[str, Any], limit: int | None) -> SourcePlan:
 def read_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iterator[Sample]:
     """Images of 8×8 grey pixels as PNG, with the values 0 to 16 scaled to 8 bits."""
     digits = load_digits()
-    rows = enumerate(zip(digits.images, digits.target, strict=True))
-    for row, (image, label) in islice(rows, part.start, part.stop):
+    for row in range(part.start, part.stop):
         png = io.BytesIO()
-        Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8)).save(png, "PNG")
-        yield Sample(f"digits row {row}", png.getvalue(), 0 if "label_column" in description else int(label))
+        Image.fromarray(np.round(digits.images[row] * (255 / 16)).astype(np.uint8)).save(png, "PNG")
+        yield Sample(
+            f"digits row {row}", png.getvalue(), 0 if "label_column" in description else int(digits.target[row])
+        )

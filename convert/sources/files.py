@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from convert.sources.names import MAGIC, SCHEME, of_one_split, when
+from convert.sources.names import MAGIC, SCHEME, check_same, of_one_split, when
 from convert.sources.parts import InputError, no_such_file
 
 
@@ -45,6 +45,11 @@ def expand(pattern: str) -> list[str]:
     """The files that a glob matches, sorted."""
     found = map(Path, glob.glob(os.path.expanduser(pattern), recursive=True))
     return [str(file) for file in sorted({file for file in found if file.is_file()})]
+
+
+def check_unchanged(file: dict[str, Any]) -> None:
+    """Raises InputError if a plan's file has changed."""
+    check_same(file, fingerprint(file["name"]))
 
 
 def is_saved(path: str) -> bool:

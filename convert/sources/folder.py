@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,12 @@ def plan_source(description: dict[str, Any], limit: int | None) -> SourcePlan:
     """Lists ROOT/CLASS/IMAGE, with classes in the order of their names; or all images below ROOT, unlabelled."""
     root = Path(description["path"])
     labelled = "label_column" not in description
-    if not labelled:
-        folders, classes = list(_below(root)), ["all"]
-    else:
-        with os.scandir(root) as entries:
-            folders = sorted(Path(e.path) for e in entries if e.is_dir() and not e.name.startswith("."))
-        classes = [folder.name for folder in folders]
+    folders = sorted(f for f in root.iterdir() if f.is_dir() and f.name[0] != ".") if labelled else list(_below(root))
+    classes = [folder.name for folder in folders] if labelled else ["all"]
     listed = [_list(folder, labelled)[1] for folder in folders]
     if not any(folder["pictures"] for folder in listed):
-        if not labelled:
-            raise InputError(f"{root}: holds no image")
-        raise InputError(f"{root}: holds no ROOT/CLASS/IMAGE; for images without classes use --label-column none")
+        expected = "ROOT/CLASS/IMAGE; for images without classes use --label-column none" if labelled else "image"
+        raise InputError(f"{root}: holds no {expected}")
     return SourcePlan(listed, classes, cut_off(_across(listed), limit))
 
 
@@ -50,8 +46,7 @@ def read_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iter
 
 def check_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> None:
     """Checks, after a part's images have been read, that its folders have not changed."""
-    for _ in _folders(description, plan, part):
-        pass
+    deque(_folders(description, plan, part), maxlen=0)
 
 
 def _folders(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iterator[tuple[int, list[str]]]:
@@ -93,7 +88,7 @@ def _list(folder: Path, of_class: bool) -> tuple[list[str], dict[str, Any]]:
     images.sort()
     modified = when(max((ns for _, _, ns in images), default=0))
     digest = hashlib.blake2b(repr(images).encode(), digest_size=8).hexdigest()
-    state = {"name": str(folder), "bytes": sum(size for _, size, _ in images), "modified": modified}
+    state: dict[str, Any] = {"name": str(folder), "bytes": sum(size for _, size, _ in images), "modified": modified}
     return [name for name, _, _ in images], state | {"pictures": len(images), "digest": digest}
 
 

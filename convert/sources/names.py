@@ -61,7 +61,5 @@ def check_same(planned: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises InputError naming a file, if it has changed since the conversion was planned."""
     if now != planned:
         key = next(key for key in {**planned, **now} if planned.get(key) != now.get(key))
-        change = f"{key}: {planned.get(key)} then, {now.get(key)} now"
-        raise InputError(
-            f"{planned['name']}: changed since the conversion began ({change}); restore it, or --overwrite"
-        )
+        change = f"changed since the conversion began ({key}: {planned.get(key)} then, {now.get(key)} now)"
+        raise InputError(f"{planned['name']}: {change}; restore it, or --overwrite")

@@ -20,7 +20,8 @@ from convert.sources.parts import InputError, Part, Sample, SourcePlan, no_such_
 
 FORMATS = ("parquet", "arrow", "webdataset", "hf", "imagefolder", "digits")
 MODULES = {"parquet": "arrow", "webdataset": "tar", "imagefolder": "folder"}  # of the others: by the format's name
-TABLES = ("parquet", "arrow", "hf")  # formats with columns
+# Formats with columns, and the defaults of an image's and a label's; None: by its extension.
+COLUMNS = dict.fromkeys(("parquet", "arrow", "hf"), ("image", "label")) | {"webdataset": (None, "cls")}
 REMOTE = ("parquet", "arrow", "webdataset")  # formats that are also read from s3://
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -51,15 +52,14 @@ def describe(
         raise InputError(f"--split and --config: only for Hugging Face data sets; {source} is read as {format}")
     if format != "hf" and streaming:
         raise InputError(f"--streaming: only for Hugging Face data sets (--format hf); {source} is read as {format}")
-    if format not in (*TABLES, "webdataset") and (image_column or label_column not in (None, "none")):
+    if format not in COLUMNS and (image_column or label_column not in (None, "none")):
         raise InputError(f"{source}: is read as {format}, columns are for tables; only --label-column none applies")
 
     is_name = is_remote or format == "digits" or (format == "hf" and not path.exists())
     description: dict[str, Any] = {"format": format, "path": source if is_name else os.path.abspath(path)}
-    if format in TABLES:
-        description |= {"image_column": image_column or "image", "label_column": label_column or "label"}
-    if format == "webdataset":  # image_column None: by its extension
-        description |= {"image_column": image_column, "label_column": label_column or "cls"}
+    if format in COLUMNS:
+        image, label = COLUMNS[format]
+        description |= {"image_column": image_column or image, "label_column": label_column or label}
     if label_column == "none":
         description["label_column"] = None
     if format == "hf":

@@ -7,20 +7,19 @@ import tarfile
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any
 
 from convert.sources import s3
-from convert.sources.files import fingerprint, list_files
-from convert.sources.names import SCHEME, SUFFIXES, check_same
+from convert.sources.files import check_unchanged, fingerprint, list_files
+from convert.sources.names import SCHEME, SUFFIXES
 from convert.sources.parts import MAX_CLASSES, InputError, Part, Sample, SourcePlan, cut_off, in_order
 
 IMAGES = {suffix.removeprefix(".") for suffix in SUFFIXES["imagefolder"]}
 NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 INTEGER = re.compile(r"[+-]?\d{1,20}", re.ASCII)
 MAX_BYTES = 1 << 28  # of the member of an image or a label
-OPENED_AT_ONCE = 8
-
 Group = dict[str, bytes | None]  # the bytes of a sample's members by extension; None: not wanted
 
 
@@ -29,20 +28,18 @@ def plan_source(description: dict[str, Any], limit: int | None) -> SourcePlan:
     numbered in sorted order; to find them, all tars are scanned: local ones from header to header, others whole."""
     names = list_files(description["path"], "webdataset")
 
-    def labels(name: str) -> list[str | None]:
-        return [label for _, _, label in _samples(name, description, read_images=False)]
-
-    with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
+    with ThreadPoolExecutor(8) as pool:
         files = list(pool.map(fingerprint, names))
         counts: list[int | None] = [None] * len(names)
-        first = next(label for _, image, label in _samples(names[0], description, read_images=False) if image)
+        labels = partial(_samples, description=description, read_images=False)
+        first = next(label for _, image, label in labels(names[0]) if image)
         if first is None:
             classes: list[str] | None = ["all"]
         elif INTEGER.fullmatch(first):
             classes = None
         else:
-            found = list(pool.map(labels, names))
-            counts = [len(of_tar) for of_tar in found]
+            found = list(pool.map(lambda name: [label for *_, label in labels(name)], names))
+            counts = list(map(len, found))
             classes = in_order(frozenset().union(*found) - {None})
     parts = [Part(number, 0, None, count) for number, count in enumerate(counts) if count != 0]
 
@@ -55,12 +52,12 @@ def plan_source(description: dict[str, Any], limit: int | None) -> SourcePlan:
 def read_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iterator[Sample]:
     """The samples of a tar, or the first of them. A sample without an image has None instead."""
     file = plan.files[part.file]
-    check_same(file, fingerprint(file["name"]))
+    check_unchanged(file)
     numbers = {text: number for number, text in enumerate(plan.classes or ())}
     for where, image, text in islice(_samples(file["name"], description), part.stop):
         label = 0 if text is None else numbers[text] if plan.classes else _class(text, where)
         yield Sample(where, image, label)
-    check_same(file, fingerprint(file["name"]))
+    check_unchanged(file)
 
 
 def _samples(name: str, description: dict[str, Any], read_images: bool = True) -> Iterator[tuple[str, Any, str | None]]:
