@@ -21,7 +21,7 @@ from sit_composer.storage import StorageError, is_disk_full
 from sit_composer.supervision.eviction import Evicted
 from sit_composer.supervision.guard import excluded_algorithms, guard_composer
 from sit_composer.supervision.supervisor import Supervision
-from sit_composer.training.inputs import open_inputs
+from sit_composer.training.inputs import check_gpu, open_inputs
 from sit_composer.training.model import ComposerSiT
 from sit_composer.training.quality import quality_callbacks
 from sit_composer.training.sharding import parallelism
@@ -33,8 +33,8 @@ REFUSALS = (ValueError, TypeError, OSError, RuntimeError, EOFError, KeyError, Un
 
 def train(config: Config) -> bool:
     """Trains what the config describes. Returns False if a SIGTERM ended it, after saving; raises UserErrors."""
-    if config.precision != "fp32" and not torch.cuda.is_available():
-        raise ConfigError(f"precision: got {config.precision}, expected fp32: there is no GPU here")
+    if config.precision != "fp32":
+        check_gpu(config.precision)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Longer than one rank may wait for a store while the others wait for it; Composer's default is five minutes.
     timeout = config.trainer.get("dist_timeout", max(1800.0, 2 * config.supervision.patience))
