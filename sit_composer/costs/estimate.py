@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sit_composer.autoencoder import SLICE_SIZE, find_subfolder
-from sit_composer.config.schema import Config, FSDPConfig, network_arguments
+from sit_composer.config.schema import Config, network_arguments
 from sit_composer.costs.live_bytes import DTYPES, Ledger, Step, peak
 from sit_composer.errors import UserError
 from sit_composer.sit import SiT
@@ -85,7 +85,14 @@ def memory(
         gathered = torch.float32 if fsdp.mixed_precision == "FULL" else DTYPES[config.precision]
         checkpointing, offload = fsdp.activation_checkpointing, fsdp.activation_cpu_offload
         step = replace(step, sharded=gathered, checkpointing=checkpointing, offload=offload)
-        buffers = _gathered(fsdp, config.precision, gathered, network)
+        block = sum(p.numel() for name, p, _ in parameters(network) if name.startswith("blocks.0."))
+        rest = sum(p.numel() for name, p, _ in parameters(network) if not name.startswith("blocks."))
+        depth = dict(network)["depth"]
+        # Gathered: the root, which stays, and a block in use, the next one and its buffer; or all blocks. Then the
+        # gradients of the root and of a block, and the reduction's input, of this block and of the one before.
+        blocks = min(2, depth) if fsdp.reshard_after_forward else depth
+        reduced = DTYPES[config.precision] if fsdp.mixed_precision == "PURE" else torch.float32
+        buffers = gathered.itemsize * (2 * rest + (blocks + 2) * block) + 2 * reduced.itemsize * block
     passes = peak(step, microbatch, accumulated) + (0 if fsdp is None else 4 * trained)  # the gradients' shards
     fused = fsdp is None and config.precision != "amp_fp16"  # AdamW on a GPU; else it makes temporaries
     temporaries = 8 * largest if not cuda else 0 if fused else 4 * trained
@@ -100,18 +107,6 @@ def memory(
         gradients=4 * trained,
         activations=max(passes, encoding, 4 * trained + temporaries) - 4 * trained,
     )
-
-
-def _gathered(fsdp: FSDPConfig, precision: str, dtype: torch.dtype, network: tuple) -> int:
-    """The bytes of what FSDP2 gathers and reduces."""
-    block = sum(shape.numel() for name, shape, _ in parameters(network) if name.startswith("blocks.0."))
-    rest = sum(shape.numel() for name, shape, _ in parameters(network) if not name.startswith("blocks."))
-    depth = dict(network)["depth"]
-    # Gathered: the root, which stays, and a block in use, the next one and its buffer; or all blocks. Then the
-    # gradients of the root and of a block, and the reduction's input, of this block and of the one before.
-    blocks = min(2, depth) if fsdp.reshard_after_forward else depth
-    reduced = DTYPES[precision] if fsdp.mixed_precision == "PURE" else torch.float32
-    return dtype.itemsize * (2 * rest + (blocks + 2) * block) + 2 * reduced.itemsize * block
 
 
 def encoder_memory(config: Config) -> tuple[int, int]:

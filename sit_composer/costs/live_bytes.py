@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sit_composer.sit import SiT
 from sit_composer.transport import Transport
@@ -137,10 +137,7 @@ def _microbatch(network: SiT, transport: Transport, precision: str, samples: int
 
 
 def _caster(dtype: torch.dtype) -> Callable:
-    def cast(leaf):
-        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-    return lambda module, args: tree_map(cast, args)
+    return lambda _, args: tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, args)
 
 
 def _offloaded(forward: Callable[..., Tensor], cuda: bool) -> Callable[..., Tensor]:

@@ -82,8 +82,8 @@ def summary(config: Config, specs: dict[str, DataSpec]) -> str:
     batch, micro = config.data.global_batch_size, config.trainer.get("device_train_microbatch_size")
     spec = specs.get("data")
     samples = spec.samples if spec is not None else None
-    objective = f"{config.transport.path_type}, {config.transport.prediction}"
-    lines = {"run": config.run_name, "network": tables.describe(config), "objective": objective}
+    lines = {"run": config.run_name, "network": tables.describe(config)}
+    lines["objective"] = f"{config.transport.path_type}, {config.transport.prediction}"
     lines["data"] = config.data.remote or config.data.local
     if spec is not None:
         size = "" if spec.image_size is None else f" of {spec.image_size}²"
@@ -96,9 +96,7 @@ def summary(config: Config, specs: dict[str, DataSpec]) -> str:
     if count is not None:
         lines["length"] += f": {count:,} steps" + (f", {count * batch / samples:.4g} epochs" if samples else "")
     lines["checkpoints"] = checkpoints_text(config, count, samples)
-    encoder = (0, 0)
-    if spec is not None and spec.kind == "pixels" and config.autoencoder.name is not None:
-        encoder = estimate.encoder_memory(config)
+    encoder = estimate.encoder_memory(config) if spec is not None and spec.kind == "pixels" else (0, 0)
     cuda = config.precision != "fp32" or torch.cuda.is_available()
     counts = sorted({ranks, 8}) if cuda else [ranks]
     text = "\n".join(f"{name + ':':<13}{line}" for name, line in lines.items())
