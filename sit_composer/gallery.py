@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.record import Checkpoint, Record
 from sit_composer.choices import Sampling
 from sit_composer.errors import UserError
-from sit_composer.generate import Work, generate
+from sit_composer.generate import earlier_work, generate, mean_work
 from sit_composer.guidance import Guidance
 from sit_composer.outputs import write_arrays, write_bytes, write_json
 
@@ -166,8 +167,8 @@ def generate_missing(
     out, labels, transport = Path(args.out), settings["labels"], checkpoint.record.build_transport()
     device, dtype = next(guidance.network.parameters()).device, getattr(torch, args.decode_dtype or "float32")
     autoencoder = checkpoint.load_autoencoder(device, dtype, args.decode_batch_size)
-    done = Work()
-    before = Work.of_earlier(out / SETTINGS, len(labels) - len(missing)) if rank == 0 else Work()
+    done: Counter[str] = Counter()
+    before = earlier_work(out / SETTINGS, len(labels) - len(missing)) if rank == 0 else Counter()
     share = missing[rank::ranks]
     with tqdm(total=len(share), unit="img", desc="sampling", disable=True if rank > 0 else None) as bar:
         for start in range(0, len(share), args.batch_size):
@@ -176,16 +177,16 @@ def generate_missing(
             for i, image in zip(indices, to_uint8(autoencoder.decode(latents)).cpu(), strict=True):
                 write_bytes(bytes(encode_png(image).numpy()), image_file(out, i))
             bar.update(len(indices))
-            done += Work(len(indices), **{name: count * len(indices) for name, count in used.items()})
+            done.update(images=len(indices), **{name: count * len(indices) for name, count in used.items()})
             if rank == 0:  # the work so far, in case the command is stopped
-                write_json({**settings, **(before + done).means()}, out / SETTINGS)
+                write_json({**settings, **mean_work(before + done)}, out / SETTINGS)
     works = [done] * ranks
     if ranks > 1:
         # The ranks' last communication. The group is not destroyed: while that holds the GIL, Gloo's thread may need
         # the GIL to free what was gathered, and both wait forever (seen with torch 2.7.0).
         dist.all_gather_object(works, done)
     if rank == 0:
-        write_json({**settings, **sum(works, before).means()}, out / SETTINGS)
+        write_json({**settings, **mean_work(sum(works, before))}, out / SETTINGS)
 
 
 def image_file(out: Path, index: int) -> Path:

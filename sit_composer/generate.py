@@ -1,7 +1,7 @@
 """Latents for labels: how they are generated, and what that costs."""
 
 import json
-from dataclasses import astuple, dataclass
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,29 +15,18 @@ from sit_composer.samplers import Counted, sample_ode, sample_sde
 from sit_composer.transport import Transport
 
 
-@dataclass(frozen=True)
-class Work:
-    """What some images cost together."""
+def earlier_work(path: Path, images: int) -> Counter[str]:
+    """What the images that are there already cost together, as far as sampling.json has it."""
+    settings = json.loads(path.read_text())
+    known = min(settings.get("counted_pictures", 0), images)
+    return Counter(images=known, **{name: known * settings.get(name, 0) for name in ("evaluations", "passes")})
 
-    images: int = 0
-    evaluations: float = 0
-    passes: float = 0
 
-    def __add__(self, other: "Work") -> "Work":
-        return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
-
-    def means(self) -> dict[str, float]:
-        """The mean cost per image, and the number of images for which it is known."""
-        means = {name: round(getattr(self, name) / self.images, 3) for name in ("evaluations", "passes")}
-        means = {name: int(value) if value == int(value) else value for name, value in means.items()}
-        return {**means, "counted_pictures": self.images}
-
-    @classmethod
-    def of_earlier(cls, path: Path, images: int) -> "Work":
-        """The cost of the images that are there already, as far as sampling.json has it."""
-        settings = json.loads(path.read_text())
-        known = min(settings.get("counted_pictures", 0), images)
-        return cls(known, known * settings.get("evaluations", 0), known * settings.get("passes", 0))
+def mean_work(work: Counter[str]) -> dict[str, float]:
+    """The mean cost per image, and the number of images for which it is known."""
+    means = {name: round(work[name] / work["images"], 3) for name in ("evaluations", "passes")}
+    means = {name: int(value) if value == int(value) else value for name, value in means.items()}
+    return {**means, "counted_pictures": work["images"]}
 
 
 def generate(

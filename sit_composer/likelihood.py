@@ -73,11 +73,8 @@ def log_likelihood(
 
 def _hutchinson(v: Tensor, x: Tensor, noise: Tensor) -> Tensor:
     """The mean of εᵀ(∂v/∂x)ε over the probes ε of noise (probes, N, …): (N,)."""
-    estimates = [
-        (torch.autograd.grad(v, x, e, retain_graph=i + 1 < len(noise))[0] * e).flatten(1).sum(1)
-        for i, e in enumerate(noise)
-    ]
-    return torch.stack(estimates).mean(0)
+    products = (torch.autograd.grad(v, x, e, retain_graph=i + 1 < len(noise))[0] * e for i, e in enumerate(noise))
+    return torch.stack([product.flatten(1).sum(1) for product in products]).mean(0)
 
 
 def _trace(v: Tensor, x: Tensor) -> Tensor:

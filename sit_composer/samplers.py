@@ -48,9 +48,8 @@ def integrate(drift: Callable, start: Any, times: Tensor, method: str, atol: flo
     try:
         return odeint(drift, start, times, method=method, atol=atol, rtol=rtol, options=options)
     except AssertionError as error:  # how torchdiffeq reports steps that became too small, or values that aren't finite
-        raise UserError(
-            f"sampling_method: the solver gave up ({one_line(error)}); try a larger atol or rtol"
-        ) from error
+        advice = "try a larger atol or rtol"
+        raise UserError(f"sampling_method: the solver gave up ({one_line(error)}); {advice}") from error
 
 
 def in_float32(model: Model, z: Tensor) -> tuple[Model, Tensor]:

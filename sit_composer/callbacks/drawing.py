@@ -65,12 +65,8 @@ class DrawingCallback(Callback):
         self.due = create_interval_scheduler(interval)
         self.drawing = drawing
 
-    def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        if self.due(state, Event.BATCH_CHECKPOINT):
-            self.draw(state, logger)
-
-    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
-        if self.due(state, Event.EPOCH_CHECKPOINT):
+    def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        if event in (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT) and self.due(state, event):
             self.draw(state, logger)
 
     def draw(self, state: State, logger: Logger) -> None:

@@ -32,10 +32,14 @@ DRAWING_TIME = re.compile(r"[1-9]\d*(ba|ep|sp)|0?\.\d*[1-9]\d*dur")
 
 def check(config: Config, ranks: int | None = None) -> None:
     """Checks all that can be known before the data and the libraries are loaded; ``ranks`` of None: the launcher's."""
-    check_no_credentials(vars(config))
+    check_no_credentials(config)
     check_keys(config)
     check_model(config.model)
-    check_transport(config.transport)
+    check_poles(config.transport, prefix="transport.")
+    if config.transport.time_sampling == "uniform":
+        for name in ("time_mean", "time_std"):
+            if getattr(config.transport, name) != getattr(TransportConfig(), name):
+                raise ConfigError(f"transport.{name}: needs transport.time_sampling=logit-normal")
     ranks = ranks or int(os.environ.get("WORLD_SIZE", 1))
     for section in ("data", "eval_data"):
         n = getattr(getattr(config, section), "global_batch_size", 0)
@@ -73,8 +77,7 @@ def check_no_credentials(value: Any, name: str = "") -> None:
         raise ConfigError(f"{name}: a secret, which the saved config would repeat; give it by the environment")
     if isinstance(value, str) and ADDRESS.search(value):
         raise ConfigError(f"{name}: an address with credentials in it; give them by the environment")
-    if dataclasses.is_dataclass(value):
-        value = vars(value)
+    value = vars(value) if dataclasses.is_dataclass(value) else value
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         check_no_credentials(item, f"{name}.{key}" if name else str(key))
@@ -90,15 +93,6 @@ def check_model(model: ModelConfig) -> None:
     check_sizes(**{name: arguments[name] for name in sizes}, prefix="model.")
     if not 1 <= model.mlp_ratio * arguments["hidden_size"] < math.inf:
         raise ConfigError(f"model.mlp_ratio: got {model.mlp_ratio}, expected a number of at least 1 / hidden_size")
-
-
-def check_transport(transport: TransportConfig) -> None:
-    """Checks what the keys of the objective ask of each other."""
-    check_poles(transport, prefix="transport.")
-    if transport.time_sampling == "uniform":
-        for name in ("time_mean", "time_std"):
-            if getattr(transport, name) != getattr(TransportConfig(), name):
-                raise ConfigError(f"transport.{name}: needs transport.time_sampling=logit-normal")
 
 
 def check_drawing(config: Config, section: str) -> None:

@@ -61,14 +61,6 @@ def _arguments(class_name: str, tree: ast.Module) -> dict[str, tuple[ast.expr | 
     return found | {a.arg: (a.annotation, default is None) for a, default in only}
 
 
-def _accepts(annotation: ast.expr | None) -> set[str] | None:
-    """The plain types that an annotation admits; None if it admits something that isn't plain."""
-    text = ast.unparse(annotation).replace("Optional[", "Union[None, ") if annotation else ""
-    types = {part.strip() for part in text.replace("Union[", "").replace("]", "").replace("|", ",").split(",")}
-    types.discard("Time")  # from YAML, a time is a string or an integer
-    return types if types and types <= PLAIN.keys() else None
-
-
 def check(key: str, arguments: dict[str, Any], class_name: str, file: str) -> None:
     """Checks the names, plain types and presence of a key's arguments, for a class in a file of Composer's package."""
     known = _arguments(class_name, _tree(file))
@@ -78,8 +70,11 @@ def check(key: str, arguments: dict[str, Any], class_name: str, file: str) -> No
         if name not in known:
             hint = suggest(name, {argument: argument for argument in known})
             raise UserError(f"{key}.{name}: {class_name} has no such argument; {hint}")
-        types = _accepts(known[name][0])
-        if types is not None:
+        annotation = known[name][0]
+        text = ast.unparse(annotation).replace("Optional[", "Union[None, ") if annotation else ""
+        types = {part.strip() for part in text.replace("Union[", "").replace("]", "").replace("|", ",").split(",")}
+        types.discard("Time")  # from YAML, a time is a string or an integer
+        if types and types <= PLAIN.keys():  # else it admits something that isn't plain
             admitted = tuple(PLAIN[t] for t in types) + ((int,) if "float" in types else ())
             if not isinstance(value, admitted) or (isinstance(value, bool) and "bool" not in types):
                 raise UserError(f"{key}.{name}: got {value!r}, expected {' or '.join(sorted(types))}")

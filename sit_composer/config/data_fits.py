@@ -36,7 +36,8 @@ def check_data(config: Config, spec: DataSpec, section: str = "data") -> None:
         raise ConfigError(f"{section}.global_batch_size: got {batch}, expected {expected}")
     if spec.kind == "latents":
         maker = spec.autoencoder["name"]
-        if not _same_place(name, maker):
+        # A folder may have two names, relative and absolute.
+        if name != maker and not (os.path.isdir(name or "") and os.path.realpath(name) == os.path.realpath(maker)):
             raise ConfigError(f"autoencoder.name: got {name}, expected {maker}, which made the latents of {where}")
         if data.image_size not in (None, spec.image_size):
             expected = f"{spec.image_size}, as for the latents of {where}"
@@ -63,10 +64,3 @@ def check_latents(config: Config, channels: int, downsample: int, image_size: in
         raise ConfigError(f"{section}.image_size: got {image_size}, {what}")
     if model.input_size != side:
         raise ConfigError(f"model.input_size: got {model.input_size}, expected {side} for images of {image_size}")
-
-
-def _same_place(name: str | None, other: str) -> bool:
-    """Whether two names are of one autoencoder: the same on the Hub, or the same folder, relative or absolute."""
-    if name is None or name == other:
-        return name == other
-    return os.path.isdir(name) and os.path.realpath(name) == os.path.realpath(other)

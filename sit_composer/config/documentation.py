@@ -4,9 +4,10 @@ python -m sit_composer.config.documentation > docs/configuration.md
 """
 
 import dataclasses
+import typing
 from collections.abc import Iterator
 
-from sit_composer.config.schema import Config, section_of
+from sit_composer.config.schema import Config
 
 WORDS = {"None": "null", "True": "true", "False": "false"}  # as a YAML writes them
 INTRO = """\
@@ -19,20 +20,21 @@ All keys of a run's YAML, by section. On the command line, a key of a section is
 """
 
 
-def keys(cls: type) -> Iterator[tuple[str, str, str, str]]:
-    """Of each key of a section: its name, its default, its meaning and what is expected of its value."""
+def keys(cls: type) -> Iterator[tuple[type | None, str, str, str, str]]:
+    """Of each key of a section: its own section's class, if any, its name, default, meaning and expected values."""
     for f in dataclasses.fields(cls):
         default, choices = f.default_factory(), f.metadata["choices"]  # type: ignore[operator]
         shown = "{…}" if dataclasses.is_dataclass(default) else WORDS.get(str(default), str(default))
         expected = ", ".join(WORDS.get(str(choice), str(choice)) for choice in choices or ())
-        yield f.name, shown, f.metadata["doc"], expected or str(f.metadata["bounds"] or "")
+        types = (f.type, *typing.get_args(f.type)) if f.name != "eval_data" else ()  # its keys are data's
+        section = next((t for t in types if isinstance(t, type) and dataclasses.is_dataclass(t)), None)
+        yield section, f.name, shown, f.metadata["doc"], expected or str(f.metadata["bounds"] or "")
 
 
 def documentation(cls: type = Config, prefix: str = "") -> str:
     """A line for each key, the sections' keys included."""
     lines = []
-    for f, (name, default, doc, expected) in zip(dataclasses.fields(cls), keys(cls), strict=True):
-        section = section_of(f) if f.name != "eval_data" else None
+    for section, name, default, doc, expected in keys(cls):
         if section is None or default == "null":
             lines.append(f"  {prefix + name:<28} {doc}{expected and f' ({expected})'} [{default}]")
         if section is not None:
@@ -43,10 +45,9 @@ def documentation(cls: type = Config, prefix: str = "") -> str:
 def markdown() -> str:
     """The page docs/configuration.md: one table per section."""
     pages = [INTRO, table("Top level", "", Config)]
-    for f in dataclasses.fields(Config):
-        section, doc = section_of(f), f.metadata["doc"]
-        if section is not None and f.name != "eval_data":
-            pages.append(table(f"`{f.name}`", f"{doc[0].upper()}{doc[1:]}.", section))
+    for section, name, _, doc, _ in keys(Config):
+        if section is not None:
+            pages.append(table(f"`{name}`", f"{doc[0].upper()}{doc[1:]}.", section))
     return "\n".join(pages)
 
 
@@ -54,7 +55,7 @@ def table(title: str, meaning: str, cls: type) -> str:
     """A section's heading and its table."""
     head = [f"## {title}", "", *([meaning, ""] if meaning else [])]
     lines = [*head, "| key | default | meaning | expected |", "| --- | --- | --- | --- |"]
-    lines += [f"| `{name}` | `{default}` | {doc} | {expected} |" for name, default, doc, expected in keys(cls)]
+    lines += [f"| `{name}` | `{default}` | {doc} | {expected} |" for _, name, default, doc, expected in keys(cls)]
     return "\n".join(lines) + "\n"
 
 

@@ -4,9 +4,7 @@ OmegaConf rejects an unknown key or a wrong type at once. Only light modules are
 """
 
 import copy
-import dataclasses
 import difflib
-import typing
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -153,11 +151,6 @@ class Config:
     algorithms: dict[str, Any] = key("Composer's algorithms: {name: arguments}", {})
     callbacks: dict[str, Any] = key("Composer's callbacks: {name: arguments}", {})
     loggers: dict[str, Any] = key("Composer's loggers: {name: arguments}", {})
-
-
-def section_of(f: dataclasses.Field) -> Any:
-    """The dataclass of a key that is a section, such as EMAConfig for ``EMAConfig | None``; else None."""
-    return next((t for t in (f.type, *typing.get_args(f.type)) if dataclasses.is_dataclass(t)), None)
 
 
 def network_arguments(model: ModelConfig) -> dict[str, Any]:

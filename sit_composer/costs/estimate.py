@@ -4,7 +4,7 @@ import math
 import os
 import re
 from bisect import bisect
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cache
 
 import torch
@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sit_composer.autoencoder import SLICE_SIZE, find_subfolder
-from sit_composer.config.schema import Config, FSDPConfig, network_arguments
+from sit_composer.config.schema import Config, network_arguments
 from sit_composer.costs.live_bytes import DTYPES, Ledger, Step, peak
 from sit_composer.errors import UserError
 from sit_composer.sit import SiT
@@ -35,7 +35,7 @@ STABLE_DIFFUSION = {
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes per rank. Those of the passes and of the update are peaks, gradients included."""
+    """Bytes per rank at the larger peak, of the passes or of the optimizer's step."""
 
     weights: int
     optimizer: int  # AdamW's two moments
@@ -43,19 +43,11 @@ class Memory:
     buffers: int  # DDP's buckets, or what FSDP2 gathers and reduces
     encoder: int  # the autoencoder's weights, if images are encoded in the step
     gradients: int
-    passes: int  # forward and backward
-    update: int  # the optimizer's step
+    activations: int  # the rest: saved tensors, and what is being computed
 
     @property
     def total(self) -> int:
-        """The larger peak, of the passes or of the optimizer's step."""
-        kept = self.weights + self.optimizer + self.ema + self.buffers + self.encoder
-        return kept + max(self.passes, self.update)
-
-    @property
-    def activations(self) -> int:
-        """The rest of the peak: saved tensors, and what is being computed."""
-        return max(self.passes, self.update) - self.gradients
+        return sum(astuple(self))
 
 
 @cache
@@ -87,20 +79,25 @@ def memory(
     trained = sum(part for part, is_trained in parts if is_trained)
     if accumulated is None:
         accumulated = config.data.global_batch_size > ranks * microbatch
-    gathered, checkpointing, offload = None, False, False
+    step = Step(network, tuple(sorted(vars(config.transport).items())), config.precision, cuda=cuda)
+    buffers = 4 * trained if ranks > 1 else 0  # DDP's buckets: in Composer they aren't views of the gradients
     if fsdp is not None:
         gathered = torch.float32 if fsdp.mixed_precision == "FULL" else DTYPES[config.precision]
         checkpointing, offload = fsdp.activation_checkpointing, fsdp.activation_cpu_offload
-    transport = tuple(sorted(vars(config.transport).items()))
-    step = Step(network, transport, config.precision, gathered, checkpointing, offload, cuda)
-    passes = peak(step, microbatch, accumulated)
-    buffers = 4 * trained if ranks > 1 else 0  # DDP's buckets: in Composer they aren't views of the gradients
-    if fsdp is not None:
-        passes += 4 * trained  # the gradients' shards
-        buffers = _gathered(fsdp, config.precision, gathered, network)
+        step = replace(step, sharded=gathered, checkpointing=checkpointing, offload=offload)
+        block = sum(p.numel() for name, p, _ in parameters(network) if name.startswith("blocks.0."))
+        rest = sum(p.numel() for name, p, _ in parameters(network) if not name.startswith("blocks."))
+        depth = dict(network)["depth"]
+        # Gathered: the root, which stays, and a block in use, the next one and its buffer; or all blocks. Then the
+        # gradients of the root and of a block, and the reduction's input, of this block and of the one before.
+        blocks = min(2, depth) if fsdp.reshard_after_forward else depth
+        reduced = DTYPES[config.precision] if fsdp.mixed_precision == "PURE" else torch.float32
+        buffers = gathered.itemsize * (2 * rest + (blocks + 2) * block) + 2 * reduced.itemsize * block
+    passes = peak(step, microbatch, accumulated) + (0 if fsdp is None else 4 * trained)  # the gradients' shards
     fused = fsdp is None and config.precision != "amp_fp16"  # AdamW on a GPU; else it makes temporaries
     temporaries = 8 * largest if not cuda else 0 if fused else 4 * trained
     weights, working = encoder
+    encoding = working + 4 * trained * (accumulated or fsdp is not None)
     return Memory(
         weights=4 * everything,
         optimizer=8 * trained,
@@ -108,32 +105,16 @@ def memory(
         buffers=buffers,
         encoder=weights,
         gradients=4 * trained,
-        passes=max(passes, working + 4 * trained * (accumulated or fsdp is not None)),
-        update=4 * trained + temporaries,
+        activations=max(passes, encoding, 4 * trained + temporaries) - 4 * trained,
     )
 
 
-def _gathered(fsdp: FSDPConfig, precision: str, dtype: torch.dtype, network: tuple) -> int:
-    """The bytes of what FSDP2 gathers and reduces."""
-    block = sum(shape.numel() for name, shape, _ in parameters(network) if name.startswith("blocks.0."))
-    rest = sum(shape.numel() for name, shape, _ in parameters(network) if not name.startswith("blocks."))
-    depth = dict(network)["depth"]
-    # Gathered: the root, which stays, and a block in use, the next one and its buffer; or all blocks. Then the
-    # gradients of the root and of a block, and the reduction's input, of this block and of the one before.
-    blocks = min(2, depth) if fsdp.reshard_after_forward else depth
-    reduced = DTYPES[precision] if fsdp.mixed_precision == "PURE" else torch.float32
-    return dtype.itemsize * (2 * rest + (blocks + 2) * block) + 2 * reduced.itemsize * block
-
-
 def encoder_memory(config: Config) -> tuple[int, int]:
-    """Bytes of the autoencoder's weights (float32), and the peak of encoding a slice of images besides them.
-
-    A folder's config gives the architecture; a name on the Hub is assumed to have Stable Diffusion's.
-    """
+    """Bytes of the autoencoder's weights (float32), and the peak of encoding a slice of images besides them."""
     name = config.autoencoder.name
     if name is None:
         return 0, 0
-    architecture = STABLE_DIFFUSION
+    architecture = STABLE_DIFFUSION  # assumed for a name on the Hub
     if os.path.isdir(name):
         try:
             architecture = AutoencoderKL.load_config(name, subfolder=find_subfolder(name))

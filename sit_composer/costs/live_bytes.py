@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sit_composer.sit import SiT
 from sit_composer.transport import Transport
@@ -40,10 +40,8 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                self._note(storage, storage.nbytes())
+        for storage in (leaf.untyped_storage() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)):
+            self._note(storage, storage.nbytes())
         self.history.append(self.live)
         return out
 
@@ -82,12 +80,9 @@ def peak(step: Step, microbatch: int, accumulated: bool) -> int:
 @cache
 def _lines(step: Step) -> list[np.ndarray]:
     """For a first and a later microbatch, (moments, 2): bytes at 0 samples, and bytes per sample."""
-    lines = []
-    for pair in zip(_histories(step, 2), _histories(step, 4), strict=True):
-        two, four = (np.array(history, dtype=np.float64) for history in pair)
-        slope = (four - two) / 2  # unequal lengths raise
-        lines.append(np.stack([two - 2 * slope, slope], axis=1))
-    return lines
+    # Whole numbers below 2**53, so that the halves are exact. Unequal lengths raise.
+    pairs = [np.array(pair, dtype=np.float64) for pair in zip(_histories(step, 2), _histories(step, 4), strict=True)]
+    return [np.stack([2 * two - four, (four - two) / 2], axis=1) for two, four in pairs]
 
 
 def _histories(step: Step, samples: int) -> tuple[list[int], list[int]]:
@@ -124,8 +119,9 @@ def _network(step: Step) -> SiT:
                 module.register_forward_pre_hook(_caster(torch.float32))
     for i, block in enumerate(network.blocks):
         if step.checkpointing:
-            block = checkpoint_wrapper(block, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
-        network.blocks[i] = Offloaded(block, step.cuda) if step.offload else block
+            network.blocks[i] = block = checkpoint_wrapper(block, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
+        if step.offload:
+            block.forward = _offloaded(block.forward, step.cuda)
     return network
 
 
@@ -141,21 +137,16 @@ def _microbatch(network: SiT, transport: Transport, precision: str, samples: int
 
 
 def _caster(dtype: torch.dtype) -> Callable:
-    def cast(leaf):
-        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-    return lambda module, args: tree_map(cast, args)
+    return lambda _, args: tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, args)
 
 
-class Offloaded(nn.Module):
-    """A block whose saved tensors are offloaded until its backward pass; if the CPU trains, they are copies there."""
+def _offloaded(forward: Callable[..., Tensor], cuda: bool) -> Callable[..., Tensor]:
+    """A block's forward pass, whose saved tensors are offloaded; if the CPU trains, they are copies there."""
+    away = (lambda x: (x.shape, x.dtype)) if cuda else (lambda x: x.detach().clone())
+    back = (lambda kept: torch.empty(kept[0], dtype=kept[1])) if cuda else (lambda kept: kept)
 
-    def __init__(self, block: nn.Module, cuda: bool):
-        super().__init__()
-        self.block = block
-        self.away = (lambda x: (x.shape, x.dtype)) if cuda else (lambda x: x.detach().clone())
-        self.back = (lambda kept: torch.empty(kept[0], dtype=kept[1])) if cuda else (lambda kept: kept)
+    def run(*args: Tensor) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(away, back):
+            return forward(*args)
 
-    def forward(self, *args: Tensor) -> Tensor:
-        with torch.autograd.graph.saved_tensors_hooks(self.away, self.back):
-            return self.block(*args)
+    return run

@@ -20,16 +20,13 @@ def strategies(config: Config, ranks: Sequence[int]) -> dict[str, tuple[Config, 
     number matters only for whether a rank has several microbatches per step.
     """
     ddp, fsdp = replace(config, fsdp=None), config.fsdp or FSDPConfig()
+    several = [n for n in ranks if n > 1]
     columns = {"1 rank": (ddp, 1)} if 1 in ranks else {}
-    several = [count for count in ranks if count > 1]
-    if several:
-        columns[f"DDP ×{several[0]}"] = (ddp, several[0])
+    columns |= {f"DDP ×{n}": (ddp, n) for n in several[:1]}
     options = {", checkpointing": fsdp.activation_checkpointing, ", offload": fsdp.activation_cpu_offload}
     kind = "FSDP2" + "".join(name for name, chosen in options.items() if chosen)
-    for count in several:
-        if count % fsdp.data_parallel_replicate_degree == 0:
-            columns[f"{kind} ×{count}"] = (replace(config, fsdp=fsdp), count)
-    return columns
+    shown = [n for n in several if n % fsdp.data_parallel_replicate_degree == 0]
+    return columns | {f"{kind} ×{n}": (replace(config, fsdp=fsdp), n) for n in shown}
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

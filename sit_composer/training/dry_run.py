@@ -4,7 +4,6 @@ It makes every check and prints each result on a line. It uses credentials and n
 """
 
 import os
-import tempfile
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +14,7 @@ import torch
 
 from sit_composer.autoencoder import find_subfolder
 from sit_composer.checkpoint.folder import checkpoints, newest
+from sit_composer.cli import is_remote
 from sit_composer.config.composer_classes import build
 from sit_composer.config.same_run import CONFIG, check_same_config
 from sit_composer.config.schema import Config, ConfigError
@@ -22,8 +22,8 @@ from sit_composer.costs import estimate, tables
 from sit_composer.data.spec import DataSpec
 from sit_composer.data.stream import read_first_sample
 from sit_composer.errors import USAGE, UserError, one_line
-from sit_composer.storage import S3Folder, open_run_folder
-from sit_composer.training.inputs import SECTIONS, check_specs, read_specs
+from sit_composer.storage import open_run_folder
+from sit_composer.training.inputs import SECTIONS, check_gpu, check_specs, read_specs
 
 PROBE = ".sit_composer-dry-run-"
 SECRETS = ("KEY", "SECRET", "TOKEN", "PASSWORD")  # in the names of environment variables
@@ -36,43 +36,36 @@ def dry_run(config: Config) -> int:
     """
     if os.environ.get("RANK", "0") != "0":
         return 0
-    checks = Checks()
-    specs: dict[str, DataSpec] = {}
-    for section in SECTIONS:
-        if getattr(config, section) is not None:
-            checks.make(section, _data, config, section, specs)
-    pixels = any(spec.kind == "pixels" for spec in specs.values())
-    generates = config.sample_grid is not None or config.frechet is not None
-    if config.autoencoder.name is not None and (pixels or generates):  # to encode images, or to decode them
-        checks.make("autoencoder.name", _autoencoder, config.autoencoder.name)
-    if config.trainer.get("save_folder"):
-        checks.make("trainer.save_folder", lambda: _save_folder(save_folder(config)))
-        checks.make("earlier checkpoints", _earlier, config)
-    for section in ("loggers", "callbacks", "algorithms", "scheduler"):
-        if getattr(config, section):
-            checks.make(section, _build, section, getattr(config, section))
-    if config.precision != "fp32":
-        checks.make("precision", _gpu, config.precision)
-    print(hide(summary(config, specs)) + "\n\nchecks:\n" + "\n".join(checks.lines), flush=True)
-    return USAGE if checks.failed else 0
+    lines: list[str] = []
+    failed: list[str] = []
 
-
-class Checks:
-    """Makes checks and keeps a line for each."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.failed = 0
-
-    def make(self, name: str, check: Callable[..., str], *arguments: Any) -> None:
-        """Calls ``check``, which returns what it found, or raises."""
+    def make(name: str, check: Callable[..., str], *arguments: Any) -> None:
         try:
             result = f"ok: {check(*arguments)}"
         except Exception as error:  # of any kind: the remaining checks must still be made
-            self.failed += 1
+            failed.append(name)
             prefix = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             result = f"failed: {prefix}{one_line(error)}"
-        self.lines.append(hide(f"  {name:<22} {result}"))
+        lines.append(f"  {name:<22} {result}")
+
+    specs: dict[str, DataSpec] = {}
+    for section in SECTIONS:
+        if getattr(config, section) is not None:
+            make(section, _data, config, section, specs)
+    pixels = any(spec.kind == "pixels" for spec in specs.values())
+    generates = config.sample_grid is not None or config.frechet is not None
+    if config.autoencoder.name is not None and (pixels or generates):  # to encode images, or to decode them
+        make("autoencoder.name", _autoencoder, config.autoencoder.name)
+    if config.trainer.get("save_folder"):
+        make("trainer.save_folder", lambda: _save_folder(save_folder(config)))
+        make("earlier checkpoints", _earlier, config)
+    for section in ("loggers", "callbacks", "algorithms", "scheduler"):
+        if getattr(config, section):
+            make(section, _build, section, getattr(config, section))
+    if config.precision != "fp32":
+        make("precision", check_gpu, config.precision)
+    print(hide("\n".join([summary(config, specs), "", "checks:", *lines])), flush=True)
+    return USAGE if failed else 0
 
 
 def hide(text: str) -> str:
@@ -89,8 +82,8 @@ def summary(config: Config, specs: dict[str, DataSpec]) -> str:
     batch, micro = config.data.global_batch_size, config.trainer.get("device_train_microbatch_size")
     spec = specs.get("data")
     samples = spec.samples if spec is not None else None
-    objective = f"{config.transport.path_type}, {config.transport.prediction}"
-    lines = {"run": config.run_name, "network": tables.describe(config), "objective": objective}
+    lines = {"run": config.run_name, "network": tables.describe(config)}
+    lines["objective"] = f"{config.transport.path_type}, {config.transport.prediction}"
     lines["data"] = config.data.remote or config.data.local
     if spec is not None:
         size = "" if spec.image_size is None else f" of {spec.image_size}²"
@@ -103,9 +96,7 @@ def summary(config: Config, specs: dict[str, DataSpec]) -> str:
     if count is not None:
         lines["length"] += f": {count:,} steps" + (f", {count * batch / samples:.4g} epochs" if samples else "")
     lines["checkpoints"] = checkpoints_text(config, count, samples)
-    encoder = (0, 0)
-    if spec is not None and spec.kind == "pixels" and config.autoencoder.name is not None:
-        encoder = estimate.encoder_memory(config)
+    encoder = estimate.encoder_memory(config) if spec is not None and spec.kind == "pixels" else (0, 0)
     cuda = config.precision != "fp32" or torch.cuda.is_available()
     counts = sorted({ranks, 8}) if cuda else [ranks]
     text = "\n".join(f"{name + ':':<13}{line}" for name, line in lines.items())
@@ -160,24 +151,17 @@ def _autoencoder(name: str) -> str:
 
 
 def _save_folder(uri: str) -> str:
-    folder = open_run_folder(uri)
-    if isinstance(folder, S3Folder):
-        folder.listing()  # first: in some stores, a write to a missing bucket creates it
-        name = PROBE + uuid.uuid4().hex
+    folder, name = open_run_folder(uri), PROBE + uuid.uuid4().hex
+    missing = [] if is_remote(uri) else [path for path in (Path(uri), *Path(uri).parents) if not path.exists()]
+    folder.listing()  # first: in some stores, a write to a missing bucket creates it
+    try:
         folder.write(name, b"")
         folder.delete([name])
-        return f"wrote and deleted an object in {uri}"
-    missing = [path for path in (Path(uri), *Path(uri).parents) if not path.exists()]
-    try:
-        Path(uri).mkdir(parents=True, exist_ok=True)
-        tempfile.NamedTemporaryFile(dir=uri, prefix=PROBE).close()
-    except OSError as error:
-        raise ConfigError(f"{error.filename or uri}: {error.strerror or error}") from error
     finally:
         for path in missing:
             if path.is_dir():
                 path.rmdir()
-    return f"wrote and deleted a file in {uri}"
+    return f"wrote and deleted {'an object' if is_remote(uri) else 'a file'} in {uri}"
 
 
 def _earlier(config: Config) -> str:
@@ -198,9 +182,3 @@ def _earlier(config: Config) -> str:
 def _build(section: str, entries: dict) -> str:
     build(section, entries)  # only constructs them: they act on a Trainer, and there is none
     return ", ".join(entries)
-
-
-def _gpu(precision: str) -> str:
-    if not torch.cuda.is_available():
-        raise ConfigError(f"precision: got {precision}, expected fp32: there is no GPU here")
-    return f"{precision} on {torch.cuda.device_count()} × {torch.cuda.get_device_name()}"

@@ -21,7 +21,7 @@ from sit_composer.storage import StorageError, is_disk_full
 from sit_composer.supervision.eviction import Evicted
 from sit_composer.supervision.guard import excluded_algorithms, guard_composer
 from sit_composer.supervision.supervisor import Supervision
-from sit_composer.training.inputs import open_inputs
+from sit_composer.training.inputs import check_gpu, open_inputs
 from sit_composer.training.model import ComposerSiT
 from sit_composer.training.quality import quality_callbacks
 from sit_composer.training.sharding import parallelism
@@ -33,8 +33,8 @@ REFUSALS = (ValueError, TypeError, OSError, RuntimeError, EOFError, KeyError, Un
 
 def train(config: Config) -> bool:
     """Trains what the config describes. Returns False if a SIGTERM ended it, after saving; raises UserErrors."""
-    if config.precision != "fp32" and not torch.cuda.is_available():
-        raise ConfigError(f"precision: got {config.precision}, expected fp32: there is no GPU here")
+    if config.precision != "fp32":
+        check_gpu(config.precision)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Longer than one rank may wait for a store while the others wait for it; Composer's default is five minutes.
     timeout = config.trainer.get("dist_timeout", max(1800.0, 2 * config.supervision.patience))
@@ -54,7 +54,11 @@ def fit(config: Config, device: str, supervision: Supervision) -> bool:
     reproducibility.seed_all(config.seed)  # alike on every rank: Composer doesn't broadcast rank 0's weights under FSDP
     network = SiT(**network_arguments(config.model))
     model = ComposerSiT(network, Transport(**vars(config.transport)), inputs.autoencoder, inputs.encoder)
-    optimizer = build_optimizer(config, network, device)
+    # One fused pass over the weights, where that was tried: on a GPU, but not on shards, nor with amp_fp16's scaler,
+    # which would have it divide the gradients too. None lets torch choose foreach or a for-loop; False would not.
+    fused = (device == "cuda" and config.fsdp is None and config.precision != "amp_fp16") or None
+    trained = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, **vars(config.optimizer), fused=fused)
 
     ema = EMA(config.ema.decay) if config.ema is not None else None
     weights = ema.weights if ema is not None else None
@@ -98,15 +102,6 @@ def fit(config: Config, device: str, supervision: Supervision) -> bool:
         trainer.engine.close()  # trainer.close() would then wait for all ranks, and maybe only this one failed
 
 
-def build_optimizer(config: Config, network: SiT, device: str) -> torch.optim.Optimizer:
-    """AdamW over the trained parameters."""
-    # One fused pass over the weights, where that was tried: on a GPU, but not on shards, nor with amp_fp16's scaler,
-    # which would have it divide the gradients too. None lets torch choose foreach or a for-loop; False would not.
-    fused = (device == "cuda" and config.fsdp is None and config.precision != "amp_fp16") or None
-    trained = [p for p in network.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, **vars(config.optimizer), fused=fused)
-
-
 def build_trainer(config: Config, resumption: dict[str, Any], **parts: Any) -> Trainer:
     """Composer's Trainer of these parts, resumed if ``resumption`` says so."""
     arguments = {"load_exclude_algorithms": excluded_algorithms(), **config.trainer, **resumption}
@@ -115,15 +110,9 @@ def build_trainer(config: Config, resumption: dict[str, Any], **parts: Any) -> T
         arguments = {"progress_bar": False, "log_to_console": True, "console_log_interval": "100ba", **arguments}
     if not config.trust_checkpoint:
         guard_composer()
+    parts |= {name: getattr(config, name) for name in ("run_name", "seed", "precision")}
     try:
-        return Trainer(
-            **parts,
-            run_name=config.run_name,
-            seed=config.seed,
-            precision=config.precision,
-            parallelism_config=parallelism(config.fsdp),
-            **arguments,
-        )
+        return Trainer(**parts, parallelism_config=parallelism(config.fsdp), **arguments)
     except REFUSALS as error:
         source = arguments.get("load_path") or config.trainer.get("save_folder") or "trainer"
         raise ConfigError(f"trainer: {one_line(error)} ({source})") from error
