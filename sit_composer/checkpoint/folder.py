@@ -31,10 +31,9 @@ def is_complete(folder: RunFolder, name: str, sizes: dict[str, int]) -> bool:
     """Whether a checkpoint can be resumed from; sizes is the folder's listing. StorageError if it can't be read."""
     if name.endswith(".pt"):
         return folder.is_whole(name)
-    content = folder.read(f"{name}/{METADATA}")
+    content, where = folder.read(f"{name}/{METADATA}"), f"{folder.uri}/{name}/{METADATA}"
     if content is None:
         return False
-    where = f"{folder.uri}/{name}/{METADATA}"
     try:
         needed = sharded_files(load_metadata(content, where))
     except CheckpointError as error:

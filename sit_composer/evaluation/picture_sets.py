@@ -47,10 +47,8 @@ class PictureSet:
 def open_set(path: str, image_size: int | None = None, cache: str | None = None) -> PictureSet:
     """Finds out what is at ``path``, and how many images; none is read yet. UserError if it can't be evaluated.
 
-    Args:
-        path: a file, a folder, or the URI of a folder of shards (s3://, gs://, …).
-        image_size: crops the images to it.
-        cache: a folder for the copies of remote shards, each set's in a folder of its own.
+    The path is of a file or a folder, or the URI of a folder of shards (s3://, gs://, …). The images are cropped to
+    ``image_size``. Copies of remote shards are in the folder ``cache``, each set's in a folder of its own.
     """
     if is_remote(path):
         uri = path.rstrip("/")
@@ -63,8 +61,7 @@ def open_set(path: str, image_size: int | None = None, cache: str | None = None)
     folder = Path(path)
     if (folder / INDEX_NAME).exists():
         return open_shards(path, image_size)
-    settings = read_settings(folder)
-    if settings is not None:  # its grid.png is no sample
+    if (settings := read_settings(folder)) is not None:  # its grid.png is no sample
         files = [file for file in folder.iterdir() if re.fullmatch(r"\d{6,}\.png", file.name)]
         labels = settings.pop("labels", None)
         if labels is not None and len(files) != len(labels):
