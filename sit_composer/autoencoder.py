@@ -85,8 +85,7 @@ class KLAutoencoder:
         defaulted = config.get("_use_default_values", ())  # the keys that are not in its file
         if dtype == torch.float16 and config.force_upcast and "force_upcast" not in defaulted:
             raise UserError(f"{name}: its config.json has force_upcast, as it overflows in float16; {BETTER[dtype]}")
-        self.vae = vae.to(device).eval().requires_grad_(False)
-        self.slice_size = slice_size
+        self.vae, self.slice_size = vae.to(device).eval().requires_grad_(False), slice_size
         self.picture_channels: int = config.in_channels
         self.spec = AutoencoderSpec(
             name=name,

@@ -96,11 +96,10 @@ def complete(args: argparse.Namespace, record: Record) -> None:
     if args.cfg_channels is None:
         args.cfg_channels = record.cfg_channels
     for name, default in (("decode_dtype", "float32"), ("decode_batch_size", SLICE_SIZE)):
-        value = getattr(args, name)
+        value, option = getattr(args, name), f"--{name.replace('_', '-')}"
         if record.autoencoder.name is not None:
             setattr(args, name, value or default)
         elif value is not None:
-            option = f"--{name.replace('_', '-')}"
             raise UserError(f"{option}: got {value}, but {args.checkpoint} generates pixels, which need no decoder")
     args.sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
 
@@ -164,9 +163,8 @@ def generate_missing(
     out, labels, transport = Path(args.out), settings["labels"], checkpoint.record.build_transport()
     device, dtype = next(guidance.network.parameters()).device, getattr(torch, args.decode_dtype or "float32")
     autoencoder = checkpoint.load_autoencoder(device, dtype, args.decode_batch_size)
-    done = Work()
+    done, share = Work(), missing[rank::ranks]
     before = Work.of_earlier(out / SETTINGS, len(labels) - len(missing)) if rank == 0 else Work()
-    share = missing[rank::ranks]
     with tqdm(total=len(share), unit="img", desc="sampling", disable=True if rank > 0 else None) as bar:
         for start in range(0, len(share), args.batch_size):
             indices = share[start : start + args.batch_size]

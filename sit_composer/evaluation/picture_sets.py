@@ -87,9 +87,9 @@ def read_settings(folder: Path) -> dict | None:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: sit_composer.sample didn't write it")
-    return settings
+    if isinstance(settings, dict):
+        return settings
+    raise UserError(f"{path}: sit_composer.sample didn't write it")
 
 
 def read_files(files: list[Path], batch_size: int, image_size: int | None) -> Iterator[Tensor]:
@@ -154,8 +154,7 @@ def open_npz(path: str, image_size: int | None) -> PictureSet:
     if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or 0 in shape or fortran:
         order = " in Fortran's order" if fortran else ""
         raise UserError(f"{path}: arr_0: got {dtype} {shape}{order}, expected uint8 (N, H, W, 3) in C's order")
-    # An ADM reference batch doesn't name the extractor of its statistics: it is Inception.
-    of = of or ("inception" if statistics else None)
+    of = of or ("inception" if statistics else None)  # which an ADM reference batch doesn't name
     settings = settings_beside(Path(path), shape[0])
     return PictureSet(path, shape[0], lambda n: read_npz(path, shape, n, image_size), statistics, of, settings)
 
