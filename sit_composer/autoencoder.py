@@ -15,12 +15,7 @@ from sit_composer.errors import UserError, first_line, one_line
 
 SLICE_SIZE = 8  # images
 Device: TypeAlias = torch.device | str
-DEFAULTED = "_use_default_values"  # diffusers' list of the config's keys that are not in its file
-BETTER = {
-    torch.float16: "use bfloat16 or float32",
-    torch.bfloat16: "use float32",
-    torch.float32: "its weights or its input are broken",
-}
+BETTER = {torch.float16: "use bfloat16 or float32", torch.bfloat16: "use float32"}
 
 
 @dataclass(frozen=True)
@@ -63,23 +58,20 @@ class KLAutoencoder:
         device, dtype: where and how it computes; inputs and outputs are converted.
         slice_size: images that it computes at a time, which bounds the memory for any number of images.
 
-    Raises:
-        UserError: if no complete AutoencoderKL can be loaded; or for float16, if its activations overflow, as its
-            config.json says with ``force_upcast: true`` (SDXL's). An old config without that key is accepted.
+    Raises UserError if no complete AutoencoderKL can be loaded; or for float16, if its activations overflow, as its
+    config.json says with ``force_upcast: true`` (SDXL's). An old config without that key is accepted.
     """
 
     def __init__(
         self, name: str, device: Device = "cpu", dtype: torch.dtype = torch.float32, slice_size: int = SLICE_SIZE
     ):
+        from diffusers import AutoencoderKL  # takes seconds to import, and pixels don't need it
+
+        # By default, pickles are read if there are no safetensors. Low memory usage needs accelerate.
+        options = {"torch_dtype": dtype, "use_safetensors": True, "low_cpu_mem_usage": False}
         try:
-            vae, loading = autoencoder_kl().from_pretrained(
-                name,
-                subfolder=find_subfolder(name),
-                torch_dtype=dtype,
-                use_safetensors=True,  # the default falls back to pickles
-                low_cpu_mem_usage=False,  # needs accelerate
-                output_loading_info=True,
-            )
+            where = find_subfolder(name)
+            vae, loading = AutoencoderKL.from_pretrained(name, subfolder=where, output_loading_info=True, **options)
         except Exception as error:  # diffusers raises a dozen kinds
             reason = first_line(error)
             raise UserError(f"autoencoder.name: can't load an AutoencoderKL from {name!r}: {reason}") from error
@@ -88,12 +80,12 @@ class KLAutoencoder:
             if keys := sorted(loading[f"{fault}_keys"]):
                 raise UserError(f"autoencoder.name: the weights of {name!r} have {len(keys)} {fault}, as {keys[0]}")
         if config.latents_mean is not None or config.latents_std is not None:
-            what = "has latents_mean or latents_std, numbers per channel"
-            raise UserError(f"autoencoder.name: {name!r} {what}; expected one scaling_factor and one shift_factor")
-        if dtype == torch.float16 and config.force_upcast and "force_upcast" not in config.get(DEFAULTED, ()):
+            what = "latents_mean or latents_std, numbers per channel"
+            raise UserError(f"autoencoder.name: {name!r} has {what}; expected one scaling_factor and one shift_factor")
+        defaulted = config.get("_use_default_values", ())  # the keys that are not in its file
+        if dtype == torch.float16 and config.force_upcast and "force_upcast" not in defaulted:
             raise UserError(f"{name}: its config.json has force_upcast, as it overflows in float16; {BETTER[dtype]}")
-        self.vae = vae.to(device).eval().requires_grad_(False)
-        self.slice_size = slice_size
+        self.vae, self.slice_size = vae.to(device).eval().requires_grad_(False), slice_size
         self.picture_channels: int = config.in_channels
         self.spec = AutoencoderSpec(
             name=name,
@@ -129,23 +121,19 @@ class KLAutoencoder:
                 parts.append(function(part.to(self.vae.device, self.vae.dtype)).float())
                 if not parts[-1].isfinite().all():
                     reason = f"{action} in {str(self.vae.dtype).removeprefix('torch.')} to NaN or infinite values"
-                    raise UserError(f"{self.spec.name}: {reason}; {BETTER[self.vae.dtype]}")
+                    advice = BETTER.get(self.vae.dtype, "its weights or its input are broken")
+                    raise UserError(f"{self.spec.name}: {reason}; {advice}")
         return torch.cat(parts)
-
-
-def autoencoder_kl() -> Any:
-    """diffusers' class."""
-    from diffusers import AutoencoderKL  # takes seconds to import, and pixels don't need it
-
-    return AutoencoderKL
 
 
 def find_subfolder(name: str) -> str | None:
     """Where a folder or hub repository has an AutoencoderKL: at the top (None) or in ``vae``; or raises ValueError."""
+    from diffusers import AutoencoderKL  # takes seconds to import, and pixels don't need it
+
     reasons = []
     for subfolder in (None, "vae"):
         try:
-            kind = autoencoder_kl().load_config(name, subfolder=subfolder).get("_class_name")
+            kind = AutoencoderKL.load_config(name, subfolder=subfolder).get("_class_name")
             if kind == "AutoencoderKL":
                 return subfolder
             reasons.append(f"its config.json is of {kind or 'no class'}")

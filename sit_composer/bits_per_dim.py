@@ -29,14 +29,13 @@ from sit_composer.outputs import check_output
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options; ``solve`` holds those of the solver, with their defaults."""
     parser = make_parser("python -m sit_composer.bits_per_dim", __doc__)
-    count, positive = number(choices.COUNT), number(choices.POSITIVE)
+    count, positive, points = map(number, (choices.COUNT, choices.POSITIVE, choices.TIME_POINTS))
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's checkpoint file, or the folder of them")
     parser.add_argument("--data", required=True, metavar="SHARDS", help="a folder of MDS shards")
     parser.add_argument("--weights", choices=choices.WEIGHTS, default="ema", help="(ema)")
     parser.add_argument("--num-images", type=count, metavar="N", help="N of the images, chosen by the seed (all)")
     methods = f"of {', '.join(choices.ODE_METHODS)} (dopri5)"
     parser.add_argument("--sampling-method", default="dopri5", metavar="NAME", help=methods)
-    points = number(choices.TIME_POINTS)
     parser.add_argument("--num-steps", type=points, metavar="N", help="of a fixed-step solver (50)")
     parser.add_argument("--atol", type=positive, help="of an adaptive solver (1e-5)")
     parser.add_argument("--rtol", type=positive, help="of an adaptive solver (1e-5)")

@@ -27,7 +27,7 @@ from sit_composer.generate import earlier_work, generate, mean_work
 from sit_composer.guidance import Guidance
 from sit_composer.outputs import write_arrays, write_bytes, write_json
 
-SETTINGS = "sampling.json"
+SETTINGS, IMAGE = "sampling.json", "{:06d}.png"
 
 
 def run(args: argparse.Namespace) -> None:
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     checkpoint = load_checkpoint(args.checkpoint, args.weights)
     weaker = load_checkpoint(args.guide, args.weights) if args.guide else None
-    if weaker is not None:
+    if weaker:
         check_guide(args, checkpoint.record, weaker.record)
     complete(args, checkpoint.record)
     sampling = args.sampling
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
         settings["decode_batch_size"] = args.decode_batch_size
         generate_missing(args, checkpoint, guidance, settings, missing)
     if rank == 0:
-        images = [Image.open(image_file(out, i)).copy() for i in range(len(labels))]
+        images = [Image.open(out / IMAGE.format(i)).copy() for i in range(len(labels))]
         if args.npz:  # as ADM's evaluation takes them: uint8 (N, H, W, 3)
             arrays = [np.asarray(image.convert("RGB")) for image in images]
             write_arrays(Path(args.npz), arr_0=np.stack(arrays), labels=np.array(labels))
@@ -83,10 +83,9 @@ def check_guide(args: argparse.Namespace, record: Record, weaker: Record) -> Non
 
 def field_of(record: Record) -> dict[str, Any]:
     """What networks must share for one to guide the other, besides their classes."""
-    transport = record.build_transport()
     return {
         **{name: record.argument(name) for name in ("input_size", "in_channels", "num_classes")},
-        **{f"transport.{name}": getattr(transport, name) for name in ("path_type", "prediction")},
+        **{f"transport.{name}": getattr(record.build_transport(), name) for name in ("path_type", "prediction")},
         **{f"autoencoder.{name}": value for name, value in record.autoencoder.as_dict().items()},
     }
 
@@ -98,11 +97,10 @@ def complete(args: argparse.Namespace, record: Record) -> None:
     if args.cfg_channels is None:
         args.cfg_channels = record.cfg_channels
     for name, default in (("decode_dtype", "float32"), ("decode_batch_size", SLICE_SIZE)):
-        value = getattr(args, name)
+        value, option = getattr(args, name), f"--{name.replace('_', '-')}"
         if record.autoencoder.name is not None:
             setattr(args, name, value or default)
         elif value is not None:
-            option = f"--{name.replace('_', '-')}"
             raise UserError(f"{option}: got {value}, but {args.checkpoint} generates pixels, which need no decoder")
     args.sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
 
@@ -126,8 +124,6 @@ def choose_labels(args: argparse.Namespace, classes: list[str]) -> list[int]:
 def claim_for_all(out: Path, settings: dict[str, Any], count: int) -> list[int]:
     """What `claim` gives on rank 0, on all ranks; they join a process group."""
     rank, ranks = my_rank()
-    if ranks > 1:
-        dist.init_process_group("gloo")
     answer: list[Any] = [None]
     if rank == 0:
         try:
@@ -135,6 +131,7 @@ def claim_for_all(out: Path, settings: dict[str, Any], count: int) -> list[int]:
         except (UserError, OSError) as error:
             answer = [error if isinstance(error, UserError) else UserError(f"--out: {error}")]
     if ranks > 1:
+        dist.init_process_group("gloo")
         dist.broadcast_object_list(answer)
     if isinstance(answer[0], UserError):
         raise answer[0]
@@ -153,7 +150,7 @@ def claim(out: Path, settings: dict[str, Any], count: int) -> list[int]:
         for name, value in settings.items():
             if before.get(name) != json.loads(json.dumps(value)):
                 raise UserError(f"--out: {out} holds samples with another {name}; delete it or choose another")
-        return [i for i in range(count) if not image_file(out, i).exists()]
+        return [i for i in range(count) if not (out / IMAGE.format(i)).exists()]
     out.mkdir(parents=True, exist_ok=True)
     write_json(settings, out / SETTINGS)
     return list(range(count))
@@ -175,7 +172,7 @@ def generate_missing(
             indices = share[start : start + args.batch_size]
             latents, used = generate(guidance, transport, [labels[i] for i in indices], indices, args.sampling)
             for i, image in zip(indices, to_uint8(autoencoder.decode(latents)).cpu(), strict=True):
-                write_bytes(bytes(encode_png(image).numpy()), image_file(out, i))
+                write_bytes(bytes(encode_png(image).numpy()), out / IMAGE.format(i))
             bar.update(len(indices))
             done.update(images=len(indices), **{name: count * len(indices) for name, count in used.items()})
             if rank == 0:  # the work so far, in case the command is stopped
@@ -189,18 +186,14 @@ def generate_missing(
         write_json({**settings, **mean_work(sum(works, before))}, out / SETTINGS)
 
 
-def image_file(out: Path, index: int) -> Path:
-    return out / f"{index:06d}.png"
-
-
 def write_grid(images: list[Image.Image], labels: list[int], path: Path, columns: int = 10, rows: int = 10) -> None:
     """Writes a grid of the images, small ones enlarged: one row per class if all have several images."""
-    classes = sorted(set(labels), key=labels.index)
-    cells = [[i for i, label in enumerate(labels) if label == c][:columns] for c in classes[:rows]]
+    classes = list(dict.fromkeys(labels))[:rows]
+    cells = [[i for i, label in enumerate(labels) if label == c][:columns] for c in classes]
     if min(map(len, cells)) == 1:  # fill the rows
-        shown = range(min(len(labels), rows * columns))
-        width = min(math.ceil(math.sqrt(len(shown))), columns)
-        cells = [list(shown[i : i + width]) for i in shown[::width]]
+        count = min(len(labels), rows * columns)
+        width = min(math.ceil(math.sqrt(count)), columns)
+        cells = [list(range(i, min(i + width, count))) for i in range(0, count, width)]
     side = images[0].width * max(1, 48 // images[0].width)
     step = side + 2
     grid = Image.new(images[0].mode, (max(map(len, cells)) * step - 2, len(cells) * step - 2), "white")

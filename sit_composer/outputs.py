@@ -17,9 +17,7 @@ from sit_composer.errors import UserError
 def check_output(option: str, path: str | None, suffix: str, *names: str) -> None:
     """Raises UserError if the file of an option, if given, can't be written, or exists and another program wrote it.
 
-    Args:
-        suffix: the expected end of the file's name; "" for any.
-        names: keys or arrays in the files that the command writes; an existing file is replaced only if it has them.
+    Its name must end in ``suffix``. An existing file is replaced only if it has the keys or arrays ``names``.
     """
     if path is None:
         return

@@ -151,10 +151,9 @@ def model_card(checkpoint: Checkpoint) -> str:
     latents = f"the pixels themselves, {f'{channels} color channels each' if channels > 1 else 'in grayscale'}"
     if record.autoencoder.name:
         latents = f"latents of `{record.autoencoder.name}`, which are {side}×{side} with {channels} channels"
-    guidance = "It was trained without a null class, and can't be guided: leave `cfg_scale` at 1."
+    guidance, scale = "It was trained without a null class, and can't be guided: leave `cfg_scale` at 1.", 1.0
     if record.has_null_class:
-        guidance = "It was trained with a null class, so that it can be guided."
-    settings = {**asdict(Sampling()), "cfg_scale": 4.0 if record.has_null_class else 1.0}
+        guidance, scale = "It was trained with a null class, so that it can be guided.", 4.0
     return CARD.format(
         image_size=record.image_size,
         num_classes=len(record.classes),
@@ -168,5 +167,5 @@ def model_card(checkpoint: Checkpoint) -> str:
         prediction=transport.prediction,
         guidance=guidance,
         sigma=SIGMA if record.argument("learn_sigma") else "",
-        settings=_json(settings).strip(),
+        settings=_json({**asdict(Sampling()), "cfg_scale": scale}).strip(),
     )

@@ -7,6 +7,7 @@ complete if its metadata, written last, exists, and every file that it names has
 
 import re
 from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from pathlib import Path
 
 from sit_composer.checkpoint.safe_load import METADATA, CheckpointError, load_metadata, sharded_files
@@ -31,10 +32,9 @@ def is_complete(folder: RunFolder, name: str, sizes: dict[str, int]) -> bool:
     """Whether a checkpoint can be resumed from; sizes is the folder's listing. StorageError if it can't be read."""
     if name.endswith(".pt"):
         return folder.is_whole(name)
-    content = folder.read(f"{name}/{METADATA}")
+    content, where = folder.read(f"{name}/{METADATA}"), f"{folder.uri}/{name}/{METADATA}"
     if content is None:
         return False
-    where = f"{folder.uri}/{name}/{METADATA}"
     try:
         needed = sharded_files(load_metadata(content, where))
     except CheckpointError as error:
@@ -68,13 +68,10 @@ def clear_incomplete(folder: RunFolder) -> None:
     """
     found, last = checkpoints(folder), newest(folder)
     if last is None and len(found) > 1:
-        raise StorageError(
-            f"{folder.uri}: got {len(found)} checkpoints, expected at least one complete. If several nodes save here, "
-            "all must see the same folder; else move them away, or choose another run_name"
-        )
-    for name in reversed(found):
-        if name == last:
-            break
+        what = f"got {len(found)} checkpoints, expected at least one complete. If several nodes save here, all must see"
+        advice = "the same folder; else move them away, or choose another run_name"
+        raise StorageError(f"{folder.uri}: {what} {advice}")
+    for name in takewhile(lambda name: name != last, reversed(found)):
         _delete(folder, found[name])
 
 

@@ -21,7 +21,6 @@ from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file as load_safetensors
 
@@ -40,13 +39,9 @@ PREFIX = "network."  # of ComposerSiT's parameters
 def load_checkpoint(path: str, weights: str = "ema") -> Checkpoint:
     """Reads the weights of that name, "ema" or "training".
 
-    Args:
-        path: a run's folder (its newest checkpoint) or one checkpoint, a file or a folder of shards; the authors'
-            ``.pt``; an exported folder; each on disk or in S3.
-
-    Raises:
-        NoSuchWeights: if it has only the others.
-        CheckpointError: if it is no checkpoint, is damaged, or holds values that aren't finite.
+    The path is of a run's folder (its newest checkpoint) or one checkpoint, a file or a folder of shards; the authors'
+    ``.pt``; an exported folder; each on disk or in S3. Raises NoSuchWeights if it has only the others; CheckpointError
+    if it is no checkpoint, is damaged, or holds values that aren't finite.
     """
     choose("weights", weights, WEIGHTS)
     place = find_checkpoint(path)
@@ -62,8 +57,8 @@ def load_checkpoint(path: str, weights: str = "ema") -> Checkpoint:
             checkpoint = from_authors(place, content, weights)
         else:
             checkpoint = _from_run(place, content, weights)
-    for name, tensor in checkpoint.weights.items():
-        if not torch.isfinite(tensor).all():
+    for name, values in checkpoint.weights.items():
+        if not values.isfinite().all():
             what = f"{name} has values that are NaN or infinite"
             raise CheckpointError(f"{checkpoint.path}: {what}; use an earlier checkpoint")
     return replace(checkpoint, source=path if is_remote(path) else checkpoint.path)
@@ -91,10 +86,9 @@ def find_checkpoint(path: str) -> Path:
 
 
 def _newest(folder: LocalFolder | S3Folder) -> str:
-    name = newest(folder)
-    if name is None:
-        raise CheckpointError(f"{folder.uri}: no complete checkpoint here")
-    return name
+    if name := newest(folder):
+        return name
+    raise CheckpointError(f"{folder.uri}: no complete checkpoint here")
 
 
 def _download(uri: str) -> Path:

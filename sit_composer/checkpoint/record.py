@@ -139,11 +139,10 @@ def check_fit(file: Path, model: dict[str, Any], weights: dict[str, Tensor]) -> 
         expected = {name: tuple(tensor.shape) for name, tensor in on_meta(**model).state_dict().items()}
     except REFUSALS as error:
         raise CheckpointError(f"{file}: not the weights of a SiT: {error}") from None
-    for name in weights.keys() - expected.keys():
-        raise CheckpointError(f"{file}: not the weights of a SiT: it has {name}, which a SiT has not")
+    for name in [*(weights.keys() - expected.keys()), *(expected.keys() - weights.keys())]:
+        wrong = f"it has {name}, which a SiT has not" if name in weights else f"{name} is missing"
+        raise CheckpointError(f"{file}: not the weights of a SiT: {wrong}")
     for name, shape in expected.items():
-        if name not in weights:
-            raise CheckpointError(f"{file}: not the weights of a SiT: {name} is missing")
         if tuple(weights[name].shape) != shape:
             raise CheckpointError(f"{file}: {name}: got shape {tuple(weights[name].shape)}, expected {shape}")
 

@@ -23,9 +23,8 @@ def from_authors(file: Path, content: dict[str, Any], which: str) -> Checkpoint:
     A bare one is assumed to have the path and the prediction of the released ones, Linear and velocity.
     """
     held = {"ema": content} if are_weights(content) else {"training": content.get("model"), "ema": content.get("ema")}
-    weights = held.get(which)
+    weights, other = held.get(which), "ema" if which == "training" else "training"
     if not are_weights(weights):
-        other = "ema" if which == "training" else "training"
         raise NoSuchWeights(f"{file}: no {which} weights, only the {other} ones; ask for those")
     args = content.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else {}
@@ -82,7 +81,6 @@ def _network_of(file: Path, weights: dict[str, Tensor], args: dict[str, Any]) ->
     heads = {hidden_size: num_heads for hidden_size, _, num_heads in SIZES.values()}
     num_heads = args.get("num_heads", heads.get(hidden))
     if num_heads is None:
-        what = f"got width {hidden}, expected one of {', '.join(map(str, heads))}"
-        advice = "add the number to the file's args as num_heads"
-        raise CheckpointError(f"{file}: the number of attention heads is unknown: {what}; {advice}")
+        what = f"got width {hidden}, expected one of {', '.join(map(str, heads))}; add num_heads to the file's args"
+        raise CheckpointError(f"{file}: the number of attention heads is unknown: {what}")
     return {**shapes, "num_heads": num_heads}

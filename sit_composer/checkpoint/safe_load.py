@@ -74,10 +74,7 @@ class MetadataUnpickler(pickle.Unpickler):
 
 
 def load_metadata(content: bytes, where: str) -> metadata.Metadata:
-    """The parsed `.metadata` of a sharded checkpoint, named ``where`` in errors.
-
-    Raises CheckpointError if it is not metadata, could run code, or names files outside its folder.
-    """
+    """The `.metadata` of a sharded checkpoint; CheckpointError if damaged, or with code or files outside its folder."""
     try:
         found = MetadataUnpickler(io.BytesIO(content)).load()
         names = {info.relative_path for info in found.storage_data.values()}
@@ -109,10 +106,7 @@ class SafeReader(dcp.FileSystemReader):
 
 
 class SafePlanner(DefaultLoadPlanner):
-    """Loads values by the restricted unpickler.
-
-    The state of a Composer callback may be missing, as when the run has a new one; that of our own may not.
-    """
+    """Loads values by the restricted unpickler. The state of Composer's callbacks may be missing, not that of ours."""
 
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: metadata.Metadata | None = None, is_coordinator: bool = False
@@ -129,10 +123,7 @@ class SafePlanner(DefaultLoadPlanner):
 
 
 def load_sharded(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Any]:
-    """The wanted entries of a sharded checkpoint, unsharded and on the CPU, by their full names: state.model.….
-
-    Raises CheckpointError if something is missing, damaged, or could run code.
-    """
+    """The wanted entries of a sharded checkpoint, on the CPU, by their full names; CheckpointError if it is damaged."""
     reader, content = SafeReader(folder), {}
     try:
         for name, entry in reader.read_metadata().state_dict_metadata.items():

@@ -44,9 +44,7 @@ def run(args: argparse.Namespace) -> None:
     indices = choose_indices(args, spec)
     size = record.image_size if spec.kind == "pixels" else None
     images = build_loader(None, args.data, spec=spec, batch_size=args.batch_size, image_size=size, shuffle=False)
-    network = checkpoint.build_network(device)
-    log_p: list[float] = []
-    evaluations = 0  # summed over the images
+    network, log_p, evaluations = checkpoint.build_network(device), [], 0  # of the field, summed over the images
     with tqdm(total=len(indices), unit="img", desc="log p", disable=None) as bar:
         for start in range(0, len(indices), args.batch_size):
             batch = indices[start : start + args.batch_size]

@@ -31,10 +31,9 @@ class Extractor:
             with torch.inference_mode():
                 out = self.network(images.to(self.device))
         except Exception as error:  # TorchScript's is a trace of many lines, of which the last says what is wrong
-            lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+            reason = str(error).strip().rpartition("\n")[2].strip()
             advice = "; use a smaller --batch-size" if isinstance(error, torch.OutOfMemoryError) else ""
-            shape = tuple(images.shape)
-            raise UserError(f"{self.name}: failed on images {shape}: {lines[-1].strip()}{advice}") from error
+            raise UserError(f"{self.name}: failed on images {tuple(images.shape)}: {reason}{advice}") from error
         if isinstance(out, Tensor):
             out = {"features": out}
         elif isinstance(out, tuple) and len(out) == 2:
@@ -61,8 +60,8 @@ def load_extractor(features: str) -> Extractor:
     try:
         network = torch.jit.load(features, map_location=device).eval()
     except Exception as error:
-        what = f"{features} is not a TorchScript module (torch.jit.save)"
-        raise UserError(f"--features: {what}: {first_line(error)}") from None
+        reason = first_line(error)
+        raise UserError(f"--features: {features} is not a TorchScript module (torch.jit.save): {reason}") from None
     return Extractor(Path(features).name, f"sha256:{digest(features)}", network, device)
 
 

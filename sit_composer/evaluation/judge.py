@@ -3,14 +3,12 @@
 import argparse
 import os
 import tempfile
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from sit_composer.choices import METRICS
-from sit_composer.cli import is_remote
 from sit_composer.errors import UserError
 from sit_composer.evaluation.features import OUTPUTS, Extractor, load_extractor
 from sit_composer.evaluation.metrics import STATISTICS
@@ -21,15 +19,12 @@ from sit_composer.outputs import versions, write_json
 
 def run(args: argparse.Namespace) -> None:
     """Prints the metrics, and writes them with everything that they depend on to ``args.out``, if given."""
-    with ExitStack() as stack:
-        cache = args.cache
-        if cache is not None:
-            try:
-                os.makedirs(cache, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"--cache: {cache} can't be made ({error.strerror})") from error
-        elif is_remote(args.samples) or is_remote(args.reference):
-            cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="sit-", ignore_cleanup_errors=True))
+    with tempfile.TemporaryDirectory(prefix="sit-", ignore_cleanup_errors=True) as temporary:
+        cache = args.cache or temporary
+        try:
+            os.makedirs(cache, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--cache: {cache} can't be made ({error.strerror})") from error
         judge(args, open_set(args.samples, cache=cache), open_set(args.reference, args.image_size, cache))
 
 
@@ -39,9 +34,7 @@ def judge(args: argparse.Namespace, samples: PictureSet, reference: PictureSet) 
     if args.save_statistics and reference.batches is None:
         raise UserError(f"--save-statistics: {reference.path} has nothing but statistics already")
     extractor = load_extractor(args.features)
-    notes = check_statistics(reference, extractor)
-    stored = reference.statistics
-
+    notes, stored = check_statistics(reference, extractor), reference.statistics
     fake = extract(samples, extractor, args.batch_size, chosen)
     for output, (mu, _) in STATISTICS.items():
         if output in fake and mu in stored and stored[mu].shape != fake[output].shape[1:]:
@@ -58,10 +51,9 @@ def judge(args: argparse.Namespace, samples: PictureSet, reference: PictureSet) 
     dimension = fake["features"].shape[1]
     for images in (samples,) if stored else (samples, reference):
         if "fid" in chosen.names and images.count <= dimension:
-            notes.append(
-                f"{images.path}: {images.count} images for {dimension} features: the covariance is singular, and the "
-                f"Fréchet distance biased; use more than {dimension} (published numbers use 50,000)"
-            )
+            what = f"{images.count} images for {dimension} features: the covariance is singular, and the Fréchet"
+            advice = f"use more than {dimension} (published numbers use 50,000)"
+            notes.append(f"{images.path}: {what} distance biased; {advice}")
     if extractor.name != "inception":
         notes.append("the features are not Inception's: no number here compares with published ones")
 
@@ -145,9 +137,8 @@ def extract(
                     raise UserError(f"{extractor.name}: {where} are not finite")
                 before = parts.setdefault(output, [])
                 if before and before[0].shape[1] != out[output].shape[1]:
-                    raise UserError(
-                        f"{extractor.name}: {output} have another length from image {done} of {images.path} on"
-                    )
+                    what = f"{output} have another length from image {done} of {images.path} on"
+                    raise UserError(f"{extractor.name}: {what}")
                 before.append(out[output])
             done += len(batch)
             bar.update(len(batch))

@@ -33,10 +33,9 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     unsymmetric Σ₁Σ₂, these are exact to rounding even if a covariance is singular, that is for N <= D images.
     """
     given = mu1, sigma1, mu2, sigma2 = [np.asarray(a, dtype=np.float64) for a in (mu1, sigma1, mu2, sigma2)]
-    d = mu1.size
-    if [a.shape for a in given] != [(d,), (d, d)] * 2:
-        shapes = ", ".join(str(a.shape) for a in given)
-        raise ValueError(f"mean (D,) and covariance (D, D) of both sets must fit: got {shapes}")
+    shapes = [a.shape for a in given]
+    if shapes != [(mu1.size,), (mu1.size, mu1.size)] * 2:
+        raise ValueError(f"mean (D,) and covariance (D, D) of both sets must fit: got {', '.join(map(str, shapes))}")
     if not all(np.isfinite(a).all() for a in given):
         raise ValueError("a mean or covariance has numbers that are not finite")
     cross = np.linalg.svd(_root(sigma1) @ _root(sigma2), compute_uv=False).sum()

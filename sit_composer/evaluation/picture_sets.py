@@ -47,10 +47,8 @@ class PictureSet:
 def open_set(path: str, image_size: int | None = None, cache: str | None = None) -> PictureSet:
     """Finds out what is at ``path``, and how many images; none is read yet. UserError if it can't be evaluated.
 
-    Args:
-        path: a file, a folder, or the URI of a folder of shards (s3://, gs://, …).
-        image_size: crops the images to it.
-        cache: a folder for the copies of remote shards, each set's in a folder of its own.
+    The path is of a file or a folder, or the URI of a folder of shards (s3://, gs://, …). The images are cropped to
+    ``image_size``. Copies of remote shards are in the folder ``cache``, each set's in a folder of its own.
     """
     if is_remote(path):
         uri = path.rstrip("/")
@@ -63,8 +61,7 @@ def open_set(path: str, image_size: int | None = None, cache: str | None = None)
     folder = Path(path)
     if (folder / INDEX_NAME).exists():
         return open_shards(path, image_size)
-    settings = read_settings(folder)
-    if settings is not None:  # its grid.png is no sample
+    if (settings := read_settings(folder)) is not None:  # its grid.png is no sample
         files = [file for file in folder.iterdir() if re.fullmatch(r"\d{6,}\.png", file.name)]
         labels = settings.pop("labels", None)
         if labels is not None and len(files) != len(labels):
@@ -90,9 +87,9 @@ def read_settings(folder: Path) -> dict | None:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: sit_composer.sample didn't write it")
-    return settings
+    if isinstance(settings, dict):
+        return settings
+    raise UserError(f"{path}: sit_composer.sample didn't write it")
 
 
 def read_files(files: list[Path], batch_size: int, image_size: int | None) -> Iterator[Tensor]:
@@ -157,8 +154,7 @@ def open_npz(path: str, image_size: int | None) -> PictureSet:
     if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or 0 in shape or fortran:
         order = " in Fortran's order" if fortran else ""
         raise UserError(f"{path}: arr_0: got {dtype} {shape}{order}, expected uint8 (N, H, W, 3) in C's order")
-    # An ADM reference batch doesn't name the extractor of its statistics: it is Inception.
-    of = of or ("inception" if statistics else None)
+    of = of or ("inception" if statistics else None)  # which an ADM reference batch doesn't name
     settings = settings_beside(Path(path), shape[0])
     return PictureSet(path, shape[0], lambda n: read_npz(path, shape, n, image_size), statistics, of, settings)
 

@@ -16,11 +16,9 @@ def compute(names: list[str], fake: dict, real: dict, stored: dict) -> tuple[dic
     """The metrics, and the settings of those that have any."""
     values: dict[str, float] = {}
     settings: dict[str, Any] = {}
-    for name in names:
-        if METRICS[name].reference == "statistics":
-            output = METRICS[name].output
-            mu, sigma = STATISTICS[output]
-            theirs = (stored[mu], stored[sigma]) if stored else statistics(real[output])
+    for name, output in (("fid", "features"), ("sfid", "spatial")):
+        if name in names:
+            theirs = [stored[part] for part in STATISTICS[output]] if stored else statistics(real[output])
             values[name] = metrics.frechet_distance(*statistics(fake[output]), *theirs)
     if "is" in names:
         values["is"], values["is_std"] = metrics.inception_score(fake["logits"])
