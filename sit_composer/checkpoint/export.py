@@ -21,50 +21,7 @@ from sit_composer.errors import UserError, first_line
 STATE = "trainer_state.json"
 Content = str | dict[str, Tensor]  # of a file: text, or tensors
 
-CARD = """---
-# Choose a license, and name it here:   license: …
-library_name: sit_composer
-tags:
-- sit
-- class-conditional-image-generation
----
-
-# SiT, {image_size}×{image_size} images of {num_classes} classes
-
-A Scalable Interpolant Transformer ([arXiv 2401.08740](https://arxiv.org/abs/2401.08740)), trained for
-{step} steps. `model.safetensors` holds {which}, with the names of the authors' state dicts.
-`config.json` describes the network, the transport, the autoencoder and the classes.
-
-It works on {latents}. The path is {path_type}, and the network
-predicts the {prediction}. {guidance}
-
-{sigma}## Sampling
-
-```bash
-huggingface-cli download OWNER/NAME --local-dir NAME
-python -m sit_composer.sample NAME --out samples --num-images 16
-```
-
-The default settings:
-
-```json
-{settings}
-```
-
-From Python, the network alone:
-
-```python
-import torch
-
-from sit_composer.sit import SiT
-
-network = SiT.from_pretrained("OWNER/NAME")
-x, t = torch.randn(2, {channels}, {side}, {side}), torch.tensor([0.0, 0.5])  # noise is at 0, data at 1
-labels = torch.tensor([0, {last_label}])
-with torch.no_grad():
-    {prediction} = network(x, t, labels)
-```
-"""
+CARD = Path(__file__).with_name("model_card.md").read_text("utf-8")
 SIGMA = """`learn_sigma` is true: the last layer has the second half of output channels of the released networks. It is
 never trained, and the network drops its output. In the authors' code, build the network with `learn_sigma=True`.
 

@@ -1,14 +1,21 @@
-from sit_composer.config.documentation import documentation, markdown
+import subprocess
+import sys
+
+from sit_composer.config.documentation import documentation
 from tests.helpers.paths import ROOT
+
+PAGE = ROOT / "docs" / "configuration.md"
 
 
 def test_the_page_of_keys_is_current():
-    text = (ROOT / "docs" / "configuration.md").read_text()
-    assert text == markdown(), "run: python -m sit_composer.config.documentation > docs/configuration.md"
+    page = subprocess.run(
+        [sys.executable, "docs/configuration.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert PAGE.read_text() == page.stdout, "run: python docs/configuration.py > docs/configuration.md"
 
 
 def test_help_and_page_tell_default_meaning_and_bounds_of_a_key():
     row = "| `lr` | `0.0001` | AdamW's learning rate | a number above 0 |"
-    assert row in markdown().splitlines()
+    assert row in PAGE.read_text().splitlines()
     line = "  optimizer.lr                 AdamW's learning rate (a number above 0) [0.0001]"
     assert line in documentation().splitlines()
