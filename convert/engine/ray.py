@@ -1,8 +1,7 @@
 """The parts of a conversion on a Ray cluster: one actor per GPU, or per core, converts one whole part at a time.
 
-If an actor's process or node dies, Ray gives its part to another; shards appear whole, so no part is harmed. Without
-RAY_ADDRESS, a cluster of this machine is started, and ended. The nodes of another cluster need the project's
-dependencies, the source, the output and the credentials in the same places; the code is sent to them.
+If an actor dies, Ray gives its part to another. Without RAY_ADDRESS, a cluster of this machine is started, and ended.
+The nodes of another need the dependencies, the source, the output and the credentials in the same places; not the code.
 """
 
 import json

@@ -31,9 +31,8 @@ class Latents:
     """Samples of kind ``latents``: ``moments`` and ``moments_flip``, float16 (2C, H, W), mean before deviation.
 
     The same images, options, kind of processor and libraries give the same bits; so a CPU encodes each batch on one
-    thread, and as many batches at a time as it has cores. A GPU encodes one while the next is transferred.
-    Without ``crop``, all images are squares of ``image_size``. The encoder computes in ``dtype``. ``batch_size`` None
-    chooses a fast one; another batch size may change the last bits.
+    thread, and as many batches at a time as it has cores. A GPU encodes one while the next is transferred. Another
+    ``batch_size`` may change the last bits.
     """
 
     columns: ClassVar[dict[str, str]] = dict.fromkeys(("moments", "moments_flip"), "ndarray:float16") | {"label": "int"}

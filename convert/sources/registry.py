@@ -1,8 +1,7 @@
 """Finds out what SOURCE is, and yields its images with their labels, always in the same order.
 
-`describe` settles the format from names alone, for a local source with the standard library only, so that a mistyped
-command fails at once. `plan_source` reads footers and labels, and divides the source into parts; `read_part` reads one
-part, in this process or on another machine. Each kind of source is a module with these two functions.
+`describe` settles the format from names alone, with the standard library only for a local source. `plan_source` reads
+footers and labels, and divides the source into parts; `read_part` reads one. Each kind of source has these two.
 """
 
 import glob

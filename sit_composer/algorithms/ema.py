@@ -1,7 +1,6 @@
 """The exponential moving average of the weights, on Composer's `EMA` algorithm.
 
-How it differs from Composer 0.32's own, and why:
-
+How it differs from Composer 0.32's own:
 - It starts from the initial weights, as SiT's does; Composer's starts from those after the first batch.
 - A checkpoint's ``state.model`` always holds the training weights; Composer's swaps the average in before a save.
 - The callback `EMAWeights` keeps the average: a sharded checkpoint stores callbacks' state tensor by tensor, but

@@ -1,13 +1,8 @@
 """Which weights are in a checkpoint, and what they mean.
 
-Three kinds are read, all without running code that might be in them:
-
-- A run's. Composer's ``state.model`` holds the training weights, the state of the callback `EMAWeights` their average,
-  and the state of `RunRecord` the record of the network.
-- The authors' ``.pt``, as released or as their ``train.py`` writes it. The network follows from the tensors' shapes.
-- A folder that `sit_composer.export` wrote: safetensors, and the record as ``config.json``.
-
-Weights are asked for by name, "ema" or "training".
+Three kinds are read, all without running code that might be in them: a run's, in which ``state.model`` holds the
+training weights, and the states of the callbacks `EMAWeights` and `RunRecord` their average and the network's record;
+the authors' ``.pt``; and a folder that `sit_composer.export` wrote. Weights are asked for as "ema" or "training".
 """
 
 import atexit
@@ -65,11 +60,8 @@ def load_checkpoint(path: str, weights: str = "ema") -> Checkpoint:
 
 
 def find_checkpoint(path: str) -> Path:
-    """What is read for a path: a file, the folder of a sharded checkpoint, or an exported folder; or CheckpointError.
-
-    For a run's folder it is the newest complete checkpoint. Objects in object storage are downloaded to a temporary
-    folder, which is deleted when the process ends.
-    """
+    """What is read for a path: a file, a sharded checkpoint's folder, an exported folder, or a run's newest complete
+    checkpoint. From object storage it is copied to a temporary folder. Raises CheckpointError."""
     if path.startswith("s3://"):
         return _download(path)
     if is_remote(path):

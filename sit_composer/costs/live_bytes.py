@@ -1,9 +1,8 @@
 """The bytes that a training step's passes hold, for any microbatch, from a step on tensors without content.
 
 The bytes alive after each operator are recorded for batches of 2 and of 4; at each moment, they are on a line. So the
-peak of any batch is known, to the byte, for all that operators return, but not for their workspaces. The operators are
-the CPU's; for a GPU, autocast follows CUDA's rules, and attention keeps q, k, v, the output and a number per token
-(torch's fallback also keeps the T×T matrix). torch's MemTracker rejects frozen parameters, and keeps peaks only.
+peak of any batch is known, to the byte, for all that operators return, but not for their workspaces. For a GPU,
+autocast follows CUDA's rules, and attention keeps q, k, v, the output and a number per token, as its fused kernels do.
 """
 
 import gc

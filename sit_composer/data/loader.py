@@ -23,11 +23,9 @@ class SitDataset(CheckedDataset):
     * for latents, ``moments``: float16 (2C, H, W), of the image or of its mirror image.
 
     Args:
-        spec: The contents of the shards, from `load_spec`.
         image_size: Side in pixels to which images are cropped; None for the spec's. Ignored for latents.
         flip: Mirror half of the samples. Which half depends only on seed, epoch and index.
         shuffle: A new order in each epoch. It depends on ``seed`` and epoch, not on the number of workers and ranks.
-        options: `CheckedDataset`'s.
     """
 
     def __init__(
@@ -117,14 +115,8 @@ def build_loader(
 ) -> SitLoader:
     """A loader of dicts: `SitDataset`'s ``image`` or ``moments``, stacked; int64 ``label``, ``index`` and ``key`` (N,).
 
-    Args:
-        remote, local, spec: As for `CheckedDataset`.
-        batch_size: Samples per batch and rank. All ranks have the same number of batches, for which an epoch may repeat
-            a few samples.
-        num_workers: Processes per rank that read; with 0, this process reads.
-        drop_last: Leave out an incomplete last batch.
-        options: `SitDataset`'s and `CheckedDataset`'s: image_size, flip, shuffle, seed, predownload, cache_limit, ….
-
+    ``batch_size`` is per rank, and ``num_workers`` of 0 reads in this process. All ranks have the same number of
+    batches, for which an epoch may repeat a few samples. The other options are `SitDataset`'s and `CheckedDataset`'s.
     Invalid data raise a DataError, here or while iterating, with any number of workers.
     """
     return SitLoader(

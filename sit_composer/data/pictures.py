@@ -93,9 +93,8 @@ def _halve(image: Tensor, times: int) -> Tensor:
 def _filter(n: int, out: int, size: int) -> tuple[slice, Tensor, Tensor, Tensor]:
     """PIL's bicubic filter from ``n`` pixels to the ``size`` in the middle of ``out``.
 
-    Returns:
-        The slice of the n that it needs; and, for `_weighted_sums`, (size, taps) each: the indices of each output's
-        inputs in that slice, and their weights (in sum 2 ** 22) times 2 ** -11, as the upper bits and the lower 11.
+    Returns the slice of the n that it needs; and, for `_weighted_sums`, (size, taps) each: the indices of each output's
+    inputs in that slice, and their weights (in sum 2 ** 22) times 2 ** -11, as the upper bits and the lower 11.
     """
     scale = n / out
     stretch = max(scale, 1.0)  # of the filter, which averages if the image shrinks

@@ -27,8 +27,6 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     """|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½): FID, eq. 6 of Heusel et al. 2017 (arXiv 1706.08500).
 
     The squared 2-Wasserstein distance of two Gaussians (Dowson & Landau 1982), for mean (D,) and covariance (D, D).
-    Raises ValueError if the shapes differ, or a number is not finite.
-
     The trace of the root is the sum of the singular values of Σ₁^½ Σ₂^½. Unlike the root, or the eigenvalues, of the
     unsymmetric Σ₁Σ₂, these are exact to rounding even if a covariance is singular, that is for N <= D images.
     """

@@ -1,10 +1,9 @@
 """One live run per folder: its holder rewrites a small file beside the checkpoints every few seconds, a beat each.
 
 A second run of the same name sees the beats and is refused. A killed run's lease is taken over: at once on the same
-machine, where the process is known to be dead, elsewhere after three missed beats. A run that finds another owner in
-the file stops. Each write has the condition that the file is as it was read, so two runs can't both take over, and a
-beat can't undo a takeover. One case remains: a process suspended for three beats between a look at the file and the
-request after it (see `Uploads`) makes that one request when it continues.
+machine, elsewhere after three missed beats. A run that finds another owner in the file stops. Each write has the
+condition that the file is as it was read, so two runs can't both take over. One case remains: a process suspended for
+three beats between a look at the file and the request after it (see `Uploads`) makes that one request afterwards.
 """
 
 import contextlib
