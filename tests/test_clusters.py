@@ -249,7 +249,7 @@ def test_a_sigterm_before_there_are_ranks_ends_it(stand_in):
     until(lambda: "launch.py" in " ".join(psutil.Process(process.pid).cmdline()), 30, "the launcher")
     time.sleep(1)  # composer's import takes longer
     os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(30) == 143
+    assert process.wait(30) in (143, -signal.SIGTERM)  # a busy machine may not have come to the handler
     assert list(folder.iterdir()) == []
 
 

@@ -139,7 +139,7 @@ def check_fit(file: Path, model: dict[str, Any], weights: dict[str, Tensor]) -> 
         expected = {name: tuple(tensor.shape) for name, tensor in on_meta(**model).state_dict().items()}
     except REFUSALS as error:
         raise CheckpointError(f"{file}: not the weights of a SiT: {error}") from None
-    for name in [*(weights.keys() - expected.keys()), *(expected.keys() - weights.keys())]:
+    for name in (name for name in [*weights, *expected] if name not in weights or name not in expected):
         wrong = f"it has {name}, which a SiT has not" if name in weights else f"{name} is missing"
         raise CheckpointError(f"{file}: not the weights of a SiT: {wrong}")
     for name, shape in expected.items():
