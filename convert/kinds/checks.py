@@ -3,6 +3,7 @@
 import math
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,7 +33,7 @@ Row = dict[str, Any]  # a sample's columns
 Rows = list[tuple[str, Row]]  # with the place of each sample
 
 
-class Check:
+class Check(ABC):
     """Checks samples, and keeps some for a grid. ``fault`` is called with one line per fault."""
 
     def __init__(self, spec: DataSpec, fault: Callable[[str], None], room: int) -> None:
@@ -40,9 +41,9 @@ class Check:
         self.kept: list[Row] = []
         self.seen = 0
 
+    @abstractmethod
     def tiles(self, row: Row) -> Iterator[tuple[Tensor, str]]:
         """The images that a grid shows of a sample, uint8 (C, H, W), with the ends of their captions."""
-        raise NotImplementedError
 
     def keep(self, row: Row) -> None:
         """Keeps a random subset of all samples, each equally likely, so that a sorted source shows many classes."""

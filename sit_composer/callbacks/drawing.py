@@ -1,5 +1,6 @@
 """Generates images in the middle of training, for the callbacks that show or measure them."""
 
+from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -69,6 +70,6 @@ class DrawingCallback(Callback):
         if event in (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT) and self.due(state, event):
             self.draw(state, logger)
 
+    @abstractmethod
     def draw(self, state: State, logger: Logger) -> None:
         """Generates the images and does with them what the callback is for; called on all ranks."""
-        raise NotImplementedError

@@ -1,11 +1,5 @@
 """Checkpoints, read without running code in them."""
 
-import importlib
-from typing import Any
+from sit_composer.checkpoint.load import load_checkpoint
 
-
-def __getattr__(name: str) -> Any:
-    """`load_checkpoint`, whose module is heavy, loads on first use."""
-    if name != "load_checkpoint":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module("sit_composer.checkpoint.load").load_checkpoint
+__all__ = ["load_checkpoint"]

@@ -48,9 +48,11 @@ def train(config: Config) -> bool:
 
 def fit(config: Config, device: str, supervision: Supervision) -> bool:
     """Does what `train` says, once the ranks are connected."""
+    # --- Inputs ---
     resumption = supervision.start()
     inputs = open_inputs(config, device)
 
+    # --- Network and objective ---
     reproducibility.seed_all(config.seed)  # alike on every rank: Composer doesn't broadcast rank 0's weights under FSDP
     network = SiT(**network_arguments(config.model))
     model = ComposerSiT(network, Transport(**vars(config.transport)), inputs.autoencoder, inputs.encoder)
@@ -69,6 +71,7 @@ def fit(config: Config, device: str, supervision: Supervision) -> bool:
         classes=list(inputs.specs["data"].classes),
         ema_decay=ema.decay if ema is not None else None,
     )
+    # --- Trainer ---
     callbacks = [RunRecord(record, supervision.save_config), *build("callbacks", config.callbacks)]
     algorithms = build("algorithms", config.algorithms)
     if ema is not None:
@@ -88,6 +91,7 @@ def fit(config: Config, device: str, supervision: Supervision) -> bool:
         callbacks=callbacks,
         loggers=loggers,
     )
+    # --- Run ---
     try:
         supervision.attach(trainer)
         return run(trainer, config.run_name, ema, supervision)
