@@ -30,7 +30,7 @@ if not __package__:  # run by its path, Python looks for modules in this folder 
 
 from convert.options import parse, what_is_made
 from convert.sources.registry import describe
-from sit_composer.cli import run_command
+from sit_composer.cli import hand_over, run_command
 from sit_composer.errors import EVICTED
 
 
@@ -48,10 +48,8 @@ def _convert(args: argparse.Namespace) -> int:
     )
     if args.limit:
         source["limit"] = args.limit
-    source |= what_is_made(args)
-    from convert.engine.conversion import run  # after all that needs no library; worker processes import this file
-
-    return run(args, source)
+    args.described = source | what_is_made(args)
+    return hand_over("convert.engine.conversion", args)
 
 
 if __name__ == "__main__":

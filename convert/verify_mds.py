@@ -19,7 +19,7 @@ if not __package__:  # run by its path, Python looks for modules in this folder 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from sit_composer.choices import COUNT
-from sit_composer.cli import is_remote, make_parser, number, run_command
+from sit_composer.cli import hand_over, is_remote, make_parser, number, run_command
 from sit_composer.errors import UserError
 
 
@@ -46,9 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 def _verify(args: argparse.Namespace) -> int:
     if not is_remote(args.uri) and not Path(args.uri).is_dir():
         raise UserError(f"{args.uri}: no such folder")
-    from convert.engine.verify import run  # streaming and torch take seconds
-
-    return run(args)
+    return hand_over("convert.engine.verify", args)
 
 
 if __name__ == "__main__":

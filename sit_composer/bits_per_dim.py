@@ -21,7 +21,7 @@ import os
 import sys
 
 from sit_composer import choices
-from sit_composer.cli import make_parser, number, refuse_idle, run_command
+from sit_composer.cli import hand_over, make_parser, number, refuse_idle, run_command
 from sit_composer.errors import UserError
 from sit_composer.outputs import check_output
 
@@ -66,14 +66,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for a mistake that it names."""
-
-    def work() -> None:
-        args = parse(argv)
-        from sit_composer.evaluation.bits import run  # imports torch: only once the options are valid
-
-        run(args)
-
-    return run_command(work)
+    return run_command(lambda: hand_over("sit_composer.evaluation.bits", parse(argv)))
 
 
 if __name__ == "__main__":

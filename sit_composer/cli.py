@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -53,6 +54,11 @@ def run_command(work: Callable[[], int | None], stopped: str = "stopped", errors
     except errors as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
+
+
+def hand_over(module: str, args: argparse.Namespace) -> int | None:
+    """Calls ``run(args)`` of a module that imports torch, which takes seconds: only once the options are valid."""
+    return importlib.import_module(module).run(args)
 
 
 def say(message: str) -> None:

@@ -21,7 +21,7 @@ import argparse
 import sys
 
 from sit_composer.choices import COUNT, METRICS, choose
-from sit_composer.cli import is_remote, make_parser, number, run_command
+from sit_composer.cli import hand_over, is_remote, make_parser, number, run_command
 from sit_composer.outputs import check_output
 
 
@@ -50,14 +50,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for a mistake that it names."""
-
-    def work() -> None:
-        args = parse(argv)
-        from sit_composer.evaluation.judge import run  # imports torch: only once the options are valid
-
-        run(args)
-
-    return run_command(work)
+    return run_command(lambda: hand_over("sit_composer.evaluation.judge", parse(argv)))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@ uploads it. `sit_composer.sample` and `SiT.from_pretrained` take either folder. 
 """
 
 import sys
-from pathlib import Path
 
-from sit_composer.cli import make_parser, run_command
+from sit_composer.cli import hand_over, make_parser, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,13 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, metavar="DIR", help="parent of the written folders")
     parser.add_argument("--hub", action="store_true", help="write a folder for the Hugging Face Hub as well")
     args = parser.parse_args(argv)
-
-    def work() -> None:
-        from sit_composer.checkpoint.export import export  # imports torch: only once the options are valid
-
-        export(args.checkpoint, Path(args.out), args.hub)
-
-    return run_command(work)
+    return run_command(lambda: hand_over("sit_composer.checkpoint.export", args))
 
 
 if __name__ == "__main__":

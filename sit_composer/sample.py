@@ -12,7 +12,7 @@ import sys
 
 from sit_composer import choices
 from sit_composer.choices import Sampling
-from sit_composer.cli import make_parser, number, refuse_idle, run_command
+from sit_composer.cli import hand_over, make_parser, number, refuse_idle, run_command
 from sit_composer.outputs import check_output
 
 # Without defaults on the command line, to notice an option that has no effect; `Sampling` has the defaults.
@@ -91,14 +91,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 if all images exist, 2 for a mistake that it names."""
-
-    def work() -> None:
-        args = parse(argv)
-        from sit_composer.gallery import run  # imports torch: only once the options are valid
-
-        run(args)
-
-    return run_command(work, "stopped; rerun the same command to continue")
+    return run_command(
+        lambda: hand_over("sit_composer.gallery", parse(argv)), "stopped; rerun the same command to continue"
+    )
 
 
 if __name__ == "__main__":

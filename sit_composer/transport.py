@@ -133,20 +133,26 @@ class Transport:
 
     def velocity(self, model: Model, x: Tensor, t: Tensor, **model_kwargs) -> Tensor:
         """The drift of the probability-flow ODE, eq. (2), at x (N, …) and t (N,), whatever the network predicts."""
-        return self.velocity_and_score(model, x, t, **model_kwargs)[0]
+        return self._velocity(model(x, t, **model_kwargs), x, t)
 
     def score(self, model: Model, x: Tensor, t: Tensor, **model_kwargs) -> Tensor:
         """∇ log p_t at x (N, …) and t (N,), whatever the network predicts."""
-        return self.velocity_and_score(model, x, t, **model_kwargs)[1]
+        return self._score(model(x, t, **model_kwargs), x, t)
 
     def velocity_and_score(self, model: Model, x: Tensor, t: Tensor, **model_kwargs) -> tuple[Tensor, Tensor]:
         """`velocity` and `score` from one evaluation of the network."""
         output = model(x, t, **model_kwargs)
+        return self._velocity(output, x, t), self._score(output, x, t)
+
+    def _velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
         if self.prediction == "noise":
-            return self.path.velocity_from_noise(output, x, t), self.path.score_from_noise(output, t)
-        if self.prediction == "score":
-            return self.path.velocity_from_score(output, x, t), output
-        return output, self.path.score_from_velocity(output, x, t)
+            return self.path.velocity_from_noise(output, x, t)
+        return self.path.velocity_from_score(output, x, t) if self.prediction == "score" else output
+
+    def _score(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        if self.prediction == "noise":
+            return self.path.score_from_noise(output, t)
+        return self.path.score_from_velocity(output, x, t) if self.prediction == "velocity" else output
 
     def diffusion(self, x: Tensor, t: Tensor, form: str = "sigma", norm: float = 1.0) -> Tensor:
         """Half of the w_t of eq. (4) at t (N,), of shape (N, 1, …) for x (N, …); any w_t ≥ 0 keeps p_t.

@@ -30,8 +30,9 @@ SMALL = 2000  # images; for fewer, starting processes would take longer than the
 Records = Generator[dict[str, Any], None, None]  # of parts
 
 
-def run(args: argparse.Namespace, source: dict[str, Any]) -> int:
-    """Converts the source, and returns the exit code. Raises UserError if the command is mistaken."""
+def run(args: argparse.Namespace) -> int:
+    """Converts the source that the options describe. Returns the exit code; UserError if the command is mistaken."""
+    source = args.described
     with Output(args.out) as output:
         if source["format"] == "imagefolder" and output.path:
             root = Path(source["path"]).resolve()

@@ -1,5 +1,6 @@
 """Writes a checkpoint's weights as other programs read them: see `sit_composer.export`."""
 
+import argparse
 import json
 import os
 import shutil
@@ -28,9 +29,12 @@ never trained, and the network drops its output. In the authors' code, build the
 """
 
 
-def export(path: str, out: Path, hub: bool = False) -> None:
-    """Writes out/checkpoint-STEP, and out/hub-STEP if asked for; raises UserError if that is impossible."""
-    place = str(find_checkpoint(path))  # the same file for both weights, though a run may be writing the next
+def run(args: argparse.Namespace) -> None:
+    """Writes --out's checkpoint-STEP, and hub-STEP if asked for; raises UserError if that is impossible."""
+    place, out = (
+        str(find_checkpoint(args.checkpoint)),
+        Path(args.out),
+    )  # the same file for both weights, though a run may be writing the next
     held: dict[str, Checkpoint] = {}
     for which in EXPORTED:
         try:
@@ -44,7 +48,7 @@ def export(path: str, out: Path, hub: bool = False) -> None:
     best = held.get("ema") or held["training"]
     files = {EXPORTED[which]: checkpoint for which, checkpoint in held.items()}
     write_folder(out / f"checkpoint-{best.step}", files, {"ema.pt": best.weights} if "ema" in held else {})
-    if hub:
+    if args.hub:
         write_folder(out / f"hub-{best.step}", {"model.safetensors": best}, {"README.md": model_card(best)})
 
 

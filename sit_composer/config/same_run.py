@@ -6,6 +6,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sit_composer.cli import is_remote
 from sit_composer.config.schema import Config, ConfigError, network_arguments
 
 CONFIG = "config.yaml"  # the resolved config, beside a run's checkpoints
@@ -15,7 +16,7 @@ def check_same_run(config: Config) -> None:
     """Checks that a local run of the same name, which this one would resume, has the same network and objective."""
     folder = str(config.trainer.get("save_folder") or "").replace("{run_name}", config.run_name)
     saved = Path(folder, CONFIG)
-    if folder and "://" not in folder and config.trainer.get("autoresume") and saved.is_file():
+    if folder and not is_remote(folder) and config.trainer.get("autoresume") and saved.is_file():
         check_same_config(config, saved.read_text(errors="replace"), str(saved))
 
 

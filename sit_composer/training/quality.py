@@ -12,6 +12,7 @@ from sit_composer.callbacks.drawing import Drawing
 from sit_composer.callbacks.frechet import FrechetDistance
 from sit_composer.callbacks.sample_grid import SampleGrid
 from sit_composer.choices import Sampling
+from sit_composer.cli import is_remote
 from sit_composer.config.schema import Config, ConfigError, DrawingConfig
 from sit_composer.errors import UserError
 from sit_composer.evaluation.features import Extractor, load_extractor
@@ -30,7 +31,7 @@ def quality_callbacks(
         return []
     autoencoder = inputs.encoder or load_autoencoder(config.autoencoder.name, inputs.autoencoder.channels, device)
     folder = config.trainer.get("save_folder")
-    folder = None if folder is None or "://" in folder else format_name_with_dist(folder, config.run_name)
+    folder = None if folder is None or is_remote(folder) else format_name_with_dist(folder, config.run_name)
 
     def drawing(section: DrawingConfig, labels: list[int]) -> Drawing:
         options = {name: getattr(section, name) for name in ("sampling_method", "num_steps", "cfg_scale", "seed")}
