@@ -49,7 +49,7 @@ def _convert(args: argparse.Namespace) -> int:
     if args.limit:
         source["limit"] = args.limit
     args.described = source | what_is_made(args)
-    return hand_over("convert.engine.conversion", args)
+    return hand_over("convert.engine.conversion", args, "streaming")
 
 
 if __name__ == "__main__":

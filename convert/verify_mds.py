@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 def _verify(args: argparse.Namespace) -> int:
     if not is_remote(args.uri) and not Path(args.uri).is_dir():
         raise UserError(f"{args.uri}: no such folder")
-    return hand_over("convert.engine.verify", args)
+    return hand_over("convert.engine.verify", args, "streaming")
 
 
 if __name__ == "__main__":

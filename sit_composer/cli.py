@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from sit_composer import lean
 from sit_composer.choices import Bounds
 from sit_composer.errors import INTERRUPTED, USAGE, UserError
 
@@ -56,8 +57,11 @@ def run_command(work: Callable[[], int | None], stopped: str = "stopped", errors
         return USAGE
 
 
-def hand_over(module: str, args: argparse.Namespace) -> int | None:
-    """Calls ``run(args)`` of a module that imports torch, which takes seconds: only once the options are valid."""
+def hand_over(module: str, args: Any, *libraries: str) -> int | None:
+    """Calls ``run(args)`` of a module that imports torch and these libraries, which takes seconds."""
+    if module not in sys.modules and os.environ.get("RANK", "0") == "0":
+        print(f"loading {', '.join(['torch', *libraries])} …", file=sys.stderr, flush=True)
+    lean.load(*libraries)
     return importlib.import_module(module).run(args)
 
 

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torchvision.io import encode_png
 from tqdm import tqdm
 
 from sit_composer.autoencoder import SLICE_SIZE, to_uint8
@@ -172,7 +171,7 @@ def generate_missing(
             indices = share[start : start + args.batch_size]
             latents, used = generate(guidance, transport, [labels[i] for i in indices], indices, args.sampling)
             for i, image in zip(indices, to_uint8(autoencoder.decode(latents)).cpu(), strict=True):
-                write_bytes(bytes(encode_png(image).numpy()), out / IMAGE.format(i))
+                write_bytes(encode_png(as_image(image)), out / IMAGE.format(i))
             bar.update(len(indices))
             done.update(images=len(indices), **{name: count * len(indices) for name, count in used.items()})
             if rank == 0:  # the work so far, in case the command is stopped
@@ -200,6 +199,15 @@ def write_grid(images: list[Image.Image], labels: list[int], path: Path, columns
     for y, row in enumerate(cells):
         for x, i in enumerate(row):
             grid.paste(images[i].resize((side, side), Image.NEAREST), (x * step, y * step))
+    write_bytes(encode_png(grid), path)
+
+
+def as_image(levels: torch.Tensor) -> Image.Image:
+    """uint8 (C, H, W), grey for one channel, as an image."""
+    return Image.fromarray(levels[0].numpy() if len(levels) == 1 else levels.permute(1, 2, 0).contiguous().numpy())
+
+
+def encode_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    grid.save(buffer, "PNG")
-    write_bytes(buffer.getvalue(), path)
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,35 +1,55 @@
-"""Composer's launcher, made fit for schedulers:   python sit_composer/launch.py [composer's arguments]
+"""Composer's launcher, made light, and fit for schedulers and for Ctrl-C. The command `composer` runs it, too.
 
-It passes a SIGTERM on to each rank once, and waits until they have saved. Composer's own kills a rank after 30 seconds,
-and exits at a second SIGTERM, which some schedulers send. The exit code is the first failed rank's, or 128 + N if
-signal N ended it. Composer's own is the lowest rank's, which the launcher may have ended itself, or 256 - N.
+    composer [-n RANKS] SCRIPT …        python sit_composer/launch.py [-n RANKS] SCRIPT …
+
+Composer's own imports all of Composer before it starts the ranks. It kills a rank 30 seconds after a SIGTERM or Ctrl-C,
+and exits at a second SIGTERM, which some schedulers send; this one passes the signal on, and waits until the ranks have
+saved. The exit code is the first failed rank's, or 128 + N if signal N ended it. Composer's own is the lowest rank's,
+which the launcher may have ended itself, or 256 - N.
 """
 
+import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
+from typing import Any
 
 # A script run by its path finds its own folder first, where config, data and others would shadow other packages.
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]
 import psutil
 
+from sit_composer.errors import EVICTED, INTERRUPTED, USAGE
+
+LAUNCHER = "SIT_COMPOSER_LAUNCHER"  # in the ranks' environment: the launcher's process number
+SAID = {USAGE, INTERRUPTED, EVICTED}  # exit codes of ranks that have said why they end
+
 
 def main() -> int:
     """Runs the launcher, and returns its exit code."""
-    signal.signal(signal.SIGTERM, pass_on)
-    from composer.cli import launcher  # takes seconds, in which a SIGTERM may come; it sets a handler of its own
-
-    signal.signal(signal.SIGTERM, pass_on)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, pass_on)
+    os.environ[LAUNCHER] = str(os.getpid())
+    launcher = composer_launcher()
     failed: list[int] = []
-    monitor = launcher._monitor_processes
 
     def watch(processes: dict[int, subprocess.Popen]) -> None:
-        monitor(processes)  # returns when all have exited, or one has failed
-        failed.extend(process.returncode for process in processes.values() if process.returncode)
+        codes: list[int | None] = [None]
+        while None in codes and not failed:
+            time.sleep(0.1)
+            codes = [process.poll() for process in processes.values()]
+            failed.extend(code for code in codes if code)
+        if not failed or failed[0] in SAID:  # Composer would print that it waits for them, and their codes
+            launcher.print = launcher._print_process_exit_status = lambda *_: None
+            launcher.log.disabled = True
 
     launcher._monitor_processes = watch
     code = launcher.main()
@@ -37,10 +57,38 @@ def main() -> int:
     return 128 - code if code < 0 else code
 
 
+def composer_launcher() -> Any:
+    """The module `composer.cli.launcher`, with the few names that it takes from other modules in their stead."""
+    torch = ModuleType("torch")  # used if -n isn't given
+    torch.__getattr__ = lambda name: getattr(import_module("torch"), name)  # type: ignore[method-assign]
+    names = ("MOSAICML_GPU_LOG_FILE_PREFIX", "MOSAICML_LOG_DIR", "MOSAICML_PLATFORM")
+    contents: dict[str, dict[str, Any]] = {
+        "composer": {"__path__": find_spec("composer").submodule_search_locations, "__version__": version("mosaicml")},
+        "composer.loggers.mosaicml_logger": {f"{name}_ENV_VAR": name for name in names},
+        "composer.utils": {"get_free_tcp_port": free_port},
+    }
+    modules = {"torch": torch, **{name: ModuleType(name) for name in ("composer.loggers", *contents)}}
+    for name, content in contents.items():
+        vars(modules[name]).update(content)
+    sys.modules.update(modules)
+    try:
+        return import_module("composer.cli.launcher")
+    finally:
+        for name in modules:
+            del sys.modules[name]
+
+
+def free_port() -> int:
+    """A TCP port that is free now."""
+    with socket.socket() as found:
+        found.bind(("", 0))
+        return found.getsockname()[1]
+
+
 def pass_on(number: int, frame: FrameType | None) -> None:
-    """Sends SIGTERM to the ranks, and waits until they have exited; if there are none yet, exits."""
-    # Not SIG_IGN, which a rank that is started later would inherit.
-    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    """Sends the signal to the ranks, and waits until they have exited; if there are none yet, exits."""
+    if number == signal.SIGTERM:  # once. Not SIG_IGN, which a rank that is started later would inherit.
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
     ranks = psutil.Process().children()
     if not ranks:
         os._exit(128 + number)
@@ -48,6 +96,17 @@ def pass_on(number: int, frame: FrameType | None) -> None:
         rank.send_signal(number)
     for rank in ranks:
         os.waitid(os.P_PID, rank.pid, os.WEXITED | os.WNOWAIT)  # leaves its exit code to the launcher
+
+
+def follow_launcher() -> None:
+    """In a rank: from now on, a SIGTERM ends it at once, and so does its launcher's death."""
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(EVICTED))
+    if "LOCAL_RANK" in os.environ and sys.platform == "linux":
+        # A launcher killed by a signal tells its ranks nothing, and they would train on alone.
+        launcher = int(os.environ.get(LAUNCHER, os.getppid()))
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a SIGTERM when this process's parent dies
+        if os.getppid() != launcher and not psutil.pid_exists(launcher):  # it died before that
+            os._exit(EVICTED)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ tokens, and D the hidden size.
 
 import importlib
 import math
+from collections import OrderedDict
 
 import torch
-from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from sit_composer.choices import VARIANTS, check_sizes, variant
 
@@ -70,15 +71,44 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)  # (N, D)
 
 
+class PatchEmbed(nn.Module):
+    """Maps each patch of images (N, C, H, W) to a token (N, T, D)."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Self-attention of the tokens (N, T, D)."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, tokens, d = x.shape
+        heads = self.qkv(x).reshape(n, tokens, 3, self.num_heads, d // self.num_heads)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (N, heads, T, D/heads)
+        return self.proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, d))
+
+
 class SiTBlock(nn.Module):
     """A transformer block whose layer norms and gates depend on the condition (adaLN-Zero, arXiv 2212.09748)."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
+        self.attn = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
+        width = int(hidden_size * mlp_ratio)
+        layers = {"fc1": nn.Linear(hidden_size, width), "act": nn.GELU("tanh"), "fc2": nn.Linear(width, hidden_size)}
+        self.mlp = nn.Sequential(OrderedDict(layers))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -144,11 +174,12 @@ class SiT(nn.Module):
         self.learn_sigma = learn_sigma
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
 
-        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
+        self.num_patches = (input_size // patch_size) ** 2
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         # A frozen parameter, not a buffer: the release has it in its state dict and in named_parameters().
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.x_embedder.num_patches, hidden_size), requires_grad=False)
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.num_patches, hidden_size), requires_grad=False)
         self.blocks = nn.ModuleList(SiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
@@ -223,7 +254,7 @@ class SiT(nn.Module):
 
         As usual, only matrix products are counted: T·D² for every D×D map over the tokens, 2·T²·D for attention.
         """
-        d, p, tokens = self.hidden_size, self.patch_size, self.x_embedder.num_patches
+        d, p, tokens = self.hidden_size, self.patch_size, self.num_patches
         hidden = self.blocks[0].mlp.fc1.out_features if len(self.blocks) else 0
         block = tokens * (4 * d * d + 2 * d * hidden) + 2 * tokens * tokens * d + 6 * d * d
         embed = tokens * p * p * self.in_channels * d + TimestepEmbedder.frequency_size * d + d * d

@@ -12,18 +12,20 @@ from pathlib import Path
 # A script run by its path finds its own folder first, where config, data and others would shadow other packages.
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]
-from sit_composer.cli import make_parser, run_command, say
+from sit_composer import launch
+from sit_composer.cli import hand_over, make_parser, run_command
 from sit_composer.config.checks import check
 from sit_composer.config.data_fits import check_data, local_spec
 from sit_composer.config.documentation import documentation
 from sit_composer.config.load import load_config
 from sit_composer.config.same_run import check_same_run
 from sit_composer.config.schema import Config
-from sit_composer.errors import EVICTED, UserError
+from sit_composer.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 when trained, 143 when saved after a SIGTERM, 2 for an invalid config or data."""
+    """Returns the exit code: 0 when trained, 143 or 130 when saved after a SIGTERM or Ctrl-C, 2 for a mistake."""
+    launch.follow_launcher()
     keys = "keys of the YAML, with defaults (???: must be given):\n" + documentation()
     parser = make_parser("composer sit_composer/train.py", __doc__, epilog=keys)
     parser.add_argument("yaml", help="the run's config, such as yamls/quickstart.yaml")
@@ -50,15 +52,8 @@ def run(args: argparse.Namespace) -> int:
             time.sleep(60)
         raise
     if args.dry_run:
-        from sit_composer.training.dry_run import dry_run  # imports torch
-
-        return dry_run(config)
-    from sit_composer.training.fit import train  # imports torch, Composer and streaming, which take seconds
-
-    if train(config):
-        return 0
-    say(f"{config.run_name}: ended by a SIGTERM, and saved; rerun the same command to resume")
-    return EVICTED
+        return hand_over("sit_composer.training.dry_run", config, "composer", "streaming") or 0
+    return hand_over("sit_composer.training.fit", config, "composer", "streaming") or 0
 
 
 def check_local(config: Config) -> None:

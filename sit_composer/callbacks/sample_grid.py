@@ -2,14 +2,12 @@
 
 from pathlib import Path
 
-import numpy as np
 from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist
-from PIL import Image
 
 from sit_composer.callbacks.drawing import Drawing, DrawingCallback
-from sit_composer.gallery import write_grid
+from sit_composer.gallery import as_image, write_grid
 
 
 class SampleGrid(DrawingCallback):
@@ -27,6 +25,6 @@ class SampleGrid(DrawingCallback):
         logger.log_images(levels.float().div(255), name="samples", channels_last=False, step=batch)
         if self.folder is not None:
             Path(self.folder).mkdir(parents=True, exist_ok=True)
-            arrays = levels.permute(0, 2, 3, 1).numpy()
-            images = [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else np.ascontiguousarray(a)) for a in arrays]
-            write_grid(images, self.drawing.labels, Path(self.folder) / f"ba{batch:07d}.png")
+            write_grid(
+                [as_image(image) for image in levels], self.drawing.labels, Path(self.folder) / f"ba{batch:07d}.png"
+            )

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
 from pathlib import Path
 
-from sit_composer.checkpoint.safe_load import METADATA, CheckpointError, load_metadata, sharded_files
+from sit_composer.checkpoint.safe_load import METADATA, CheckpointError
 from sit_composer.storage import LocalFolder, RunFolder, S3Folder, StorageError
 
 CHECKPOINT = re.compile(r"ep(\d+)-ba(\d+)(-rank0\.pt)?")  # a file, or a folder of shards
@@ -35,6 +35,8 @@ def is_complete(folder: RunFolder, name: str, sizes: dict[str, int]) -> bool:
     content, where = folder.read(f"{name}/{METADATA}"), f"{folder.uri}/{name}/{METADATA}"
     if content is None:
         return False
+    from sit_composer.checkpoint.sharded import load_metadata, sharded_files  # takes seconds to import
+
     try:
         needed = sharded_files(load_metadata(content, where))
     except CheckpointError as error:

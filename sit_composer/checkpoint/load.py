@@ -22,7 +22,7 @@ from safetensors.torch import load_file as load_safetensors
 from sit_composer.checkpoint.folder import CHECKPOINT, fetch_checkpoint, newest
 from sit_composer.checkpoint.record import CONFIG, EXPORTED, FORMAT, Checkpoint, NoSuchWeights, Record, check_fit
 from sit_composer.checkpoint.released import are_weights, from_authors
-from sit_composer.checkpoint.safe_load import METADATA, CheckpointError, load_file, load_sharded
+from sit_composer.checkpoint.safe_load import METADATA, CheckpointError, load_file
 from sit_composer.choices import WEIGHTS, choose
 from sit_composer.cli import is_remote
 from sit_composer.errors import first_line
@@ -140,6 +140,8 @@ def _part(place: Path, content: dict[str, Any] | None, path: str) -> dict[str, A
     """The part of a run's state at a path such as callbacks.RunRecord: of a file's content, or of a sharded folder."""
     if content is not None:
         return reduce(operator.getitem, path.split("."), content["state"])
+    from sit_composer.checkpoint.sharded import load_sharded  # takes seconds to import
+
     prefix = f"state.{path}."
     found = load_sharded(place, lambda name: name.startswith(prefix))
     if not found:

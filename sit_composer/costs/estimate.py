@@ -8,7 +8,6 @@ from dataclasses import astuple, dataclass, replace
 from functools import cache
 
 import torch
-from diffusers import AutoencoderKL
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sit_composer.autoencoder import SLICE_SIZE, find_subfolder
@@ -114,6 +113,8 @@ def encoder_memory(config: Config) -> tuple[int, int]:
     name = config.autoencoder.name
     if name is None:
         return 0, 0
+    from diffusers import AutoencoderKL  # takes seconds to import, and is rarely needed
+
     architecture = STABLE_DIFFUSION  # assumed for a name on the Hub
     if os.path.isdir(name):
         try:
@@ -133,6 +134,13 @@ def fits(config: Config, ranks: int, room: float, encoder: tuple[int, int] = (0,
     """The largest microbatch, with several per step, for a GPU of ``room`` GiB less the reserve; 0 if none fits."""
     available = (room * (1 - RESERVE[0]) - RESERVE[1]) * GIB
     return bisect(range(1, 2**32), available, key=lambda n: memory(config, ranks, n, True, encoder, True).total)
+
+
+def peak_flops(precision: str) -> float | None:
+    """This GPU's peak FLOP/s in a precision, if it is known."""
+    found = re.search(r"[A-Z]\d00", torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    rates = [(low, full) for name, (_, low, full) in GPUS.items() if found and name.startswith(found[0])]
+    return rates[0][precision == "fp32"] * 1e12 if rates else None
 
 
 def steps(config: Config, samples: int | None = None) -> int | None:

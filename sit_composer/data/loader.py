@@ -127,7 +127,7 @@ def build_loader(
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
         # A scheduler's SIGTERM often reaches every process of a job. If it ended the workers, the run could not save.
-        worker_init_fn=_ignore_sigterm,
+        worker_init_fn=_ignore_signals,
         prefetch_factor=2 if num_workers else None,
         # Each pass over a DataLoader draws a seed for its workers. Drawn from torch's own generator, a pass over the
         # evaluation data would change the noise of the training after it.
@@ -135,5 +135,6 @@ def build_loader(
     )
 
 
-def _ignore_sigterm(worker: int) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _ignore_signals(worker: int) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):  # which a process group may receive: the main process decides
+        signal.signal(number, signal.SIG_IGN)

@@ -5,7 +5,8 @@ from composer import algorithms as composer_algorithms
 from composer.utils import checkpoint
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
-from sit_composer.checkpoint.safe_load import SafePlanner, SafeReader, load_file
+from sit_composer.checkpoint.safe_load import load_file
+from sit_composer.checkpoint.sharded import SafePlanner, SafeReader
 
 
 def guard_composer() -> None:

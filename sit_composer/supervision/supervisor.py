@@ -147,14 +147,15 @@ class Supervision:
         elif new and self.keep >= 0 and dist.get_global_rank() == 0:
             prune(self.folder, self.keep)
 
-    def save_evicted(self, trainer: Trainer) -> None:
-        """Saves after `Evicted`, unless this batch is saved already. The model must hold the training weights."""
+    def save_evicted(self, trainer: Trainer) -> bool:
+        """Saves after `Evicted`, if it isn't yet; returns whether it is. The model must hold the training weights."""
         saver, now = trainer._checkpoint_saver, trainer.state.timestamp
         if saver is not None:
             saved = [(time.epoch, time.batch) for time in saver.all_saved_checkpoints_to_timestamp.values()]
             if (now.epoch, now.batch) not in saved:
                 saver._save_checkpoint(trainer.state, trainer.logger)
         self.finish()
+        return saver is not None
 
     def finish(self) -> None:
         """Waits until all checkpoints are uploaded, on all ranks."""

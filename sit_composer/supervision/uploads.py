@@ -11,7 +11,8 @@ from typing import Any
 from composer.utils import dist
 
 from sit_composer.checkpoint.folder import prune
-from sit_composer.checkpoint.safe_load import METADATA, load_metadata, sharded_files
+from sit_composer.checkpoint.safe_load import METADATA
+from sit_composer.checkpoint.sharded import load_metadata, sharded_files
 from sit_composer.storage import S3Folder, StorageError
 from sit_composer.supervision.lease import Lease
 

@@ -24,12 +24,13 @@ from sit_composer.data.stream import read_first_sample
 from sit_composer.errors import USAGE, UserError, one_line
 from sit_composer.storage import open_run_folder
 from sit_composer.training.inputs import SECTIONS, check_gpu, check_specs, read_specs
+from sit_composer.training.summary import save_folder, summary
 
 PROBE = ".sit_composer-dry-run-"
 SECRETS = ("KEY", "SECRET", "TOKEN", "PASSWORD")  # in the names of environment variables
 
 
-def dry_run(config: Config) -> int:
+def run(config: Config) -> int:
     """Prints the run, its memory and its cost, and checks what it needs. Returns the exit code: 2 if a check failed.
 
     All ranks but the first do nothing and return 0.
@@ -49,6 +50,7 @@ def dry_run(config: Config) -> int:
         lines.append(f"  {name:<22} {result}")
 
     specs: dict[str, DataSpec] = {}
+    found: list[str] = []  # the checkpoint to resume from
     for section in SECTIONS:
         if getattr(config, section) is not None:
             make(section, _data, config, section, specs)
@@ -58,13 +60,14 @@ def dry_run(config: Config) -> int:
         make("autoencoder.name", _autoencoder, config.autoencoder.name)
     if config.trainer.get("save_folder"):
         make("trainer.save_folder", lambda: _save_folder(save_folder(config)))
-        make("earlier checkpoints", _earlier, config)
+        make("earlier checkpoints", lambda: _earlier(config, found))
     for section in ("loggers", "callbacks", "algorithms", "scheduler"):
         if getattr(config, section):
             make(section, _build, section, getattr(config, section))
     if config.precision != "fp32":
         make("precision", check_gpu, config.precision)
-    print(hide("\n".join([summary(config, specs), "", "checks:", *lines])), flush=True)
+    text = [summary(config, specs, *found or [None]), "", *cost_tables(config, specs), "checks:", *lines]
+    print(hide("\n".join(text)), flush=True)
     return USAGE if failed else 0
 
 
@@ -76,61 +79,15 @@ def hide(text: str) -> str:
     return text
 
 
-def summary(config: Config, specs: dict[str, DataSpec]) -> str:
-    """The resolved run, its checkpoints, its memory and its cost."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    batch, micro = config.data.global_batch_size, config.trainer.get("device_train_microbatch_size")
-    spec = specs.get("data")
-    samples = spec.samples if spec is not None else None
-    lines = {"run": config.run_name, "network": tables.describe(config)}
-    lines["objective"] = f"{config.transport.path_type}, {config.transport.prediction}"
-    lines["data"] = config.data.remote or config.data.local
-    if spec is not None:
-        size = "" if spec.image_size is None else f" of {spec.image_size}²"
-        lines["data"] += f": {spec.samples:,} {spec.kind}{size}, {spec.num_classes} classes"
-    each = "" if micro is None else f", in microbatches of {micro}"
-    lines["batch"] = f"{batch}: {batch // ranks} per rank, {ranks} rank{'s' if ranks > 1 else ''}{each}"
-    lines["precision"] = f"{config.precision}, {'DDP' if config.fsdp is None else 'FSDP2'}"
-    count = estimate.steps(config, samples)
-    lines["length"] = str(config.trainer["max_duration"])
-    if count is not None:
-        lines["length"] += f": {count:,} steps" + (f", {count * batch / samples:.4g} epochs" if samples else "")
-    lines["checkpoints"] = checkpoints_text(config, count, samples)
+def cost_tables(config: Config, specs: dict[str, DataSpec]) -> list[str]:
+    """Memory by microbatch, for this device; and for GPUs the time on several of them."""
+    ranks, spec = int(os.environ.get("WORLD_SIZE", 1)), specs.get("data")
     encoder = estimate.encoder_memory(config) if spec is not None and spec.kind == "pixels" else (0, 0)
     cuda = config.precision != "fp32" or torch.cuda.is_available()
     counts = sorted({ranks, 8}) if cuda else [ranks]
-    text = "\n".join(f"{name + ':':<13}{line}" for name, line in lines.items())
-    text += "\n\n" + tables.memory_tables(config, counts, tables.MICROBATCHES, cuda, encoder)
-    return text + "\n\n" + tables.cost_table(config, counts, 0.4, samples) if cuda else text
-
-
-def checkpoints_text(config: Config, count: int | None, samples: int | None) -> str:
-    """How many checkpoints there will be, how large, and where."""
-    if not config.trainer.get("save_folder"):
-        return "none: trainer.save_folder is not given"
-    one = estimate.memory(replace(config, fsdp=None), 1, 1, cuda=False)  # a checkpoint holds the shards of all ranks
-    size = (one.weights + one.optimizer + one.ema) / 1e9
-    interval = config.trainer.get("save_interval", "1ep")  # Composer's default
-    every = estimate.batches(interval, config.data.global_batch_size, samples)
-    text = f"{size:.3g} GB, every {interval}"
-    if count and every:
-        number = -(-count // every)
-        keep = config.trainer.get("save_num_checkpoints_to_keep", -1)
-        kept = number if keep < 0 else min(keep, number)
-        text += f": {number} in all, {kept} kept, {kept * size:.3g} GB"
-    return f"{text}, in {save_folder(config)}"
-
-
-def save_folder(config: Config) -> str:
-    """trainer.save_folder, with the names that Composer puts into it. Composer itself would need a process group."""
-    folder = str(config.trainer["save_folder"])
-    names = {"run_name": config.run_name, "rank": 0, "local_rank": 0, "node_rank": 0}
-    names |= {name: os.environ.get(name.upper(), 1) for name in ("world_size", "local_world_size")}
-    try:
-        return folder.format(**names)
-    except (KeyError, IndexError, ValueError) as error:
-        expected = ", ".join(names)
-        raise ConfigError(f"trainer.save_folder: got {folder!r}, expected names of {expected}: {error}") from None
+    memory = tables.memory_tables(config, counts, tables.MICROBATCHES, cuda, encoder)
+    costs = [tables.cost_table(config, counts, 0.4, spec.samples if spec is not None else None), ""] if cuda else []
+    return [memory, "", *costs]
 
 
 def _data(config: Config, section: str, specs: dict[str, DataSpec]) -> str:
@@ -164,7 +121,7 @@ def _save_folder(uri: str) -> str:
     return f"wrote and deleted {'an object' if is_remote(uri) else 'a file'} in {uri}"
 
 
-def _earlier(config: Config) -> str:
+def _earlier(config: Config, resumed: list[str]) -> str:
     folder = open_run_folder(save_folder(config))
     found = list(checkpoints(folder))
     if not config.trainer.get("autoresume"):
@@ -176,7 +133,10 @@ def _earlier(config: Config) -> str:
     if before is not None:
         check_same_config(config, before.decode(errors="replace"), f"{folder.uri}/{CONFIG}")
     name = newest(folder)
-    return "none; the run begins anew" if name is None else f"resumes from {name}"
+    if name is None:
+        return "none; the run starts anew"
+    resumed.append(name)
+    return f"resumes from {name}"
 
 
 def _build(section: str, entries: dict) -> str:

@@ -1,6 +1,7 @@
 """Builds what a config says and trains it."""
 
 import sys
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
@@ -10,29 +11,34 @@ from composer.utils import dist, reproducibility
 from torch.distributed.checkpoint.api import CheckpointException
 
 from sit_composer.algorithms.ema import EMA
+from sit_composer.callbacks.progress import Progress
 from sit_composer.callbacks.run_record import RunRecord
+from sit_composer.checkpoint.folder import newest
 from sit_composer.checkpoint.record import Record
 from sit_composer.cli import say
 from sit_composer.config.composer_classes import build
 from sit_composer.config.schema import Config, ConfigError, network_arguments
+from sit_composer.costs import estimate
 from sit_composer.errors import one_line
 from sit_composer.sit import SiT
 from sit_composer.storage import StorageError, is_disk_full
 from sit_composer.supervision.eviction import Evicted
 from sit_composer.supervision.guard import excluded_algorithms, guard_composer
 from sit_composer.supervision.supervisor import Supervision
-from sit_composer.training.inputs import check_gpu, open_inputs
+from sit_composer.training.inputs import Inputs, check_gpu, open_inputs
 from sit_composer.training.model import ComposerSiT
-from sit_composer.training.quality import quality_callbacks
+from sit_composer.training.quiet import silence
 from sit_composer.training.sharding import parallelism
+from sit_composer.training.summary import sample_flops, save_every, summary
 from sit_composer.transport import Transport
 
 # What Composer raises for arguments, folders and checkpoints that it can't use.
 REFUSALS = (ValueError, TypeError, OSError, RuntimeError, EOFError, KeyError, UnpicklingError, CheckpointException)
 
 
-def train(config: Config) -> bool:
-    """Trains what the config describes. Returns False if a SIGTERM ended it, after saving; raises UserErrors."""
+def run(config: Config) -> int:
+    """Trains what the config describes. Returns the exit code, which tells whether a signal ended it; or UserError."""
+    silence()
     if config.precision != "fp32":
         check_gpu(config.precision)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,11 +52,14 @@ def train(config: Config) -> bool:
         supervision.close()
 
 
-def fit(config: Config, device: str, supervision: Supervision) -> bool:
-    """Does what `train` says, once the ranks are connected."""
+def fit(config: Config, device: str, supervision: Supervision) -> int:
+    """Trains to the end or to a signal, once the ranks are connected; returns the exit code."""
     # --- Inputs ---
     resumption = supervision.start()
     inputs = open_inputs(config, device)
+    found = Path(resumption["load_path"]).name if "load_path" in resumption else None
+    if dist.get_global_rank() == 0:
+        print(summary(config, inputs.specs, found), flush=True)
 
     # --- Network and objective ---
     reproducibility.seed_all(config.seed)  # alike on every rank: Composer doesn't broadcast rank 0's weights under FSDP
@@ -78,7 +87,10 @@ def fit(config: Config, device: str, supervision: Supervision) -> bool:
         callbacks, algorithms = [weights, *callbacks], [ema, *algorithms]
     loggers = build("loggers", config.loggers)
     (scheduler,) = build("scheduler", config.scheduler or {"constant": {}})
-    callbacks += quality_callbacks(config, inputs, weights, supervision.eviction.leave_if_told, device)
+    if config.sample_grid is not None or config.frechet is not None:
+        from sit_composer.training.quality import quality_callbacks  # diffusers and torch-fidelity take seconds
+
+        callbacks += quality_callbacks(config, inputs, weights, supervision.eviction.leave_if_told, device)
     trainer = build_trainer(
         config,
         resumption,
@@ -94,7 +106,7 @@ def fit(config: Config, device: str, supervision: Supervision) -> bool:
     # --- Run ---
     try:
         supervision.attach(trainer)
-        return run(trainer, config.run_name, ema, supervision)
+        return train(trainer, config, inputs, ema, supervision)
     except (OSError, RuntimeError, CheckpointException) as error:
         if not is_disk_full(error):
             raise
@@ -110,8 +122,9 @@ def build_trainer(config: Config, resumption: dict[str, Any], **parts: Any) -> T
     """Composer's Trainer of these parts, resumed if ``resumption`` says so."""
     arguments = {"load_exclude_algorithms": excluded_algorithms(), **config.trainer, **resumption}
     arguments.pop("autoresume", None)  # supervision does it
-    if "progress_bar" not in arguments and not sys.stderr.isatty():  # in a file, a bar is a thousand lines
-        arguments = {"progress_bar": False, "log_to_console": True, "console_log_interval": "100ba", **arguments}
+    arguments |= {"progress_bar": False, "log_to_console": False}  # `Progress` does what they say
+    for name in ("console_log_interval", "console_stream"):
+        arguments.pop(name, None)
     if not config.trust_checkpoint:
         guard_composer()
     parts |= {name: getattr(config, name) for name in ("run_name", "seed", "precision")}
@@ -122,17 +135,41 @@ def build_trainer(config: Config, resumption: dict[str, Any], **parts: Any) -> T
         raise ConfigError(f"trainer: {one_line(error)} ({source})") from error
 
 
-def run(trainer: Trainer, name: str, ema: EMA | None, supervision: Supervision) -> bool:
-    """Trains to the end; returns False if a SIGTERM ended it, once that is saved."""
+def train(trainer: Trainer, config: Config, inputs: Inputs, ema: EMA | None, supervision: Supervision) -> int:
+    """Trains to the end; or to a signal, and saves then. Returns the exit code."""
+    name = config.run_name
     if trainer.state.timestamp >= trainer.state.max_duration:
         say(f"{name}: already trained, {int(trainer.state.timestamp.batch)} batches")
-        return True
+        return 0
+    progress = make_progress(config, inputs.specs["data"].samples)
+    trainer.state.callbacks.append(progress)
     try:
         trainer.fit()
-    except Evicted:
+    except Evicted as evicted:
         if ema is not None and ema.weights.swapped:  # an evaluation or sampling was left in its middle
             ema.weights.swap()
-        supervision.save_evicted(trainer)
-        return False
+        saved, batch = supervision.save_evicted(trainer), int(trainer.state.timestamp.batch)
+        where = f"saved at batch {batch}; the same command resumes" if saved else f"stopped at batch {batch}; not saved"
+        say(f"{name}: {where}")
+        return 128 + evicted.number
     supervision.finish()
-    return True
+    say(f"{name}: {progress.summary(trainer.state)}")
+    if supervision.folder is not None and dist.get_global_rank() == 0:
+        say(f"checkpoint: {supervision.uri}/{newest(supervision.folder)}")
+        say(f"next: python -m sit_composer.sample {supervision.uri} --out samples")
+    return 0
+
+
+def make_progress(config: Config, samples: int) -> Progress:
+    """The callback that shows how the run goes, as the trainer's keys for that say."""
+    options, on_rank_0 = config.trainer, dist.get_global_rank() == 0
+    bar = on_rank_0 and options.get("progress_bar", sys.stderr.isatty())
+    lines = on_rank_0 and options.get("log_to_console", not bar)
+    peak = estimate.peak_flops(config.precision)
+    return Progress(
+        estimate.steps(config, samples),
+        save_every(config, samples) if options.get("save_folder") else None,
+        None if peak is None else dist.get_world_size() * peak / sample_flops(config),
+        bar,
+        options.get("console_log_interval", "100ba") if lines else None,
+    )

@@ -27,8 +27,6 @@ def quality_callbacks(
 ) -> list[Callback]:
     """The callbacks of the sections sample_grid and frechet; ``before_each`` is called before each batch of images."""
     grid, frechet, classes = config.sample_grid, config.frechet, config.model.num_classes
-    if grid is None and frechet is None:
-        return []
     autoencoder = inputs.encoder or load_autoencoder(config.autoencoder.name, inputs.autoencoder.channels, device)
     folder = config.trainer.get("save_folder")
     folder = None if folder is None or is_remote(folder) else format_name_with_dist(folder, config.run_name)

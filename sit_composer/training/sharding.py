@@ -8,7 +8,7 @@ from composer.distributed.mosaic_parallelism import get_mixed_precision
 from composer.utils import FSDP2Config
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from sit_composer.checkpoint.safe_load import SafePlanner
+from sit_composer.checkpoint.sharded import SafePlanner
 from sit_composer.config.schema import FSDPConfig
 
 

@@ -9,8 +9,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import default_planner, filesystem
 from torch.distributed.checkpoint.api import CheckpointException
 
-from sit_composer.checkpoint import safe_load
-from sit_composer.checkpoint.safe_load import CheckpointError, load_file, load_sharded
+from sit_composer.checkpoint import sharded
+from sit_composer.checkpoint.safe_load import CheckpointError, load_file
+from sit_composer.checkpoint.sharded import load_sharded
 from sit_composer.supervision.guard import guard_composer
 
 
@@ -45,7 +46,7 @@ def test_a_planted_file_is_refused(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("reader", [safe_load.SafeReader, filesystem.FileSystemReader])
+@pytest.mark.parametrize("reader", [sharded.SafeReader, filesystem.FileSystemReader])
 def test_a_planted_metadata_is_refused_by_torchs_own_reader_too(tmp_path, guarded, reader):
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Planted(tmp_path / "ran")))
     with pytest.raises(CheckpointError, match="it asks for"):
@@ -55,7 +56,7 @@ def test_a_planted_metadata_is_refused_by_torchs_own_reader_too(tmp_path, guarde
 
 def test_a_planted_value_is_refused_by_torchs_own_planner_too(tmp_path, guarded):
     dcp.save({"a": Planted(tmp_path / "ran")}, storage_writer=dcp.FileSystemWriter(tmp_path / "x"), no_dist=True)
-    for planner in (safe_load.SafePlanner(), default_planner.DefaultLoadPlanner(allow_partial_load=True), None):
+    for planner in (sharded.SafePlanner(), default_planner.DefaultLoadPlanner(allow_partial_load=True), None):
         with pytest.raises(CheckpointException, match="without running code in it"):
             dcp.load({"a": None}, storage_reader=dcp.FileSystemReader(tmp_path / "x"), planner=planner, no_dist=True)
     assert not (tmp_path / "ran").exists()

@@ -130,7 +130,8 @@ class Torture:
             )
 
     def content(self, name: str) -> dict:
-        from sit_composer.checkpoint.safe_load import load_file, load_sharded
+        from sit_composer.checkpoint.safe_load import load_file
+        from sit_composer.checkpoint.sharded import load_sharded
 
         folder = S3Folder(f"s3://sit/runs/{name}")
         last = newest(folder)

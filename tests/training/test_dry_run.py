@@ -4,7 +4,7 @@ import pytest
 
 from sit_composer.config.checks import check
 from sit_composer.config.load import load_config
-from sit_composer.training.dry_run import dry_run, hide
+from sit_composer.training import dry_run
 from tests.helpers.paths import ROOT
 
 
@@ -20,7 +20,7 @@ def dry(digits_shards, tmp_path, capsys):
         config.scheduler = {}
         check(config)
         capsys.readouterr()
-        return dry_run(config), capsys.readouterr().out
+        return dry_run.run(config), capsys.readouterr().out
 
     return run
 
@@ -34,7 +34,7 @@ def test_a_run_that_could_start_is_told_and_nothing_is_left(dry, tmp_path):
     code, out = dry("run_name=first")
     assert code == 0, out
     assert "1,797 pixels of 8², 10 classes" in out
-    assert "800 steps, 28.49 epochs" in out
+    assert "800 batches, 28.49 epochs" in out
     assert "4 in all" in out
     assert f"{tmp_path}/runs/first" in out
     assert "| microbatch |" in out
@@ -125,4 +125,4 @@ def test_a_run_that_would_be_refused_for_its_earlier_checkpoints_is_told(dry, tm
 
 def test_secrets_are_not_printed(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789")
-    assert hide("no user of key 0123456789") == "no user of key $WANDB_API_KEY"
+    assert dry_run.hide("no user of key 0123456789") == "no user of key $WANDB_API_KEY"

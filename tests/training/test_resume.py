@@ -10,7 +10,8 @@ from PIL import Image, ImageChops
 
 from sit_composer.checkpoint.folder import newest
 from sit_composer.checkpoint.load import load_checkpoint
-from sit_composer.checkpoint.safe_load import METADATA, load_file, load_metadata, load_sharded
+from sit_composer.checkpoint.safe_load import METADATA, load_file
+from sit_composer.checkpoint.sharded import load_metadata, load_sharded
 from sit_composer.storage import LocalFolder
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import COMPOSER, differences

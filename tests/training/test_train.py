@@ -197,19 +197,21 @@ def test_a_run_that_is_not_to_be_resumed_leaves_the_one_there_alone(run, tmp_pat
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
 
 
-def test_a_sigterm_saves_and_the_same_command_goes_on_to_the_bit(run, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_resumes_to_the_bit(run, tmp_path, monkeypatch, capsys, number):
     assert run("trainer.max_duration=20ba", folder="whole") == 0
 
     def told(self, state, logger):
         if state.timestamp.batch == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(RunRecord, "batch_end", told, raising=False)
-    assert run("trainer.max_duration=20ba", "supervision.grace=300") == 143
-    assert "ended by a SIGTERM, and saved" in capsys.readouterr().out
+    assert run("trainer.max_duration=20ba", "supervision.grace=300") == 128 + number
+    assert "quickstart: saved at batch 7; the same command resumes" in capsys.readouterr().out.splitlines()
     assert (tmp_path / "run" / "ep0-ba7-rank0.pt").exists()
     monkeypatch.undo()
     assert run("trainer.max_duration=20ba") == 0
+    assert "run:         quickstart, which resumes at batch 7 of 20 from ep0-ba7-rank0.pt" in capsys.readouterr().out
     assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
 
 
@@ -233,7 +235,7 @@ def test_a_sigterm_in_an_evaluation_or_while_generating_images_leaves_and_saves(
     else:
         monkeypatch.setattr(drawing, "generate", lambda *args: told() or generate(*args))
     assert run(*options) == 143
-    assert "ended by a SIGTERM, and saved" in capsys.readouterr().out
+    assert "; the same command resumes" in capsys.readouterr().out
     assert len(calls) == 2  # of three batches, or four images
     assert sorted(path.name for path in (tmp_path / "run").glob("ep*")) == ["ep0-ba5-rank0.pt"]
     monkeypatch.undo()

@@ -1,0 +1,121 @@
+"""What a run is, on one screen: printed before it starts, and by `train.py --dry-run`."""
+
+import os
+import time
+from dataclasses import replace
+from functools import cache
+
+import torch
+
+from sit_composer.callbacks.progress import duration
+from sit_composer.checkpoint.folder import CHECKPOINT
+from sit_composer.config.schema import Config, ConfigError, network_arguments
+from sit_composer.costs import estimate, tables
+from sit_composer.data.spec import DataSpec
+from sit_composer.sit import SiT
+
+EFFICIENCY = 0.5  # of a device's rate of matrix products, assumed for a step
+
+
+def summary(config: Config, specs: dict[str, DataSpec], checkpoint: str | None) -> str:
+    """The run in a dozen lines; ``checkpoint`` is what it resumes from, None if it starts anew."""
+    ranks, spec = int(os.environ.get("WORLD_SIZE", 1)), specs.get("data")
+    batch, micro = config.data.global_batch_size, microbatch(config)
+    samples = spec.samples if spec is not None else None
+    total = estimate.steps(config, samples)
+    match = CHECKPOINT.fullmatch(checkpoint or "")
+    done = int(match[2]) if match else 0
+    start = f"resumes at batch {done:,} of {total or '?':,} from {checkpoint}" if checkpoint else "starts anew"
+    lines = {"run": f"{config.run_name}, which {start}", "network": tables.describe(config)}
+    lines["objective"] = f"{config.transport.path_type}, {config.transport.prediction}"
+    lines["data"] = config.data.remote or config.data.local
+    if spec is not None:
+        size = "" if spec.image_size is None else f" of {spec.image_size}²"
+        lines["data"] += f": {spec.samples:,} {spec.kind}{size}, {spec.num_classes} classes"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    lines["batch"] = f"{batch}: {ranks} rank{'s' if ranks > 1 else ''} × {batch // ranks}"
+    lines["batch"] += f", in microbatches of {micro}" if micro != batch // ranks else ""
+    lines["device"] = f"{device}, {config.precision}, {'DDP' if config.fsdp is None else 'FSDP2'}"
+    lines["length"] = str(config.trainer["max_duration"])
+    if total is not None:
+        lines["length"] += f": {total:,} batches" + (f", {total * batch / samples:.4g} epochs" if samples else "")
+    encoder = estimate.encoder_memory(config) if spec is not None and spec.kind == "pixels" else (0, 0)
+    cuda = config.precision != "fp32" or torch.cuda.is_available()
+    if isinstance(micro, int):
+        memory = estimate.memory(config, ranks, micro, cuda, encoder).total
+        lines["memory"] = f"{memory / estimate.GIB:.3g} GiB per rank"
+    lines["time"] = "unknown: the length in batches is"
+    step = batch * sample_flops(config) / ranks / (EFFICIENCY * device_flops(config))  # seconds
+    if total is not None:
+        lines["time"] = f"about {duration((total - done) * step)} to train, if half of the device's speed is reached"
+    lines["checkpoints"] = checkpoints_text(config, total, samples, step)
+    return "\n".join(f"{name + ':':<13}{line}" for name, line in lines.items())
+
+
+def microbatch(config: Config) -> int | str:
+    """The samples that a rank trains at a time, or auto."""
+    given = config.trainer.get("device_train_microbatch_size")
+    return given or config.data.global_batch_size // int(os.environ.get("WORLD_SIZE", 1))
+
+
+@cache
+def _macs(network: tuple) -> int:
+    with torch.device("meta"):
+        return SiT(**dict(network)).forward_macs()
+
+
+def sample_flops(config: Config) -> int:
+    """FLOPs of a sample's training step: 2 per multiply-accumulate; a backward pass is two forward passes."""
+    return 6 * _macs(tuple(sorted(network_arguments(config.model).items())))
+
+
+def device_flops(config: Config) -> float:
+    """FLOP/s of this device for a product as in the network's MLP, measured in some milliseconds."""
+    network, on_gpu = network_arguments(config.model), torch.cuda.is_available()
+    tokens = (network["input_size"] // network["patch_size"]) ** 2
+    rows, width = min(max(tokens * config.data.global_batch_size, 64), 4096), network["hidden_size"]
+    options = {"device": "cuda" if on_gpu else "cpu", "dtype": estimate.DTYPES[config.precision]}
+    a, b = torch.ones(rows, width, **options), torch.ones(width, 4 * width, **options)
+    took = []
+    for _ in range(5):
+        started = time.perf_counter()
+        a @ b
+        if on_gpu:
+            torch.cuda.synchronize()
+        took.append(time.perf_counter() - started)
+    return 2 * rows * width * 4 * width / min(took)
+
+
+def checkpoints_text(config: Config, count: int | None, samples: int | None, step: float) -> str:
+    """How many checkpoints there will be, how large, how often and where."""
+    if not config.trainer.get("save_folder"):
+        return "none: trainer.save_folder is not given"
+    one = estimate.memory(replace(config, fsdp=None), 1, 1, cuda=False)  # a checkpoint holds the shards of all ranks
+    size = (one.weights + one.optimizer + one.ema) / 1e9
+    every = save_every(config, samples)
+    text = f"{size:.3g} GB, every {config.trainer.get('save_interval', '1ep')}"
+    if every:
+        text += f" (about {duration(every * step)})"
+    if count and every:
+        number = -(-count // every)
+        keep = config.trainer.get("save_num_checkpoints_to_keep", -1)
+        kept = number if keep < 0 else min(keep, number)
+        text += f": {number} in all, {kept} kept, {kept * size:.3g} GB"
+    return f"{text}, in {save_folder(config)}"
+
+
+def save_every(config: Config, samples: int | None) -> int | None:
+    """The batches between two checkpoints, if known; Composer's default is an epoch."""
+    return estimate.batches(config.trainer.get("save_interval", "1ep"), config.data.global_batch_size, samples)
+
+
+def save_folder(config: Config) -> str:
+    """trainer.save_folder, with the names that Composer puts into it. Composer itself would need a process group."""
+    folder = str(config.trainer["save_folder"])
+    names = {"run_name": config.run_name, "rank": 0, "local_rank": 0, "node_rank": 0}
+    names |= {name: os.environ.get(name.upper(), 1) for name in ("world_size", "local_world_size")}
+    try:
+        return folder.format(**names)
+    except (KeyError, IndexError, ValueError) as error:
+        expected = ", ".join(names)
+        raise ConfigError(f"trainer.save_folder: got {folder!r}, expected names of {expected}: {error}") from None
