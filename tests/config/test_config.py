@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
+from sit_composer import train
 from sit_composer.config import composer_classes
 from sit_composer.config.checks import check
 from sit_composer.config.data_fits import check_classes_agree, check_data, local_spec
@@ -396,3 +398,20 @@ def test_help_and_mistakes_import_nothing_heavy(arguments):
         assert done.returncode == 2
         assert done.stderr == "error: modl: no such key; did you mean model?\n"
     assert time.monotonic() - start < 30  # two seconds on a free machine; here others may be at work
+
+
+@pytest.mark.parametrize("arguments", [[], ["--dry-run"], ["run_name=first", "data.local=/data"]])
+def test_without_a_yaml_the_command_asks_for_one_and_names_some_that_exist(capsys, arguments):
+    with pytest.raises(SystemExit) as ended:
+        train.main(arguments)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2
+    assert "argument yaml: no value, expected a run's config" in last
+    named = re.findall(r"yamls/\w+\.yaml", last)
+    assert len(named) == 3
+    assert all((ROOT / name).is_file() for name in named)
+
+
+def test_every_yaml_bounds_the_checkpoints_that_it_keeps():
+    for path in (ROOT / "yamls").glob("*.yaml"):
+        assert yaml.safe_load(path.read_text())["trainer"]["save_num_checkpoints_to_keep"] >= 1, path
