@@ -27,6 +27,7 @@ FIXED_TRAINER_KEYS = {  # on which resuming, uploading and pruning rely
 }  # fmt: skip
 SECRET = re.compile(r"((api|access|private|account)_?key(_?id)?|token)$|secret|passw(or)?d|passphrase|credential", re.I)
 ADDRESS = re.compile(r"://([^/\s]*|[^/\s:@]*:(?!\d+/)\S*)@")  # with a user, and perhaps a password that has a slash
+SIZE = re.compile(r"\d+\s*b?|\d+(\.\d+)?\s*[kmgtpezy]b", re.I)  # as streaming reads it
 
 
 def check(config: Config, ranks: int | None = None) -> None:
@@ -48,6 +49,9 @@ def check(config: Config, ranks: int | None = None) -> None:
         composer_classes.check_package("loggers", name)
     ranks = ranks or int(os.environ.get("WORLD_SIZE", 1))
     for section in ("data", "eval_data"):
+        limit = getattr(getattr(config, section), "cache_limit", None)
+        if limit is not None and not SIZE.fullmatch(limit):
+            raise ConfigError(f"{section}.cache_limit: got {limit!r}, expected a number of bytes, such as 100gb")
         n = getattr(getattr(config, section), "global_batch_size", 0)
         if n % ranks:
             raise ConfigError(f"{section}.global_batch_size: got {n}, expected a multiple of {ranks} ({ranks} ranks)")

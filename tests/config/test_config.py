@@ -162,6 +162,7 @@ def test_a_yamls_header_has_the_numbers_that_follow_from_its_network(name):
         ("loggers.file={filname: x}", "loggers.file.filname: FileLogger has no such argument; did you mean filename?"),
         ("algorithms.gradient_clipping={}", "algorithms.gradient_clipping.clipping_type: no value"),
         ("run_name=", "run_name: no value"),
+        ("data.cache_limit=100 gigs", "data.cache_limit: got '100 gigs', expected a number of bytes, such as 100gb"),
         ("data.num_workers=1:30", "data.num_workers: got '1:30', expected a whole number"),
         ("data.num_workers=0x10", "data.num_workers: got '0x10', expected a whole number"),
         ("data.num_workers=1e3", "data.num_workers: got '1e3', expected a whole number"),
