@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for a mistake in the config."""
     parser = make_parser("python -m sit_composer.memory", __doc__)
     parser.add_argument("yaml", help="the run's config")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the YAML's keys")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="override the YAML's keys")
     parser.add_argument("--ranks", type=numbers, help="numbers of GPUs [1,8,16,32,64]")
     parser.add_argument("--microbatch", type=numbers, help="numbers of samples that a GPU trains at a time")
     mfu = number(Bounds(0, 1, above=True))

@@ -22,18 +22,23 @@ from sit_composer.config.same_run import check_same_run
 from sit_composer.config.schema import Config
 from sit_composer.errors import UserError
 
+EXAMPLES = ("yamls/quickstart.yaml", "yamls/sit_b_2.yaml", "yamls/sit_xl_2.yaml")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 when trained, 143 or 130 when saved after a SIGTERM or Ctrl-C, 2 for a mistake."""
     launch.follow_launcher()
     keys = "keys of the YAML, with defaults (???: must be given):\n" + documentation()
-    parser = make_parser("composer sit_composer/train.py", __doc__, epilog=keys)
-    parser.add_argument("yaml", help="the run's config, such as yamls/quickstart.yaml")
+    usage = "%(prog)s [-h] [--dry-run] yaml [key=value ...]"
+    parser = make_parser("composer sit_composer/train.py", __doc__, epilog=keys, usage=usage)
+    parser.add_argument("yaml", nargs="?", help="the run's config, such as yamls/quickstart.yaml")
     overrides = "override the YAML's keys, such as data.local=/data"
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
     dry_run = "print the run, its memory and its cost, check what it needs, and start nothing"
     parser.add_argument("--dry-run", action="store_true", help=dry_run)
     args = parser.parse_intermixed_args(argv)
+    if args.yaml is None or ("=" in args.yaml and not Path(args.yaml).exists()):
+        parser.error(f"argument yaml: no value, expected a run's config, such as {', '.join(EXAMPLES)}")
     stopped = "stopped; rerun the same command to resume from the last checkpoint"
     return run_command(lambda: run(args), stopped, errors=(UserError,))
 

@@ -16,12 +16,9 @@ from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file as load_safetensors
-
 from sit_composer.checkpoint.folder import CHECKPOINT, fetch_checkpoint, newest
 from sit_composer.checkpoint.record import CONFIG, EXPORTED, FORMAT, Checkpoint, NoSuchWeights, Record, check_fit
-from sit_composer.checkpoint.released import are_weights, from_authors
+from sit_composer.checkpoint.released import from_authors, weights_in
 from sit_composer.checkpoint.safe_load import METADATA, CheckpointError, load_file
 from sit_composer.choices import WEIGHTS, choose
 from sit_composer.cli import is_remote
@@ -29,14 +26,15 @@ from sit_composer.errors import first_line
 from sit_composer.storage import LocalFolder, S3Folder
 
 PREFIX = "network."  # of ComposerSiT's parameters
+FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # names of weights in one file
 
 
 def load_checkpoint(path: str, weights: str = "ema") -> Checkpoint:
     """Reads the weights of that name, "ema" or "training".
 
     The path is of a run's folder (its newest checkpoint) or one checkpoint, a file or a folder of shards; the authors'
-    ``.pt``; an exported folder; each on disk or in S3. Raises NoSuchWeights if it has only the others; CheckpointError
-    if it is no checkpoint, is damaged, or holds values that aren't finite.
+    ``.pt``, or another file of such weights; an exported folder; each on disk or in S3. Raises NoSuchWeights if it has
+    only the others; CheckpointError if it is no checkpoint, is damaged, or holds values that aren't finite.
     """
     choose("weights", weights, WEIGHTS)
     place = find_checkpoint(path)
@@ -48,10 +46,8 @@ def load_checkpoint(path: str, weights: str = "ema") -> Checkpoint:
         content = load_file(place)
         if not isinstance(content, dict):
             raise CheckpointError(f"{place}: not a checkpoint of sit_composer's (it holds a {type(content).__name__})")
-        if "state" not in content and any(map(are_weights, (content, content.get("model"), content.get("ema")))):
-            checkpoint = from_authors(place, content, weights)
-        else:
-            checkpoint = _from_run(place, content, weights)
+        held = {} if "state" in content else weights_in(content)
+        checkpoint = from_authors(place, content, held, weights) if held else _from_run(place, content, weights)
     for name, values in checkpoint.weights.items():
         if not values.isfinite().all():
             what = f"{name} has values that are NaN or infinite"
@@ -84,11 +80,11 @@ def _newest(folder: LocalFolder | S3Folder) -> str:
 
 
 def _download(uri: str) -> Path:
-    """Downloads a run's newest checkpoint, one of its checkpoints, an exported folder or a .pt file from S3."""
+    """Downloads a run's newest checkpoint, one of its checkpoints, an exported folder or a file of weights from S3."""
     parent, _, last = uri.rstrip("/").rpartition("/")
     place = Path(tempfile.mkdtemp(prefix="sit_composer-checkpoint-"))
     atexit.register(shutil.rmtree, place, ignore_errors=True)
-    if last.endswith(".pt") and not CHECKPOINT.fullmatch(last):
+    if last.endswith(FILES) and not CHECKPOINT.fullmatch(last):
         S3Folder(parent).download(last, place / last)
         return place / last
     if not CHECKPOINT.fullmatch(last):
@@ -173,9 +169,6 @@ def _from_export(folder: Path, which: str) -> Checkpoint:
         raise CheckpointError(f"{config}: not an export's: {error}") from None
     record = Record.from_dict(content, config)
     file = folder / files[which]
-    try:
-        weights = load_safetensors(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: missing or damaged: {first_line(error)}") from None
+    weights = load_file(file)
     check_fit(file, record.model, weights)
     return Checkpoint(weights, which, record, step, str(file), epoch, samples)

@@ -1,7 +1,8 @@
-"""The authors' ``.pt``, as released or as their ``train.py`` writes it."""
+"""The authors' ``.pt``, as released or as their ``train.py`` writes it, and such weights as others save them."""
 
 import argparse
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,37 @@ from sit_composer.checkpoint.record import Checkpoint, NoSuchWeights, Record, ch
 from sit_composer.checkpoint.safe_load import CheckpointError
 from sit_composer.choices import SIZES
 
+# In front of any part of a name: DDP's, torch.compile's, FSDP's and activation checkpointing's.
+WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+NAMES = {"training": ("model", "model_state_dict"), "ema": ("ema", "ema_state_dict", "model_ema", "state_dict_ema")}
 
-def are_weights(content: Any) -> bool:
-    """Whether this is a state dict of a SiT."""
-    return isinstance(content, dict) and isinstance(content.get("x_embedder.proj.weight"), Tensor)
+
+def weights_in(content: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """The state dicts of a SiT in a file, as "training" or "ema"; those that stand alone are the average."""
+    named = {name: weights for name in content if (weights := _unwrapped(content[name]))}
+    found = {kind: named[name] for kind, names in NAMES.items() for name in names if name in named}
+    if alone := _unwrapped(content) or named.get("state_dict"):
+        found.setdefault("training" if "ema" in found else "ema", alone)
+    return found
 
 
-def from_authors(file: Path, content: dict[str, Any], which: str) -> Checkpoint:
-    """A bare state dict, which is the average, or a dict of model, ema, opt and args.
+def _unwrapped(content: Any) -> dict[str, Tensor] | None:
+    """A SiT's state dict under the published names; None if it is none, or has a name with and without a prefix."""
+    if not isinstance(content, dict):
+        return None
+    weights = {WRAPPERS.sub("", str(name)): value for name, value in content.items()}
+    is_one = isinstance(weights.get("x_embedder.proj.weight"), Tensor) and len(weights) == len(content)
+    weights.pop("n_averaged", None)  # torch's AveragedModel counts
+    return weights if is_one else None
+
+
+def from_authors(file: Path, content: dict[str, Any], held: dict[str, dict[str, Tensor]], which: str) -> Checkpoint:
+    """The weights of that name of those that the file holds, a bare state dict or a dict of model, ema, opt and args.
 
     A bare one is assumed to have the path and the prediction of the released ones, Linear and velocity.
     """
-    held = {"ema": content} if are_weights(content) else {"training": content.get("model"), "ema": content.get("ema")}
     weights, other = held.get(which), "ema" if which == "training" else "training"
-    if not are_weights(weights):
+    if weights is None:
         raise NoSuchWeights(f"{file}: no {which} weights, only the {other} ones; ask for those")
     args = content.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else {}
@@ -50,7 +68,7 @@ def from_authors(file: Path, content: dict[str, Any], which: str) -> Checkpoint:
         step = int(next(iter(content["opt"]["state"].values()))["step"])
     except (KeyError, TypeError, StopIteration):
         step = 0
-    return Checkpoint(dict(weights), which, Record.from_dict(record, file), step, str(file))
+    return Checkpoint(weights, which, Record.from_dict(record, file), step, str(file))
 
 
 def _network_of(file: Path, weights: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Any]:

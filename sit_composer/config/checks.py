@@ -13,6 +13,7 @@ from typing import Any
 from sit_composer.choices import FIXED_STEP_METHODS, check_poles, check_sizes, choose
 from sit_composer.config import composer_classes
 from sit_composer.config.schema import Config, ConfigError, ModelConfig, TransportConfig, network_arguments
+from sit_composer.config.times import ANY, check_time, parse_time
 
 # Trainer arguments that have a key of their own, or that a YAML can't hold.
 TRAINER_KEYS_ELSEWHERE = {
@@ -26,22 +27,31 @@ FIXED_TRAINER_KEYS = {  # on which resuming, uploading and pruning rely
 }  # fmt: skip
 SECRET = re.compile(r"((api|access|private|account)_?key(_?id)?|token)$|secret|passw(or)?d|passphrase|credential", re.I)
 ADDRESS = re.compile(r"://([^/\s]*|[^/\s:@]*:(?!\d+/)\S*)@")  # with a user, and perhaps a password that has a slash
-TIME = re.compile(r"\d+(\.\d+)?(ep|ba|sp|tok|sec|dur|iter)?")
-DRAWING_TIME = re.compile(r"[1-9]\d*(ba|ep|sp)|0?\.\d*[1-9]\d*dur")
+SIZE = re.compile(r"\d+\s*b?|\d+(\.\d+)?\s*[kmgtpezy]b", re.I)  # as streaming reads it
 
 
 def check(config: Config, ranks: int | None = None) -> None:
-    """Checks all that can be known before the data and the libraries are loaded; ``ranks`` of None: the launcher's."""
+    """Checks all that can be known before the data and the libraries are loaded.
+
+    ``ranks`` of None: the launcher's, for a run on this machine, which has to have the packages of its loggers.
+    """
     check_no_credentials(config)
     check_keys(config)
+    if not config.run_name.strip():
+        raise ConfigError("run_name: no value, expected a name, such as first")
     check_model(config.model)
     check_poles(config.transport, prefix="transport.")
     if config.transport.time_sampling == "uniform":
         for name in ("time_mean", "time_std"):
             if getattr(config.transport, name) != getattr(TransportConfig(), name):
                 raise ConfigError(f"transport.{name}: needs transport.time_sampling=logit-normal")
+    for name in config.loggers if ranks is None else ():
+        composer_classes.check_package("loggers", name)
     ranks = ranks or int(os.environ.get("WORLD_SIZE", 1))
     for section in ("data", "eval_data"):
+        limit = getattr(getattr(config, section), "cache_limit", None)
+        if limit is not None and not SIZE.fullmatch(limit):
+            raise ConfigError(f"{section}.cache_limit: got {limit!r}, expected a number of bytes, such as 100gb")
         n = getattr(getattr(config, section), "global_batch_size", 0)
         if n % ranks:
             raise ConfigError(f"{section}.global_batch_size: got {n}, expected a multiple of {ranks} ({ranks} ranks)")
@@ -98,9 +108,7 @@ def check_model(model: ModelConfig) -> None:
 def check_drawing(config: Config, section: str) -> None:
     """Checks how images are generated during training."""
     drawing = getattr(config, section)
-    if not DRAWING_TIME.fullmatch(drawing.interval):
-        expected = "a time in batches, epochs, samples or parts of the run, such as 1000ba, 5ep, 100000sp or 0.1dur"
-        raise ConfigError(f"{section}.interval: got {drawing.interval!r}, expected {expected}")
+    check_time(f"{section}.interval", drawing.interval, ANY)
     if config.fsdp is not None:
         # Ranks that share a network's weights must call it equally often, and an adaptive solver decides by its batch.
         choose(f"{section}.sampling_method", drawing.sampling_method, FIXED_STEP_METHODS)
@@ -124,19 +132,14 @@ def check_trainer(config: Config) -> None:
             raise ConfigError(f"trainer.{name}: set it as {TRAINER_KEYS_ELSEWHERE[name]}, at the top level")
         if name in FIXED_TRAINER_KEYS:
             raise ConfigError(f"trainer.{name}: is fixed here, as resuming relies on it; leave it out")
-    composer_classes.check("trainer", {**trainer, "model": None}, "Trainer", "trainer/trainer.py")
+    composer_classes.check("trainer", "", {**trainer, "model": None})
     if "max_duration" not in trainer:
         raise ConfigError("trainer.max_duration: no value, expected a time, such as 400000ba or 80ep")
-    for name in ("max_duration", "save_interval", "eval_interval"):
-        if name in trainer and not TIME.fullmatch(str(trainer[name])):
-            raise ConfigError(f"trainer.{name}: got {trainer[name]!r}, expected a time, such as 1000ba or 1ep")
     if trainer.get("autoresume") and not trainer.get("save_folder"):
         raise ConfigError("trainer.save_folder: no value; autoresume needs one to resume from")
     if trainer.get("save_weights_only"):
         raise ConfigError("trainer.save_weights_only: got True, expected false: the EMA and record would be missing")
-    interval, micro = trainer.get("save_interval", 1), trainer.get("device_train_microbatch_size", 1)
-    if re.fullmatch(r"0+\D*", str(interval)):
-        raise ConfigError(f"trainer.save_interval: got {interval}, expected a time above 0: nothing would be saved")
+    micro = trainer.get("device_train_microbatch_size", 1)
     if micro != "auto" and not (isinstance(micro, int) and micro >= 1):
         expected = "a whole number of at least 1, or auto on a GPU"
         raise ConfigError(f"trainer.device_train_microbatch_size: got {micro}, expected {expected}")
@@ -154,4 +157,19 @@ def check_composer(config: Config) -> None:
                 raise ConfigError("algorithms.ema: set it as ema.decay; Composer's own is not used")
             if not isinstance(arguments, dict | None):
                 raise ConfigError(f"{section}.{name}: got {arguments!r}, expected its arguments, as {{name: value}}")
-            composer_classes.check_group(section, name, arguments or {})
+            composer_classes.check(section, name, arguments or {})
+    for name, arguments in config.scheduler.items():
+        if arguments and "t_warmup" in arguments and "milestones" not in arguments:
+            check_warmup(f"scheduler.{name}", arguments, config.trainer["max_duration"])
+
+
+def check_warmup(key: str, arguments: dict[str, Any], max_duration: str) -> None:
+    """Checks what a scheduler with a warm-up requires of its times, if that doesn't depend on the data's size."""
+    t_warmup, t_max = arguments["t_warmup"], arguments.get("t_max", "1dur")
+    (whole, unit), (length, unit_of_length) = parse_time(max_duration), parse_time(t_max)
+    comparable = {"ep": "ba", "dur": "ba" if unit == "ep" else unit}  # in batches, or in max_duration's unit
+    units = [comparable.get(u, u) for u in (parse_time(t_warmup)[1], unit_of_length)]
+    if units[0] != units[1]:
+        raise ConfigError(f"{key}.t_warmup: got {t_warmup!r}, expected the unit of t_max, {t_max} of {max_duration}")
+    if length < {"dur": 1, unit: whole}.get(unit_of_length, 0):
+        raise ConfigError(f"{key}.t_max: got {t_max!r}, expected at least trainer.max_duration, {max_duration}")

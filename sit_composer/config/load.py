@@ -1,36 +1,49 @@
-"""Reads a run's YAML and the command line's ``key=value`` into a `Config`. Torch is not imported."""
+"""Reads a run's YAML and the command line's ``key=value`` into a `Config`. Torch is not imported.
+
+A value is read by its key's type, which the schema or the signature of Composer's class gives. Text is kept as it was
+typed: 12_34, 007, 1e5, no and 2024-01-01 are names too. Whole numbers are decimal.
+"""
 
 import dataclasses
+import os
 import re
+from contextlib import suppress
+from functools import reduce
+from types import NoneType
+from typing import Any, ClassVar, get_args, get_origin
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from sit_composer.config.composer_classes import GROUPS, Signature, options, signature
 from sit_composer.config.schema import Config, ConfigError, suggest
-from sit_composer.errors import first_line, one_line
+from sit_composer.errors import UserError, first_line, one_line
 
 TYPE_NAMES = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}  # in OmegaConf's messages
+NULLS = ("", "~", "null", "Null", "NULL")
+WORDS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
+FLOAT = re.compile(r"[-+]?((\d+\.?\d*|\.\d+)(e[-+]?\d+)?|\.inf)|\.nan")
 
 
 def load_config(path: str, overrides: list[str]) -> Config:
     """Reads a YAML, overridden by the command line's ``key=value``. Keys and types are checked, values are not."""
     try:
-        file = OmegaConf.load(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {one_line(error)}") from None
-    if not OmegaConf.is_dict(file):
-        raise ConfigError(f"{path}: not a YAML of keys and values")
+        with open(path, "rb") as file:
+            content = read_yaml(file.read(), path)
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read: {error.strerror or error}") from None
     for item in overrides:
         if not re.fullmatch(r"[\w.]+=.*", item, re.DOTALL):
             raise ConfigError(f"{item!r}: invalid override, expected key=value, such as trainer.max_duration=10ba")
     try:
-        config = OmegaConf.merge(OmegaConf.structured(Config), file)
+        config = OmegaConf.merge(OmegaConf.structured(Config), content)
         if any(item.startswith("scheduler=") for item in overrides):
             config.scheduler = {}  # there is only one: merging would keep the YAML's beside it
-        config = OmegaConf.merge(config, OmegaConf.from_dotlist(overrides))
+        given = OmegaConf.create()
+        for item in overrides:
+            OmegaConf.update(given, *_override(item))
+        config = OmegaConf.merge(config, given)
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
             raise ConfigError(f"{missing[0]}: no value; set it in {path}, or as {missing[0]}=… on the command line")
@@ -42,6 +55,96 @@ def load_config(path: str, overrides: list[str]) -> Config:
     except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
         where = getattr(error, "full_key", None) or " ".join(overrides) or path
         raise ConfigError(f"{where}: {_wrong_type(error)}") from None
+
+
+class Plain(str):
+    """A value as it was typed, without quotes."""
+
+
+class Loader(yaml.SafeLoader):
+    """Leaves every value of a YAML as its text, and refuses a key that is given twice."""
+
+    yaml_implicit_resolvers: ClassVar = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # `<<` merges
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
+        names = [name.value for name, _ in node.value]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise yaml.constructor.ConstructorError(
+                problem=f"found duplicate key {twice}", problem_mark=node.start_mark
+            )
+        return {str(name): value for name, value in super().construct_mapping(node, deep).items()}
+
+
+Loader.add_constructor("tag:yaml.org,2002:str", lambda _, node: node.value if node.style else Plain(node.value))
+
+
+def read_yaml(content: bytes | str, where: str) -> dict[str, Any]:
+    """The keys and values of a run's YAML; ConfigError, naming ``where``, if it is none."""
+    try:
+        found = yaml.load(content, Loader)
+        if isinstance(found, dict):
+            return _typed(found, Config)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{where}: not YAML: {one_line(error)}") from None
+    raise ConfigError(f"{where}: not a YAML of keys and values")
+
+
+def _override(item: str) -> tuple[str, Any]:
+    """The key and the value of ``key=value``: as typed, without quotes around it; lists and sections are YAML."""
+    name, _, text = item.partition("=")
+    kind = reduce(_member, name.split("."), Config)
+    is_yaml = re.fullmatch(r"'[^']*'|\"[^\"]*\"" if _is_text(kind) else r"\s*['\"\[{].*", text, re.DOTALL)
+    return name, _typed(yaml.load(text, Loader) if is_yaml else Plain(text), kind)
+
+
+def _typed(value: Any, kind: Any) -> Any:
+    """What `Loader` read, with each value of its key's type, and ``~/`` as the home folder."""
+    if isinstance(value, dict):
+        return {name: _typed(item, _member(kind, name)) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_typed(item, _member(kind, "")) for item in value]
+    if isinstance(value, Plain):
+        value = _scalar(value, kind)
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+
+
+def _member(kind: Any, name: str) -> Any:
+    """The type of a section's key, of an argument of Composer's class, or of a list's item; Any if it isn't known."""
+    if kind is Config and name in ("trainer", *GROUPS):
+        return signature("trainer") if name == "trainer" else name
+    if isinstance(kind, str):  # the section of Composer's classes
+        with suppress(UserError):  # no such class, which the checks tell
+            return signature(kind, name)
+    if isinstance(kind, Signature):
+        return kind.arguments[name].type if name in kind.arguments else Any
+    for option in options(kind):
+        if dataclasses.is_dataclass(option):
+            return next((f.type for f in dataclasses.fields(option) if f.name == name), Any)
+        if get_origin(option) in (list, dict):
+            return get_args(option)[-1]
+    return Any
+
+
+def _is_text(kind: Any) -> bool:
+    return str in options(kind) and not {bool, int, float} & {*options(kind)}
+
+
+def _scalar(text: Plain, kind: Any) -> Any:
+    """The value of a text without quotes: by YAML 1.2's rules, unless the type says more."""
+    types, is_text, word = options(kind), _is_text(kind), text.strip().lower()
+    if text in NULLS and (NoneType in types or not is_text):
+        return None
+    if is_text:
+        return str(text)
+    is_known = any(plain in types for plain in (bool, int, float, str))
+    if word in WORDS and (bool in types or (word in ("true", "false") and not is_known)):
+        return WORDS[word]
+    if int in types or re.fullmatch(r"[-+]?\d+", word):
+        with suppress(ValueError):
+            return int(word)  # 1_000 too, where a number is expected
+    if FLOAT.fullmatch(word) and (float in types or not is_known):
+        return float(re.sub(r"\.(?=[in])", "", word))
+    return str(text)
 
 
 def _wrong_type(error: Exception) -> str:

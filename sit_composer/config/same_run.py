@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sit_composer.cli import is_remote
+from sit_composer.config.load import read_yaml
 from sit_composer.config.schema import Config, ConfigError, network_arguments
 
 CONFIG = "config.yaml"  # the resolved config, beside a run's checkpoints
@@ -23,8 +23,8 @@ def check_same_run(config: Config) -> None:
 def check_same_config(config: Config, text: str, where: str) -> None:
     """Checks that the run whose config has this text, read from ``where``, can be resumed with this config."""
     try:
-        before = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text)))
-    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
+        before = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), read_yaml(text, where)))
+    except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"{where}: not a run's config ({type(error).__name__}); choose another run_name") from None
     folder = where.rpartition("/")[0]
     old, new = _fixed_keys(before), _fixed_keys(config)

@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 from bisect import bisect
 from dataclasses import astuple, dataclass, replace
 from functools import cache
@@ -12,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sit_composer.autoencoder import SLICE_SIZE, find_subfolder
 from sit_composer.config.schema import Config, network_arguments
+from sit_composer.config.times import parse_time
 from sit_composer.costs.live_bytes import DTYPES, Ledger, Step, peak
 from sit_composer.errors import UserError
 from sit_composer.sit import SiT
@@ -148,10 +148,10 @@ def steps(config: Config, samples: int | None = None) -> int | None:
     return batches(config.trainer.get("max_duration", ""), config.data.global_batch_size, samples)
 
 
-def batches(time: str | int, batch: int, samples: int | None = None) -> int | None:
+def batches(time: str, batch: int, samples: int | None = None) -> int | None:
     """A time such as 400000ba, 80ep or 1000sp, in batches; None if unknown."""
-    match = re.fullmatch(r"(\d+)(ep|ba|sp)?", str(time))
-    count, unit = (int(match[1]), match[2]) if match else (0, None)
-    if match is None or (unit not in ("ba", "sp") and samples is None):
+    number, unit = parse_time(time)
+    count = int(number)
+    if unit not in ("ba", "sp", "ep") or (unit == "ep" and samples is None):
         return None
     return count if unit == "ba" else -(-count // batch) if unit == "sp" else count * (samples // batch)

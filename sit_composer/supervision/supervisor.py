@@ -21,6 +21,7 @@ from composer.utils import dist, format_name_with_dist
 from omegaconf import OmegaConf
 
 from sit_composer.checkpoint.folder import checkpoints, clear_incomplete, fetch_checkpoint, newest, prune
+from sit_composer.cli import say
 from sit_composer.config.same_run import CONFIG, check_same_config
 from sit_composer.config.schema import Config, ConfigError
 from sit_composer.storage import RunFolder, S3Folder, StorageError, open_run_folder
@@ -94,6 +95,12 @@ class Supervision:
             if before is not None:
                 check_same_config(self.config, before.decode(), f"{self.uri}/{CONFIG}")
             clear_incomplete(self.folder)
+            if len(found) > max(self.keep, 1) and self.keep >= 0:
+                count, keys = (
+                    len(found) - max(self.keep, 1),
+                    f"save_num_checkpoints_to_keep is {self.keep}, -1 keeps all",
+                )
+                say(f"{self.uri}: {count} old checkpoints will be deleted with the next save (trainer.{keys})")
             return newest(self.folder)
         if found and self.config.trainer.get("save_overwrite"):
             # Their batches may be later, and would count as newer than this run's.

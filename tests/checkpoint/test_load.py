@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,105 @@ def test_without_a_row_more_than_classes_there_is_no_null_class(authors, tmp_pat
     authors["args"].num_classes = 11
     network = load_checkpoint(save(authors, tmp_path / "a.pt")).record.build_network()
     assert (network.num_classes, network.null_label) == (11, None)
+
+
+def prefixed(weights: dict, prefix: str = "", per_block: str = "") -> dict:
+    return {prefix + re.sub(r"^(blocks\.\d+\.)", rf"\1{per_block}", name): value for name, value in weights.items()}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda w: prefixed(w, "module."),  # DDP
+        lambda w: prefixed(w, "_orig_mod."),  # torch.compile
+        lambda w: prefixed(w, "module._orig_mod."),
+        lambda w: prefixed(w, "_orig_mod.module.", "_checkpoint_wrapped_module."),
+        lambda w: prefixed(w, per_block="_orig_mod."),  # each block compiled by itself
+        lambda w: prefixed(w, "_fsdp_wrapped_module.", "_fsdp_wrapped_module._orig_mod."),
+        lambda w: {"n_averaged": torch.tensor(3)} | prefixed(w, "module."),  # torch's AveragedModel
+    ],
+)
+def test_the_prefixes_of_wrapped_networks_are_taken_off(authors, tmp_path, wrap):
+    both = {name: wrap(authors[name]) for name in ("model", "ema")}
+    path = save(authors | both, tmp_path / "a.pt")
+    for which, name in (("training", "model"), ("ema", "ema")):
+        assert same(load_checkpoint(path, which).weights, authors[name])
+
+
+@pytest.mark.parametrize(
+    ("content", "has"),
+    [
+        (lambda model, ema: ema, {"ema": "ema"}),
+        (lambda model, ema: {"state_dict": ema, "epoch": 3}, {"ema": "ema"}),
+        (lambda model, ema: {"ema": ema}, {"ema": "ema"}),
+        (lambda model, ema: {"model": None, "ema": ema}, {"ema": "ema"}),
+        (lambda model, ema: {"model_state_dict": model}, {"training": "model"}),
+        (lambda model, ema: {"model_state_dict": model, "ema_state_dict": ema}, {"training": "model", "ema": "ema"}),
+        (lambda model, ema: {"state_dict": model, "state_dict_ema": ema}, {"training": "model", "ema": "ema"}),
+    ],
+)
+def test_weights_are_found_under_the_names_that_others_use(authors, tmp_path, content, has):
+    args = {"args": authors["args"]}
+    held = content(authors["model"], authors["ema"])
+    authors["ema"]["x_embedder.proj.weight"] += 1  # neither is the other
+    path = save(held | args if "pos_embed" not in held else {"ema": held} | args, tmp_path / "a.pt")
+    for which in ("training", "ema"):
+        if which in has:
+            assert same(load_checkpoint(path, which).weights, authors[has[which]])
+        else:
+            with pytest.raises(NoSuchWeights, match=f"no {which} weights, only the .* ones; ask for those"):
+                load_checkpoint(path, which)
+
+
+def test_a_name_with_and_without_a_prefix_is_ambiguous(authors, tmp_path):
+    path = save(authors["ema"] | prefixed(authors["model"], "module."), tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="not a checkpoint of sit_composer's"):
+        load_checkpoint(path)
+
+
+def test_weights_in_torchs_old_format_and_in_one_safetensors_file_are_read(tmp_path):
+    weights = build_sit("SiT-S/8", depth=1).state_dict()
+    torch.save(weights, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    save_file(weights, tmp_path / "SiT.safetensors")
+    save_file(weights, tmp_path / "renamed.bin")
+    for name in ("old.pt", "SiT.safetensors", "renamed.bin"):
+        assert same(load_checkpoint(str(tmp_path / name)).weights, weights)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 2700000000\n"
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (LFS, "not a checkpoint, but a Git LFS pointer to one; fetch it by `git lfs pull`"),
+        (b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>", "not a checkpoint, but a web page; download"),
+        (b"<?xml version='1.0'?><Error><Code>NoSuchKey</Code></Error>", "not a checkpoint, but a web page; download"),
+        (b"", "not a checkpoint, but an empty file"),
+        (b'{"error": "Invalid username or password."}', "checkpoint|damaged"),
+        (bytes(range(256)) * 4, "checkpoint|damaged"),
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.", "damaged"),  # the head of torch's old format
+    ],
+)
+def test_what_came_in_a_checkpoints_place_is_told(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_checkpoint(str(tmp_path / name))
+    assert str(caught.value).startswith(f"{tmp_path / name}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_a_truncated_file_is_told(tmp_path, new_format):
+    path = tmp_path / "a.pt"
+    torch.save({"ema": {"x": torch.ones(1000)}}, path, _use_new_zipfile_serialization=new_format)
+    whole = path.read_bytes()
+    for keep in (1, 5, 30, 200, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:keep])
+        with pytest.raises(CheckpointError, match=f"^{path}: not a checkpoint") as caught:
+            load_checkpoint(str(path))
+        assert "\n" not in str(caught.value)
 
 
 def change(**tensors):
@@ -247,11 +347,17 @@ def test_a_config_that_is_none_is_named(exported, content):
         load_checkpoint(str(exported))
 
 
-@pytest.mark.parametrize("keep", [0, 7, 200, -1])
+@pytest.mark.parametrize("keep", [1, 7, 200, -1])
 def test_truncated_safetensors_are_named(exported, keep):
     file = exported / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match=r"model.safetensors: missing or damaged"):
+        load_checkpoint(str(exported))
+
+
+def test_an_exported_folder_that_was_cloned_without_its_large_files_is_told(exported):
+    (exported / "model.safetensors").write_bytes(LFS)
+    with pytest.raises(CheckpointError, match=r"model.safetensors: not a checkpoint, but a Git LFS pointer"):
         load_checkpoint(str(exported))
 
 

@@ -1,3 +1,6 @@
+import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -5,12 +8,16 @@ import time
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 
+from sit_composer import train
+from sit_composer.config import composer_classes
 from sit_composer.config.checks import check
 from sit_composer.config.data_fits import check_classes_agree, check_data, local_spec
-from sit_composer.config.load import load_config
+from sit_composer.config.load import load_config, read_yaml
 from sit_composer.config.schema import ConfigError, network_arguments
 from sit_composer.data.spec import DataSpec
+from sit_composer.errors import UserError
 from sit_composer.sit import build_sit
 from tests.helpers.paths import ROOT
 
@@ -112,10 +119,10 @@ def test_a_yamls_header_has_the_numbers_that_follow_from_its_network(name):
         ("frechet={num_images: 1, reference: none.npz}", "frechet.num_images: got 1"),
         ("sample_grid={sampling_method: Euler}", "sample_grid.sampling_method: got 'Euler'"),
         ("sample_grid={interval: often}", "sample_grid.interval: got 'often'"),
-        ("sample_grid={interval: 0ba}", "sample_grid.interval: got '0ba', expected a time in batches"),
-        ("sample_grid={interval: 1.5ep}", "sample_grid.interval: got '1.5ep', expected a time in batches"),
-        ("sample_grid={interval: '10'}", "sample_grid.interval: got '10', expected a time in batches"),
-        ("sample_grid={interval: 5sec}", "sample_grid.interval: got '5sec', expected a time in batches"),
+        ("sample_grid={interval: 0ba}", "sample_grid.interval: got '0ba', expected a time above 0"),
+        ("sample_grid={interval: 1.5ep}", "sample_grid.interval: got '1.5ep', expected a time above 0 in whole"),
+        ("sample_grid={interval: '10'}", "sample_grid.interval: got '10', expected a time above 0"),
+        ("sample_grid={interval: 5sec}", "sample_grid.interval: got '5sec', expected a time above 0"),
         ("precision=bf16", "precision: got 'bf16', expected fp32"),
         ("fsdp={sharding_strategy: FULL_SHARD}", "fsdp.sharding_strategy: no such key; expected"),
         ("trainer.save_folder=s3://key:secret@bucket/run", "trainer.save_folder: an address with credentials in it"),
@@ -137,7 +144,7 @@ def test_a_yamls_header_has_the_numbers_that_follow_from_its_network(name):
         ("trainer.precision=fp32", "trainer.precision: set it as precision, at the top level"),
         ("trainer.save_folder=null", "trainer.save_folder: no value; autoresume needs one"),
         ("trainer.save_weights_only=true", "trainer.save_weights_only: got True, expected false: the EMA"),
-        ("trainer.save_interval=0ba", "trainer.save_interval: got 0ba, expected a time above 0"),
+        ("trainer.save_interval=0ba", "trainer.save_interval: got '0ba', expected a time above 0"),
         ("trainer.device_train_microbatch_size=1.5", "trainer.device_train_microbatch_size: got 1.5"),
         ("optimizer.weight_decay=-1", "optimizer.weight_decay: got -1.0, expected a number of at least 0"),
         ("optimizer.eps=nan", "optimizer.eps: got nan"),
@@ -154,6 +161,15 @@ def test_a_yamls_header_has_the_numbers_that_follow_from_its_network(name):
         ("callbacks.lr_monitor=3", "callbacks.lr_monitor: got 3, expected its arguments"),
         ("loggers.file={filname: x}", "loggers.file.filname: FileLogger has no such argument; did you mean filename?"),
         ("algorithms.gradient_clipping={}", "algorithms.gradient_clipping.clipping_type: no value"),
+        ("run_name=", "run_name: no value"),
+        ("data.cache_limit=100 gigs", "data.cache_limit: got '100 gigs', expected a number of bytes, such as 100gb"),
+        ("data.num_workers=1:30", "data.num_workers: got '1:30', expected a whole number"),
+        ("data.num_workers=0x10", "data.num_workers: got '0x10', expected a whole number"),
+        ("data.num_workers=1e3", "data.num_workers: got '1e3', expected a whole number"),
+        ("optimizer.lr=1:30.5", "optimizer.lr: got '1:30.5', expected a number"),
+        ("callbacks.speed_monitor.window_size=1:30", "callbacks.speed_monitor.window_size: got '1:30', expected int"),
+        ("callbacks.optimizer_monitor.batch_log_interval=0", "batch_log_interval: got 0, expected a whole number"),
+        ("scheduler={multi_step: {milestones: 5ba}}", "scheduler.multi_step.milestones: got '5ba', expected a list"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_told_by_key_value_and_what_is_taken(override, message):
@@ -161,6 +177,105 @@ def test_a_mistake_is_told_by_key_value_and_what_is_taken(override, message):
         configure(override)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+# What Composer 0.32 does with each, tried out: refuses it once the run has started, never ends, or never does it.
+@pytest.mark.parametrize(
+    ("key", "admitted", "refused"),
+    [
+        ("trainer.max_duration", "10ba 2ep 300sp 10.0ba 1e1ba 10BA", "1000tok 10iter 0.5ep 1dur 5sec 0ba 100 1h"),
+        ("trainer.save_interval", "4ba 1ep 8sp 600sec 0.1dur 1dur", "64tok 1iter 0.5ep 0ba 0dur 1 0 -1ba often"),
+        ("trainer.eval_interval", "4ba 1ep 8sp 600sec .5dur", "64tok 1iter 0.5ep 0ba 1"),
+        ("trainer.console_log_interval", "4ba 1ep", "8sp 0.1dur 5sec 0ba 100"),
+        ("sample_grid.interval", "4ba 1ep 8sp 0.1dur", "5sec 64tok 1iter 0.5ep 0ba 100"),
+        ("scheduler.linear.t_max", "8ba 1ep 8sp 0.8dur", "64tok 5sec 0.5ep 0ba 100"),
+        ("scheduler.constant_with_warmup.t_warmup", "8ba 1ep 0.1dur 0ba", "64tok 5sec 0.3ep 100"),
+        ("scheduler.multi_step.milestones", "[8ba,0.9dur]", "[8ba,0.5ep] [64tok]"),
+        ("callbacks.activation_monitor.interval", "8ba 1ep", "8sp 0.1dur 64tok 0ba 100"),
+        ("loggers.console.log_interval", "8ba 1ep", "8sp 0.1dur 64tok 0ba 100"),
+        ("algorithms.swa.swa_start", "1ep 0.7dur", "8ba 1 0.5ep"),
+    ],
+)
+def test_times_are_admitted_where_composer_can_use_them(key, admitted, refused):
+    others = ["sample_grid={}", "scheduler={}" if key.startswith("scheduler") else "scheduler={constant: {}}"]
+    for value in admitted.split():
+        configure(*others, f"{key}={value}")
+    for value in refused.split():
+        with pytest.raises(ConfigError, match=rf"{key}: got .*{value.strip('[]').split(',')[-1]}.*, expected .*\("):
+            configure(*others, f"{key}={value}")
+
+
+def test_a_warm_up_has_the_unit_of_its_schedule_and_the_schedule_covers_the_run():
+    cosine = "scheduler={{cosine_annealing_with_warmup: {{t_warmup: {}, t_max: {}}}}}"
+    for t_warmup, t_max, duration in (("2ba", "10ba", "10ba"), ("1ep", "1dur", "10ba"), ("2ba", "3ep", "2ep")):
+        configure(cosine.format(t_warmup, t_max), f"trainer.max_duration={duration}")
+    with pytest.raises(ConfigError, match=r"t_warmup: got '2ba', expected the unit of t_max, 1dur of 300sp"):
+        configure(cosine.format("2ba", "1dur"), "trainer.max_duration=300sp")
+    for t_max in ("8ba", "0.8dur"):
+        with pytest.raises(ConfigError, match=rf"t_max: got '{t_max}', expected at least trainer.max_duration, 10ba"):
+            configure(cosine.format("2ba", t_max), "trainer.max_duration=10ba")
+
+
+NAMES = "12_34 1.10 007 1e5 no on null ~ true 0x10 1:30 2024-01-01 .inf {a} [1] &a *a %x @x - a=b a_#b a:_b None '"
+
+
+@pytest.mark.parametrize("name", [name.replace("_#", " #").replace(":_", ": ") for name in NAMES.split()])
+def test_text_is_kept_as_it_was_typed(name):
+    typed = f"loggers.wandb.project={name}", f"loggers.wandb.tags=[{json.dumps(name)}]", f"trainer.load_path={name}"
+    config = load_config(QUICKSTART, [f"run_name={name}", f"data.local={name}", *typed])
+    assert [config.run_name, config.data.local, *config.loggers["wandb"]["tags"]] == [name] * 3
+    optional = None if name in ("null", "~") else name
+    assert [config.loggers["wandb"]["project"], config.trainer["load_path"]] == [optional] * 2
+    # What a run saves is read as the same again, also by an earlier version.
+    saved = OmegaConf.to_yaml(OmegaConf.structured(config))
+    assert read_yaml(saved, "")["run_name"] == OmegaConf.create(saved).run_name == name
+
+
+def test_text_in_a_yaml_is_kept_as_it_was_typed(tmp_path):
+    path = tmp_path / "run.yaml"
+    text = """
+run_name: 2024_01_05
+data: &data {local: 007, remote: null, global_batch_size: 010, flip: no, num_workers: 1_0}
+eval_data: {<<: *data, local: "null"}
+autoencoder: {name: ~/vae}
+trainer: {max_duration: 1e2ba, progress_bar: off, load_ignore_keys: [1.10, no]}
+loggers: {wandb: {project: 1.10, tags: [no, 1:30], init_kwargs: {a: 1.5, b: 010, c: no, d: true, e: null, f: "1"}}}
+"""
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):  # Windows' editors write a byte order mark
+        path.write_text(text, encoding)
+        config = load_config(str(path), [])
+        assert config.run_name == "2024_01_05"
+        data = config.data
+        assert (data.local, data.remote, data.global_batch_size, data.flip) == ("007", None, 10, False)
+        assert (data.num_workers, config.eval_data.local, config.eval_data.num_workers) == (10, "null", 10)
+        assert config.autoencoder.name == os.path.expanduser("~/vae")
+        assert config.trainer == {"max_duration": "1e2ba", "progress_bar": False, "load_ignore_keys": ["1.10", "no"]}
+        arguments = {"a": 1.5, "b": 10, "c": "no", "d": True, "e": None, "f": "1"}
+        assert config.loggers["wandb"] == {"project": "1.10", "tags": ["no", "1:30"], "init_kwargs": arguments}
+
+
+def test_quotes_around_a_text_on_the_command_line_are_yamls():
+    assert load_config(QUICKSTART, ["run_name='007'"]).run_name == "007"
+    assert load_config(QUICKSTART, ['data.remote="null"']).data.remote == "null"
+
+
+def test_the_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_config(
+        QUICKSTART, ["data.local=~/d", "trainer.save_folder=~/runs/{run_name}", "loggers.file={filename: ~/l}"]
+    )
+    assert config.data.local == f"{tmp_path}/d"
+    assert config.trainer["save_folder"] == f"{tmp_path}/runs/{{run_name}}"
+    assert config.loggers["file"]["filename"] == f"{tmp_path}/l"
+
+
+@pytest.mark.parametrize(("logger", "package"), composer_classes.PACKAGES.items())
+def test_a_package_that_a_logger_needs_is_named_before_training(monkeypatch, logger, package):
+    monkeypatch.setattr("sit_composer.cli.find_spec", lambda name: None)
+    name = logger.lower().removesuffix("logger")
+    with pytest.raises(UserError, match=rf"loggers\.{name}: the package {package} is not installed; run pip install"):
+        configure(f"loggers.{name}={{}}")
+    check(load_config(QUICKSTART, [f"loggers.{name}={{}}"]), ranks=8)  # only asked about, on another machine
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused(monkeypatch):
@@ -284,3 +399,20 @@ def test_help_and_mistakes_import_nothing_heavy(arguments):
         assert done.returncode == 2
         assert done.stderr == "error: modl: no such key; did you mean model?\n"
     assert time.monotonic() - start < 30  # two seconds on a free machine; here others may be at work
+
+
+@pytest.mark.parametrize("arguments", [[], ["--dry-run"], ["run_name=first", "data.local=/data"]])
+def test_without_a_yaml_the_command_asks_for_one_and_names_some_that_exist(capsys, arguments):
+    with pytest.raises(SystemExit) as ended:
+        train.main(arguments)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2
+    assert "argument yaml: no value, expected a run's config" in last
+    named = re.findall(r"yamls/\w+\.yaml", last)
+    assert len(named) == 3
+    assert all((ROOT / name).is_file() for name in named)
+
+
+def test_every_yaml_bounds_the_checkpoints_that_it_keeps():
+    for path in (ROOT / "yamls").glob("*.yaml"):
+        assert yaml.safe_load(path.read_text())["trainer"]["save_num_checkpoints_to_keep"] >= 1, path

@@ -119,7 +119,7 @@ def test_a_run_that_would_be_refused_for_its_earlier_checkpoints_is_told(dry, tm
     assert "ep0-ba10-rank0.pt" in line(out, "earlier checkpoints")
     code, out = dry()
     assert code == 0
-    assert "the run begins anew" in line(out, "earlier checkpoints")
+    assert "the run starts anew" in line(out, "earlier checkpoints")
     assert sorted(file.name for file in folder.iterdir()) == ["ep0-ba10-rank0.pt"]
 
 

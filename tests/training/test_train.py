@@ -300,10 +300,13 @@ def test_a_sigterm_to_every_process_of_a_run_saves_too(digits_shards, tmp_path):
     assert load_checkpoint(str(tmp_path / "run")).step >= 5
 
 
-def test_only_so_many_checkpoints_are_kept_also_over_resumes(run, tmp_path):
-    for batches in (10, 20, 30):
+def test_only_so_many_checkpoints_are_kept_also_over_resumes_and_that_is_said(run, tmp_path, capsys):
+    assert run("trainer.max_duration=5ba", "trainer.save_interval=2ba", "trainer.save_num_checkpoints_to_keep=-1") == 0
+    assert len(list((tmp_path / "run").glob("ep*"))) == 3
+    for batches in (20, 30):
         assert run(f"trainer.max_duration={batches}ba", "trainer.save_num_checkpoints_to_keep=0") == 0
         assert [path.name for path in (tmp_path / "run").glob("ep*")] == [f"ep{batches // 29}-ba{batches}-rank0.pt"]
+    assert capsys.readouterr().out.count("/run: 2 old checkpoints will be deleted with the next save") == 1
 
 
 def test_a_second_run_beside_a_live_one_is_refused(run, tmp_path, capsys):
