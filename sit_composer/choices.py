@@ -191,7 +191,6 @@ class Sampling:
     last_step_size: float = 0.04
 
 
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # PIL's other decoders aren't safe for any file
 EXACT_DIMS = 4096  # an exact trace takes one backward pass per dimension; with more, it is refused
 
 
