@@ -5,15 +5,15 @@
 SOURCE is one of
   a Parquet or Arrow file, a folder of them, or a glob in quotes; each also as s3://BUCKET/…
   WebDataset tars, likewise
-  a folder of images, SOURCE/CLASS/IMAGE
+  a folder of images, SOURCE/CLASS/IMAGE, in any format that Pillow reads
   a Hugging Face data set: a folder that `save_to_disk` wrote, or a name on the Hub
   the word digits: the 1,797 small images that scikit-learn ships
 URI is a new folder, or s3://BUCKET/PREFIX (credentials as for boto3; S3_ENDPOINT_URL for a store other than AWS).
 
 The images' own bytes are kept, and each image is decoded once to check it. With --image-size they are cropped and
 encoded again; with --latents an autoencoder's latents are stored instead. Labels are integers from 0, class names, or
-strings, which are numbered in sorted order. `spec.json` describes the shards; `index.json` is written last, when all
-are whole.
+strings, which are numbered in sorted order. `spec.json` describes the shards and counts what was left out; `index.json`
+is written last, when all are whole.
 
 After any interruption, rerun the same command; it resumes, and the result is the same to the byte. If the conversion is
 finished, the command says so.

@@ -3,8 +3,9 @@
 Torch is not imported, so that a command can refuse a wrong value at once.
 """
 
+import difflib
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,10 +56,17 @@ TORCH_SEED = Bounds(0, 2**32 - 1, whole=True)
 TIME_POINTS = Bounds(2, whole=True)  # of a solver, both ends included
 
 
+def closest(name: object, known: Iterable[object]) -> str | None:
+    """The known name that a mistyped one is likely to mean, if any."""
+    names = {str(one).lower(): str(one) for one in known}
+    return next((names[one] for one in difflib.get_close_matches(str(name).lower(), names, n=1)), None)
+
+
 def choose(name: str, value: object, choices: Collection[object]) -> None:
     """Raises UserError, naming the option, its value and what is expected, unless the value is one of the choices."""
     if value not in tuple(choices):
-        raise UserError(f"{name}: got {value!r}, expected {', '.join(str(choice) for choice in choices)}")
+        meant = f"; did you mean {close}?" if (close := closest(value, choices)) else ""
+        raise UserError(f"{name}: got {value!r}, expected {', '.join(str(choice) for choice in choices)}{meant}")
 
 
 # Name: (hidden_size, depth, num_heads), from table 1 of DiT (arXiv 2212.09748).
@@ -183,7 +191,6 @@ class Sampling:
     last_step_size: float = 0.04
 
 
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # PIL's other decoders aren't safe for any file
 EXACT_DIMS = 4096  # an exact trace takes one backward pass per dimension; with more, it is refused
 
 

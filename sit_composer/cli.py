@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -24,10 +25,18 @@ EXTRAS = {  # of pyproject.toml, by the package that shows whether one is instal
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Expands ~ also where no shell does: behind --option= and in a list of arguments."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        given = [re.match(r"(--[\w-]+=)?(.*)", arg, re.DOTALL) for arg in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args([(arg[1] or "") + os.path.expanduser(arg[2]) for arg in given], namespace)
+
+
 def make_parser(prog: str, doc: str | None, **options: Any) -> argparse.ArgumentParser:
     """A parser whose --help begins with a command's docstring, line by line."""
     formatter = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(prog=prog, description=doc, formatter_class=formatter, **options)
+    return _Parser(prog=prog, description=doc, formatter_class=formatter, **options)
 
 
 def number(bounds: Bounds) -> Callable[[str], int | float]:

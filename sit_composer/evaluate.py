@@ -3,7 +3,7 @@
 SAMPLES and REFERENCE are each one of
   * an ADM batch: FILE.npz with arr_0, uint8 (N, H, W, 3);
   * a folder that sit_composer.sample wrote;
-  * a folder of PNG or JPEG images, or a folder with one such folder per class;
+  * a folder of images or, if it holds none itself, of folders of them, such as one per class;
   * a folder of MDS shards of pixels, also a remote one: s3://BUCKET/PREFIX, or another URI that streaming takes, with
     credentials as for training. The shards are copied to a temporary folder, or to --cache DIR, where they stay.
 REFERENCE may also be stored statistics: FILE.npz with mu and sigma, for sFID mu_s and sigma_s. An ADM reference batch

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from sit_composer.autoencoder import SLICE_SIZE, to_uint8
 from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.record import Checkpoint, Record
-from sit_composer.choices import Sampling
+from sit_composer.choices import Sampling, closest
 from sit_composer.errors import UserError
 from sit_composer.generate import earlier_work, generate, mean_work
 from sit_composer.guidance import Guidance
@@ -115,7 +115,10 @@ def choose_labels(args: argparse.Namespace, classes: list[str]) -> list[int]:
     for name in map(str.strip, args.classes.split(",")):
         label = classes.index(name) if name in classes else int(name) if name.isdecimal() else -1
         if not 0 <= label < len(classes):
-            raise UserError(f"--classes: got {name!r}, expected labels 0 to {len(classes) - 1}, or the classes' names")
+            close = closest(name, classes)
+            meant = f"; did you mean {close}, label {classes.index(close)}?" if close else ""
+            expected = f"expected labels 0 to {len(classes) - 1}, or the classes' names{meant}"
+            raise UserError(f"--classes: got {name!r}, {expected}")
         labels += [label] * args.per_class
     return labels
 

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +19,8 @@ from PIL import Image
 from sit_composer import sample, train
 from sit_composer.checkpoint.load import CheckpointError, load_checkpoint
 from sit_composer.choices import Sampling
-from sit_composer.gallery import SETTINGS, write_grid
+from sit_composer.errors import UserError
+from sit_composer.gallery import SETTINGS, choose_labels, write_grid
 from sit_composer.generate import generate
 from sit_composer.guidance import Guidance
 from sit_composer.transport import Transport
@@ -264,6 +266,7 @@ def test_training_weights_are_drawn_from_when_asked_for(checkpoints, tmp_path):
     [
         (["--classes", "10"], "--classes: got '10', expected labels 0 to 9"),
         (["--classes", "-1"], "--classes: got '-1'"),
+        (["--sampling-method", "midpiont"], "adaptive_heun; did you mean midpoint?"),
         (["--sampling-method", "Euler"], "--sampling-method of the ODE: got 'Euler', expected euler"),
         (
             ["--mode", "SDE", "--sampling-method", "dopri5"],
@@ -413,3 +416,9 @@ def test_ema_weights_that_were_never_kept_are_not_made_up(digits_shards, tmp_pat
     with pytest.raises(CheckpointError, match="no EMA weights"):
         load_checkpoint(str(tmp_path), "ema")
     assert load_checkpoint(str(tmp_path), "training").step == 1
+
+
+def test_a_mistyped_class_is_told_the_closest():
+    with pytest.raises(UserError, match=r"got 'Tenc', expected labels 0 to 1, .*; did you mean tench, label 1"):
+        choose_labels(Namespace(classes="Tenc", per_class=1), ["goldfish", "tench"])
+    assert choose_labels(Namespace(classes="tench,0", per_class=1), ["goldfish", "tench"]) == [1, 0]

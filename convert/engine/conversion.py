@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
@@ -21,6 +22,7 @@ from convert.kinds import BadPicture
 from convert.kinds.pixels import Pixels
 from convert.sources.parts import MAX_CLASSES, InputError
 from convert.sources.registry import plan_source, read_part
+from sit_composer.data.folders import in_words
 from sit_composer.data.spec import DataSpec
 from sit_composer.errors import one_line
 from sit_composer.storage import StorageError
@@ -83,7 +85,7 @@ def _convert(args: argparse.Namespace, source: dict[str, Any], output: Output) -
         ordered = [records[number] for number in sorted(records)]
         spec = _spec(job, Tally.of(ordered))
         output.publish(spec, ordered)
-        progress.log("end", samples=spec.samples, skipped=spec.skipped, **progress.rates())
+        progress.log("end", samples=spec.samples, skipped=spec.skipped, left_out=spec.left_out, **progress.rates())
     except BaseException as error:
         progress.log("error", error=one_line(error))
         raise
@@ -115,7 +117,7 @@ def _first_size(plan: Plan, skip_bad: bool) -> int:
     """The side of the source's first image, which must be a square; all others must have the same size."""
     for sample in chain.from_iterable(read_part(plan.source, plan.reading, part) for part in plan.reading.parts):
         try:
-            height, width = _torch_kinds()[0].levels(sample.image, 3, None).shape[-2:]
+            height, width = _torch_kinds()[0].levels(sample.image, 3, None)[0].shape[-2:]
         except BadPicture as error:
             if skip_bad:
                 continue
@@ -168,6 +170,8 @@ def _spec(job: Job, tally: Tally) -> DataSpec:
         samples=tally.counts.total(),
         skipped=tally.skipped,
         source=job.plan.source,
+        left_out=dict(Counter(job.plan.reading.left_out) + tally.left_out),
+        small=dict(tally.small),
     )
 
 
@@ -175,6 +179,10 @@ def _report(spec: DataSpec, records: list[dict[str, Any]], rates: dict[str, Any]
     if spec.skipped:
         shown = "\n  ".join([reason for record in records for reason in record["reasons"]][:5])
         print(f"skipped {spec.skipped} image{'' if spec.skipped == 1 else 's'}; the first:\n  {shown}", file=sys.stderr)
+    if spec.left_out:
+        print(f"left out: {in_words(spec.left_out)}", file=sys.stderr)
+    if spec.small:
+        print(f"small images: {in_words(spec.small)}", file=sys.stderr)
     if empty := [name for name, count in zip(spec.classes, spec.class_counts, strict=True) if not count]:
         which = ", ".join(empty[:10]) + (", …" if len(empty) > 10 else "")
         print(f"warning: {len(empty)} of {spec.num_classes} classes have no image: {which}", file=sys.stderr)

@@ -56,7 +56,7 @@ class Output(AbstractContextManager["Output"]):
             return
         if is_remote(out) or out.startswith("dbfs:/"):
             raise OutputError(f"{out}: expected a folder or s3://BUCKET/PREFIX; for other stores, copy a folder there")
-        self.path = Path(out).expanduser().resolve()
+        self.path = Path(out).resolve()
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"{out}: is a file; choose another --out")
         if self.path.is_mount():

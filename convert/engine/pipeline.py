@@ -32,6 +32,8 @@ class Tally:
     reasons: list[str] = field(default_factory=list)
     colour: bool = False
     sizes: list[list[int]] = field(default_factory=list)  # the first two different (width, height)
+    left_out: Counter[str] = field(default_factory=Counter)  # by reason, with skipped images
+    small: Counter[str] = field(default_factory=Counter)  # images, by reason
 
     @classmethod
     def of(cls, records: Iterable[dict[str, Any]]) -> "Tally":
@@ -43,6 +45,8 @@ class Tally:
             tally.reasons += record["reasons"]
             tally.colour |= record["colour"]
             tally.sizes += [size for size in record["sizes"] if size not in tally.sizes]
+            tally.left_out.update(record.get("left_out", {}))  # which records of earlier versions lack
+            tally.small.update(record.get("small", {}))
         return tally
 
     @property
@@ -52,11 +56,12 @@ class Tally:
 
     def add(self, label: int, look: Look) -> None:
         """Counts an image."""
-        grey, *size = look
+        grey, *size, small = look
         self.counts[label] += 1
         self.colour |= not grey
         if len(self.sizes) < 2 and size not in self.sizes:
             self.sizes.append(size)
+        self.small.update([small] if small else [])
 
 
 @dataclass(frozen=True)
@@ -109,10 +114,12 @@ def _write(writer: Any, job: Job, group: Iterable[Prepared], on_image: Callable[
     # Only to the part's end: reading on could raise an error that belongs to the next part.
     images = ((sample, result) for _, sample, result in takewhile(itemgetter(1), group))
     for sample, row, look in job.kind.rows(images):
+        tally.left_out.update(sample.left_out)
         if isinstance(row, BadPicture):
             if not job.skip_bad:
                 raise InputError(f"{sample.where}: {row}; --skip-bad leaves out such images")
             tally.skipped += 1
+            tally.left_out[str(row).partition(": ")[0]] += 1
             reason = f"{sample.where}: {row}"
             tally.reasons += [reason] if tally.skipped <= REASONS else []
             on_image(1, 0, 1, [reason])

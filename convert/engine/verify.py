@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from convert.kinds.checks import LatentCheck, PixelCheck
 from convert.sources.registry import InputError, plan_source, read_part
+from sit_composer.data.folders import in_words
 from sit_composer.data.spec import INDEX_NAME, SPEC_NAME, DataSpec
 from sit_composer.data.stream import DataError, load_spec, read_text, safe_shards, shard_fault, shard_files
 from sit_composer.errors import UserError, one_line
@@ -79,6 +80,8 @@ class Verification:
         total = f"{len(shards)} shard{'' if len(shards) == 1 else 's'}, {size:.1f} MB"
         classes = f"{spec.num_classes} classes of {each}"
         report = [f"{spec.samples} samples ({spec.kind}) in {total}; {classes}; {spec.skipped} skipped"]
+        report += [f"left out: {in_words(spec.left_out)}"] if spec.left_out else []
+        report += [f"small images: {in_words(spec.small)}"] if spec.small else []
         if counts is not None:
             self._compare(counts, spec.class_counts, spec, SPEC_NAME)
             report += content.finish()
@@ -156,14 +159,17 @@ class Verification:
         """Counts the source's images per class, as they are now."""
         try:
             plan = plan_source(spec.source, spec.source.get("limit"))
-            counts = [0] * spec.num_classes
-            if plan.classes is not None and plan.classes != spec.classes:
+            counts, left_out = [0] * spec.num_classes, Counter(plan.left_out)
+            classes = plan.classes or spec.classes
+            if set(classes) != set(spec.classes):
                 self.fault(f"the source's classes are {plan.classes[:5]} …; {SPEC_NAME} says {spec.classes[:5]} …")
                 return f"source: {spec.source['path']} has other classes"
+            labels = {name: label for label, name in enumerate(spec.classes)}  # earlier versions had another order
             for sample in chain.from_iterable(read_part(spec.source, plan, part) for part in plan.parts):
                 if not 0 <= sample.label < spec.num_classes:
                     raise InputError(f"{sample.where}: the label is {sample.label}")
-                counts[sample.label] += 1
+                counts[labels[classes[sample.label]]] += 1
+                left_out.update(sample.left_out)
         except (InputError, OSError, IndexError) as error:
             raise UserError(f"--source: cannot read it again: {one_line(error)}") from None
         total, fewer = sum(counts), any(a > b for a, b in zip(spec.class_counts, counts, strict=True))
@@ -171,7 +177,8 @@ class Verification:
             self._compare(spec.class_counts, counts, spec, "the source")
         elif total - spec.samples != spec.skipped or fewer:
             self.fault(f"the source has {total} images; {SPEC_NAME} says {spec.samples}, and {spec.skipped} skipped")
-        return f"source: {total} images in {spec.source['path']}, {spec.skipped} skipped"
+        rest = f"; left out: {in_words(left_out)}" if left_out else ""
+        return f"source: {total} images in {spec.source['path']}, {spec.skipped} skipped{rest}"
 
 
 def _decoded(shard: Reader, data: bytes) -> Iterator[dict[str, Any]]:

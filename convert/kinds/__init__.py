@@ -6,11 +6,12 @@ from typing import Any, ClassVar, Protocol
 
 from convert.sources.parts import Sample
 
-Look = tuple[bool, int, int]  # whether an image is grey, its width and its height
+# Whether an image is grey, its width and its height, and why it is counted as too small, if it is.
+Look = tuple[bool, int, int, str | None]
 
 
 class BadPicture(Exception):
-    """Why an image cannot be trained on."""
+    """Why an image cannot be trained on: the reason by which it is counted, and after a colon what is its own."""
 
 
 Row = tuple[Sample, dict[str, Any] | BadPicture, Look | None]

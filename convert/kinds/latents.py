@@ -84,7 +84,7 @@ class Latents:
         good, size = 0, self.image_size
         for sample, image in images:
             if not isinstance(image, BadPicture):
-                height, width = image.shape[-2:]
+                height, width = image[0].shape[-2:]
                 if (height, width) != (size, size):
                     sizes = f"the image is {width}x{height}, expected {size}x{size}, as the first is"
                     raise InputError(f"{sample.where}: {sizes}; crop with --image-size")
@@ -107,10 +107,13 @@ class Latents:
             torch.set_num_threads(1)  # more threads add in another order, which changes the last bits
 
     def _encode(self, batch: list[tuple[Sample, Any]]) -> list[Row]:
-        good = [torch.from_numpy(image) for _, image in batch if not isinstance(image, BadPicture)]
-        encoded = iter(self._moments(good))
-        look = (False, self.image_size, self.image_size)
-        return [(sample, image if isinstance(image, BadPicture) else next(encoded), look) for sample, image in batch]
+        good = [torch.from_numpy(image[0]) for _, image in batch if not isinstance(image, BadPicture)]
+        encoded, size = iter(self._moments(good)), self.image_size
+        rows: list[Row] = []
+        for sample, image in batch:
+            bad = isinstance(image, BadPicture)
+            rows.append((sample, image, None) if bad else (sample, next(encoded), (False, size, size, image[1])))
+        return rows
 
     def _moments(self, images: list[Tensor]) -> list[dict[str, Any] | BadPicture]:
         """The columns of each image, uint8 (C, H, W) of one size."""
@@ -127,7 +130,7 @@ class Latents:
             raise InputError(f"--batch-size: got {self.batch_size}, expected less: out of memory") from None
         except UserError as error:  # some values are not finite; one by one, find which
             if len(images) == 1:
-                return [BadPicture(str(error))]
+                return [BadPicture(f"its latents are not finite: {error}")]
             return [row for image in images for row in self._moments([image])]
         over = BadPicture("its latents are over 65504, float16's largest number: the autoencoder does not suit it")
         rows = [

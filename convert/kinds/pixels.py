@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from convert.kinds import BadPicture, Look, Row
 from convert.sources.parts import Sample
-from sit_composer.choices import IMAGE_FORMATS
+from sit_composer.data.image_files import BROAD, enlargement, formats
 from sit_composer.errors import one_line
 
 GREY = {"1", "L", "I", "I;16", "I;16B", "I;16L"}  # PIL's modes
@@ -47,12 +47,13 @@ def checked(image: bytes | Path | None, look: Callable[[bytes], Look]) -> tuple[
     return None if isinstance(image, bytes) else data, look(data)
 
 
-def decoded(data: bytes, load: bool = True) -> Look:
+def decoded(data: bytes, load: bool = True, image_size: int | None = None) -> Look:
     """Decodes an image to its last row, or only reads its header. Raises BadPicture if that fails."""
     with opened(data) as image:
         if load:
             image.load()
-        return image.mode in GREY, *image.size
+        width, height = image.size
+        return image.mode in GREY, width, height, enlargement(width, height, image_size)
 
 
 def glance(data: bytes) -> Look:
@@ -82,14 +83,13 @@ def opened(data: bytes) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+            image = Image.open(io.BytesIO(data), formats=formats())
         with image:
-            if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):  # as in `decode_image`
+            if image.mode == "F" or (image.mode == "I" and image.format not in BROAD):  # as in `decode_image`
                 raise BadPicture("the image's pixels are 32-bit numbers, and none is known to be white")
             yield image
     except UnidentifiedImageError:
-        kinds = ", ".join(IMAGE_FORMATS)
-        raise BadPicture(f"not an image ({kinds}): it starts with {data[:12]!r}") from None
+        raise BadPicture(f"not an image that Pillow reads: it starts with {data[:12]!r}") from None
     except (BadPicture, MemoryError):
         raise
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error and more

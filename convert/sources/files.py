@@ -2,13 +2,15 @@
 
 import glob
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from convert.sources.names import MAGIC, SCHEME, check_same, of_one_split, when
+from convert.sources.names import MAGIC, PRIVATE, SCHEME, check_same, of_one_split, when
 from convert.sources.parts import InputError, no_such_file
+from sit_composer.data.folders import below, kind_of
 
 
 def object_store() -> ModuleType:
@@ -25,7 +27,7 @@ def list_files(source: str, format: str) -> list[str]:
         if not found:
             raise InputError(f"{source}: no such object, and none below it")
         return found if found == [source] or MAGIC.search(source) else of_one_split(source, source, found, format)
-    path = Path(source).expanduser()
+    path = Path(source)
     if path.is_dir():
         return of_one_split(source, str(path), walk(path), format)
     files = [str(path)] if path.is_file() else expand(source)
@@ -34,16 +36,30 @@ def list_files(source: str, format: str) -> list[str]:
     return files
 
 
-def walk(folder: Path) -> Iterator[str]:
-    """All files below a folder, in any order, without hidden ones."""
-    for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (os.path.join(root, name) for name in names if not name.startswith("."))
+def walk(folder: Path, left_out: Counter[str] | None = None) -> Iterator[str]:
+    """All files below a folder, also by links, in any order, without hidden ones."""
+    for _, files in below(str(folder), Counter() if left_out is None else left_out):
+        yield from (file.path for file in files)
+
+
+def count_left_out(source: str, format: str, taken: Collection[str]) -> Counter[str]:
+    """The files below a folder, local or remote, that are not among those taken, by reason."""
+    left_out: Counter[str] = Counter()
+    is_remote = source.startswith(SCHEME)
+    if is_remote and not MAGIC.search(source):
+        names: Iterable[str] = object_store().list_remote(source)
+    else:
+        names = walk(Path(source), left_out) if os.path.isdir(source) else ()
+    for name in names:
+        if name not in taken:
+            private = PRIVATE.search(name.removeprefix(source))
+            left_out["private, a name begins with _ or cache-" if private else f"not {format} ({kind_of(name)})"] += 1
+    return left_out
 
 
 def expand(pattern: str) -> list[str]:
     """The files that a glob matches, sorted."""
-    found = map(Path, glob.glob(os.path.expanduser(pattern), recursive=True))
+    found = map(Path, glob.glob(pattern, recursive=True))
     return [str(file) for file in sorted({file for file in found if file.is_file()})]
 
 

@@ -1,5 +1,6 @@
-"""Formats and splits, as the names of a source's files tell. Only the standard library is imported."""
+"""Formats and splits, as the names of a source's files tell; and the names of classes. Nothing heavy is imported."""
 
+import codecs
 import os
 import re
 from collections import Counter
@@ -8,27 +9,74 @@ from datetime import UTC, datetime
 from typing import Any
 
 from convert.sources.parts import InputError
+from sit_composer.data.folders import suffix_of
 
 SUFFIXES = {
     "parquet": (".parquet", ".pq"),
     "arrow": (".arrow", ".feather", ".ipc"),
     "webdataset": (".tar", ".tgz", ".tar.gz"),
-    "imagefolder": (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"),
 }
 SCHEME = "s3://"
 MAGIC = re.compile(r"[*?[]")  # of a glob
 SPLIT = re.compile(r"(?:^|[/_.-])(train|test|validation|valid|val|dev)(?=[/_.-])")
+WHOLE = re.compile(r"[+-]?\d{1,20}", re.ASCII)
+PRIVATE = re.compile(r"(?:^|/)_|(?:^|/)cache-[^/]*$")  # the last are copies that `datasets` leaves beside its files
+
+
+def class_name(name: object) -> str:
+    """A class's name, or a label in text, as every source gives it."""
+    return str(name).removeprefix("\ufeff").strip()
+
+
+def numbered_names(names: Iterable[object], where: str) -> list[str]:
+    """The names of classes that the source has numbered."""
+    found = list(map(class_name, names))
+    if "" in found:
+        raise InputError(f"{where}: a class has an empty name, expected a name for each")
+    if doubled := [name for name, count in Counter(found).items() if count > 1]:
+        raise InputError(f"{where}: two classes have the name {doubled[0]!r}, expected different names")
+    return found
+
+
+def class_names(names: Iterable[str], where: str) -> list[str]:
+    """The names of classes in the order of their labels: sorted, or by size if all are whole numbers."""
+    found = numbered_names(names, where)
+    if not all(map(WHOLE.fullmatch, found)):
+        return sorted(found)
+    ordered = sorted(found, key=lambda name: (int(name), name))
+    if ordered and int(ordered[0]) < 0:
+        raise InputError(f"{where}: label {ordered[0]} is not a class, expected whole numbers from 0, or names")
+    return ordered
+
+
+def label_text(data: bytes, where: str) -> str:
+    """The label in a text file."""
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return class_name(data.decode("utf-16" if utf16 else "utf-8"))
+    except UnicodeDecodeError:
+        raise InputError(f"{where}: the label {data[:20]!r} is not text in UTF-8") from None
 
 
 def format_of(name: str) -> str | None:
     """The format of a file, by its name."""
     file = os.path.basename(name).lower().lstrip(".")  # a name that is a suffix alone has none
-    return next((format for format, suffixes in SUFFIXES.items() if file.endswith(suffixes)), None)
+    found = next((format for format, suffixes in SUFFIXES.items() if file.endswith(suffixes)), None)
+    if found or "." not in file:
+        return found
+    from sit_composer.data.image_files import suffixes  # loads Pillow, which other names don't need
+
+    return "imagefolder" if suffix_of(file) in suffixes() else None
 
 
 def infer_format(source: str, names: Iterable[str]) -> str:
     """The one format of a source's files, by their names. Raises InputError if there is none, or more than one."""
+    names = list(names)
     found = Counter(format for name in names if (format := format_of(name)))
+    if not found and not source.startswith(SCHEME):
+        from sit_composer.data.image_files import is_image  # loads Pillow, which other names don't need
+
+        found.update("imagefolder" for name in names if is_image(name))
     if not found:
         raise InputError(f"{source}: found no Parquet file, Arrow file, tar or image")
     if len(found) > 1:
@@ -39,9 +87,8 @@ def infer_format(source: str, names: Iterable[str]) -> str:
 
 def of_one_split(source: str, folder: str, names: Iterable[str], format: str) -> list[str]:
     """The files of a folder that are data of a format, sorted. Raises InputError unless they are of one split."""
-    # cache-*.arrow are transformed copies that `datasets` leaves beside the data that it saved.
     files = sorted((name for name in names if format_of(name) == format), key=lambda name: name.split("/"))
-    files = [name for name in files if not os.path.basename(name).startswith(("_", "cache-"))]
+    files = [name for name in files if not PRIVATE.search(name.removeprefix(folder))]
     if not files:
         raise InputError(f"{source}: holds no {format} file")
     splits = {match[1] for name in files if (match := SPLIT.search(name.removeprefix(folder).lstrip("/")))}

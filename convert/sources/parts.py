@@ -1,7 +1,7 @@
 """A source as a conversion sees it: samples, in parts that are read independently. Only the standard library."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ class Sample(NamedTuple):
     where: str
     image: bytes | Path | None  # the image file's bytes, or its path; None if the row has none
     label: int
+    left_out: tuple[str, ...] = ()  # why what lies between the sample before and this one is left out
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,7 @@ class SourcePlan:
     files: list[dict[str, Any]]  # ``name`` (path or URI), ``bytes``, ``modified`` (ISO 8601), others to detect changes
     classes: list[str] | None  # of all rows; None if labels are integers whose largest is known only when all are read
     parts: list[Part]  # together, all images to be read, each once, in order
-
-
-def in_order(names: Iterable[str]) -> list[str]:
-    """The names of classes, sorted; by number if all are whole numbers, so that 0 to 11 keep their numbers."""
-    numbers = all(name.isdecimal() for name in names)
-    return sorted(names, key=lambda name: (int(name) if numbers else 0, name))
+    left_out: dict[str, int] = field(default_factory=dict)  # files, by reason; others are found as parts are read
 
 
 def cut(file: int, lengths: Iterable[int]) -> list[Part]:

@@ -8,12 +8,13 @@ import glob
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from convert.sources.files import expand, is_saved, list_files, object_store, walk
+from convert.sources.files import count_left_out, expand, is_saved, list_files, object_store, walk
 from convert.sources.names import SCHEME, format_of, infer_format
 from convert.sources.parts import InputError, Part, Sample, SourcePlan, no_such_file
 
@@ -38,7 +39,7 @@ def describe(
     is_remote = source.startswith(SCHEME)
     source = SCHEME + source.removeprefix(SCHEME).rstrip("/") if is_remote else source
     format = format or _infer_format(source)
-    path = Path(source).expanduser()
+    path = Path(source)
     if is_remote and format not in REMOTE:
         raise InputError(f"{source}: is read as {format}, expected {', '.join(REMOTE)} for s3://")
     if format == "digits" and source != "digits":
@@ -82,7 +83,11 @@ def _describe_hf(source: str, path: Path, split: str | None, config: str | None,
 def plan_source(description: dict[str, Any], limit: int | None = None) -> SourcePlan:
     """Reads footers and labels of a source, for the first ``limit`` images; the same plan each time, if the source is
     the same. Raises InputError if the source cannot be read, lacks a column, or has labels that are not classes."""
-    return _module(description).plan_source(description, limit)
+    plan = _module(description).plan_source(description, limit)
+    if description["format"] not in REMOTE:
+        return plan
+    taken = {file["name"] for file in plan.files}
+    return replace(plan, left_out=count_left_out(description["path"], description["format"], taken))
 
 
 def read_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iterator[Sample]:
@@ -112,7 +117,7 @@ def _module(description: dict[str, Any]) -> ModuleType:
 def _infer_format(source: str) -> str:
     if source.startswith(SCHEME):
         return format_of(source) or infer_format(source, object_store().list_remote(source))
-    path = Path(source).expanduser()
+    path = Path(source)
     if source == "digits":
         if path.exists():
             raise InputError("digits: is both scikit-learn's digits and a path here; use --format digits, or ./digits")

@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from convert.sources.parts import MAX_CLASSES, InputError, Part, Sample, SourcePlan, in_order
+from convert.sources.names import class_name, class_names, numbered_names
+from convert.sources.parts import MAX_CLASSES, InputError, Part, Sample, SourcePlan
 from convert.sources.s3 import reading
 
 BATCH = 64  # rows
@@ -48,7 +49,7 @@ def samples(table: Table, description: dict[str, Any], plan: SourcePlan, part: P
                         image = table.find(path)
                     except InputError as error:
                         raise InputError(f"{where}: {error}") from None
-            yield Sample(where, image, numbers[value] if isinstance(value, str) else value)
+            yield Sample(where, image, numbers[class_name(value)] if isinstance(value, str) else value)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,9 @@ def read_labels(table: Table, description: dict[str, Any], or_strings: bool = Tr
         raise InputError(f"{table.name} column {column!r}: is {type_}, expected labels that are integers or strings")
     if text and not or_strings:
         raise InputError(f"{table.name} column {column!r}: has strings, expected integers with --streaming")
-    kind = tuple(names) if names else "strings" if text else "integers"
+    kind = (
+        tuple(numbered_names(names, f"{table.name} column {column!r}")) if names else "strings" if text else "integers"
+    )
     if table.lengths is None and not text:
         return Labels(table.name, column, kind, largest=None)
     strings: set[str] = set()
@@ -87,7 +90,7 @@ def read_labels(table: Table, description: dict[str, Any], or_strings: bool = Tr
     for first, (labels,) in batches(table, [column], 0, None, size=64 * BATCH):
         largest = max(largest, _check_labels(table, first, labels, len(names) if names else MAX_CLASSES))
         if text:
-            strings.update(pc.unique(labels).to_pylist())
+            strings.update(map(class_name, pc.unique(labels).to_pylist()))
     return Labels(table.name, column, kind, frozenset(strings), largest)
 
 
@@ -97,6 +100,9 @@ def _check_labels(table: Table, first: int, labels: pa.Array, classes: int) -> i
         row = first + pc.index(pc.is_null(labels), True).as_py()
         raise InputError(f"{table.name} row {row}: the label is null; --label-column none converts without labels")
     if not pa.types.is_integer(labels.type):
+        if blank := [text for text in pc.unique(labels).to_pylist() if not class_name(text)]:
+            row = first + labels.to_pylist().index(blank[0])
+            raise InputError(f"{table.name} row {row}: the label is empty; --label-column none converts without labels")
         return -1
     bounds = pc.min_max(labels)
     for value in (bounds["min"].as_py(), bounds["max"].as_py()):
@@ -115,7 +121,8 @@ def merge_classes(labels: tuple[Labels, ...]) -> list[str] | None:
     if first.kind == "none":
         return ["all"]
     if first.kind == "strings":
-        return in_order(frozenset().union(*(table.strings for table in labels)))
+        found = frozenset().union(*(table.strings for table in labels))
+        return class_names(found, f"{first.table} column {first.column!r}")
     if first.kind != "integers":
         return list(first.kind)
     largest = [table.largest for table in labels]

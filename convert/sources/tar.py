@@ -1,9 +1,11 @@
 """WebDataset tars: consecutive members whose file names agree up to the first dot are one sample. The extension says
-what a member is: an image (jpg, png, …), its label (cls: an integer or a name), or a description (json)."""
+what a member is: an image (jpg, png, …; or none), its label (cls: an integer or a name), or a description (json)."""
 
+import io
 import json
 import re
 import tarfile
+from collections import deque
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,14 +15,16 @@ from typing import Any
 
 from convert.sources import s3
 from convert.sources.files import check_unchanged, fingerprint, list_files
-from convert.sources.names import SCHEME, SUFFIXES
-from convert.sources.parts import MAX_CLASSES, InputError, Part, Sample, SourcePlan, cut_off, in_order
+from convert.sources.names import SCHEME, WHOLE, class_name, class_names, label_text
+from convert.sources.parts import MAX_CLASSES, InputError, Part, Sample, SourcePlan, cut_off
+from sit_composer.data.folders import HIDDEN
+from sit_composer.data.image_files import opens, suffixes
 
-IMAGES = {suffix.removeprefix(".") for suffix in SUFFIXES["imagefolder"]}
-NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
-INTEGER = re.compile(r"[+-]?\d{1,20}", re.ASCII)
+IMAGES = {"", *(suffix.removeprefix(".") for suffix in suffixes())}
+NAME = re.compile(r"((?:.*/)?[^./]+)(?:\.([^/]+))?", re.DOTALL)
 MAX_BYTES = 1 << 28  # of the member of an image or a label
 Group = dict[str, bytes | None]  # the bytes of a sample's members by extension; None: not wanted
+Found = tuple[str, Any, str | None, tuple[str, ...]]  # where a sample is, its image, its label, what is left out before
 
 
 def plan_source(description: dict[str, Any], limit: int | None) -> SourcePlan:
@@ -32,15 +36,15 @@ def plan_source(description: dict[str, Any], limit: int | None) -> SourcePlan:
         files = list(pool.map(fingerprint, names))
         counts: list[int | None] = [None] * len(names)
         labels = partial(_samples, description=description, read_images=False)
-        first = next(label for _, image, label in labels(names[0]) if image)
+        first = next(label for _, image, label, _ in labels(names[0]) if image)
         if first is None:
             classes: list[str] | None = ["all"]
-        elif INTEGER.fullmatch(first):
+        elif WHOLE.fullmatch(first):
             classes = None
         else:
-            found = list(pool.map(lambda name: [label for *_, label in labels(name)], names))
+            found = list(pool.map(lambda name: [label for _, _, label, _ in labels(name)], names))
             counts = list(map(len, found))
-            classes = in_order(frozenset().union(*found) - {None})
+            classes = class_names(frozenset().union(*found) - {None}, description["path"])
     parts = [Part(number, 0, None, count) for number, count in enumerate(counts) if count != 0]
 
     def count(part: Part, most: int) -> int:
@@ -54,18 +58,19 @@ def read_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iter
     file = plan.files[part.file]
     check_unchanged(file)
     numbers = {text: number for number, text in enumerate(plan.classes or ())}
-    for where, image, text in islice(_samples(file["name"], description), part.stop):
+    for where, image, text, left_out in islice(_samples(file["name"], description), part.stop):
         label = 0 if text is None else numbers[text] if plan.classes else _class(text, where)
-        yield Sample(where, image, label)
+        yield Sample(where, image, label, left_out)
     check_unchanged(file)
 
 
-def _samples(name: str, description: dict[str, Any], read_images: bool = True) -> Iterator[tuple[str, Any, str | None]]:
-    """Where each sample of a tar is, its image (True if it is not read; None if there is none), and its label."""
-    images = {description["image_column"]} if description["image_column"] else IMAGES
-    labels = {"json", description["label_column"]}
+def _samples(name: str, description: dict[str, Any], read_images: bool = True) -> Iterator[Found]:
+    """The samples of a tar. An image is True if it is not read; None if there is none."""
+    column, label_column = description["image_column"], description["label_column"]
+    images = {column.lower()} if column else IMAGES
+    labels = {"json", label_column and label_column.lower()}
     extensions: set[str] = set()
-    for key, group in _groups(name, labels | images if read_images else labels):
+    for key, group, left_out in _groups(name, labels | images if read_images else labels):
         where = f"{name} sample {key}"
         extensions |= group.keys()
         found = [extension for extension in group if extension in images]
@@ -73,75 +78,90 @@ def _samples(name: str, description: dict[str, Any], read_images: bool = True) -
             these = ", ".join(found)
             raise InputError(f"{where}: has several images ({these}); choose with --image-column, by extension")
         if found:
-            yield where, group[found[0]] if read_images else True, _label(group, description["label_column"], where)
+            label = _label(group, label_column, where)
+            if label == "":
+                deque(_groups(name, ()), maxlen=0)  # an error if this sample's other members come later
+                advice = "--label-column names an extension, or a key in the json; 'none' converts without labels"
+                raise InputError(f"{where}: has no label {label_column!r}; it has: {', '.join(group)} ({advice})")
+            yield where, group[found[0]] if read_images else True, label, left_out
         else:
-            yield where, None, None
+            yield where, None, None, left_out
     if not extensions & images:
         ends = ", ".join(sorted(extensions)[:10]) or "none"
         raise InputError(f"{name}: holds no image; its members' extensions are: {ends} (--image-column chooses one)")
 
 
 def _label(group: Group, column: str | None, where: str) -> str | None:
-    """A sample's label as text: a member, or a key in its json, in which dots go into objects."""
+    """A sample's label as text, empty if it has none: a member, or a key in its json, in which dots go into objects."""
     if column is None:
         return None
     value: Any = None
-    if column in group:
-        value = group[column].decode("utf-8", "replace").strip()
-    elif "json" in group:
+    if column.lower() in group:
+        return label_text(group[column.lower()], where)
+    if "json" in group:
         try:
             value = json.loads(group["json"])
         except ValueError as error:
             raise InputError(f"{where}: its json cannot be read: {error}") from None
         for name in column.split("."):
             value = value.get(name) if isinstance(value, dict) else None
-    if value is None or value == "":
-        advice = "--label-column names an extension, or a key in the json; 'none' converts without labels"
-        raise InputError(f"{where}: has no label {column!r}; it has: {', '.join(group)} ({advice})")
-    if isinstance(value, bool) or not isinstance(value, int | str):
+    if isinstance(value, bool) or not isinstance(value, int | str | None):
         raise InputError(f"{where}: the label {column!r} is {value!r}, expected an integer or a string")
-    return str(value)
+    return "" if value is None else class_name(value)
 
 
 def _class(text: str, where: str) -> int:
-    if not INTEGER.fullmatch(text):
+    if not WHOLE.fullmatch(text):
         raise InputError(f"{where}: label {text!r} is not an integer, as the first sample's is")
     if not 0 <= int(text) < MAX_CLASSES:
         raise InputError(f"{where}: label {text} is not a class, expected 0 to {MAX_CLASSES - 1}")
     return int(text)
 
 
-def _groups(name: str, wanted: Collection[str]) -> Iterator[tuple[str, Group]]:
-    """The samples of a tar: the common part of their names, and their members, read if their extension is wanted."""
+def _groups(name: str, wanted: Collection[str]) -> Iterator[tuple[str, Group, tuple[str, ...]]]:
+    """The samples of a tar: the common part of their names, their members, read if their extension is wanted, and why
+    other members among them are left out. A member without an extension belongs to a sample if it is an image."""
     seen: set[str] = set()
     current: str | None = None
     group: Group = {}
+    left_out: list[str] = []
     with _tar(name) as tar:
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all in memory
             match = NAME.fullmatch(member.name)
             if match is None:
+                left_out += [HIDDEN] if member.isreg() else []
                 continue
-            key, extension = match[1], match[2].lower()
+            key, extension = match[1], (match[2] or "").lower()
             if (member.islnk() or member.issym()) and extension in wanted:
                 advice = "make the tar with --hard-dereference and --dereference"
                 raise InputError(f"{name}: {member.name} is a link; {advice}")
             if not member.isreg():
                 continue
+            data, large = None, member.size > MAX_BYTES
+            if extension in wanted and large and extension:
+                raise InputError(f"{name}: {member.name} has {member.size} bytes, expected at most {MAX_BYTES}")
+            if (extension in wanted or not extension) and not large:
+                data = tar.extractfile(member).read()
+            if not extension and (large or not opens(io.BytesIO(data))):
+                left_out.append("not an image (no extension)")
+                continue
             if key != current:
                 if current is not None:
-                    yield current, group
+                    yield current, group, tuple(left_out)
+                    left_out = []
                 if key in seen:
-                    raise InputError(f"{name}: sample {key} occurs twice, or its members do not follow each other")
+                    advice = "tar --sort=name puts them together"
+                    raise InputError(
+                        f"{name}: sample {key} occurs twice, or its members do not follow each other; {advice}"
+                    )
                 seen.add(key)
                 current, group = key, {}
             if extension in group:
                 raise InputError(f"{name}: sample {key} has two members {extension!r}")
-            if extension in wanted and member.size > MAX_BYTES:
-                raise InputError(f"{name}: {member.name} has {member.size} bytes, expected at most {MAX_BYTES}")
-            group[extension] = tar.extractfile(member).read() if extension in wanted else None
+            group[extension] = data
     if current is not None:
-        yield current, group
+        yield current, group, tuple(left_out)
 
 
 class _Member(tarfile.TarInfo):

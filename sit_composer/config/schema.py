@@ -4,7 +4,6 @@ OmegaConf rejects an unknown key or a wrong type at once. Only light modules are
 """
 
 import copy
-import difflib
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -162,5 +161,5 @@ def network_arguments(model: ModelConfig) -> dict[str, Any]:
 
 def suggest(name: str, known: dict[str, str]) -> str:
     """The end of a message about an unknown name, from {known name: how to write it}: the closest one, or all."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {known[close[0]]}?" if close else f"expected {', '.join(known.values()) or 'none'}"
+    close = c.closest(name, known)
+    return f"did you mean {known[close]}?" if close else f"expected {', '.join(known.values()) or 'none'}"

@@ -17,7 +17,7 @@ from torch.nn.functional import embedding_bag
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as tvf
 
-from sit_composer.choices import IMAGE_FORMATS
+from sit_composer.data.image_files import BROAD, formats
 
 
 def decode_image(data: bytes, channels: int) -> Tensor:
@@ -28,9 +28,9 @@ def decode_image(data: bytes, channels: int) -> Tensor:
     has 32-bit pixels raises a ValueError; one that can't be read or has over 179 million pixels, PIL's error.
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=formats())
     except UnidentifiedImageError:
-        raise ValueError(f"not an image ({', '.join(IMAGE_FORMATS)}): it starts with {data[:12]!r}") from None
+        raise ValueError(f"not an image that Pillow reads: it starts with {data[:12]!r}") from None
     with image:
         if image.format in ("JPEG", "MPO"):  # a third faster than PIL, with the same RGB
             try:
@@ -38,7 +38,7 @@ def decode_image(data: bytes, channels: int) -> Tensor:
                 return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)
             except RuntimeError:
                 pass  # PIL reads a few more kinds, and has clearer errors
-        if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):  # convert() would clip them
+        if image.mode == "F" or (image.mode == "I" and image.format not in BROAD):  # convert() would clip them
             raise ValueError("its pixels are 32-bit numbers, whose white level is unknown")
         if image.mode.startswith("I"):  # 16 bits, which convert() would clip too
             numbers = np.asarray(image)

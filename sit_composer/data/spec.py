@@ -35,10 +35,14 @@ class DataSpec:
     skipped: int = 0  # images that could not be decoded or encoded, and were left out on request
     source: dict[str, Any] = field(default_factory=dict)  # format, path and columns that the samples came from
     autoencoder: dict[str, Any] | None = None  # {name, scale, shift, channels, downsample} for latents; else None
+    left_out: dict[str, int] = field(default_factory=dict)  # files and images, by reason, with the skipped ones
+    small: dict[str, int] = field(default_factory=dict)  # images of 1x1 pixels, or enlarged very much, by reason
 
     def to_json(self) -> str:
         """The text of `spec.json`."""
-        return json.dumps({"version": SPEC_VERSION, **dataclasses.asdict(self)}, indent=1) + "\n"
+        content = dataclasses.asdict(self)
+        content = {name: value for name, value in content.items() if value or name not in ("left_out", "small")}
+        return json.dumps({"version": SPEC_VERSION, **content}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "DataSpec":
@@ -64,6 +68,8 @@ class DataSpec:
     def _check_types(self) -> None:
         counts = {name: getattr(self, name) for name in ("channels", "num_classes", "samples", "skipped")}
         counts |= {f"class_counts[{i}]": count for i, count in enumerate(self.class_counts)}
+        for name in ("left_out", "small"):
+            counts |= {f"{name}.{reason}": count for reason, count in getattr(self, name).items()}
         if self.image_size is not None:
             counts["image_size"] = self.image_size
         for name, count in counts.items():

@@ -48,6 +48,7 @@ def judge(args: argparse.Namespace, samples: PictureSet, reference: PictureSet) 
         if reference.size != samples.size:
             sizes = [" × ".join(map(str, images.size)) for images in (samples, reference)]
             notes.append(f"the samples are {sizes[0]}, and the reference's images {sizes[1]}")
+    notes += [*samples.notes(), *reference.notes()]
     dimension = fake["features"].shape[1]
     for images in (samples,) if stored else (samples, reference):
         if "fid" in chosen.names and images.count <= dimension:

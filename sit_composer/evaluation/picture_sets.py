@@ -5,9 +5,11 @@ import json
 import os
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +19,8 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from sit_composer.cli import is_remote
+from sit_composer.data.folders import in_words
+from sit_composer.data.image_files import enlargement, images_below
 from sit_composer.data.loader import build_loader
 from sit_composer.data.pictures import center_crop, decode_image
 from sit_composer.data.spec import INDEX_NAME
@@ -25,7 +29,7 @@ from sit_composer.errors import UserError
 from sit_composer.evaluation.metrics import STATISTICS
 from sit_composer.gallery import SETTINGS
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
+OURS = re.compile(r"\d{6,}\.png")  # the images that sit_composer.sample writes
 
 
 @dataclass
@@ -39,9 +43,17 @@ class PictureSet:
     of: str | None = None  # the identity of the statistics' extractor, if known
     settings: dict | None = None  # sampling.json's, without the labels
     size: list[int] | None = None  # (H, W), known once images were read
+    left_out: Counter[str] = field(default_factory=Counter)  # files of a folder, by reason
+    small: Counter[str] = field(default_factory=Counter)  # images, by reason; known once they were read
 
     def describe(self) -> dict[str, Any]:
-        return {"path": self.path, "count": self.count, "size": self.size}
+        counts = {"left_out": dict(self.left_out), "small": dict(self.small)}
+        return {"path": self.path, "count": self.count, "size": self.size, **counts}
+
+    def notes(self) -> list[str]:
+        """What a reader should know of the images."""
+        counts = {"left out": self.left_out, "small images": self.small}
+        return [f"{self.path}: {name}: {in_words(count)}" for name, count in counts.items() if count]
 
 
 def open_set(path: str, image_size: int | None = None, cache: str | None = None) -> PictureSet:
@@ -58,24 +70,34 @@ def open_set(path: str, image_size: int | None = None, cache: str | None = None)
         raise UserError(f"{path}: no such file or folder")
     if os.path.isfile(path):
         return open_npz(path, image_size)
-    folder = Path(path)
+    folder, counted = Path(path), Counter[str]()
     if (folder / INDEX_NAME).exists():
         return open_shards(path, image_size)
     if (settings := read_settings(folder)) is not None:  # its grid.png is no sample
-        files = [file for file in folder.iterdir() if re.fullmatch(r"\d{6,}\.png", file.name)]
+        files = [file for file in folder.iterdir() if OURS.fullmatch(file.name)]
+        others = {file.name for file in folder.iterdir() if not OURS.fullmatch(file.name)} - {SETTINGS, "grid.png"}
+        counted.update({"not of the generated images": len(others)} if others else {})
         labels = settings.pop("labels", None)
         if labels is not None and len(files) != len(labels):
             raise UserError(f"{path}: holds {len(files)} of the {len(labels)} images; generate the others first")
     else:
-        files = list_images(folder) or [f for sub in folder.iterdir() if sub.is_dir() for f in list_images(sub)]
+        files = list_images(path, counted)
     if not files:
-        raise UserError(f"{path}: no PNG or JPEG images here, nor in folders here, nor shards with an {INDEX_NAME}")
+        rest = f" (left out: {in_words(counted)})" if counted else ""
+        raise UserError(f"{path}: no images here, nor in folders here{rest}, nor shards with an {INDEX_NAME}")
     files.sort()
-    return PictureSet(path, len(files), lambda n: read_files(files, n, image_size), settings=settings)
+    small = Counter[str]()
+    batches = partial(read_files, files, image_size=image_size, small=small)
+    return PictureSet(path, len(files), batches, settings=settings, left_out=counted, small=small)
 
 
-def list_images(folder: Path) -> list[Path]:
-    return [f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".") and f.is_file()]
+def list_images(path: str, left_out: Counter[str]) -> list[Path]:
+    """The images in a folder or, if there are none, in all folders inside it."""
+    *inside, (_, images) = images_below(path, left_out)
+    others = [image for _, found in inside for image in found]
+    if images and others:
+        left_out["an image in a folder beside the images"] += len(others)
+    return [Path(image.path) for image in images or others]
 
 
 def read_settings(folder: Path) -> dict | None:
@@ -92,19 +114,20 @@ def read_settings(folder: Path) -> dict | None:
     raise UserError(f"{path}: sit_composer.sample didn't write it")
 
 
-def read_files(files: list[Path], batch_size: int, image_size: int | None) -> Iterator[Tensor]:
-    def read(file: Path) -> Tensor:
+def read_files(files: list[Path], batch_size: int, image_size: int | None, small: Counter[str]) -> Iterator[Tensor]:
+    def read(file: Path) -> tuple[Tensor, str | None]:
         try:
             image = decode_image(file.read_bytes(), 3)
         except Exception as error:
             raise UserError(f"{file}: not an image that can be read ({error})") from None
-        return center_crop(image, image_size) if image_size else image
+        return crop(image, image_size)
 
     first = None
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for start in range(0, len(files), batch_size):
             names = files[start : start + batch_size]
-            batch = list(pool.map(read, names))
+            batch, reasons = zip(*pool.map(read, names), strict=True)
+            small.update(filter(None, reasons))
             first = first or batch[0].shape
             for name, image in zip(names, batch, strict=True):
                 if image.shape != first:
@@ -112,6 +135,12 @@ def read_files(files: list[Path], batch_size: int, image_size: int | None) -> It
                     advice = "--image-size crops the reference's images to one size"
                     raise UserError(f"{name}: got {got}, expected {expected} as {files[0]}; {advice}")
             yield torch.stack(batch)
+
+
+def crop(image: Tensor, size: int | None) -> tuple[Tensor, str | None]:
+    """An image, cropped if there is a size, and why it counts as small."""
+    height, width = image.shape[-2:]
+    return center_crop(image, size) if size else image, enlargement(width, height, size)
 
 
 def open_shards(path: str, image_size: int | None, cache: str | None = None) -> PictureSet:
@@ -130,7 +159,7 @@ def open_shards(path: str, image_size: int | None, cache: str | None = None) -> 
         for batch in build_loader(remote, local, spec=spec, batch_size=batch_size, **options):
             yield batch["image"].expand(-1, 3, -1, -1)
 
-    return PictureSet(path, spec.samples, batches)
+    return PictureSet(path, spec.samples, batches, left_out=Counter(spec.left_out), small=Counter(spec.small))
 
 
 def open_npz(path: str, image_size: int | None) -> PictureSet:
@@ -156,7 +185,9 @@ def open_npz(path: str, image_size: int | None) -> PictureSet:
         raise UserError(f"{path}: arr_0: got {dtype} {shape}{order}, expected uint8 (N, H, W, 3) in C's order")
     of = of or ("inception" if statistics else None)  # which an ADM reference batch doesn't name
     settings = settings_beside(Path(path), shape[0])
-    return PictureSet(path, shape[0], lambda n: read_npz(path, shape, n, image_size), statistics, of, settings)
+    small = Counter[str]()
+    batches = partial(read_npz, path, shape, image_size=image_size, small=small)
+    return PictureSet(path, shape[0], batches, statistics, of, settings, small=small)
 
 
 def check_arrays(path: str, statistics: dict[str, np.ndarray]) -> None:
@@ -172,7 +203,9 @@ def check_arrays(path: str, statistics: dict[str, np.ndarray]) -> None:
             raise UserError(f"{path}: {mu} or {sigma} has numbers that are not finite")
 
 
-def read_npz(path: str, shape: tuple[int, ...], batch_size: int, image_size: int | None) -> Iterator[Tensor]:
+def read_npz(
+    path: str, shape: tuple[int, ...], batch_size: int, image_size: int | None, small: Counter[str]
+) -> Iterator[Tensor]:
     """The images of arr_0, uint8 (N, H, W, 3), in batches."""
     with zipfile.ZipFile(path) as file, file.open("arr_0.npy") as member:
         read_header(member)
@@ -183,7 +216,9 @@ def read_npz(path: str, shape: tuple[int, ...], batch_size: int, image_size: int
                 images = torch.frombuffer(content, dtype=torch.uint8).view(n, *shape[1:]).permute(0, 3, 1, 2)
             except Exception as error:
                 raise UserError(f"{path}: cut short or damaged at image {start} ({error})") from None
-            yield torch.stack([center_crop(image, image_size) for image in images]) if image_size else images
+            images, reasons = zip(*(crop(image, image_size) for image in images), strict=True)
+            small.update(filter(None, reasons))
+            yield torch.stack(images)
 
 
 def read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from convert import verify_mds
 from convert.engine import output
 from tests.helpers.shards import read
 from tests.helpers.sources import write_folder, write_parquet
@@ -127,8 +128,8 @@ def bad_picture(data, *messages):
     return case
 
 
-def as_pcx(jpeg):
-    return encode(Image.open(io.BytesIO(jpeg)), "PCX")
+def as_eps(jpeg):
+    return encode(Image.open(io.BytesIO(jpeg)), "EPS")  # which Pillow would give to Ghostscript
 
 
 def bad_picture_file(tmp_path, jpegs):
@@ -157,7 +158,7 @@ def huge_picture(tmp_path, jpegs):
         pytest.param(bad_picture(lambda good: b"", "zero bytes"), id="empty_picture"),
         pytest.param(bad_picture(lambda good: None, "null"), id="null_picture"),
         pytest.param(bad_picture(lambda good: b"<html>404</html>", "starts with b'<html>"), id="html_picture"),
-        pytest.param(bad_picture(as_pcx, "not an image (JPEG, PNG"), id="picture_of_a_rare_format"),
+        pytest.param(bad_picture(as_eps, "not an image that Pillow reads: it starts with b'%!PS"), id="program"),
         bad_picture_file,
         missing_picture_file,
         all_bad,
@@ -190,6 +191,29 @@ def test_skip_bad_leaves_out_and_counts(tmp_path, convert, jpegs):
     spec, samples = read(tmp_path / "out")
     assert samples == [(jpegs[0], 1), (jpegs[1], 2)]
     assert (spec.samples, spec.skipped, spec.class_counts) == (2, 8, [0, 1, 1])
+
+
+def test_what_is_left_out_and_what_is_small_is_counted_by_reason(tmp_path, convert, jpegs, capsys):
+    root = write_folder(tmp_path / "d", ant=jpegs[:3], bee=[b"<html>", jpegs[3][:-300]])
+    for name, size in (("dot", (1, 1)), ("thin.jp2", (99, 20))):
+        encoded = encode(Image.new("RGB", size), "JPEG2000")
+        (root / "bee" / name).write_bytes(encoded)
+    (root / "beside.png").write_bytes(b"")
+    (root / "notes.txt").touch()
+    code, stdout, stderr = convert(root, "--out", tmp_path / "out", "--image-size", 48, "--skip-bad")
+    assert (code, "5 images, 2 classes, 2 skipped" in stdout) == (0, True)
+    spec, samples = read(tmp_path / "out")
+    files = {"an image beside the classes' folders": 1, "not an image (.txt)": 1}
+    assert spec.left_out == {**files, "not an image that Pillow reads": 1, "the image does not decode": 1}
+    assert spec.small == {"of 1x1 pixels": 1, "enlarged more than 2 times": 1}
+    assert "left out: an image beside the classes' folders: 1; " in stderr
+    assert "small images: enlarged more than 2 times: 1; of 1x1 pixels: 1" in stderr
+    assert len(samples) == 5
+    (root / "new.jpg").touch()
+    assert verify_mds.main([str(tmp_path / "out"), "--source"]) == 0
+    report = capsys.readouterr().out
+    assert "left out: an image beside the classes' folders: 1; not an image (.txt): 1; not an image that" in report
+    assert "2 skipped; left out: an image beside the classes' folders: 2; not an image (.txt): 1" in report
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["nowhere/t.parquet", "--out", "x"], ["digits", "--out", "done"]])
@@ -481,7 +505,7 @@ def test_a_conversion_with_another_size_or_quality_is_not_resumed(tmp_path, conv
         (lambda good: b"<html>404</html>", "a/7.jpg: not an image"),
         (lambda good: b"", "a/7.jpg: the image has zero bytes"),
         (lambda good: encode(Image.new("1", (10_000, 9_000)), "PNG"), "decompression bomb"),
-        (lambda good: encode(Image.new("1", (1, 60_000)), "PNG"), "1x60000, is too large with a short side of 48"),
+        (lambda good: encode(Image.new("1", (1, 60_000)), "PNG"), "1x60000, too large with a short side of 48"),
     ],
 )
 def test_a_bad_picture_is_not_cropped_but_named_or_left_out(tmp_path, convert, jpegs, bad, message):

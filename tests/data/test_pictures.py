@@ -294,7 +294,7 @@ def broken() -> dict[str, tuple[bytes, str, str]]:
         "nothing": (b"", NO_IMAGE, "zero bytes"),
         "zeros": (bytes(1000), NO_IMAGE, NO_IMAGE),
         "HTML": (b"<html>404</html>", "starts with b'<html>404</h'", "starts with b'<html>404</h'"),
-        "rare format": (encode(PHOTOGRAPH, "PCX"), NO_IMAGE, NO_IMAGE),
+        "format of another program": (encode(PHOTOGRAPH, "EPS"), NO_IMAGE, NO_IMAGE),
         "floats": (encode(numbers, "TIFF"), "32-bit", "32-bit"),
         "32-bit integers": (encode(wide, "TIFF"), "32-bit", "32-bit"),
         "JPEG bomb": (large_jpeg(65_000), "bomb", "bomb"),

@@ -313,6 +313,29 @@ def test_metrics_are_left_out_or_refused_with_the_reason(judge, networks, halves
     assert set(judge(*halves, "--metrics", "recall,fid")["metrics"]) == {"recall", "fid"}
 
 
+def test_what_is_left_out_of_a_folder_is_counted(judge, halves, digits, tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    write_pictures(digits[:30], folder)
+    write_pictures(digits[30:32], folder, "WEBP")
+    write_pictures(digits[32:35], folder / "deep" / "er")
+    (folder / "000000.png").rename(folder / "noextension")
+    (folder / "notes.txt").write_text("")
+    (folder / ".DS_Store").touch()
+    (folder / "loop").symlink_to(".")
+    result = judge(folder, folder, "--image-size", "17", "--metrics", "fid")
+    assert (result["samples"]["count"], result["reference"]["count"]) == (32, 32)
+    left_out = {
+        "a folder that a link reaches again": 1, "hidden, its name begins with a dot": 1, "not an image (.txt)": 1,
+        "an image in a folder beside the images": 3,
+    }  # fmt: skip
+    assert result["samples"]["left_out"] == left_out
+    assert result["reference"]["small"] == {"enlarged more than 2 times": 32}
+    err = capsys.readouterr().err
+    assert f"warning: {folder}: left out: an image in a folder beside the images: 3; " in err
+    assert f"warning: {folder}: small images: enlarged more than 2 times: 32" in err
+    assert judge(folder / "deep", halves[1], "--metrics", "fid")["samples"]["count"] == 3
+
+
 @pytest.fixture(scope="module")
 def bad(digits, tmp_path_factory):
     """A folder of what can't be used."""
@@ -373,7 +396,7 @@ def bad(digits, tmp_path_factory):
         ("other.npz", "real", [], "other.npz: holds statistics only, expected images for SAMPLES"),
         ("real", "other.npz", ["--metrics", "kid"], "--metrics kid: it needs the reference's images"),
         ("real", "other.npz", ["--metrics", "sfid"], "--metrics sfid: it needs mu_s and sigma_s"),
-        ("empty", "real", [], "empty: no PNG or JPEG images here"),
+        ("empty", "real", [], "empty: no images here"),
         ("sizes", "real", [], "000003.png: got 9 × 8, expected 8 × 8"),
         ("broken", "real", [], "000001.png: not an image that can be read"),
         ("latents", "real", [], "spec.json"),

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
@@ -417,6 +418,126 @@ def test_image_folder_in_many_formats(tmp_path, small_parts):
     assert classes == ["ant", "bat", "cow", "wolf"]
     assert read(root, 5)[1] == samples[:5]
     assert [(part.file, part.rows) for part in plan_source(describe(str(root))).parts] == [(0, 2)] * 4 + [(2, 2)]
+
+
+def write_tar(path, labels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for number, label in enumerate(labels):
+            for name, data in ((f"{number}.jpg", PICTURES[0]), (f"{number}.cls", label.encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+SOURCES = {
+    "table": lambda root, names: write_parquet(root / "t.parquet", PICTURES[:1] * len(names), names),
+    "tar": lambda root, names: write_tar(root / "t.tar", names),
+    "folder": lambda root, names: write_folder(root, **dict.fromkeys(names, PICTURES[:1])),
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["wolf", "ant", "bee"], ["ant", "bee", "wolf"]),
+        (["n10", "n9", "7"], ["7", "n10", "n9"]),
+        ([str(number) for number in range(11, -1, -1)], [str(number) for number in range(12)]),
+        (["\ufeffwolf", "ant ", " bee"], ["ant", "bee", "wolf"]),
+        (["-1", "0", "1"], "label -1 is not a class"),
+        (["+1", "0", "-3"], "label -3 is not a class"),
+    ],
+)
+def test_names_have_one_rule_in_every_source(tmp_path, kind, names, expected):
+    """Tars read whole numbers as labels themselves, which are the same where there is one for each class."""
+    source = SOURCES[kind](tmp_path / "source", names)
+    if isinstance(expected, str):
+        with pytest.raises(InputError, match=expected):
+            read(source)
+        return
+    classes, samples = read(source)
+    assert (classes or expected) == expected
+    assert {label for _, label in samples} == set(range(len(names)))
+    if kind != "folder":
+        assert [expected[label] for _, label in samples] == [name.strip("\ufeff ") for name in names]
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "message"),
+    [
+        ("table", ["a", " "], "row 1: the label is empty"),
+        ("tar", ["a", "\ufeff\n"], "sample 1: has no label 'cls'"),
+        ("folder", ["a", " "], "a class has an empty name"),
+        ("folder", ["a", "a "], "two classes have the name 'a'"),
+    ],
+)
+def test_empty_and_doubled_names_are_refused(tmp_path, kind, names, message):
+    with pytest.raises(InputError, match=message):
+        read(SOURCES[kind](tmp_path / "source", names))
+
+
+def test_names_that_a_data_set_has_numbered_are_checked_too(tmp_path, hf_rows):
+    hf_rows.to_parquet(tmp_path / "t.parquet")
+    table = pq.read_table(tmp_path / "t.parquet")
+    metadata = table.schema.metadata[b"huggingface"]
+    for name, message in (
+        (b'"zebra"', "two classes have the name 'zebra'"),
+        (b'" "', "a class has an empty name"),
+        (b"4", ""),
+    ):
+        changed = table.replace_schema_metadata({b"huggingface": metadata.replace(b'"ant"', name)})
+        pq.write_table(changed, tmp_path / "t.parquet")
+        if message:
+            with pytest.raises(InputError, match=f"column 'label': {message}"):
+                read(tmp_path / "t.parquet")
+    assert read(tmp_path / "t.parquet")[0] == ["zebra", "4", "cow"]
+
+
+def test_a_folder_of_links_is_the_folder_they_lead_to(tmp_path):
+    real = write_folder(tmp_path / "real", dog=PICTURES[:2], cat=PICTURES[2:4])
+    (tmp_path / "links").mkdir()
+    for name in ("dog", "cat"):
+        (tmp_path / "links" / name).symlink_to(f"../real/{name}")
+    for name, target in (("loop", "."), ("up", ".."), ("dog/back", "../../real")):
+        (tmp_path / "links" / name).symlink_to(target)
+    assert read(tmp_path / "links") == read(tmp_path / "links", format="imagefolder") == read(real)
+    assert sorted(read(tmp_path / "links", label_column="none")[1]) == sorted((p, 0) for p in PICTURES[:4])
+    write_parquet(tmp_path / "tables" / "t.parquet", PICTURES[:2], [0, 1])
+    (tmp_path / "tables" / "again").symlink_to(".")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "tables").symlink_to("../tables")
+    assert read(tmp_path / "linked")[1] == [(PICTURES[0], 0), (PICTURES[1], 1)]
+
+
+def test_folders_inside_a_class_belong_to_it_unless_it_is_none(tmp_path):
+    root = write_folder(tmp_path / "d", ant=PICTURES[:1], bee=[])
+    write_folder(root / "bee" / "more", deep=PICTURES[1:2])
+    assert read(root) == (["ant", "bee"], [(PICTURES[0], 0), (PICTURES[1], 1)])
+    for name in ("train", "val"):
+        write_folder(tmp_path / "splits" / name, ant=PICTURES[:1])
+    with pytest.raises(InputError, match=r"train/ant: is a folder inside a class, .*; perhaps .*/splits/train is the"):
+        read(tmp_path / "splits")
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    root = write_folder(tmp_path / "d", ant=PICTURES[:1])
+    for name in ("beside.PNG", "beside.jfif", "notes.txt", "LICENSE", ".hidden.jpg", "ant/0.jpg.0123", "ant/more.eps"):
+        (root / name).write_bytes(b"text")
+    assert plan_source(describe(str(root))).left_out == {
+        "an image beside the classes' folders": 2, "not an image (.txt)": 1, "not an image (no extension)": 1,
+        "hidden, its name begins with a dot": 1, "not an image (another extension)": 1, "not an image (.eps)": 1,
+    }  # fmt: skip
+    table = tmp_path / "t"
+    for name in ("_log/0.parquet", "part.parquet", "_old.parquet"):
+        write_parquet(table / name, PICTURES[:1], [0])
+    for name in ("_SUCCESS", ".part.crc", "README.md"):
+        (table / name).touch()
+    plan = plan_source(describe(str(table)))
+    assert [Path(file["name"]).name for file in plan.files] == ["part.parquet"]
+    private = "private, a name begins with _ or cache-"
+    assert plan.left_out == {private: 3, "hidden, its name begins with a dot": 1, "not parquet (.md)": 1}
 
 
 def test_digits_are_those_of_scikit_learn(monkeypatch):

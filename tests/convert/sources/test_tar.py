@@ -9,10 +9,13 @@ import tarfile
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from convert.sources import tar as tar_source
-from convert.sources.parts import in_order
+from convert.sources.names import class_name, class_names
 from convert.sources.registry import InputError, describe, plan_source, read_part
+from sit_composer.data.folders import HIDDEN
+from tests.helpers.images import encode
 
 
 def tar(members, mode="w"):
@@ -79,9 +82,9 @@ def test_names_are_numbered_in_sorted_order_and_counted(tmp_path):
 
 @given(st.sets(st.integers(0, 10**6), min_size=1), st.sets(st.text(), max_size=3))
 def test_names_that_are_all_numbers_are_in_their_order(numbers, others):
-    assert in_order(set(map(str, numbers))) == [str(number) for number in sorted(numbers)]
-    mixed = {*map(str, numbers), "n", *others}
-    assert in_order(mixed) == sorted(mixed)
+    assert class_names(set(map(str, numbers)), "") == [str(number) for number in sorted(numbers)]
+    mixed = {*map(str, numbers), "n", *(text for text in map(class_name, others) if text)}
+    assert class_names(mixed, "") == sorted(mixed)
 
 
 @pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
@@ -105,6 +108,22 @@ def test_a_label_may_be_a_key_in_the_json(tmp_path, labels, classes):
     path = write(tmp_path / "t.tar", members)
     numbers = [label if classes is None else classes.index(label) for label in labels]
     assert read(path, label_column="meta.class") == (classes, [(b"x", n) for n in numbers])
+
+
+def test_members_without_an_extension_are_images_if_they_begin_as_one(tmp_path):
+    image = encode(Image.new("L", (2, 2)), "PNG")
+    members = [(".DS_Store", b""), ("1", image), ("README", b"read me"), ("1.cls", b"\xef\xbb\xbf3\r\n"), ("2", image)]
+    path = write(tmp_path / "t.tar", [*members, ("2.CLS", "4".encode("utf-16")), ("d/._x.jpg", b"")])
+    description = describe(str(path))
+    plan = plan_source(description)
+    samples = list(read_part(description, plan, plan.parts[0]))
+    assert [(s.image, s.label) for s in samples] == [(image, 3), (image, 4)]
+    assert [s.left_out for s in samples] == [(HIDDEN, "not an image (no extension)"), (HIDDEN,)]
+
+
+def test_columns_may_be_extensions_in_either_case(tmp_path):
+    path = write(tmp_path / "t.tar", [("1.Left.PNG", b"left"), ("1.right.png", b"right"), ("1.Class", b"5")])
+    assert read(path, image_column="Left.png", label_column="CLASS") == (None, [(b"left", 5)])
 
 
 def test_columns_may_be_extensions(tmp_path):
@@ -154,7 +173,18 @@ GOOD = [("1.jpg", b"x"), ("1.cls", b"1")]
         ([*GOOD, ("2.jpg", b"x"), ("2.cls", b"1000000")], {}, "sample 2: label 1000000 is not a class"),
         ([*GOOD, *GOOD], {}, "t.tar: sample 1 has two members 'jpg'"),
         ([*GOOD, ("2.jpg", b""), ("2.cls", b"1"), *GOOD], {}, "sample 1 occurs twice, or its members do not follow"),
-        ([("1.jpg", b""), ("2.jpg", b""), ("1.cls", b"0")], {}, "sample 1: has no label"),
+        (
+            [("1.jpg", b""), ("2.jpg", b""), ("1.cls", b"0")],
+            {},
+            "sample 1 occurs twice, or .*; tar --sort=name puts them",
+        ),
+        (
+            [("1.cls", b"0"), ("2.cls", b"0"), ("1.jpg", b"x")],
+            {},
+            "sample 1 occurs twice, or its members do not follow",
+        ),
+        ([("1.jpg", b"x"), ("1.cls", b"b\xe4r")], {}, r"sample 1: the label b'b\\xe4r' is not text in UTF-8"),
+        ([("1.jpg", b"x"), ("1.cls", b"\xef\xbb\xbf ")], {}, "sample 1: has no label 'cls'"),
         ([("1.txt", b"x"), ("1.cls", b"1")], {}, "t.tar: holds no image; its members' extensions are: cls, txt"),
         ([], {}, "t.tar: holds no image; its members' extensions are: none"),
         (GOOD, {"image_column": "jpeg"}, "t.tar: holds no image; .*: cls, jpg .--image-column chooses one"),
