@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from bisect import bisect
 from dataclasses import astuple, dataclass, replace
 from functools import cache
