@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from sit_composer.choices import Bounds
 from sit_composer.errors import INTERRUPTED, USAGE, UserError
 
+CREDENTIALS = "credentials are read from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or from a profile"
+ENDPOINT = re.compile(r"https?://([a-z\d.-]+|\[[a-f\d:]+\])(:\d+)?(/\S*)?", re.IGNORECASE)
 Errors = tuple[type[Exception], ...]
 
 
@@ -64,3 +67,16 @@ def say(message: str) -> None:
 def is_remote(path: str) -> bool:
     """Whether a path is a URI."""
     return "://" in path
+
+
+def s3_endpoint() -> str | None:
+    """The address of the S3 store that the environment names; None for AWS. boto3 knows all names but the first."""
+    if os.environ.get("S3_ENDPOINT_URL") == "":
+        del os.environ["S3_ENDPOINT_URL"]  # streaming would take it for an address
+    for name in ("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        if url := os.environ.get(name):
+            if not ENDPOINT.fullmatch(url):
+                given = url.rpartition("@")[2]  # without credentials
+                raise UserError(f"{name}: got {given!r}, expected http:// or https://, a host, and perhaps a port")
+            return url
+    return None

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from convert.sources.names import MAGIC, SCHEME, check_same, of_one_split, when
+from convert.sources.names import SCHEME, check_same, of_one_split, when
 from convert.sources.parts import InputError, no_such_file
 
 
@@ -21,10 +21,10 @@ def object_store() -> ModuleType:
 def list_files(source: str, format: str) -> list[str]:
     """The files of a format that a path or a glob names, sorted; all of one split."""
     if source.startswith(SCHEME):
-        found = object_store().list_remote(source)
+        found, is_folder = object_store().list_remote(source)
         if not found:
             raise InputError(f"{source}: no such object, and none below it")
-        return found if found == [source] or MAGIC.search(source) else of_one_split(source, source, found, format)
+        return of_one_split(source, source, found, format) if is_folder else found
     path = Path(source).expanduser()
     if path.is_dir():
         return of_one_split(source, str(path), walk(path), format)
@@ -42,8 +42,10 @@ def walk(folder: Path) -> Iterator[str]:
 
 
 def expand(pattern: str) -> list[str]:
-    """The files that a glob matches, sorted."""
-    found = map(Path, glob.glob(os.path.expanduser(pattern), recursive=True))
+    """The files that a glob matches, sorted. Its first folders, if they exist, are meant as they are spelled."""
+    path = Path(pattern).expanduser()
+    folder = next(parent for parent in path.parents if parent.exists())
+    found = map(Path, glob.glob(os.path.join(glob.escape(str(folder)), path.relative_to(folder)), recursive=True))
     return [str(file) for file in sorted({file for file in found if file.is_file()})]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sit_composer.choices import FIXED_STEP_METHODS, check_poles, check_sizes, choose
+from sit_composer.cli import s3_endpoint
 from sit_composer.config import composer_classes
 from sit_composer.config.schema import Config, ConfigError, ModelConfig, TransportConfig, network_arguments
 
@@ -33,6 +34,8 @@ DRAWING_TIME = re.compile(r"[1-9]\d*(ba|ep|sp)|0?\.\d*[1-9]\d*dur")
 def check(config: Config, ranks: int | None = None) -> None:
     """Checks all that can be known before the data and the libraries are loaded; ``ranks`` of None: the launcher's."""
     check_no_credentials(config)
+    if "s3://" in repr(config):
+        s3_endpoint()
     check_keys(config)
     check_model(config.model)
     check_poles(config.transport, prefix="transport.")
