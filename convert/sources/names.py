@@ -17,7 +17,9 @@ SUFFIXES = {
 }
 SCHEME = "s3://"
 MAGIC = re.compile(r"[*?[]")  # of a glob
-SPLIT = re.compile(r"(?:^|[/_.-])(train|test|validation|valid|val|dev)(?=[/_.-])")
+SPLIT = re.compile(r"(?:^split=|/split=|^|[/_.-])(train|test|validation|valid|val|dev)(?=[/_.-])")
+COLUMN = re.compile(r"(?<![^/])(?!split=)[^/=]+=[^/]*/")  # a folder that holds a column, as in label=0/
+PRIVATE = re.compile(r"(?<![^/])(_[^/=]*/|(_|cache-)[^/]*$)")  # a file or folder of a program, as Delta's _delta_log
 
 
 def format_of(name: str) -> str | None:
@@ -41,10 +43,11 @@ def of_one_split(source: str, folder: str, names: Iterable[str], format: str) ->
     """The files of a folder that are data of a format, sorted. Raises InputError unless they are of one split."""
     # cache-*.arrow are transformed copies that `datasets` leaves beside the data that it saved.
     files = sorted((name for name in names if format_of(name) == format), key=lambda name: name.split("/"))
-    files = [name for name in files if not os.path.basename(name).startswith(("_", "cache-"))]
+    inside = {name: name.removeprefix(folder).lstrip("/") for name in files}
+    files = [name for name in files if not PRIVATE.search(inside[name])]
     if not files:
         raise InputError(f"{source}: holds no {format} file")
-    splits = {match[1] for name in files if (match := SPLIT.search(name.removeprefix(folder).lstrip("/")))}
+    splits = {match[1] for name in files if (match := SPLIT.search(COLUMN.sub("", inside[name])))}
     if len(splits) > 1:
         these = ", ".join(sorted(splits))
         advice = f"give a glob such as '{source}/**/train*', or --format hf and --split"
