@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from convert.engine.vae import check_vae
 from convert.sources.registry import FORMATS, InputError
 from sit_composer.choices import COUNT, FROM_ZERO, Bounds
 from sit_composer.cli import make_parser, number
@@ -55,6 +56,8 @@ def what_is_made(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError("--check: only for images that keep their bytes; --image-size and --latents decode each")
     if args.engine == "ray" and args.workers is not None:
         raise InputError("--workers: only for conversions without --engine ray, which starts actors")
+    if args.latents:
+        check_vae(args.vae, args.image_size)
     names = ("image_size", "quality", "vae", "encode_dtype", "batch_size")
     made = {name: value for name in names if (value := getattr(args, name)) is not None}
     return made | ({"check": "header"} if args.check == "header" else {})  # it decides which images are left out

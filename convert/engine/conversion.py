@@ -15,8 +15,9 @@ from typing import Any
 from convert.engine.decoders import Decoders
 from convert.engine.output import Output, OutputError
 from convert.engine.pipeline import Job, Tally, convert_parts
-from convert.engine.plan import Plan, identity, vae_identity
+from convert.engine.plan import Plan, identity
 from convert.engine.progress import Progress
+from convert.engine.vae import VaeConfig, find_config
 from convert.kinds import BadPicture
 from convert.kinds.pixels import Pixels
 from convert.sources.parts import MAX_CLASSES, InputError
@@ -48,20 +49,23 @@ def run(args: argparse.Namespace, source: dict[str, Any]) -> int:
 
 
 def _convert(args: argparse.Namespace, source: dict[str, Any], output: Output) -> int:
-    if args.latents:
+    vae = find_config(args.vae) if args.latents else None
+    if vae and args.image_size:
+        vae.check_size(args.image_size)
+    if vae:
         source["device"] = device = _torch_kinds()[1].default_device()  # another kind of processor gives other bits
         source["encode_dtype"] = args.encode_dtype or ("bfloat16" if device == "cuda" else "float32")
     reading = plan_source(source, args.limit)
     if reading.files:
         source["files"] = identity(reading.files)
-    if args.latents:
-        source |= vae_identity(args.vae)
+    if vae:
+        source |= vae.identity()
     plan = Plan(source, reading)
     if output.is_done(source, args.overwrite):
         print(f"already converted: {args.out} holds this source, nothing to do")
         return 0
     records = output.begin(plan, args.overwrite)
-    kind, options = _kind(args, plan)
+    kind, options = _kind(args, plan, vae)
     made = kind(**options)
     with _signals_wait():
         from convert.engine.shards import PartWriter  # streaming takes seconds: all checks come before
@@ -93,16 +97,17 @@ def _convert(args: argparse.Namespace, source: dict[str, Any], output: Output) -
     return 0
 
 
-def _kind(args: argparse.Namespace, plan: Plan) -> tuple[type, dict[str, Any]]:
+def _kind(args: argparse.Namespace, plan: Plan, vae: VaeConfig | None) -> tuple[type, dict[str, Any]]:
     """The class of what is made of images, and its arguments."""
-    if not args.latents and args.image_size is None:
+    if vae is None and args.image_size is None:
         return Pixels, {"check": args.check or "decode"}
     cropping, latents = _torch_kinds()
-    if not args.latents:
+    if vae is None:
         return cropping.CroppedPixels, {"image_size": args.image_size, "quality": args.quality}
+    vae.check_size(size := args.image_size or _first_size(plan, args.skip_bad))
     return latents.Latents, {
         "vae": args.vae,
-        "image_size": args.image_size or _first_size(plan, args.skip_bad),
+        "image_size": size,
         "crop": args.image_size is not None,
         "dtype": plan.source["encode_dtype"],
         "batch_size": args.batch_size,

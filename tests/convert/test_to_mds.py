@@ -192,7 +192,12 @@ def test_skip_bad_leaves_out_and_counts(tmp_path, convert, jpegs):
     assert (spec.samples, spec.skipped, spec.class_counts) == (2, 8, [0, 1, 1])
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["nowhere/t.parquet", "--out", "x"], ["digits", "--out", "done"]])
+NO_VAE = ["digits", "--out", "x", "--latents", "--vae", "no/vae/here"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["nowhere/t.parquet", "--out", "x"], ["digits", "--out", "done"], NO_VAE]
+)
 def test_a_command_that_needs_no_library_waits_for_none(tmp_path, arguments):
     (tmp_path / "done").mkdir()
     (tmp_path / "done" / "something").touch()
