@@ -13,7 +13,7 @@ other than AWS).
 
 The images' own bytes are kept, and each image is decoded once to check it. With --image-size they are cropped and
 encoded again; with --latents an autoencoder's latents are stored instead. Labels are integers from 0, class names, or
-strings, which are numbered in sorted order. `spec.json` describes the shards;
+strings, which are numbered in sorted order; --class-names gives names to them. `spec.json` describes the shards;
 `index.json` is written last, when all are whole.
 
 After any interruption, rerun the same command; it resumes, and the result is the same to the byte. If the conversion is

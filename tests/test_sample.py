@@ -1,5 +1,6 @@
 """Sampling and the checkpoints it reads, on a tiny network that two batches trained."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -18,7 +19,7 @@ from PIL import Image
 from sit_composer import sample, train
 from sit_composer.checkpoint.load import CheckpointError, load_checkpoint
 from sit_composer.choices import Sampling
-from sit_composer.gallery import SETTINGS, write_grid
+from sit_composer.gallery import SETTINGS, choose_labels, write_grid
 from sit_composer.generate import generate
 from sit_composer.guidance import Guidance
 from sit_composer.transport import Transport
@@ -72,6 +73,12 @@ def test_it_writes_pictures_a_grid_an_array_and_every_setting(draw, tmp_path, ca
     assert settings["checkpoint"]["step"] == 2
     assert settings["checkpoint"]["path"] == str(checkpoints / "ep0-ba2-rank0.pt")
     assert capsys.readouterr().out.strip().splitlines()[-1] == str(out / "grid.png")
+
+
+def test_classes_are_found_by_names_that_have_commas():
+    classes = ["tench, Tinca tinca", "tench", "crane (bird)", "4"]
+    args = argparse.Namespace(classes="tench, Tinca tinca,crane (bird), tench,4, 0", per_class=1)
+    assert choose_labels(args, classes) == [0, 2, 1, 3, 0]
 
 
 def test_classes_are_drawn_equally_often(draw, tmp_path):

@@ -4,8 +4,10 @@ import argparse
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -20,9 +22,10 @@ from convert.engine.progress import Progress
 from convert.engine.vae import VaeConfig, find_config
 from convert.kinds import BadPicture
 from convert.kinds.pixels import Pixels
+from convert.sources.class_names import name_classes
 from convert.sources.parts import MAX_CLASSES, InputError
 from convert.sources.registry import plan_source, read_part
-from sit_composer.data.spec import DataSpec
+from sit_composer.data.spec import SPEC_NAME, DataSpec
 from sit_composer.errors import one_line
 from sit_composer.storage import StorageError
 
@@ -60,7 +63,11 @@ def _convert(args: argparse.Namespace, source: dict[str, Any], output: Output) -
         source["files"] = identity(reading.files)
     if vae:
         source |= vae.identity()
-    plan = Plan(source, reading)
+    names = None
+    if args.class_names:
+        classes, source["class_ids"], names = name_classes(args.class_names, args.names, reading.classes)
+        reading = replace(reading, classes=classes)
+    plan = Plan(source, reading, names)
     if output.is_done(source, args.overwrite):
         print(f"already converted: {args.out} holds this source, nothing to do")
         return 0
@@ -71,6 +78,7 @@ def _convert(args: argparse.Namespace, source: dict[str, Any], output: Output) -
         from convert.engine.shards import PartWriter  # streaming takes seconds: all checks come before
 
     job = Job(plan, made, output, args.skip_bad, PartWriter)
+    _spec(job, Tally(Counter([0])))  # what it would refuse after the work
     parts, done = len(reading.parts), Tally.of(records.values()).images
     if records:
         print(f"resumes: {len(records)} of {parts} parts, {done} images, are done", file=sys.stderr)
@@ -153,8 +161,9 @@ def _on_ray(job: Job, options: dict[str, Any], todo: list[int], progress: Progre
 
 
 def _spec(job: Job, tally: Tally) -> DataSpec:
-    """The spec of all parts. Raises InputError if there is nothing in them, or labels are not classes."""
-    path, classes = job.plan.source["path"], job.plan.reading.classes
+    """The spec of all parts, as its readers read it. Raises InputError if there is nothing in them, if labels are not
+    classes, or if the spec would not be accepted."""
+    path, classes = job.plan.source["path"], job.plan.names or job.plan.reading.classes
     if not tally.images:
         raise InputError(f"{path}: empty, expected images")
     if not tally.counts:
@@ -164,7 +173,9 @@ def _spec(job: Job, tally: Tally) -> DataSpec:
         if least < 0 or largest >= MAX_CLASSES:
             raise InputError(f"{path}: got labels from {least} to {largest}, expected 0 to {MAX_CLASSES - 1}")
         classes = [str(label) for label in range(largest + 1)]
-    return DataSpec(
+    if doubled := [name for name, count in Counter(classes).items() if count > 1]:
+        raise InputError(f"{path}: has {len(doubled)} names of several classes, as {doubled[0]!r}; use --class-names")
+    spec = DataSpec(
         **job.kind.spec(not tally.colour, tally.sizes),
         num_classes=len(classes),
         classes=classes,
@@ -173,6 +184,10 @@ def _spec(job: Job, tally: Tally) -> DataSpec:
         skipped=tally.skipped,
         source=job.plan.source,
     )
+    try:
+        return DataSpec.from_json(spec.to_json(), SPEC_NAME)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _report(spec: DataSpec, records: list[dict[str, Any]], rates: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ class Plan:
 
     source: dict[str, Any]  # as in `spec.json`: the options given, and ``files``, the identity of the files
     reading: SourcePlan
+    names: list[str] | None = None  # of the classes, if `--class-names` gives them
 
     @property
     def rows(self) -> int | None:
@@ -56,7 +57,7 @@ def changes(there: dict[str, Any], now: dict[str, Any]) -> str:
     return "; ".join(
         "the source's files have changed" if key == "files" else f"{key} {there.get(key)!r} there, {now.get(key)!r} now"
         for key in sorted({*there, *now})
-        if there.get(key) != now.get(key)
+        if there.get(key) != now.get(key) and key != "class_ids"  # these follow from class_names and files
     )
 
 
