@@ -2,8 +2,10 @@
 
 import pytest
 
+from sit_composer import train
 from sit_composer.cli import s3_endpoint
-from sit_composer.errors import UserError
+from sit_composer.errors import USAGE, UserError
+from tests.helpers.paths import ROOT
 
 NAMES = ("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
@@ -30,3 +32,12 @@ def test_an_address_that_no_client_takes_is_told_by_its_variable(monkeypatch, na
     with pytest.raises(UserError, match=rf"^{name}: got '.*', expected http:// or https://, a host") as raised:
         s3_endpoint()
     assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("override", ["trainer.save_folder=s3://b/r", "data.remote=s3://b/d"])
+def test_a_run_asks_for_the_scheme_before_anything_is_loaded(monkeypatch, capsys, override):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "127.0.0.1:9")
+    assert train.main([str(ROOT / "yamls" / "quickstart.yaml"), override]) == USAGE
+    assert capsys.readouterr().err.splitlines() == [
+        "error: AWS_ENDPOINT_URL: got '127.0.0.1:9', expected http:// or https://, a host, and perhaps a port"
+    ]
