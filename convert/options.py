@@ -3,6 +3,9 @@
 import argparse
 from typing import Any
 
+from convert.engine.plan import digest
+from convert.engine.vae import check_vae
+from convert.sources.class_names import read_class_names
 from convert.sources.registry import FORMATS, InputError
 from sit_composer.choices import COUNT, FROM_ZERO, Bounds
 from sit_composer.cli import make_parser, number
@@ -20,6 +23,7 @@ def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
     add("--format", choices=FORMATS, help="the format of SOURCE (default: by the names of its files)")
     add("--image-column", metavar="NAME", help="of a table; dots go into structs (default: image)")
     add("--label-column", metavar="NAME", help="of a table (default: label); 'none' for images without labels")
+    add("--class-names", metavar="FILE", type=_given, help="names of classes: lines `ID NAME`, or JSON; or 'imagenet'")
     add("--split", metavar="NAME", help="of a Hugging Face data set (default: train)")
     add("--config", metavar="NAME", help="of a Hugging Face data set that has several")
     add("--limit", metavar="N", type=number(COUNT), help="convert the first N images of the source")
@@ -55,8 +59,16 @@ def what_is_made(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError("--check: only for images that keep their bytes; --image-size and --latents decode each")
     if args.engine == "ray" and args.workers is not None:
         raise InputError("--workers: only for conversions without --engine ray, which starts actors")
+    if args.class_names and args.label_column == "none":
+        raise InputError("--class-names: only for labelled images, not with --label-column none")
+    if args.latents:
+        check_vae(args.vae, args.image_size)
     names = ("image_size", "quality", "vae", "encode_dtype", "batch_size")
     made = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if args.class_names:
+        args.names = read_class_names(args.class_names)
+        content = digest({id_: name.name for id_, name in args.names.items()})
+        made["class_names"] = f"{args.class_names} {content}"
     return made | ({"check": "header"} if args.check == "header" else {})  # it decides which images are left out
 
 

@@ -8,12 +8,13 @@ SOURCE is one of
   a folder of images, SOURCE/CLASS/IMAGE, in any format that Pillow reads
   a Hugging Face data set: a folder that `save_to_disk` wrote, or a name on the Hub
   the word digits: the 1,797 small images that scikit-learn ships
-URI is a new folder, or s3://BUCKET/PREFIX (credentials as for boto3; S3_ENDPOINT_URL for a store other than AWS).
+URI is a new folder, or s3://BUCKET/PREFIX (credentials as for boto3; S3_ENDPOINT_URL, or AWS_ENDPOINT_URL, for a store
+other than AWS).
 
 The images' own bytes are kept, and each image is decoded once to check it. With --image-size they are cropped and
 encoded again; with --latents an autoencoder's latents are stored instead. Labels are integers from 0, class names, or
-strings, which are numbered in sorted order. `spec.json` describes the shards and counts what was left out; `index.json`
-is written last, when all are whole.
+strings, which are numbered in sorted order; --class-names gives names to them. `spec.json` describes the shards and
+counts what was left out; `index.json` is written last, when all are whole.
 
 After any interruption, rerun the same command; it resumes, and the result is the same to the byte. If the conversion is
 finished, the command says so.
@@ -37,8 +38,8 @@ from sit_composer.errors import EVICTED
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 2 for bad input or output, 1 for a failing disk or network."""
     args = parse(argv, __doc__)
-    if args.vae and os.path.isdir(args.vae):
-        args.vae = os.path.abspath(args.vae)  # `spec.json` may be read in another working folder
+    if args.vae and os.path.isdir(folder := os.path.expanduser(args.vae)):
+        args.vae = os.path.abspath(folder)  # `spec.json` may be read in another working folder
     return run_command(lambda: _convert(args), "interrupted; run the same command again to resume")
 
 
@@ -49,7 +50,7 @@ def _convert(args: argparse.Namespace) -> int:
     if args.limit:
         source["limit"] = args.limit
     args.described = source | what_is_made(args)
-    return hand_over("convert.engine.conversion", args, "streaming")
+    return hand_over("convert.engine.conversion", args)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 if not __package__:  # run by its path, Python looks for modules in this folder instead of the one above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from convert.engine.vae import check_vae
 from sit_composer.choices import COUNT
 from sit_composer.cli import hand_over, is_remote, make_parser, number, run_command
 from sit_composer.errors import UserError
@@ -47,7 +48,9 @@ def main(argv: list[str] | None = None) -> int:
 def _verify(args: argparse.Namespace) -> int:
     if not is_remote(args.uri) and not Path(args.uri).is_dir():
         raise UserError(f"{args.uri}: no such folder")
-    return hand_over("convert.engine.verify", args, "streaming")
+    if args.vae:
+        check_vae(args.vae, None)
+    return hand_over("convert.engine.verify", args, "torch", "streaming")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from sit_composer import lean
 from sit_composer.choices import Bounds
 from sit_composer.errors import INTERRUPTED, USAGE, UserError
 
+CREDENTIALS = "credentials are read from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or from a profile"
+ENDPOINT = re.compile(r"https?://([a-z\d.-]+|\[[a-f\d:]+\])(:\d+)?(/\S*)?", re.IGNORECASE)
 Errors = tuple[type[Exception], ...]
 EXTRAS = {  # of pyproject.toml, by the package that shows whether one is installed
     "mlflow": "mlflow",
@@ -76,11 +78,17 @@ def run_command(work: Callable[[], int | None], stopped: str = "stopped", errors
 
 
 def hand_over(module: str, args: Any, *libraries: str) -> int | None:
-    """Calls ``run(args)`` of a module that imports torch and these libraries, which takes seconds."""
-    if module not in sys.modules and os.environ.get("RANK", "0") == "0":
-        print(f"loading {', '.join(['torch', *libraries])} …", file=sys.stderr, flush=True)
-    lean.load(*libraries)
+    """Calls ``run(args)`` of a module that imports these libraries, which takes seconds."""
+    load(*libraries)
     return importlib.import_module(module).run(args)
+
+
+def load(*libraries: str) -> None:
+    """Imports libraries without what isn't needed of them, and says so."""
+    new = [name for name in libraries if name not in sys.modules]
+    if new and os.environ.get("RANK", "0") == "0":
+        print(f"loading {', '.join(new)} …", file=sys.stderr, flush=True)
+    lean.load(*new)
 
 
 def say(message: str) -> None:
@@ -101,3 +109,16 @@ def require(where: str, package: str) -> None:
 def is_remote(path: str) -> bool:
     """Whether a path is a URI."""
     return "://" in path
+
+
+def s3_endpoint() -> str | None:
+    """The address of the S3 store that the environment names; None for AWS. boto3 knows all names but the first."""
+    if os.environ.get("S3_ENDPOINT_URL") == "":
+        del os.environ["S3_ENDPOINT_URL"]  # streaming would take it for an address
+    for name in ("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        if url := os.environ.get(name):
+            if not ENDPOINT.fullmatch(url):
+                given = url.rpartition("@")[2]  # without credentials
+                raise UserError(f"{name}: got {given!r}, expected http:// or https://, a host, and perhaps a port")
+            return url
+    return None

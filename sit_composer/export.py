@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, metavar="DIR", help="parent of the written folders")
     parser.add_argument("--hub", action="store_true", help="write a folder for the Hugging Face Hub as well")
     args = parser.parse_args(argv)
-    return run_command(lambda: hand_over("sit_composer.checkpoint.export", args))
+    return run_command(lambda: hand_over("sit_composer.checkpoint.export", args, "torch"))
 
 
 if __name__ == "__main__":

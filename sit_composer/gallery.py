@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def choose_labels(args: argparse.Namespace, classes: list[str]) -> list[int]:
             return np.random.default_rng((args.seed, count)).integers(len(classes), size=count).tolist()
         return [i * len(classes) // count for i in range(count)]
     labels = []
-    for name in map(str.strip, args.classes.split(",")):
+    for name in split_names(args.classes, set(classes)):
         label = classes.index(name) if name in classes else int(name) if name.isdecimal() else -1
         if not 0 <= label < len(classes):
             close = closest(name, classes)
@@ -121,6 +122,16 @@ def choose_labels(args: argparse.Namespace, classes: list[str]) -> list[int]:
             raise UserError(f"--classes: got {name!r}, {expected}")
         labels += [label] * args.per_class
     return labels
+
+
+def split_names(text: str, known: set[str]) -> Iterator[str]:
+    """The names in a list. Of those that have commas themselves, known ones are found, the longest first."""
+    parts, most = text.split(","), 1 + max(name.count(",") for name in known)
+    while parts:
+        joined = ((n, ",".join(parts[:n]).strip()) for n in range(min(most, len(parts)), 0, -1))
+        count, name = next(((n, name) for n, name in joined if name in known or n == 1))
+        yield name
+        parts = parts[count:]
 
 
 def claim_for_all(out: Path, settings: dict[str, Any], count: int) -> list[int]:

@@ -20,6 +20,7 @@ assert importlib_metadata.MetadataPathFinder in map(type, sys.meta_path)
 HIDDEN = ("matplotlib", "pandas", "paramiko", "scikit-learn", "scipy", "sklearn", "transformers")
 # Library: the modules to import, and those that an empty one with these classes stands in for meanwhile.
 LIBRARIES: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
+    "torch": (("torch",), {}),
     "composer": (("composer", "composer.algorithms"), {"mcli": ()}),  # the client of MosaicML's platform
     "streaming": (
         ("streaming",),

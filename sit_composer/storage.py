@@ -16,13 +16,16 @@ from pathlib import Path
 import boto3
 from boto3.exceptions import Boto3Error
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 from urllib3.exceptions import HTTPError
 
+from sit_composer.cli import CREDENTIALS, s3_endpoint
 from sit_composer.errors import UserError, one_line
 
 ATTEMPTS = 6  # of a request to a store
 CONNECT_TIMEOUT, READ_TIMEOUT = 10, 30  # seconds without a byte
+NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError)
+REFUSED = ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch")  # codes of S3
 
 
 class StorageError(UserError):
@@ -136,7 +139,7 @@ class LocalFolder:
 class S3Folder:
     """A prefix of an S3 bucket, with the methods of `LocalFolder`. Every request is tried six times.
 
-    S3_ENDPOINT_URL names another store than AWS; credentials come from the environment.
+    `s3_endpoint` names another store than AWS; credentials come from the environment.
     """
 
     def __init__(self, uri: str):
@@ -148,7 +151,7 @@ class S3Folder:
         self.prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         retries = {"mode": "standard", "total_max_attempts": ATTEMPTS}  # with backoff
         timeouts = {"connect_timeout": CONNECT_TIMEOUT, "read_timeout": READ_TIMEOUT}
-        config, endpoint = Config(retries=retries, tcp_keepalive=True, **timeouts), os.environ.get("S3_ENDPOINT_URL")
+        config, endpoint = Config(retries=retries, tcp_keepalive=True, **timeouts), s3_endpoint()
         with self._errors():
             self.client = boto3.Session().client("s3", endpoint_url=endpoint, config=config)
 
@@ -239,7 +242,10 @@ class S3Folder:
         try:
             yield
         except (BotoCoreError, ClientError, Boto3Error, HTTPError, OSError) as error:
-            raise StorageError(f"{self.uri}{'/' if name else ''}{name}: {one_line(error)}") from error
+            code = error.response["Error"].get("Code") if isinstance(error, ClientError) else None
+            advice = f"; {CREDENTIALS}" if isinstance(error, NO_CREDENTIALS) or code in REFUSED else ""
+            reason = f"{one_line(error).rstrip('.')}{advice}"
+            raise StorageError(f"{self.uri}{'/' if name else ''}{name}: {reason}") from error
 
 
 RunFolder = LocalFolder | S3Folder

@@ -57,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
             time.sleep(60)
         raise
     if args.dry_run:
-        return hand_over("sit_composer.training.dry_run", config, "composer", "streaming") or 0
-    return hand_over("sit_composer.training.fit", config, "composer", "streaming") or 0
+        return hand_over("sit_composer.training.dry_run", config, "torch", "composer", "streaming") or 0
+    return hand_over("sit_composer.training.fit", config, "torch", "composer", "streaming") or 0
 
 
 def check_local(config: Config) -> None:

@@ -1,5 +1,6 @@
 """Sampling and the checkpoints it reads, on a tiny network that two batches trained."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -74,6 +75,12 @@ def test_it_writes_pictures_a_grid_an_array_and_every_setting(draw, tmp_path, ca
     assert settings["checkpoint"]["step"] == 2
     assert settings["checkpoint"]["path"] == str(checkpoints / "ep0-ba2-rank0.pt")
     assert capsys.readouterr().out.strip().splitlines()[-1] == str(out / "grid.png")
+
+
+def test_classes_are_found_by_names_that_have_commas():
+    classes = ["tench, Tinca tinca", "tench", "crane (bird)", "4"]
+    args = argparse.Namespace(classes="tench, Tinca tinca,crane (bird), tench,4, 0", per_class=1)
+    assert choose_labels(args, classes) == [0, 2, 1, 3, 0]
 
 
 def test_classes_are_drawn_equally_often(draw, tmp_path):

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -16,14 +17,17 @@ from typing import Any
 from convert.engine.decoders import Decoders
 from convert.engine.output import Output, OutputError
 from convert.engine.pipeline import Job, Tally, convert_parts
-from convert.engine.plan import Plan, identity, vae_identity
+from convert.engine.plan import Plan, identity
 from convert.engine.progress import Progress
+from convert.engine.vae import VaeConfig, find_config
 from convert.kinds import BadPicture
 from convert.kinds.pixels import Pixels
+from convert.sources.class_names import name_classes
 from convert.sources.parts import MAX_CLASSES, InputError
 from convert.sources.registry import plan_source, read_part
+from sit_composer.cli import load
 from sit_composer.data.folders import in_words
-from sit_composer.data.spec import DataSpec
+from sit_composer.data.spec import SPEC_NAME, DataSpec
 from sit_composer.errors import one_line
 from sit_composer.storage import StorageError
 
@@ -51,25 +55,34 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace, source: dict[str, Any], output: Output) -> int:
-    if args.latents:
+    vae = find_config(args.vae) if args.latents else None
+    if vae and args.image_size:
+        vae.check_size(args.image_size)
+    if vae:
         source["device"] = device = _torch_kinds()[1].default_device()  # another kind of processor gives other bits
         source["encode_dtype"] = args.encode_dtype or ("bfloat16" if device == "cuda" else "float32")
     reading = plan_source(source, args.limit)
     if reading.files:
         source["files"] = identity(reading.files)
-    if args.latents:
-        source |= vae_identity(args.vae)
-    plan = Plan(source, reading)
+    if vae:
+        source |= vae.identity()
+    names = None
+    if args.class_names:
+        classes, source["class_ids"], names = name_classes(args.class_names, args.names, reading.classes)
+        reading = replace(reading, classes=classes)
+    plan = Plan(source, reading, names)
     if output.is_done(source, args.overwrite):
         print(f"already converted: {args.out} holds this source, nothing to do")
         return 0
     records = output.begin(plan, args.overwrite)
-    kind, options = _kind(args, plan)
+    kind, options = _kind(args, plan, vae)
     made = kind(**options)
     with _signals_wait():
+        load("torch", "streaming")
         from convert.engine.shards import PartWriter  # streaming takes seconds: all checks come before
 
     job = Job(plan, made, output, args.skip_bad, PartWriter)
+    _spec(job, Tally(Counter([0])))  # what it would refuse after the work
     parts, done = len(reading.parts), Tally.of(records.values()).images
     if records:
         print(f"resumes: {len(records)} of {parts} parts, {done} images, are done", file=sys.stderr)
@@ -96,16 +109,17 @@ def _convert(args: argparse.Namespace, source: dict[str, Any], output: Output) -
     return 0
 
 
-def _kind(args: argparse.Namespace, plan: Plan) -> tuple[type, dict[str, Any]]:
+def _kind(args: argparse.Namespace, plan: Plan, vae: VaeConfig | None) -> tuple[type, dict[str, Any]]:
     """The class of what is made of images, and its arguments."""
-    if not args.latents and args.image_size is None:
+    if vae is None and args.image_size is None:
         return Pixels, {"check": args.check or "decode"}
     cropping, latents = _torch_kinds()
-    if not args.latents:
+    if vae is None:
         return cropping.CroppedPixels, {"image_size": args.image_size, "quality": args.quality}
+    vae.check_size(size := args.image_size or _first_size(plan, args.skip_bad))
     return latents.Latents, {
         "vae": args.vae,
-        "image_size": args.image_size or _first_size(plan, args.skip_bad),
+        "image_size": size,
         "crop": args.image_size is not None,
         "dtype": plan.source["encode_dtype"],
         "batch_size": args.batch_size,
@@ -151,8 +165,9 @@ def _on_ray(job: Job, options: dict[str, Any], todo: list[int], progress: Progre
 
 
 def _spec(job: Job, tally: Tally) -> DataSpec:
-    """The spec of all parts. Raises InputError if there is nothing in them, or labels are not classes."""
-    path, classes = job.plan.source["path"], job.plan.reading.classes
+    """The spec of all parts, as its readers read it. Raises InputError if there is nothing in them, if labels are not
+    classes, or if the spec would not be accepted."""
+    path, classes = job.plan.source["path"], job.plan.names or job.plan.reading.classes
     if not tally.images:
         raise InputError(f"{path}: empty, expected images")
     if not tally.counts:
@@ -162,7 +177,9 @@ def _spec(job: Job, tally: Tally) -> DataSpec:
         if least < 0 or largest >= MAX_CLASSES:
             raise InputError(f"{path}: got labels from {least} to {largest}, expected 0 to {MAX_CLASSES - 1}")
         classes = [str(label) for label in range(largest + 1)]
-    return DataSpec(
+    if doubled := [name for name, count in Counter(classes).items() if count > 1]:
+        raise InputError(f"{path}: has {len(doubled)} names of several classes, as {doubled[0]!r}; use --class-names")
+    spec = DataSpec(
         **job.kind.spec(not tally.colour, tally.sizes),
         num_classes=len(classes),
         classes=classes,
@@ -173,6 +190,10 @@ def _spec(job: Job, tally: Tally) -> DataSpec:
         left_out=dict(Counter(job.plan.reading.left_out) + tally.left_out),
         small=dict(tally.small),
     )
+    try:
+        return DataSpec.from_json(spec.to_json(), SPEC_NAME)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _report(spec: DataSpec, records: list[dict[str, Any]], rates: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.engine.plan import LATE, PLAN_NAME, Plan, changed_file, changes
-from sit_composer.cli import is_remote
+from sit_composer.cli import is_remote, s3_endpoint
 from sit_composer.data.spec import INDEX_NAME, SPEC_NAME, DataSpec
 from sit_composer.errors import UserError
 from sit_composer.storage import LocalFolder, S3Folder, StorageError
@@ -50,7 +50,7 @@ class Output(AbstractContextManager["Output"]):
         self.final: LocalFolder | S3Folder  # where a whole one lies
         if out.startswith("s3://"):
             self.store = self.final = S3Folder(out)
-            name = hashlib.sha256(f"{out.rstrip('/')} {os.environ.get('S3_ENDPOINT_URL')}".encode()).hexdigest()[:16]
+            name = hashlib.sha256(f"{out.rstrip('/')} {s3_endpoint()}".encode()).hexdigest()[:16]
             # Named by the output, so that the next run finds and removes what a killed run left there.
             self.place = Path(tempfile.gettempdir(), f"to_mds-{os.getuid()}-{name}")
             return

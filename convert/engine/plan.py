@@ -6,13 +6,10 @@ that it began with, which is stored beside its parts.
 
 import hashlib
 import json
-import logging
-import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from convert.sources.parts import InputError, SourcePlan
+from convert.sources.parts import SourcePlan
 
 PLAN_NAME = "plan.json"
 LATE = ("device", "encode_dtype", "files", "vae_digest", "vae_commit")  # keys that a source gets after the first checks
@@ -25,6 +22,7 @@ class Plan:
 
     source: dict[str, Any]  # as in `spec.json`: the options given, and ``files``, the identity of the files
     reading: SourcePlan
+    names: list[str] | None = None  # of the classes, if `--class-names` gives them
 
     @property
     def rows(self) -> int | None:
@@ -49,31 +47,6 @@ def identity(files: list[dict[str, Any]]) -> dict[str, Any]:
     return {"count": len(files), "bytes": None if None in sizes else sum(sizes), "digest": digest(files)}
 
 
-def vae_identity(vae: str) -> dict[str, str]:
-    """The identity of an autoencoder, as its name may later mean another one: a folder's digest, or a commit."""
-    if os.path.isdir(vae):
-        hashes = []
-        for path in sorted(path for path in Path(vae).rglob("*") if path.suffix in (".json", ".safetensors")):
-            with open(path, "rb") as opened:
-                hashes.append([str(path.relative_to(vae)), hashlib.file_digest(opened, "sha256").hexdigest()])
-        return {"vae_digest": digest(hashes)}
-    from huggingface_hub import errors, hf_hub_download  # only --latents needs it
-
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it logs each of five attempts to reach the Hub
-    reached = True
-    for file in ("config.json", "vae/config.json"):  # an autoencoder's, or a pipeline's
-        try:
-            found = hf_hub_download(vae, file, local_files_only=not reached)  # .../snapshots/COMMIT/config.json
-            return {"vae_commit": Path(found).parents[file.count("/")].name}
-        except errors.LocalEntryNotFoundError:
-            reached = False
-        except Exception:  # reported when the autoencoder is loaded
-            continue
-    if not reached:
-        raise InputError(f"--vae: {vae!r} is not a folder here, and the Hub, which may have it, can't be reached")
-    return {}
-
-
 def digest(content: Any) -> str:
     """A hash of JSON content."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
@@ -84,7 +57,7 @@ def changes(there: dict[str, Any], now: dict[str, Any]) -> str:
     return "; ".join(
         "the source's files have changed" if key == "files" else f"{key} {there.get(key)!r} there, {now.get(key)!r} now"
         for key in sorted({*there, *now})
-        if there.get(key) != now.get(key)
+        if there.get(key) != now.get(key) and key != "class_ids"  # these follow from class_names and files
     )
 
 

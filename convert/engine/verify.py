@@ -160,11 +160,14 @@ class Verification:
         try:
             plan = plan_source(spec.source, spec.source.get("limit"))
             counts, left_out = [0] * spec.num_classes, Counter(plan.left_out)
-            classes = plan.classes or spec.classes
-            if set(classes) != set(spec.classes):
-                self.fault(f"the source's classes are {plan.classes[:5]} …; {SPEC_NAME} says {spec.classes[:5]} …")
+            ids = spec.source.get("class_ids", spec.classes)
+            numbers = [str(number) for number in range(len(ids))]  # as --class-names finds them
+            classes = plan.classes or ids
+            known = numbers if ids != spec.classes and classes == numbers else ids
+            if set(classes) != set(known):
+                self.fault(f"the source's classes are {classes[:5]} …; {SPEC_NAME} says {spec.classes[:5]} …")
                 return f"source: {spec.source['path']} has other classes"
-            labels = {name: label for label, name in enumerate(spec.classes)}  # earlier versions had another order
+            labels = {name: label for label, name in enumerate(known)}  # earlier versions had another order
             for sample in chain.from_iterable(read_part(spec.source, plan, part) for part in plan.parts):
                 if not 0 <= sample.label < spec.num_classes:
                     raise InputError(f"{sample.where}: the label is {sample.label}")

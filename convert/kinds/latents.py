@@ -59,9 +59,6 @@ class Latents:
         channels = self.encoder.picture_channels
         if channels not in (1, 3):
             raise InputError(f"--vae: {vae!r} is for images of {channels} channels, expected 1 or 3")
-        times = self.encoder.spec.downsample
-        if image_size % times:
-            raise InputError(f"--image-size: got {image_size}, expected a multiple of {times} for this autoencoder")
         self.prepare = partial(levels, channels=channels, image_size=image_size if crop else None)
         self.preload = ["convert.kinds.cropping"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from convert.sources import s3
+from convert.sources import hive, s3
 from convert.sources.files import check_unchanged, fingerprint, list_files
 from convert.sources.parts import InputError, Part, Sample, SourcePlan, cut, cut_off
 from convert.sources.s3 import RemoteFile, reading
@@ -23,20 +23,22 @@ from sit_composer.cli import is_remote
 
 def plan_source(description: dict[str, Any], limit: int | None) -> SourcePlan:
     """Reads all labels, except the integers of a remote Arrow stream: that would mean reading the images, too."""
+    names = tuple(list_files(description["path"], description["format"]))
 
-    def plan(name: str) -> tuple[dict[str, Any], Labels, list[int] | None]:
+    def plan(name: str) -> tuple[dict[str, Any], Labels | None, list[int] | None]:
         file = fingerprint(name)
-        table = _open(file, description)
-        return file, read_labels(table, description), table.lengths
+        table = _open(file, description, names)
+        empty = table.lengths is not None and not sum(table.lengths)  # pandas gives its columns the type null
+        return file, None if empty else read_labels(table, description), table.lengths
 
     def count(part: Part, most: int) -> int:
-        return count_rows(_open(files[part.file], description), description, most)
+        return count_rows(_open(files[part.file], description, names), description, most)
 
     with ThreadPoolExecutor(16) as pool:
-        planned = pool.map(plan, list_files(description["path"], description["format"]))
-        files, labels, lengths = zip(*planned, strict=True)
+        files, labels, lengths = zip(*pool.map(plan, names), strict=True)
     cuts = ([Part(n, 0, None, None)] if groups is None else cut(n, groups) for n, groups in enumerate(lengths))
-    return SourcePlan(list(files), merge_classes(labels), cut_off(list(chain(*cuts)), limit, count))
+    classes = merge_classes([found for found in labels if found])
+    return SourcePlan(list(files), classes, cut_off(list(chain(*cuts)), limit, count))
 
 
 def read_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iterator[Sample]:
@@ -46,15 +48,18 @@ def read_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iter
     check()
     # If a file that is mapped into memory shrinks, the process ends without an error that could be caught.
     before_rows = (lambda: None) if is_remote(file["name"]) else check
-    yield from samples(_open(file, description), description, plan, part, before_rows)
+    names = tuple(file["name"] for file in plan.files)
+    yield from samples(_open(file, description, names), description, plan, part, before_rows)
     check()
 
 
-def _open(file: dict[str, Any], description: dict[str, Any]) -> Table:
-    column = description["label_column"] or description["image_column"]
+def _open(file: dict[str, Any], description: dict[str, Any], names: tuple[str, ...]) -> Table:
+    """A file as a table. ``names`` are those of all files, whose folders may hold columns."""
+    columns = tuple(filter(None, (description["label_column"], description["image_column"])))
     open_file = _parquet_file if description["format"] == "parquet" else _arrow_file
     with reading(file["name"]):
-        return open_file(file["name"], column, file["bytes"], file["modified"])
+        table = open_file(file["name"], columns, file["bytes"], file["modified"])
+    return hive.with_folders(table, hive.column_types(names))
 
 
 def _beside(folder: str, path: str) -> Path:
@@ -102,14 +107,14 @@ def _parquet_file(name: str, *state: Any) -> Table:
 
 
 @lru_cache(maxsize=64)
-def _arrow_file(name: str, column: str, *state: Any) -> Table:
-    """An Arrow file. Its rows are counted by reading the given column, which is likely to be needed anyway."""
+def _arrow_file(name: str, wanted: tuple[str, ...], *state: Any) -> Table:
+    """An Arrow file. Its rows are counted by reading one of the wanted columns, which is likely to be needed anyway."""
     with _arrow_batches(name) as (schema, _, is_stream):
         pass
-    top = column if column in schema.names else column.partition(".")[0]
+    tops = [part for column in wanted for part in (column, column.partition(".")[0]) if part in schema.names]
     lengths = None
-    if not (is_stream and is_remote(name)) and top in schema.names:
-        with _arrow_batches(name, [schema.get_field_index(top)]) as (_, batches, _):
+    if not (is_stream and is_remote(name)):
+        with _arrow_batches(name, [schema.names.index(top) for top in tops[:1]]) as (_, batches, _):
             lengths = [batch.num_rows for batch in batches]
     ends = list(accumulate(lengths or []))
 
@@ -134,6 +139,9 @@ def _arrow_batches(
     with pa.PythonFile(RemoteFile(name)) if is_remote(name) else pa.memory_map(name) as file:
         magic = file.read(6)
         file.seek(0)
+        if magic.startswith(b"FEA1"):
+            advice = "write it again with pyarrow.feather.write_feather(pyarrow.feather.read_table(…), …)"
+            raise InputError(f"{name}: is of Feather's version 1, expected version 2; {advice}")
         if magic == b"ARROW1":
             with pa.ipc.open_file(file, options=options) as reader:
                 yield reader.schema, map(reader.get_batch, range(first, reader.num_record_batches)), False

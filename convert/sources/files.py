@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from convert.sources.names import MAGIC, PRIVATE, SCHEME, check_same, of_one_split, when
+from convert.sources.names import PRIVATE, SCHEME, check_same, of_one_split, when
 from convert.sources.parts import InputError, no_such_file
 from sit_composer.data.folders import below, kind_of
 
@@ -23,10 +23,10 @@ def object_store() -> ModuleType:
 def list_files(source: str, format: str) -> list[str]:
     """The files of a format that a path or a glob names, sorted; all of one split."""
     if source.startswith(SCHEME):
-        found = object_store().list_remote(source)
+        found, is_folder = object_store().list_remote(source)
         if not found:
             raise InputError(f"{source}: no such object, and none below it")
-        return found if found == [source] or MAGIC.search(source) else of_one_split(source, source, found, format)
+        return of_one_split(source, source, found, format) if is_folder else found
     path = Path(source)
     if path.is_dir():
         return of_one_split(source, str(path), walk(path), format)
@@ -45,21 +45,23 @@ def walk(folder: Path, left_out: Counter[str] | None = None) -> Iterator[str]:
 def count_left_out(source: str, format: str, taken: Collection[str]) -> Counter[str]:
     """The files below a folder, local or remote, that are not among those taken, by reason."""
     left_out: Counter[str] = Counter()
-    is_remote = source.startswith(SCHEME)
-    if is_remote and not MAGIC.search(source):
-        names: Iterable[str] = object_store().list_remote(source)
+    if source.startswith(SCHEME):
+        found, is_folder = object_store().list_remote(source)
+        names: Iterable[str] = found if is_folder else ()
     else:
         names = walk(Path(source), left_out) if os.path.isdir(source) else ()
     for name in names:
         if name not in taken:
-            private = PRIVATE.search(name.removeprefix(source))
+            private = PRIVATE.search(name.removeprefix(source).lstrip("/"))
             left_out["private, a name begins with _ or cache-" if private else f"not {format} ({kind_of(name)})"] += 1
     return left_out
 
 
 def expand(pattern: str) -> list[str]:
-    """The files that a glob matches, sorted."""
-    found = map(Path, glob.glob(pattern, recursive=True))
+    """The files that a glob matches, sorted. Its first folders, if they exist, are meant as they are spelled."""
+    path = Path(pattern)
+    folder = next(parent for parent in path.parents if parent.exists())
+    found = map(Path, glob.glob(os.path.join(glob.escape(str(folder)), path.relative_to(folder)), recursive=True))
     return [str(file) for file in sorted({file for file in found if file.is_file()})]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 from datasets.utils.file_utils import xopen
 from huggingface_hub import constants
 
@@ -18,6 +19,19 @@ from convert.sources.names import check_same
 from convert.sources.parts import InputError, Part, Sample, SourcePlan, cut, cut_off
 from convert.sources.tables import Rows, Table, count_rows, merge_classes, read_labels, samples
 from sit_composer.errors import one_line
+
+_read_metadata = FolderBasedBuilder._read_metadata
+
+
+def _read_plain_metadata(*arguments: Any, **options: Any) -> Iterator[pa.Table]:
+    """metadata.csv and the like, with the type that the library expects of file names; pandas 3 gives another one."""
+    for table in _read_metadata(*arguments, **options):
+        texts = [pa.types.is_large_string(type_) or pa.types.is_string_view(type_) for type_ in table.schema.types]
+        fields = (f.with_type(pa.string()) if text else f for f, text in zip(table.schema, texts, strict=True))
+        yield table.cast(pa.schema(fields, table.schema.metadata))
+
+
+FolderBasedBuilder._read_metadata = _read_plain_metadata
 
 
 def plan_source(description: dict[str, Any], limit: int | None) -> SourcePlan:

@@ -18,9 +18,10 @@ SUFFIXES = {
 }
 SCHEME = "s3://"
 MAGIC = re.compile(r"[*?[]")  # of a glob
-SPLIT = re.compile(r"(?:^|[/_.-])(train|test|validation|valid|val|dev)(?=[/_.-])")
+SPLIT = re.compile(r"(?:^split=|/split=|^|[/_.-])(train|test|validation|valid|val|dev)(?=[/_.-])")
+COLUMN = re.compile(r"(?<![^/])(?!split=)[^/=]+=[^/]*/")  # a folder that holds a column, as in label=0/
+PRIVATE = re.compile(r"(?<![^/])(_[^/=]*/|(_|cache-)[^/]*$)")  # a file or folder of a program, as Delta's _delta_log
 WHOLE = re.compile(r"[+-]?\d{1,20}", re.ASCII)
-PRIVATE = re.compile(r"(?:^|/)_|(?:^|/)cache-[^/]*$")  # the last are copies that `datasets` leaves beside its files
 
 
 def class_name(name: object) -> str:
@@ -50,12 +51,12 @@ def class_names(names: Iterable[str], where: str) -> list[str]:
 
 
 def label_text(data: bytes, where: str) -> str:
-    """The label in a text file."""
+    """The label in a text file, or its text."""
     utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         return class_name(data.decode("utf-16" if utf16 else "utf-8"))
     except UnicodeDecodeError:
-        raise InputError(f"{where}: the label {data[:20]!r} is not text in UTF-8") from None
+        raise InputError(f"{where}: got {data[:20]!r}, expected text in UTF-8") from None
 
 
 def format_of(name: str) -> str | None:
@@ -88,10 +89,11 @@ def infer_format(source: str, names: Iterable[str]) -> str:
 def of_one_split(source: str, folder: str, names: Iterable[str], format: str) -> list[str]:
     """The files of a folder that are data of a format, sorted. Raises InputError unless they are of one split."""
     files = sorted((name for name in names if format_of(name) == format), key=lambda name: name.split("/"))
-    files = [name for name in files if not PRIVATE.search(name.removeprefix(folder))]
+    inside = {name: name.removeprefix(folder).lstrip("/") for name in files}
+    files = [name for name in files if not PRIVATE.search(inside[name])]
     if not files:
         raise InputError(f"{source}: holds no {format} file")
-    splits = {match[1] for name in files if (match := SPLIT.search(name.removeprefix(folder).lstrip("/")))}
+    splits = {match[1] for name in files if (match := SPLIT.search(COLUMN.sub("", inside[name])))}
     if len(splits) > 1:
         these = ", ".join(sorted(splits))
         advice = f"give a glob such as '{source}/**/train*', or --format hf and --split"

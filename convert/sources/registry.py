@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from convert.sources.files import count_left_out, expand, is_saved, list_files, object_store, walk
-from convert.sources.names import SCHEME, format_of, infer_format
+from convert.sources.names import MAGIC, SCHEME, format_of, infer_format
 from convert.sources.parts import InputError, Part, Sample, SourcePlan, no_such_file
 
 FORMATS = ("parquet", "arrow", "webdataset", "hf", "imagefolder", "digits")
@@ -69,6 +69,8 @@ def describe(
 
 def _describe_hf(source: str, path: Path, split: str | None, config: str | None, streaming: bool) -> dict[str, Any]:
     """The split, the config and whether to stream, of a Hugging Face data set."""
+    if path.exists() and MAGIC.search(os.path.abspath(path)) and not is_saved(str(path)):
+        raise InputError(f"{source}: expected a path without *, ? and [, which `datasets` reads as a glob; use a link")
     alone = (path / "state.json").is_file()  # save_to_disk of one Dataset, not of a DatasetDict
     if config and is_saved(str(path)):
         raise InputError(f"{source}: was saved to disk, without configs; leave out --config")
@@ -116,7 +118,7 @@ def _module(description: dict[str, Any]) -> ModuleType:
 
 def _infer_format(source: str) -> str:
     if source.startswith(SCHEME):
-        return format_of(source) or infer_format(source, object_store().list_remote(source))
+        return format_of(source) or infer_format(source, object_store().list_remote(source)[0])
     path = Path(source)
     if source == "digits":
         if path.exists():

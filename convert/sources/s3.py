@@ -1,6 +1,6 @@
 """Files of a source in an object store, s3://BUCKET/KEY, read with pyarrow's client, which retries by itself.
 
-S3_ENDPOINT_URL chooses a store other than AWS, as it does for streaming. Credentials are found where boto3 finds them.
+`s3_endpoint` chooses a store other than AWS, as it does for streaming. Credentials are found where boto3 finds them.
 """
 
 import io
@@ -16,6 +16,7 @@ from pyarrow import fs
 
 from convert.sources.names import MAGIC, SCHEME, when
 from convert.sources.parts import InputError
+from sit_composer.cli import CREDENTIALS, s3_endpoint
 
 CHUNK = 8 << 20  # bytes per request, where there is more to read
 LEAST = 1 << 16  # bytes per request, at least
@@ -23,26 +24,32 @@ ATTEMPTS = 10  # per request, with growing pauses: minutes
 SILENCE = 30  # seconds without a byte, after which a request has failed
 
 
-def list_remote(source: str) -> list[str]:
-    """The URIs of an object, of all objects below a prefix, or of all that a glob matches, sorted; no hidden ones."""
+def list_remote(source: str) -> tuple[list[str], bool]:
+    """The URIs of an object, of all objects below a prefix, or of all that a glob matches, sorted; no hidden ones. And
+    whether it is a prefix. A glob's first names, if they exist, are meant as they are spelled."""
     path = _path(source)
     segments = path.split("/")
-    plain = next((k for k, segment in enumerate(segments) if MAGIC.search(segment)), len(segments))
-    base = "/".join(segments[:plain])
     with reading(source):
         store = _store()
-        if store.get_file_info(path).type == fs.FileType.File:
-            return [source]
+
+        def kind(names: int) -> fs.FileType:
+            return store.get_file_info("/".join(segments[:names])).type
+
+        if kind(len(segments)) == fs.FileType.File:
+            return [source], False
+        magic = (k for k, segment in enumerate(segments) if MAGIC.search(segment))
+        plain = next((k for k in magic if kind(k + 1) == fs.FileType.NotFound), len(segments))
+        base = "/".join(segments[:plain])
         try:
             found = store.get_file_info(fs.FileSelector(base, recursive=True))
         except FileNotFoundError:  # no such prefix; a missing bucket is another error
-            return []
+            return [], False
     files = [info.path for info in found if info.type == fs.FileType.File]
     inside = [(file, file.removeprefix(base + "/").split("/")) for file in files]
     inside = [(file, names) for file, names in inside if not any(name.startswith(".") for name in names)]
     if plain < len(segments):
         inside = [(file, names) for file, names in inside if _matches(names, segments[plain:])]
-    return sorted(SCHEME + file for file, _ in inside)
+    return sorted(SCHEME + file for file, _ in inside), plain == len(segments)
 
 
 def _matches(names: list[str], patterns: list[str]) -> bool:
@@ -110,7 +117,8 @@ def reading(name: str) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError) as error:
         message = re.split(r"[. ]*Detail: ", str(error))[0].strip().partition("\n")[0]  # a traceback may follow it
-        raise InputError(f"{name}: cannot be read: {message}") from error
+        advice = f"; {CREDENTIALS}" if "ACCESS_DENIED" in message else ""
+        raise InputError(f"{name}: cannot be read: {message.rstrip('.')}{advice}") from error
 
 
 def _path(uri: str) -> str:
@@ -124,7 +132,7 @@ def _path(uri: str) -> str:
 def _store() -> fs.S3FileSystem:
     attempts = os.environ.get("AWS_MAX_ATTEMPTS", "")
     return fs.S3FileSystem(
-        endpoint_override=os.environ.get("S3_ENDPOINT_URL"),
+        endpoint_override=s3_endpoint(),
         region=os.environ.get("AWS_DEFAULT_REGION"),
         connect_timeout=SILENCE,
         request_timeout=SILENCE,

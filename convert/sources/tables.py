@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from convert.sources.parts import MAX_CLASSES, InputError, Part, Sample, SourceP
 from convert.sources.s3 import reading
 
 BATCH = 64  # rows
+VIEWS = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}  # which few functions know
 Check = Callable[[], None]
 
 
@@ -69,28 +70,27 @@ def read_labels(table: Table, description: dict[str, Any], or_strings: bool = Tr
     image, column = description["image_column"], description["label_column"]
     type_ = _find(table, image)[1]
     if pa.types.is_struct(type_) and type_.get_field_index("bytes") >= 0:
-        type_ = type_.field("bytes").type
-    if not pa.types.is_binary(type_) and not pa.types.is_large_binary(type_):
+        type_ = _plain_type(type_.field("bytes").type)
+    if not any(is_type(type_) for is_type in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_null)):
         raise InputError(f"{table.name} column {image!r}: is {type_}, expected the bytes of image files")
     if column is None:
         return Labels(table.name, None, "none")
-    type_, names = _find(table, column)[1:]
+    path, type_ = _find(table, column)
+    names = _class_names(table, description, path)
     text = pa.types.is_string(type_) or pa.types.is_large_string(type_)
-    if not text and not pa.types.is_integer(type_):
+    if not text and not pa.types.is_integer(type_) and not pa.types.is_null(type_):
         raise InputError(f"{table.name} column {column!r}: is {type_}, expected labels that are integers or strings")
     if text and not or_strings:
         raise InputError(f"{table.name} column {column!r}: has strings, expected integers with --streaming")
-    kind = (
-        tuple(numbered_names(names, f"{table.name} column {column!r}")) if names else "strings" if text else "integers"
-    )
     if table.lengths is None and not text:
-        return Labels(table.name, column, kind, largest=None)
+        return Labels(table.name, column, tuple(names) if names else "integers", largest=None)
     strings: set[str] = set()
     largest = -1
     for first, (labels,) in batches(table, [column], 0, None, size=64 * BATCH):
         largest = max(largest, _check_labels(table, first, labels, len(names) if names else MAX_CLASSES))
         if text:
             strings.update(map(class_name, pc.unique(labels).to_pylist()))
+    kind = tuple(names) if names and strings.issubset(names) else "strings" if text else "integers"
     return Labels(table.name, column, kind, frozenset(strings), largest)
 
 
@@ -112,8 +112,10 @@ def _check_labels(table: Table, first: int, labels: pa.Array, classes: int) -> i
     return bounds["max"].as_py()
 
 
-def merge_classes(labels: tuple[Labels, ...]) -> list[str] | None:
+def merge_classes(labels: Sequence[Labels]) -> list[str] | None:
     """The names of the classes of all tables; None if they are integers that were not all read."""
+    if not labels:
+        return []
     first = labels[0]
     for other in labels:
         if other.kind != first.kind:
@@ -142,7 +144,7 @@ def batches(
                 batch = whole.slice(begin, size)
                 arrays = [batch.column(path[0]) for path in paths]
                 arrays = [pc.struct_field(a, p[1:]) if p[1:] else a for a, p in zip(arrays, paths, strict=True)]
-                yield start, [a.dictionary_decode() if pa.types.is_dictionary(a.type) else a for a in arrays]
+                yield start, [_plain(array) for array in arrays]
                 start += batch.num_rows
 
 
@@ -172,20 +174,53 @@ class Rows:
                 yield batch.slice(begin, end - begin)
 
 
-def _find(table: Table, column: str) -> tuple[list[str], pa.DataType, list[str] | None]:
-    """The path of a column (dots go into structs), its type, and the names of its classes if it has any."""
+def _find(table: Table, column: str) -> tuple[list[str], pa.DataType]:
+    """The path of a column (dots go into structs), and its plain type."""
     path = [column] if column in table.schema.names else column.split(".")
     type_: pa.DataType = pa.struct(table.schema)
-    features: Any = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = features.get("info", {}).get("features", {})
     for name in path:
-        if not pa.types.is_struct(type_) or type_.get_field_index(name) < 0:
-            columns = ", ".join(_names(pa.struct(table.schema)))
+        found = type_.get_all_field_indices(name) if pa.types.is_struct(type_) else []
+        if len(found) > 1:
+            raise InputError(f"{table.name}: has two columns {name!r}, expected one")
+        if not found:
+            columns = ", ".join(map(repr, _names(pa.struct(table.schema))))
             raise InputError(f"{table.name}: has no column {column!r}; its columns are: {columns}")
-        type_ = type_.field(name).type
-        features = features.get(name, {}) if isinstance(features, dict) else {}
-    names = features.get("names") if isinstance(features, dict) and features.get("_type") == "ClassLabel" else None
-    return path, type_.value_type if pa.types.is_dictionary(type_) else type_, names
+        type_ = type_.field(found[0]).type
+    return path, _plain_type(type_)
+
+
+def _class_names(table: Table, description: dict[str, Any], path: list[str]) -> list[str] | None:
+    """The names of a column's classes, as `datasets` notes them in a schema; None if nothing there is such a note."""
+    try:
+        feature = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
+        for name in path:
+            feature = feature[name]
+        names = feature["names"] if feature["_type"] == "ClassLabel" else None
+        names = [names[str(number)] for number in range(len(names))] if isinstance(names, dict) else names
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
+    if not isinstance(names, list) or not names:
+        return None
+    wrong = [name for name in names if type(name) not in (str, int)]
+    if (wrong or len(set(map(class_name, names))) < len(names)) and "class_names" in description:
+        return None  # then they are given by number
+    if wrong:
+        what = f"has a class named {wrong[0]!r}, expected text; give the names with --class-names"
+        raise InputError(f"{table.name} column {description['label_column']!r}: {what}")
+    return numbered_names(names, f"{table.name} column {description['label_column']!r}")
+
+
+def _plain_type(type_: pa.DataType) -> pa.DataType:
+    """The type of `_plain`."""
+    type_ = type_.value_type if pa.types.is_dictionary(type_) else type_
+    return VIEWS.get(type_, type_)
+
+
+def _plain(array: pa.Array) -> pa.Array:
+    """An array without a dictionary, and not of views."""
+    if pa.types.is_dictionary(array.type):
+        array = pa.DictionaryArray.from_arrays(array.indices, _plain(array.dictionary)).dictionary_decode()
+    return array.cast(VIEWS[array.type]) if array.type in VIEWS else array
 
 
 def _names(struct: pa.StructType, prefix: str = "") -> Iterator[str]:

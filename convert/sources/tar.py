@@ -59,7 +59,8 @@ def read_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iter
     check_unchanged(file)
     numbers = {text: number for number, text in enumerate(plan.classes or ())}
     for where, image, text, left_out in islice(_samples(file["name"], description), part.stop):
-        label = 0 if text is None else numbers[text] if plan.classes else _class(text, where)
+        known = 0 if text is None else numbers.get(text)
+        label = _class(text, where, len(numbers) or MAX_CLASSES) if known is None else known
         yield Sample(where, image, label, left_out)
     check_unchanged(file)
 
@@ -110,11 +111,11 @@ def _label(group: Group, column: str | None, where: str) -> str | None:
     return "" if value is None else class_name(value)
 
 
-def _class(text: str, where: str) -> int:
+def _class(text: str, where: str, classes: int) -> int:
     if not WHOLE.fullmatch(text):
         raise InputError(f"{where}: label {text!r} is not an integer, as the first sample's is")
-    if not 0 <= int(text) < MAX_CLASSES:
-        raise InputError(f"{where}: label {text} is not a class, expected 0 to {MAX_CLASSES - 1}")
+    if not 0 <= int(text) < classes:
+        raise InputError(f"{where}: label {text} is not a class, expected 0 to {classes - 1}")
     return int(text)
 
 

@@ -118,6 +118,7 @@ def model_card(checkpoint: Checkpoint) -> str:
     return CARD.format(
         image_size=record.image_size,
         num_classes=len(record.classes),
+        classes=", ".join(record.classes[:5]) + (", …" if len(record.classes) > 5 else ""),
         last_label=len(record.classes) - 1,
         step=checkpoint.step,
         which="the exponential moving average" if checkpoint.which == "ema" else "the training weights, not an average",

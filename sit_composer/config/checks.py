@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sit_composer.choices import FIXED_STEP_METHODS, check_poles, check_sizes, choose
+from sit_composer.cli import s3_endpoint
 from sit_composer.config import composer_classes
 from sit_composer.config.schema import Config, ConfigError, ModelConfig, TransportConfig, network_arguments
 from sit_composer.config.times import ANY, check_time, parse_time
@@ -36,6 +37,8 @@ def check(config: Config, ranks: int | None = None) -> None:
     ``ranks`` of None: the launcher's, for a run on this machine, which has to have the packages of its loggers.
     """
     check_no_credentials(config)
+    if "s3://" in repr(config):
+        s3_endpoint()
     check_keys(config)
     if not config.run_name.strip():
         raise ConfigError("run_name: no value, expected a name, such as first")

@@ -18,9 +18,10 @@ from streaming.base.storage import CloudDownloader
 from streaming.base.util import retry as retrying
 from urllib3.exceptions import HTTPError
 
+from sit_composer.cli import s3_endpoint
 from sit_composer.data.spec import INDEX_NAME, SPEC_NAME, DataSpec
 from sit_composer.errors import UserError
-from sit_composer.storage import is_disk_full
+from sit_composer.storage import NO_CREDENTIALS, S3Folder, StorageError, is_disk_full
 
 OUTAGE = 300  # seconds after which a failed attempt to fetch a shard is the last
 COLUMNS = {  # for each kind of data: the columns, and how their encodings may begin
@@ -57,6 +58,9 @@ def source(remote: str | None, local: str) -> str | None:
 def read_text(remote: str | None, local: str, name: str, timeout: float = 60, attempts: int = 2) -> tuple[str, str]:
     """The text of a small file of the data set, and the file's path or URI."""
     uri = os.path.join(remote or local, name)
+    in_s3 = remote is not None and remote.startswith("s3://")
+    if in_s3:
+        s3_endpoint()
     try:
         if remote is None:
             return Path(uri).read_text(), uri
@@ -69,6 +73,11 @@ def read_text(remote: str | None, local: str, name: str, timeout: float = 60, at
         if remote is not None and is_disk_full(error):
             raise DataError(f"{tempfile.gettempdir()}: no space left on the disk for {uri}") from error
         cause = f"{type(error).__name__}: {error}"
+        if in_s3 and (isinstance(error, NO_CREDENTIALS) or not is_outage(error)):
+            try:  # the client asks by HEAD, and the answer to that gives no reason
+                cause = "no such object" if S3Folder(remote).read(name) is None else cause
+            except StorageError as reason:
+                raise DataError(str(reason)) from error
         raise DataError(f"{uri}: can't be read ({cause}); check the address, and that the shards are whole") from error
 
 

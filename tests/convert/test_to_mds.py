@@ -216,7 +216,12 @@ def test_what_is_left_out_and_what_is_small_is_counted_by_reason(tmp_path, conve
     assert "2 skipped; left out: an image beside the classes' folders: 2; not an image (.txt): 1" in report
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["nowhere/t.parquet", "--out", "x"], ["digits", "--out", "done"]])
+NO_VAE = ["digits", "--out", "x", "--latents", "--vae", "no/vae/here"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["nowhere/t.parquet", "--out", "x"], ["digits", "--out", "done"], NO_VAE]
+)
 def test_a_command_that_needs_no_library_waits_for_none(tmp_path, arguments):
     (tmp_path / "done").mkdir()
     (tmp_path / "done" / "something").touch()

@@ -492,7 +492,7 @@ def test_what_is_wrong_with_remote_shards_is_told_in_one_line(
         assert not list(temporary.glob("sit-*"))
 
     real = str(halves[1])
-    refused(real, "s3://no-such-bucket/digits", "s3://no-such-bucket/digits/spec.json: can't be read")
+    refused(real, "s3://no-such-bucket/digits", "The specified bucket does not exist")
     refused("s3://sit/nothing", real, "s3://sit/nothing/spec.json: can't be read")
     refused(real, unindexed, f"{unindexed}/index.json: can't be read")
     refused(real, missing, f"{missing}/{shard}: can't be read")

@@ -5,6 +5,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from convert.sources.registry import describe, plan_source, read_part
+
+
+def read_source(source, **options) -> tuple[list[str] | None, list[tuple]]:
+    """The classes, and (image, label) of every sample."""
+    description = describe(str(source), **options)
+    plan = plan_source(description)
+    return plan.classes, [(s.image, s.label) for part in plan.parts for s in read_part(description, plan, part)]
+
 
 def write_parquet(path: Path, images: list[bytes | None], labels, **options) -> Path:
     """A Parquet file with the columns image and label."""

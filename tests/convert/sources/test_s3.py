@@ -98,6 +98,18 @@ def test_tables_in_s3(put, monkeypatch):
     assert (file["name"], file["bytes"]) == ("s3://sit/d/b.parquet", len(as_parquet(table(), row_group_size=9)))
 
 
+def test_keys_with_signs_of_globs_are_meant_as_they_are_spelled(put):
+    put("d[1]/a[2]/x.parquet", as_parquet(table(LABELS[:2], IMAGES[:2])))
+    put("d[1]/a2/y.parquet", as_parquet(table(LABELS[:3], IMAGES[:3])))
+    put("d[1]/_delta_log/0.parquet", b"")
+    two, three = (list(zip(IMAGES[:n], LABELS[:n], strict=True)) for n in (2, 3))
+    assert read("s3://sit/d[1]")[1] == three + two
+    assert read("s3://sit/d[1]/a[2]/x.parquet")[1] == read("s3://sit/d[1]/a[2]/*")[1] == two
+    assert read("s3://sit/d[1]/a[0-9]/*.parquet")[1] == three
+    put("h/label=%C3%BC/x.parquet", as_parquet(table(LABELS[:2], IMAGES[:2]).drop_columns("label")))
+    assert read("s3://sit/h") == (["ü"], [(IMAGES[0], 0), (IMAGES[1], 0)])
+
+
 def test_a_large_object_is_not_held_in_memory(put, monkeypatch):
     monkeypatch.setattr(remote, "CHUNK", 1 << 20)
     images = [random.Random(k).randbytes(100_000) for k in range(300)]

@@ -1,6 +1,7 @@
 """convert/sources: the formats of sources, their parts, and what is read of each."""
 
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -191,7 +192,7 @@ def test_labels_are_either_all_classes_or_refused_by_row(tmp_path, labels):
 
 def test_without_labels(tmp_path, small_parts):
     pq.write_table(pa.table({"image": PICTURES}), tmp_path / "t.parquet")
-    with pytest.raises(InputError, match="has no column 'label'; its columns are: image"):
+    with pytest.raises(InputError, match="has no column 'label'; its columns are: 'image'"):
         read(tmp_path / "t.parquet")
     assert read(tmp_path / "t.parquet", label_column="none") == (["all"], [(image, 0) for image in PICTURES])
     write_folder(tmp_path / "loose", a=PICTURES[:3], d=PICTURES[3:4])
@@ -316,6 +317,25 @@ def test_hugging_face_library_loads_what_it_knows(tmp_path, hf_rows):
     assert classes == ["ant", "bee"]
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_hugging_face_library_reads_metadata_as_pandas_and_polars_write_it(tmp_path, hf_rows, kind):
+    root = tmp_path / "folder"
+    root.mkdir()
+    for number in range(2):
+        (root / f"{number}.png").write_bytes(PICTURES[number])
+    rows = {"file_name": ["0.png", "1.png"], "label": ["wolf", "ant"]}
+    if kind == "csv":
+        (root / "metadata.csv").write_text("file_name,label\n0.png,wolf\n1.png,ant\n")
+    elif kind == "jsonl":
+        lines = ({name: values[number] for name, values in rows.items()} for number in range(2))
+        (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    else:
+        pq.write_table(
+            pa.table({name: pa.array(v, pa.large_string()) for name, v in rows.items()}), root / "metadata.parquet"
+        )
+    assert read(root, format="hf") == (["ant", "wolf"], [(PICTURES[0], 1), (PICTURES[1], 0)])
+
+
 @pytest.fixture
 def streamed(tmp_path, hf_rows):
     """A folder that `datasets` streams in two shards."""
@@ -335,7 +355,7 @@ def test_hugging_face_data_set_is_streamed_shard_by_shard(tmp_path, streamed):
     assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").rglob("*.arrow"))
     with pytest.raises(InputError, match="--streaming: only for Hugging Face data sets"):
         describe(str(streamed), streaming=True)
-    with pytest.raises(InputError, match=r"shard 0: has no column 'no'; its columns are: image, image\.bytes"):
+    with pytest.raises(InputError, match=r"shard 0: has no column 'no'; its columns are: 'image', 'image\.bytes'"):
         read(streamed, format="hf", streaming=True, label_column="no")
 
 
@@ -688,7 +708,7 @@ def zero_byte_table(tmp_path):
 def no_such_column(tmp_path):
     write_parquet(tmp_path / "d" / "a.parquet", PICTURES, [0] * 6)
     pq.write_table(pa.table({"image": [{"bytes": PICTURES[0]}], "class": [0]}), tmp_path / "d" / "b.parquet")
-    return tmp_path / "d", {}, ["b.parquet: has no column 'label'", "image, image.bytes, class"]
+    return tmp_path / "d", {}, ["b.parquet: has no column 'label'", "'image', 'image.bytes', 'class'"]
 
 
 def image_column_of_text(tmp_path):

@@ -1,0 +1,79 @@
+"""The autoencoder that --vae names, as far as its config.json tells: to load it takes many seconds."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from convert.engine.plan import digest
+from convert.sources.parts import InputError
+from sit_composer.errors import first_line
+
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+
+
+class VaeConfig(NamedTuple):
+    """The config.json of an AutoencoderKL."""
+
+    vae: str  # a folder, or a name on the Hub
+    name: str  # of the file: a pipeline's autoencoder has a folder of its own
+    file: Path
+    downsample: int  # pixels per latent, along a side
+
+    def check_size(self, image_size: int) -> None:
+        """Raises InputError unless images of this size have latents."""
+        if image_size % self.downsample:
+            expected = f"expected a multiple of {self.downsample} for this autoencoder"
+            raise InputError(f"--image-size: got {image_size}, {expected}")
+
+    def identity(self) -> dict[str, str]:
+        """What the autoencoder's name means now, as it may later mean another one: a folder's digest, or a commit."""
+        if not os.path.isdir(self.vae):
+            return {"vae_commit": self.file.parents[self.name.count("/")].name}  # .../snapshots/COMMIT/config.json
+        hashes = []
+        for path in sorted(path for path in Path(self.vae).rglob("*") if path.suffix in (".json", ".safetensors")):
+            with open(path, "rb") as opened:
+                hashes.append([str(path.relative_to(self.vae)), hashlib.file_digest(opened, "sha256").hexdigest()])
+        return {"vae_digest": digest(hashes)}
+
+
+def check_vae(vae: str, image_size: int | None) -> None:
+    """Raises InputError for what is neither an autoencoder's folder nor a name on the Hub, or for an unsuitable size;
+    without network."""
+    if os.path.isdir(vae):
+        config = find_config(vae)
+        if image_size:
+            config.check_size(image_size)
+    elif os.path.exists(vae) or not HUB_NAME.fullmatch(vae):
+        expected = "expected an existing folder, or a name on the Hub, such as stabilityai/sd-vae-ft-ema"
+        raise InputError(f"--vae: got {vae!r}, {expected}")
+
+
+def find_config(vae: str) -> VaeConfig:
+    """The config of an AutoencoderKL, or of a pipeline's. Raises InputError if there is none."""
+    reasons, offline = [], False
+    for name in ("config.json", "vae/config.json"):
+        try:
+            file = Path(vae, name) if os.path.isdir(vae) else _download(vae, name, offline)
+            content = json.loads(file.read_text("utf-8"))
+            if content["_class_name"] == "AutoencoderKL":
+                return VaeConfig(vae, name, file, 2 ** (len(content.get("block_out_channels", [64])) - 1))
+            reasons.append(f"its {name} is of {content['_class_name']}")
+        except (KeyError, TypeError):
+            reasons.append(f"its {name} is of no class")
+        except Exception as error:  # the Hub's library raises a dozen kinds
+            offline |= type(error).__name__ == "LocalEntryNotFoundError"
+            reasons.append(getattr(error, "strerror", None) or first_line(error))
+    if offline:
+        raise InputError(f"--vae: {vae!r} is not a folder here, and the Hub, which may have it, can't be reached")
+    raise InputError(f"--vae: {vae!r} has no AutoencoderKL: {reasons[0]} (and in its folder vae: {reasons[1]})")
+
+
+def _download(vae: str, name: str, offline: bool) -> Path:
+    from huggingface_hub import hf_hub_download  # only a name on the Hub needs it
+
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it logs each of five attempts to reach the Hub
+    return Path(hf_hub_download(vae, name, local_files_only=offline))
