@@ -501,7 +501,7 @@ def test_what_is_wrong_with_remote_shards_is_told_in_one_line(
     refused(real, good, "--cache: /proc/none can't be made", "--cache", "/proc/none")
     with monkeypatch.context() as patch:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-        refused(real, good, f"{good}/spec.json: can't be read")
+        refused(real, good, f"{good}/spec.json: An error occurred (SignatureDoesNotMatch)")
     s3.stop()
     refused(real, good, f"{good}/spec.json: can't be read")
 
