@@ -236,7 +236,8 @@ def test_interrupted_sampling_draws_the_pictures_that_are_missing(result, before
     assert drawn.keys() == expected["pictures"].keys()
     assert there.items() <= drawn.items()
     if same_processor:
-        assert drawn == expected["pictures"]
+        del drawn["grid.png"]  # which has captions now
+        assert drawn.items() <= expected["pictures"].items()
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from convert.kinds import BadPicture
 from convert.kinds.cropping import crop
 from convert.kinds.pixels import decoded, read_file
 from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder, to_uint8
+from sit_composer.captions import Cell, class_caption, draw_grid
 from sit_composer.data.pictures import center_crop
 from sit_composer.data.spec import SPEC_NAME, DataSpec
 from sit_composer.errors import UserError
@@ -25,7 +26,6 @@ from sit_composer.errors import UserError
 GRID = 40  # images, or 20 and their mirror images
 COLUMNS = 8  # of the grid
 TILE = 96  # pixels of an image in the grid
-CAPTION = 14  # pixels of the line below it
 SCALED = (0.3, 3.0)  # plausible standard deviations of training's latents
 CENTERED = 1.5  # plausible distance of their mean from 0
 ALIKE = 0.5  # the share of images that may be their own mirror images
@@ -57,21 +57,17 @@ class Check(ABC):
         tiles = [(*tile, int(row["label"])) for row in self.kept for tile in self.tiles(row)]
         if not tiles:
             return False
-        step, line = TILE + 4, TILE + CAPTION + 4
-        rows = math.ceil(len(tiles) / COLUMNS)
-        grid = Image.new("RGB", (min(COLUMNS, len(tiles)) * step - 4, rows * line - 4), "white")
-        draw = ImageDraw.Draw(grid)
-        for i, (levels, side, label) in enumerate(tiles):
-            x, y = i % COLUMNS * step, i // COLUMNS * line
-            name = self.spec.classes[label] if 0 <= label < len(self.spec.classes) else f"label {label}"
-            draw.text((x, y + TILE + 1), f"{name}{side}"[:40], fill="black")
-            # White hides the end of a caption that is too wide, where the next image will be.
-            draw.rectangle((x + TILE, y, x + 2 * step, y + line), fill="white")
-            array = center_crop(levels, TILE).expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
-            grid.paste(Image.fromarray(array), (x, y))
+        cells = [self._cell(*tile) for tile in tiles]
+        grid = draw_grid([cells[i : i + COLUMNS] for i in range(0, len(cells), COLUMNS)])
         with open(path, "xb") as file:
             grid.save(file, "PNG")
         return True
+
+    def _cell(self, levels: Tensor, side: str, label: int) -> Cell:
+        array = center_crop(levels, TILE).expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
+        known = 0 <= label < len(self.spec.classes)
+        name = class_caption(self.spec.classes[label], label) if known else f"label {label}"
+        return [Image.fromarray(array)], name + side
 
 
 class PixelCheck(Check):

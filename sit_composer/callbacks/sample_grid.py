@@ -9,14 +9,18 @@ from composer.utils import dist
 from PIL import Image
 
 from sit_composer.callbacks.drawing import Drawing, DrawingCallback
-from sit_composer.gallery import write_grid
+from sit_composer.gallery import draw_samples, write_png
 
 
 class SampleGrid(DrawingCallback):
-    """Generates the same images at each interval, for the loggers and, as ``ba0001000.png``, in a folder if given."""
+    """Generates the same images at each interval, for the loggers and, as ``ba0001000.png``, in a folder if given.
 
-    def __init__(self, interval: str, drawing: Drawing, folder: str | None):
+    ``classes`` are the names of all classes, for the captions.
+    """
+
+    def __init__(self, interval: str, drawing: Drawing, classes: list[str], folder: str | None):
         super().__init__(interval, drawing)
+        self.classes = classes
         self.folder = folder
 
     def draw(self, state: State, logger: Logger) -> None:
@@ -24,9 +28,9 @@ class SampleGrid(DrawingCallback):
         if dist.get_global_rank() != 0:
             return
         batch = int(state.timestamp.batch)
-        logger.log_images(levels.float().div(255), name="samples", channels_last=False, step=batch)
+        arrays = levels.permute(0, 2, 3, 1).numpy()
+        images = [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else np.ascontiguousarray(a)) for a in arrays]
+        grid = draw_samples(images, self.drawing.labels, self.classes, self.drawing.sampling.cfg_scale)
+        logger.log_images(np.asarray(grid), name="samples", channels_last=True, step=batch)
         if self.folder is not None:
-            Path(self.folder).mkdir(parents=True, exist_ok=True)
-            arrays = levels.permute(0, 2, 3, 1).numpy()
-            images = [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else np.ascontiguousarray(a)) for a in arrays]
-            write_grid(images, self.drawing.labels, Path(self.folder) / f"ba{batch:07d}.png")
+            write_png(grid, Path(self.folder) / f"ba{batch:07d}.png")

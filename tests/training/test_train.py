@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from composer.loggers import Logger
 from PIL import Image
 
 from sit_composer import evaluate, sample
@@ -64,7 +65,9 @@ def test_evaluation_is_logged_and_leaves_the_training_bits_alone(run, tmp_path, 
     assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
 
 
-def test_sample_grids_leave_the_training_bits_alone(run, tmp_path):
+def test_sample_grids_leave_the_training_bits_alone(run, tmp_path, monkeypatch):
+    logged = []
+    monkeypatch.setattr(Logger, "log_images", lambda self, images, **options: logged.append((images, options)))
     grid = "sample_grid={interval: 5ba, labels: [3, 7], per_class: 3, num_steps: 3}"
     assert run("trainer.max_duration=10ba", "data.flip=true", folder="whole") == 0
     assert run("trainer.max_duration=10ba", "data.flip=true", grid) == 0
@@ -72,7 +75,12 @@ def test_sample_grids_leave_the_training_bits_alone(run, tmp_path):
     grids = sorted((tmp_path / "run" / "samples").iterdir())
     assert [path.name for path in grids] == ["ba0000005.png", "ba0000010.png"]
     with Image.open(grids[0]) as picture:
-        assert picture.width > picture.height  # three of each of two classes
+        assert np.array_equal(np.asarray(picture), logged[0][0])
+        assert (logged[0][1]["step"], logged[0][1]["channels_last"]) == (5, True)
+        assert (picture.width, picture.height) == (
+            3 * 52 - 4,
+            19 + 4 + 2 * (48 + 4 + 19 + 4) - 4,
+        )  # 3 of each of 2 classes
     # The sampling command generates the same images from the same weights.
     options = ["--classes", "3,7", "--per-class", "3", "--cfg-scale", "1.5", "--num-steps", "3"]
     out = tmp_path / "out"
