@@ -5,7 +5,7 @@ from typing import Any
 
 from convert.sources.registry import FORMATS, InputError
 from sit_composer.choices import COUNT, FROM_ZERO, Bounds
-from sit_composer.cli import make_parser, number
+from sit_composer.cli import make_parser, number, require
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUALITY = Bounds(1, 100, whole=True)  # of a JPEG
@@ -53,8 +53,10 @@ def what_is_made(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError("--quality: only for images that --image-size crops, not for --latents")
     if args.check is not None and (args.latents or args.image_size is not None):
         raise InputError("--check: only for images that keep their bytes; --image-size and --latents decode each")
-    if args.engine == "ray" and args.workers is not None:
-        raise InputError("--workers: only for conversions without --engine ray, which starts actors")
+    if args.engine == "ray":
+        require("--engine ray", "ray")
+        if args.workers is not None:
+            raise InputError("--workers: only for conversions without --engine ray, which starts actors")
     names = ("image_size", "quality", "vae", "encode_dtype", "batch_size")
     made = {name: value for name in names if (value := getattr(args, name)) is not None}
     return made | ({"check": "header"} if args.check == "header" else {})  # it decides which images are left out

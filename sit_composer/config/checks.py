@@ -31,7 +31,10 @@ DRAWING_TIME = re.compile(r"[1-9]\d*(ba|ep|sp)|0?\.\d*[1-9]\d*dur")
 
 
 def check(config: Config, ranks: int | None = None) -> None:
-    """Checks all that can be known before the data and the libraries are loaded; ``ranks`` of None: the launcher's."""
+    """Checks all that can be known before the data and the libraries are loaded.
+
+    ``ranks`` of None: the launcher's, for a run on this machine, which has to have the packages of its loggers.
+    """
     check_no_credentials(config)
     check_keys(config)
     check_model(config.model)
@@ -40,6 +43,8 @@ def check(config: Config, ranks: int | None = None) -> None:
         for name in ("time_mean", "time_std"):
             if getattr(config.transport, name) != getattr(TransportConfig(), name):
                 raise ConfigError(f"transport.{name}: needs transport.time_sampling=logit-normal")
+    for name in config.loggers if ranks is None else ():
+        composer_classes.check_package("loggers", name)
     ranks = ranks or int(os.environ.get("WORLD_SIZE", 1))
     for section in ("data", "eval_data"):
         n = getattr(getattr(config, section), "global_batch_size", 0)

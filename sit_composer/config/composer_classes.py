@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from sit_composer.cli import require
 from sit_composer.config.schema import ConfigError, suggest
 from sit_composer.errors import UserError, one_line
 
@@ -17,6 +18,10 @@ GROUPS = {  # section of the YAML: (package whose __init__ exports the classes, 
     "algorithms": ("algorithms", ""),
     "scheduler": ("optim", "scheduler"),
 }
+PACKAGES = {  # that a logger imports once it is made
+    "CometMLLogger": "comet_ml", "MLFlowLogger": "mlflow", "NeptuneLogger": "neptune", "SlackLogger": "slack_sdk",
+    "TensorboardLogger": "tensorboard", "WandBLogger": "wandb",
+}  # fmt: skip
 PLAIN = {"bool": bool, "int": int, "float": float, "str": str, "None": type(None)}
 
 
@@ -90,6 +95,12 @@ def check_group(section: str, name: str, arguments: dict[str, Any]) -> None:
     for file in (f"{path}.py", f"{path}/{path.rpartition('/')[2]}.py"):  # a module, or a package's module of its name
         with contextlib.suppress(FileNotFoundError):
             return check(f"{section}.{name}", arguments, class_name, file)
+
+
+def check_package(section: str, name: str) -> None:
+    """Checks that the package which an entry's class needs is installed."""
+    if package := PACKAGES.get(find_class(section, name)[0]):
+        require(f"{section}.{name}", package)
 
 
 def build(section: str, entries: dict[str, Any]) -> list[Any]:
