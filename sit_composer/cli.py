@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -11,6 +12,7 @@ from typing import Any
 from sit_composer.choices import Bounds
 from sit_composer.errors import INTERRUPTED, USAGE, UserError
 
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 Errors = tuple[type[Exception], ...]
 EXTRAS = {  # of pyproject.toml, by the package that shows whether one is installed
     "mlflow": "mlflow",
@@ -82,3 +84,8 @@ def require(where: str, package: str) -> None:
 def is_remote(path: str) -> bool:
     """Whether a path is a URI."""
     return "://" in path
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name is of the Hugging Face Hub, and not a folder here."""
+    return HUB_NAME.fullmatch(name) is not None and not os.path.exists(name)
