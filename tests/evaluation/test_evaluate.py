@@ -544,7 +544,7 @@ def test_inception_gives_features_logits_and_adms_spatial_features(monkeypatch, 
 def test_an_extractor_is_made_once_and_only_where_its_package_is(monkeypatch, tmp_path, capsys):
     (tmp_path / "there.pt").touch()
     assert features.main(["--out", str(tmp_path / "there.pt")]) == 2
-    assert f"--out: {tmp_path / 'there.pt'} exists, expected a new file" in capsys.readouterr().err
+    assert f"--out: {tmp_path / 'there.pt'} exists, and this command didn't write it" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)  # as if it were not installed
     assert features.main(["--out", str(tmp_path / "new.pt")]) == 2
     assert "run pip install -e '.[features]' in the repository's folder" in capsys.readouterr().err
