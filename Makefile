@@ -15,7 +15,7 @@ install: .venv/installed
 	.uv/bin/pip install --quiet uv
 .venv/installed: pyproject.toml | $(filter .uv/bin/uv,$(UV))
 	test -x $(PYTHON) || $(UV) venv --quiet --python 3.11 .venv
-	$(UV) pip install --quiet --python .venv --editable '.[dev]'
+	$(UV) pip install --quiet --python .venv pip --editable '.[dev]'
 	touch $@
 
 quickstart: install

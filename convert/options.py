@@ -8,7 +8,7 @@ from convert.engine.vae import check_vae
 from convert.sources.class_names import read_class_names
 from convert.sources.registry import FORMATS, InputError
 from sit_composer.choices import COUNT, FROM_ZERO, Bounds
-from sit_composer.cli import make_parser, number
+from sit_composer.cli import make_parser, number, require
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUALITY = Bounds(1, 100, whole=True)  # of a JPEG
@@ -57,8 +57,10 @@ def what_is_made(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError("--quality: only for images that --image-size crops, not for --latents")
     if args.check is not None and (args.latents or args.image_size is not None):
         raise InputError("--check: only for images that keep their bytes; --image-size and --latents decode each")
-    if args.engine == "ray" and args.workers is not None:
-        raise InputError("--workers: only for conversions without --engine ray, which starts actors")
+    if args.engine == "ray":
+        require("--engine ray", "ray")
+        if args.workers is not None:
+            raise InputError("--workers: only for conversions without --engine ray, which starts actors")
     if args.class_names and args.label_column == "none":
         raise InputError("--class-names: only for labelled images, not with --label-column none")
     if args.latents:

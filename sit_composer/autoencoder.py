@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from sit_composer.choices import LATENT_MEAN, LATENT_STD
 from sit_composer.errors import UserError, first_line, one_line
 
 SLICE_SIZE = 8  # images
@@ -35,6 +36,15 @@ class AutoencoderSpec:
         """Samples latents from moments (N, 2c, h, w) with noise (N, c, h, w) ~ N(0, I)."""
         mean, std = moments.chunk(2, dim=1)
         return (mean + std * noise - self.shift) * self.scale
+
+    def doubt(self, mean: float, std: float, what: str = "latents") -> str | None:
+        """What is wrong with latents of this mean and deviation, after shift and scale; None if they are plausible."""
+        if not LATENT_STD.admit(std):
+            found = f"the {what} have a standard deviation of {std:.3g} after scale {self.scale}"
+            return f"{found}, expected about 1: the scale is wrong, or already applied to the moments"
+        if not LATENT_MEAN.admit(mean):
+            return f"the {what} have a mean of {mean:.3g} after shift and scale, expected about 0"
+        return None
 
 
 class PixelAutoencoder:

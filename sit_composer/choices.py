@@ -148,6 +148,8 @@ def check_tolerances(atol: float, rtol: float, prefix: str = "") -> None:
 
 
 WEIGHTS = ("ema", "training")  # of a checkpoint
+LATENT_STD = Bounds(0.3, 3)  # plausible standard deviations of training's latents
+LATENT_MEAN = Bounds(-1.5, 1.5)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from sit_composer.errors import INTERRUPTED, USAGE, UserError
 
 CREDENTIALS = "credentials are read from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or from a profile"
 ENDPOINT = re.compile(r"https?://([a-z\d.-]+|\[[a-f\d:]+\])(:\d+)?(/\S*)?", re.IGNORECASE)
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 Errors = tuple[type[Exception], ...]
 EXTRAS = {  # of pyproject.toml, by the package that shows whether one is installed
     "mlflow": "mlflow",
@@ -122,3 +123,8 @@ def s3_endpoint() -> str | None:
                 raise UserError(f"{name}: got {given!r}, expected http:// or https://, a host, and perhaps a port")
             return url
     return None
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name is of the Hugging Face Hub, and not a folder here."""
+    return HUB_NAME.fullmatch(name) is not None and not os.path.exists(name)

@@ -9,12 +9,13 @@ DIR/checkpoint-STEP/ gets
   trainer_state.json  steps, epochs and samples trained; the hashes of the source and of the files
 With --hub, DIR/hub-STEP/ gets a model's folder for the Hugging Face Hub: the average as model.safetensors,
 config.json, trainer_state.json, and README.md, the model card. `huggingface-cli upload OWNER/NAME DIR/hub-STEP`
-uploads it. `sit_composer.sample` and `SiT.from_pretrained` take either folder. Existing folders are left unchanged.
+uploads it. If training had the autoencoder in a folder, upload that too, and name it by --vae-id. `sit_composer.sample`
+and `SiT.from_pretrained` take either folder. Existing folders are left unchanged.
 """
 
 import sys
 
-from sit_composer.cli import hand_over, make_parser, run_command
+from sit_composer.cli import hand_over, is_hub_name, make_parser, refuse_idle, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,7 +24,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's checkpoint file or folder, or the authors'")
     parser.add_argument("--out", required=True, metavar="DIR", help="parent of the written folders")
     parser.add_argument("--hub", action="store_true", help="write a folder for the Hugging Face Hub as well")
+    vae_id = "for the Hub's folder: the autoencoder's name on the Hub, if training had it in a folder"
+    parser.add_argument("--vae-id", metavar="OWNER/NAME", help=vae_id)
     args = parser.parse_args(argv)
+    refuse_idle(parser, args, ("vae_id", args.hub, "without --hub"))
+    if args.vae_id is not None and not is_hub_name(args.vae_id):
+        parser.error(f"argument --vae-id: got {args.vae_id!r}, expected a name on the Hub, such as OWNER/NAME")
     return run_command(lambda: hand_over("sit_composer.checkpoint.export", args, "torch"))
 
 

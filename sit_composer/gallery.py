@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sit_composer.autoencoder import SLICE_SIZE, to_uint8
+from sit_composer.captions import Cell, class_caption, draw_grid
 from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.record import Checkpoint, Record
 from sit_composer.choices import Sampling, closest
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
         if args.npz:  # as ADM's evaluation takes them: uint8 (N, H, W, 3)
             arrays = [np.asarray(image.convert("RGB")) for image in images]
             write_arrays(Path(args.npz), arr_0=np.stack(arrays), labels=np.array(labels))
-        write_grid(images, labels, out / "grid.png")
+        write_png(draw_samples(images, labels, checkpoint.record.classes, sampling.cfg_scale), out / "grid.png")
         print(out / "grid.png")
 
 
@@ -185,7 +186,7 @@ def generate_missing(
             indices = share[start : start + args.batch_size]
             latents, used = generate(guidance, transport, [labels[i] for i in indices], indices, args.sampling)
             for i, image in zip(indices, to_uint8(autoencoder.decode(latents)).cpu(), strict=True):
-                write_bytes(encode_png(as_image(image)), out / IMAGE.format(i))
+                write_png(as_image(image), out / IMAGE.format(i))
             bar.update(len(indices))
             done.update(images=len(indices), **{name: count * len(indices) for name, count in used.items()})
             if rank == 0:  # the work so far, in case the command is stopped
@@ -199,29 +200,39 @@ def generate_missing(
         write_json({**settings, **mean_work(sum(works, before))}, out / SETTINGS)
 
 
-def write_grid(images: list[Image.Image], labels: list[int], path: Path, columns: int = 10, rows: int = 10) -> None:
-    """Writes a grid of the images, small ones enlarged: one row per class if all have several images."""
-    classes = list(dict.fromkeys(labels))[:rows]
-    cells = [[i for i, label in enumerate(labels) if label == c][:columns] for c in classes]
-    if min(map(len, cells)) == 1:  # fill the rows
+def draw_samples(
+    images: list[Image.Image],
+    labels: list[int],
+    classes: list[str],
+    cfg_scale: float,
+    columns: int = 10,
+    rows: int = 10,
+) -> Image.Image:
+    """A grid of the images, small ones enlarged, with their classes: one row per class if all have several images."""
+    side = images[0].width * max(1, 48 // images[0].width)
+    shown = list(dict.fromkeys(labels))[:rows]
+    cells = [[i for i, label in enumerate(labels) if label == c][:columns] for c in shown]
+    several = min(map(len, cells)) > 1
+    if not several:  # fill the rows
         count = min(len(labels), rows * columns)
         width = min(math.ceil(math.sqrt(count)), columns)
         cells = [list(range(i, min(i + width, count))) for i in range(0, count, width)]
-    side = images[0].width * max(1, 48 // images[0].width)
-    step = side + 2
-    grid = Image.new(images[0].mode, (max(map(len, cells)) * step - 2, len(cells) * step - 2), "white")
-    for y, row in enumerate(cells):
-        for x, i in enumerate(row):
-            grid.paste(images[i].resize((side, side), Image.NEAREST), (x * step, y * step))
-    write_bytes(encode_png(grid), path)
+
+    def cell(indices: list[int]) -> Cell:
+        label = labels[indices[0]]
+        enlarged = [images[i].resize((side, side), Image.NEAREST) for i in indices]
+        return enlarged, class_caption(classes[label], label)
+
+    grid = [[cell(row)] if several else [cell([i]) for i in row] for row in cells]
+    return draw_grid(grid, f"guidance {cfg_scale:g}")
+
+
+def write_png(image: Image.Image, path: Path) -> None:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    write_bytes(buffer.getvalue(), path)
 
 
 def as_image(levels: torch.Tensor) -> Image.Image:
     """uint8 (C, H, W), grey for one channel, as an image."""
     return Image.fromarray(levels[0].numpy() if len(levels) == 1 else levels.permute(1, 2, 0).contiguous().numpy())
-
-
-def encode_png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()

@@ -5,6 +5,8 @@ import json
 import os
 import platform
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,15 @@ def write_bytes(content: bytes, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(content)
     temporary.replace(path)
+
+
+@contextmanager
+def mode_of_umask(file: Path) -> Iterator[None]:
+    """Gives the file that the body writes the mode of any new file; safetensors makes it readable to its owner only."""
+    file.touch()
+    mode = file.stat().st_mode
+    yield
+    file.chmod(mode)
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -36,7 +36,7 @@ PAGES = [
 ]
 MODULES = (
     *("sit_composer.sample", "sit_composer.evaluate", "sit_composer.bits_per_dim", "sit_composer.export"),
-    *("sit_composer.memory", "tests.helpers.torture"),
+    *("sit_composer.features", "sit_composer.memory", "sit_composer.tiny_autoencoder", "tests.helpers.torture"),
 )
 SCRIPTS = (
     *("convert/to_mds.py", "convert/verify_mds.py", "sit_composer/train.py", "tests/benchmarks/convert.py"),

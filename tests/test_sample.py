@@ -15,13 +15,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from sit_composer import sample, train
 from sit_composer.checkpoint.load import CheckpointError, load_checkpoint
 from sit_composer.choices import Sampling
 from sit_composer.errors import UserError
-from sit_composer.gallery import SETTINGS, choose_labels, write_grid
+from sit_composer.gallery import SETTINGS, choose_labels, draw_samples
 from sit_composer.generate import generate
 from sit_composer.guidance import Guidance
 from sit_composer.transport import Transport
@@ -344,11 +344,18 @@ def test_settings_that_are_no_settings_are_somebody_elses(draw, tmp_path, capsys
     assert "holds files that are not samples" in capsys.readouterr().err
 
 
-def test_a_grid_shows_all_where_classes_differ_in_number(tmp_path):
+def test_a_grid_shows_all_where_classes_differ_in_number():
     pictures = [Image.new("L", (48, 48), 10 * i) for i in range(6)]
-    write_grid(pictures, [4, 1, 1, 1, 7, 1], tmp_path / "grid.png")
-    with Image.open(tmp_path / "grid.png") as grid:
-        assert {0, 10, 20, 30, 40, 50} <= set(np.asarray(grid).ravel().tolist())
+    grid = draw_samples(pictures, [4, 1, 1, 1, 7, 1], list("abcdefgh"), 1.5)
+    assert {0, 10, 20, 30, 40, 50} <= set(np.asarray(grid).ravel().tolist())
+
+
+def test_a_grid_names_the_guidance_and_each_class_once_per_row(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, place, text, **options: drawn.append(text))
+    draw_samples([Image.new("L", (8, 8))] * 4, [1, 1, 0, 0], ["ant", "bee"], 4.0)
+    draw_samples([Image.new("L", (8, 8))] * 2, [1, 0], ["ant", "bee"], 1.5)
+    assert drawn == ["bee", "ant", "guidance 4", "bee", "ant", "guidance 1.5"]
 
 
 def test_a_command_that_was_refused_does_not_keep_the_folder(draw, tmp_path):

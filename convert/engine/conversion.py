@@ -153,10 +153,8 @@ def _here(job: Job, workers: int | None, todo: list[int], progress: Progress) ->
 
 
 def _on_ray(job: Job, options: dict[str, Any], todo: list[int], progress: Progress) -> Records:
-    try:
-        from convert.engine.ray import convert_on_ray  # an optional dependency
-    except ModuleNotFoundError as error:
-        raise InputError(f"--engine ray: {error}; pip install 'sit-composer[ray]' brings it") from None
+    from convert.engine.ray import convert_on_ray  # an optional dependency
+
     with closing(convert_on_ray(job, options, todo)) as results:
         for record in results:
             size = sum(shard["raw_data"]["bytes"] for shard in record["shards"])

@@ -2,19 +2,24 @@
 
 from pathlib import Path
 
+import numpy as np
 from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist
 
 from sit_composer.callbacks.drawing import Drawing, DrawingCallback
-from sit_composer.gallery import as_image, write_grid
+from sit_composer.gallery import as_image, draw_samples, write_png
 
 
 class SampleGrid(DrawingCallback):
-    """Generates the same images at each interval, for the loggers and, as ``ba0001000.png``, in a folder if given."""
+    """Generates the same images at each interval, for the loggers and, as ``ba0001000.png``, in a folder if given.
 
-    def __init__(self, interval: str, drawing: Drawing, folder: str | None):
+    ``classes`` are the names of all classes, for the captions.
+    """
+
+    def __init__(self, interval: str, drawing: Drawing, classes: list[str], folder: str | None):
         super().__init__(interval, drawing)
+        self.classes = classes
         self.folder = folder
 
     def draw(self, state: State, logger: Logger) -> None:
@@ -22,9 +27,8 @@ class SampleGrid(DrawingCallback):
         if dist.get_global_rank() != 0:
             return
         batch = int(state.timestamp.batch)
-        logger.log_images(levels.float().div(255), name="samples", channels_last=False, step=batch)
+        images = [as_image(image) for image in levels]
+        grid = draw_samples(images, self.drawing.labels, self.classes, self.drawing.sampling.cfg_scale)
+        logger.log_images(np.asarray(grid), name="samples", channels_last=True, step=batch, use_table=False)
         if self.folder is not None:
-            Path(self.folder).mkdir(parents=True, exist_ok=True)
-            write_grid(
-                [as_image(image) for image in levels], self.drawing.labels, Path(self.folder) / f"ba{batch:07d}.png"
-            )
+            write_png(grid, Path(self.folder) / f"ba{batch:07d}.png")

