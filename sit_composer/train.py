@@ -15,10 +15,9 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
 from sit_composer.cli import make_parser, run_command, say
 from sit_composer.config.checks import check
 from sit_composer.config.data_fits import check_data, local_spec
-from sit_composer.config.documentation import documentation
 from sit_composer.config.load import load_config
 from sit_composer.config.same_run import check_same_run
-from sit_composer.config.schema import Config
+from sit_composer.config.schema import Config, documentation
 from sit_composer.errors import EVICTED, UserError
 
 

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from sit_composer.checkpoint import safe_load
 from sit_composer.checkpoint.safe_load import CheckpointError, load_file, load_sharded
-from sit_composer.supervision.guard import guard_composer
+from sit_composer.supervision.supervisor import guard_composer
 
 
 class Planted:
