@@ -1,1 +1,0 @@
-"""Sources to MDS shards."""

@@ -44,9 +44,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    source = describe(
-        args.source, args.format, args.image_column, args.label_column, args.split, args.config, args.streaming
-    )
+    columns = args.image_column, args.label_column
+    source = describe(args.source, args.format, *columns, args.split, args.config, args.streaming)
     if args.limit:
         source["limit"] = args.limit
     args.described = source | what_is_made(args)

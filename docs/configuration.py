@@ -5,8 +5,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from sit_composer.config.documentation import keys  # noqa: E402
-from sit_composer.config.schema import Config  # noqa: E402
+
+from sit_composer.config.schema import Config, keys  # noqa: E402
 
 INTRO = """\
 # Configuration

@@ -18,16 +18,10 @@ if TYPE_CHECKING:  # type checkers can't follow __getattr__
     from sit_composer.transport import Transport as Transport
 
 PUBLIC = {  # name: its module
-    "SiT": "sit",
-    "build_sit": "sit",
-    "Transport": "transport",
-    "Guidance": "guidance",
-    "sample_ode": "samplers",
-    "sample_sde": "samplers",
-    "log_likelihood": "likelihood",
-    "load_checkpoint": "checkpoint.load",
+    "SiT": "sit", "build_sit": "sit", "Transport": "transport", "Guidance": "guidance", "sample_ode": "samplers",
+    "sample_sde": "samplers", "log_likelihood": "likelihood", "load_checkpoint": "checkpoint.load",
     "fetch": "checkpoint.load",
-}
+}  # fmt: skip
 __all__ = list(PUBLIC)
 
 

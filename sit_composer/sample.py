@@ -91,9 +91,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 if all images exist, 2 for a mistake that it names."""
-    return run_command(
-        lambda: hand_over("sit_composer.gallery", parse(argv), "torch"), "stopped; rerun the same command to continue"
-    )
+    return run_command(lambda: hand_over("sit_composer.gallery", parse(argv), "torch"), "stopped; rerun to continue")
 
 
 if __name__ == "__main__":

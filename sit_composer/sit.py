@@ -38,9 +38,8 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(self.frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        first, second = nn.Linear(self.frequency_size, hidden_size), nn.Linear(hidden_size, hidden_size)
+        self.mlp = nn.Sequential(first, nn.SiLU(), second)
 
     @staticmethod
     def sinusoids(t: Tensor, size: int, max_period: float = 10000.0) -> Tensor:

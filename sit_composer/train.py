@@ -16,10 +16,9 @@ from sit_composer import launch
 from sit_composer.cli import hand_over, make_parser, run_command
 from sit_composer.config.checks import check
 from sit_composer.config.data_fits import check_data, local_spec
-from sit_composer.config.documentation import documentation
 from sit_composer.config.load import load_config
 from sit_composer.config.same_run import check_same_run
-from sit_composer.config.schema import Config
+from sit_composer.config.schema import Config, documentation
 from sit_composer.errors import UserError
 
 EXAMPLES = ("yamls/quickstart.yaml", "yamls/sit_b_2.yaml", "yamls/sit_xl_2.yaml")

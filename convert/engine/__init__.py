@@ -1,1 +1,0 @@
-"""Part by part: plan, pipeline, output."""

@@ -137,9 +137,8 @@ def _first_size(plan: Plan, skip_bad: bool) -> int:
                 continue
             raise InputError(f"{sample.where}: {error}; --skip-bad leaves out such images") from None
         if height != width:
-            raise InputError(
-                f"{sample.where}: the image is {width}x{height}, expected a square; crop with --image-size"
-            )
+            what = f"the image is {width}x{height}, expected a square; crop with --image-size"
+            raise InputError(f"{sample.where}: {what}")
         return width
     raise InputError(f"{plan.source['path']}: none of its images can be used")
 

@@ -118,9 +118,7 @@ class Latents:
             return []
         try:
             levels = torch.stack(images).to(self.device)
-            straight, mirrored = (
-                self.encoder.moments(from_uint8(side)).half().cpu().numpy() for side in (levels, levels.flip(-1))
-            )
+            sides = [self.encoder.moments(from_uint8(side)).half().cpu().numpy() for side in (levels, levels.flip(-1))]
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
@@ -130,7 +128,5 @@ class Latents:
                 return [BadPicture(f"its latents are not finite: {error}")]
             return [row for image in images for row in self._moments([image])]
         over = BadPicture("its latents are over 65504, float16's largest number: the autoencoder does not suit it")
-        rows = [
-            dict(zip(("moments", "moments_flip"), both, strict=True)) for both in zip(straight, mirrored, strict=True)
-        ]
+        rows = [{"moments": straight, "moments_flip": mirrored} for straight, mirrored in zip(*sides, strict=True)]
         return [row if all(np.isfinite(moments).all() for moments in row.values()) else over for row in rows]

@@ -1,1 +1,0 @@
-"""What is read: one file a source."""

@@ -26,6 +26,5 @@ def read_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iter
     for row in range(part.start, part.stop):
         png = io.BytesIO()
         Image.fromarray(np.round(digits.images[row] * (255 / 16)).astype(np.uint8)).save(png, "PNG")
-        yield Sample(
-            f"digits row {row}", png.getvalue(), 0 if "label_column" in description else int(digits.target[row])
-        )
+        label = 0 if "label_column" in description else int(digits.target[row])
+        yield Sample(f"digits row {row}", png.getvalue(), label)

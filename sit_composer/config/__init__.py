@@ -1,1 +1,0 @@
-"""A run's YAML: keys, values, and what they must fit."""

@@ -1,1 +1,0 @@
-"""MDS shards, streamed and checked."""

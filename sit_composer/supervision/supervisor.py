@@ -13,14 +13,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed.checkpoint as dcp
 from composer import Trainer
+from composer import algorithms as composer_algorithms
 from composer.callbacks import CheckpointSaver
 from composer.core import State
 from composer.loggers import Logger
-from composer.utils import dist, format_name_with_dist
+from composer.utils import checkpoint, dist, format_name_with_dist
 from omegaconf import OmegaConf
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from sit_composer.checkpoint.folder import checkpoints, clear_incomplete, fetch_checkpoint, newest, prune
+from sit_composer.checkpoint.safe_load import load_file
+from sit_composer.checkpoint.sharded import SafePlanner, SafeReader
 from sit_composer.cli import say
 from sit_composer.config.same_run import CONFIG, check_same_config
 from sit_composer.config.schema import Config, ConfigError
@@ -194,3 +199,16 @@ def _from_rank_0(find: Callable[[], Any]) -> Any:
     if found[1] is not None:
         raise found[1]
     return found[0]
+
+
+def guard_composer() -> None:
+    """Makes Composer load checkpoints with `safe_load`; 0.32 unpickles them whole, even with `load_weights_only`."""
+    checkpoint._torch_load_with_validation = lambda path, map_location: load_file(path)
+    # Composer bypasses the planner and reader that it is given: after some errors it tries again with torch's planner.
+    DefaultLoadPlanner.load_bytes = SafePlanner.load_bytes
+    dcp.FileSystemReader.read_metadata = SafeReader.read_metadata
+
+
+def excluded_algorithms() -> list[str]:
+    """The algorithms that Composer would make by evaluating a checkpoint's text. No run of ours needs one."""
+    return [name for name, c in vars(composer_algorithms).items() if getattr(c, "required_on_load", bool)()]

@@ -24,8 +24,7 @@ from sit_composer.errors import one_line
 from sit_composer.sit import SiT
 from sit_composer.storage import StorageError, is_disk_full
 from sit_composer.supervision.eviction import Evicted
-from sit_composer.supervision.guard import excluded_algorithms, guard_composer
-from sit_composer.supervision.supervisor import Supervision
+from sit_composer.supervision.supervisor import Supervision, excluded_algorithms, guard_composer
 from sit_composer.training.inputs import Inputs, check_gpu, open_inputs
 from sit_composer.training.model import ComposerSiT
 from sit_composer.training.quiet import silence

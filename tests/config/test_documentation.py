@@ -1,7 +1,7 @@
 import subprocess
 import sys
 
-from sit_composer.config.documentation import documentation
+from sit_composer.config.schema import documentation
 from tests.helpers.paths import ROOT
 
 PAGE = ROOT / "docs" / "configuration.md"
