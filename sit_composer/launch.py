@@ -105,8 +105,13 @@ def follow_launcher() -> None:
         # A launcher killed by a signal tells its ranks nothing, and they would train on alone.
         launcher = int(os.environ.get(LAUNCHER, os.getppid()))
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a SIGTERM when this process's parent dies
-        if os.getppid() != launcher and not psutil.pid_exists(launcher):  # it died before that
+        if os.getppid() != launcher and not is_alive(launcher):  # it died before that
             os._exit(EVICTED)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process, not a zombie."""
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 if __name__ == "__main__":
