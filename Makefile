@@ -16,6 +16,8 @@ install: .venv/installed
 .venv/installed: pyproject.toml | $(filter .uv/bin/uv,$(UV))
 	test -x $(PYTHON) || $(UV) venv --quiet --python 3.11 .venv
 	$(UV) pip install --quiet --python .venv pip --editable '.[dev]'
+	# Last, so that the command "composer" is this project's, and not that of mosaicml, which has one of that name.
+	$(UV) pip install --quiet --python .venv --no-deps --reinstall-package sit-composer --editable .
 	touch $@
 
 quickstart: install
