@@ -1,6 +1,6 @@
 """Measures what a command takes before its work, against an earlier checkout:   python tests/benchmarks/startup.py PATH
 
-Each command runs in both checkouts in turn, with this environment's libraries, on the digits: training's first batch by
+Each command runs in both checkouts in turn, each with its own .venv, on the digits: training's first batch by
 one process, and by the launcher with two ranks; conversion; its check; and four samples. Prints a Markdown table of the
 medians of CPU seconds, of all processes together, and this checkout's over the earlier one's.
 """
@@ -29,7 +29,7 @@ OLD, NEW = "composer.cli.launcher", "sit_composer.launch"  # what `composer` run
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", metavar="PATH", type=Path, help="the earlier checkout")
+    parser.add_argument("path", metavar="PATH", type=Path, help="the earlier checkout, after make install")
     parser.add_argument("--rounds", type=int, default=3, help="the median of them is printed (%(default)s)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
@@ -54,7 +54,8 @@ def run(checkout: Path, command: list[str], scratch: str, name: str) -> float:
     words = [launch if word == "LAUNCH" else word.format(scratch, name) for word in command]
     environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, *words], cwd=checkout, env=environment, capture_output=True, text=True)
+    python = checkout / ".venv" / "bin" / "python"
+    done = subprocess.run([python, *words], cwd=checkout, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{checkout}: {' '.join(words)}\n{done.stdout}{done.stderr}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
