@@ -5,10 +5,14 @@ pandas and matplotlib; streaming's data sets of text and images load transformer
 is most of the time of these imports. The libraries can do without each other, so they are told that some aren't there.
 """
 
+import gc
+import platform
+import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -37,6 +41,7 @@ LIBRARIES: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
 
 def load(*libraries: str) -> None:
     """Imports libraries, for later imports to find; without effect on one that is imported already."""
+    gc.disable()  # nothing of what imports make is garbage
     for modules, replaced in map(LIBRARIES.__getitem__, libraries):
         empty = {name: ModuleType(name) for name in replaced if name not in sys.modules}
         for name, module in empty.items():
@@ -49,6 +54,17 @@ def load(*libraries: str) -> None:
         finally:
             for name in empty:  # whoever wants the real one can import it
                 del sys.modules[name]
+    if "composer" in libraries:
+        sys.modules["composer.utils.collect_env"].get_cpu_model = cpu_model  # type: ignore[attr-defined]
+    gc.enable()
+
+
+def cpu_model() -> str:
+    """The processor's name, as checkpoints hold it. Composer starts a process for it that computes for a second."""
+    with suppress(OSError):
+        if match := re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()):
+            return match[1]
+    return platform.processor() or "CPU"
 
 
 @contextmanager

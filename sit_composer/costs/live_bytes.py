@@ -71,21 +71,20 @@ class Step:
 
 def peak(step: Step, microbatch: int, accumulated: bool) -> int:
     """The most bytes that the passes hold at once besides the weights."""
-    first, later = _lines(step)
-    moments = np.concatenate([first, later]) if accumulated else first  # later microbatches find gradients
-    return int((moments @ [1, microbatch]).max())
+    return int((np.concatenate(_lines(step, accumulated)) @ [1, microbatch]).max())
 
 
 @cache
-def _lines(step: Step) -> list[np.ndarray]:
-    """For a first and a later microbatch, (moments, 2): bytes at 0 samples, and bytes per sample."""
+def _lines(step: Step, accumulated: bool) -> list[np.ndarray]:
+    """For a first and, if accumulated, a later microbatch, (moments, 2): bytes at 0 samples, and bytes per sample."""
     # Whole numbers below 2**53, so that the halves are exact. Unequal lengths raise.
-    pairs = [np.array(pair, dtype=np.float64) for pair in zip(_histories(step, 2), _histories(step, 4), strict=True)]
+    both = _histories(step, 2, accumulated), _histories(step, 4, accumulated)
+    pairs = [np.array(pair, dtype=np.float64) for pair in zip(*both, strict=True)]
     return [np.stack([2 * two - four, (four - two) / 2], axis=1) for two, four in pairs]
 
 
-def _histories(step: Step, samples: int) -> tuple[list[int], list[int]]:
-    """The ledger of a first and of a later microbatch."""
+def _histories(step: Step, samples: int, accumulated: bool) -> list[list[int]]:
+    """The ledger of a first and, if accumulated, of a later microbatch, which finds gradients."""
     collecting = gc.isenabled()
     gc.disable()  # so that only a last use frees a tensor, alike for 2 samples and 4
     try:
@@ -94,9 +93,10 @@ def _histories(step: Step, samples: int) -> tuple[list[int], list[int]]:
             with Ledger(list(network.parameters())) as ledger:
                 _microbatch(network, transport, step.precision, samples)
                 first = len(ledger.history)
-                if step.sharded is None:
+                if accumulated and step.sharded is None:
                     _microbatch(network, transport, step.precision, samples)
-        return ledger.history[:first], ledger.history[first:] or ledger.history
+        parts = [ledger.history[:first], ledger.history[first:]]
+        return [part for part in parts if part]
     finally:
         if collecting:
             gc.enable()

@@ -51,7 +51,7 @@ def test_predicted_passes_are_those_of_real_tensors():
 
 def test_any_microbatch_lies_on_the_line():
     for samples in (3, 32):
-        first, later = live_bytes._histories(step_of(), samples)
+        first, later = live_bytes._histories(step_of(), samples, True)
         assert live_bytes.peak(step_of(), samples, accumulated=False) == max(first)
         assert live_bytes.peak(step_of(), samples, accumulated=True) == max(*first, *later)
 
