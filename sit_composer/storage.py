@@ -13,9 +13,6 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-import boto3
-from boto3.exceptions import Boto3Error
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 from urllib3.exceptions import HTTPError
 
@@ -143,10 +140,14 @@ class S3Folder:
     """
 
     def __init__(self, uri: str):
+        import boto3  # takes half a second, and a folder of the file system doesn't need it
+        from botocore.config import Config  # like boto3
+
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
         if not re.fullmatch(r"[a-z0-9][a-z0-9.-]+", bucket):
             raise StorageError("s3://: expected a bucket's name after it (credentials come from the environment)")
         self.uri = uri.rstrip("/")
+        self.client_errors = (boto3.exceptions.Boto3Error,)
         self.bucket = bucket
         self.prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         retries = {"mode": "standard", "total_max_attempts": ATTEMPTS}  # with backoff
@@ -241,7 +242,7 @@ class S3Folder:
     def _errors(self, name: str = "") -> Iterator[None]:
         try:
             yield
-        except (BotoCoreError, ClientError, Boto3Error, HTTPError, OSError) as error:
+        except (BotoCoreError, ClientError, *self.client_errors, HTTPError, OSError) as error:
             code = error.response["Error"].get("Code") if isinstance(error, ClientError) else None
             advice = f"; {CREDENTIALS}" if isinstance(error, NO_CREDENTIALS) or code in REFUSED else ""
             reason = f"{one_line(error).rstrip('.')}{advice}"

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError
 from filelock import FileLock
 from streaming import Stream
@@ -166,6 +165,8 @@ class CheckedStream(Stream):
 
 def is_outage(error: Exception) -> bool:
     """Whether S3 doesn't answer, or asks to retry later."""
+    from boto3.exceptions import Boto3Error  # takes half a second, and only S3 needs it
+
     if isinstance(error, ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
         return status >= 500 or status in (408, 429)
