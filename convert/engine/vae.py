@@ -4,15 +4,13 @@ import hashlib
 import json
 import logging
 import os
-import re
 from pathlib import Path
 from typing import NamedTuple
 
 from convert.engine.plan import digest
 from convert.sources.parts import InputError
+from sit_composer.cli import is_hub_name
 from sit_composer.errors import first_line
-
-HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 class VaeConfig(NamedTuple):
@@ -47,7 +45,7 @@ def check_vae(vae: str, image_size: int | None) -> None:
         config = find_config(vae)
         if image_size:
             config.check_size(image_size)
-    elif os.path.exists(vae) or not HUB_NAME.fullmatch(vae):
+    elif not is_hub_name(vae):
         expected = "expected an existing folder, or a name on the Hub, such as stabilityai/sd-vae-ft-ema"
         raise InputError(f"--vae: got {vae!r}, {expected}")
 
