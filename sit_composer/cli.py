@@ -87,9 +87,14 @@ def hand_over(module: str, args: Any, *libraries: str) -> int | None:
 def load(*libraries: str) -> None:
     """Imports libraries without what isn't needed of them, and says so."""
     new = [name for name in libraries if name not in sys.modules]
-    if new and os.environ.get("RANK", "0") == "0":
-        print(f"loading {', '.join(new)} …", file=sys.stderr, flush=True)
+    announce(*new)
     lean.load(*new)
+
+
+def announce(*libraries: str) -> None:
+    """Says, on rank 0, that libraries are loaded now, which takes seconds."""
+    if libraries and os.environ.get("RANK", "0") == "0":
+        print(f"loading {', '.join(libraries)} …", file=sys.stderr, flush=True)
 
 
 def say(message: str) -> None:

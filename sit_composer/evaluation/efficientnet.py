@@ -1,5 +1,6 @@
 """EfficientNet-Lite0 with ImageNet weights that a package ships, as evaluation takes a feature extractor."""
 
+import argparse
 import io
 from pathlib import Path
 
@@ -27,8 +28,9 @@ class EfficientNetLite0(nn.Module):
         return features, self.network._fc(features)
 
 
-def write_extractor(path: Path) -> None:
+def run(args: argparse.Namespace) -> None:
     """Writes it as TorchScript."""
     example, buffer = torch.zeros(2, 3, SIDE, SIDE, dtype=torch.uint8), io.BytesIO()
     torch.jit.save(torch.jit.trace(EfficientNetLite0().eval().requires_grad_(False), example), buffer)
-    write_bytes(buffer.getvalue(), path)
+    write_bytes(buffer.getvalue(), Path(args.out))
+    print(args.out)

@@ -1,5 +1,6 @@
 """Trains a small AutoencoderKL: the body of `sit_composer.tiny_autoencoder`."""
 
+import argparse
 import os
 import shutil
 from pathlib import Path
@@ -20,15 +21,15 @@ KL = 1e-3  # weight of the divergence from N(0, 1), against squared errors; both
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def train(shards: str, out: Path, steps: int) -> None:
+def run(args: argparse.Namespace) -> None:
     """Trains on all images of the shards, and of their mirror images, and writes the folder; raises UserError."""
-    images = from_uint8(read_images(shards))  # (N, C, S, S)
+    images = from_uint8(read_images(args.shards))  # (N, C, S, S)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     vae = make_autoencoder(images.shape[1], images.shape[-1]).to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps)
-    for _ in trange(steps, desc="training", unit="step", disable=None):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, args.steps)
+    for _ in trange(args.steps, desc="training", unit="step", disable=None):
         batch = images[torch.randint(len(images), (BATCH,))].to(device)
         batch[::2] = batch[::2].flip(-1)
         posterior = vae.encode(batch).latent_dist
@@ -41,8 +42,8 @@ def train(shards: str, out: Path, steps: int) -> None:
         schedule.step()
     error, deviation = measure(vae.eval(), images[: 16 * BATCH].to(device))
     vae.register_to_config(scaling_factor=1 / deviation)
-    save(vae, out)
-    print(f"{out}: the mean error of a pixel is {error:.1f} of 255 levels; scale {1 / deviation:.3f}")
+    save(vae, args.out)
+    print(f"{args.out}: the mean error of a pixel is {error:.1f} of 255 levels; scale {1 / deviation:.3f}")
 
 
 def read_images(shards: str) -> Tensor:
