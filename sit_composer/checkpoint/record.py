@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from sit_composer.autoencoder import SLICE_SIZE, Autoencoder, AutoencoderSpec, load_autoencoder
 from sit_composer.checkpoint.safe_load import CheckpointError
@@ -149,5 +150,22 @@ def check_fit(file: Path, model: dict[str, Any], weights: dict[str, Tensor]) -> 
 
 def on_meta(**model: Any) -> SiT:
     """The network without memory for its weights."""
-    with torch.device("meta"):
-        return SiT(**model)
+    with torch.device("meta"), Uninitialized():
+        return Skeleton(**model)
+
+
+class Skeleton(SiT):
+    """A SiT whose weights are not initialized."""
+
+    def initialize_weights(self) -> None:
+        pass
+
+
+class Uninitialized(TorchFunctionMode):
+    """Draws no random weights: on the meta device, torch loads its compiler for that, which takes seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ in ("uniform_", "kaiming_uniform_", "normal_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)

@@ -9,10 +9,10 @@ import torch
 
 from sit_composer.callbacks.progress import duration
 from sit_composer.checkpoint.folder import CHECKPOINT
+from sit_composer.checkpoint.record import on_meta
 from sit_composer.config.schema import Config, ConfigError, network_arguments
 from sit_composer.costs import estimate, tables
 from sit_composer.data.spec import DataSpec
-from sit_composer.sit import SiT
 
 EFFICIENCY = 0.5  # of a device's rate of matrix products, assumed for a step
 
@@ -60,8 +60,7 @@ def microbatch(config: Config) -> int | str:
 
 @cache
 def _macs(network: tuple) -> int:
-    with torch.device("meta"):
-        return SiT(**dict(network)).forward_macs()
+    return on_meta(**dict(network)).forward_macs()
 
 
 def sample_flops(config: Config) -> int:

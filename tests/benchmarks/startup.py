@@ -38,10 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         print("| command | before, CPU seconds | now | ratio |")
         print("| --- | ---: | ---: | ---: |")
         for name, command in COMMANDS.items():
-            sides = [
-                (side, f"{n}-{i}-{len(name)}") for n in range(args.rounds) for i, side in enumerate((args.path, ROOT))
-            ]
-            times = [run(side, command, scratch, new) for side, new in sides]
+            new = [f"{name.split()[0].strip('`')}-{i}" for i in range(2 * args.rounds)]
+            times = [run((args.path, ROOT)[i % 2], command, scratch, folder) for i, folder in enumerate(new)]
             before, now = statistics.median(times[::2]), statistics.median(times[1::2])
             print(f"| {name} | {before:.1f} | {now:.1f} | {now / before:.2f} |", flush=True)
     return 0
