@@ -1,6 +1,8 @@
 """Silences what libraries say of each run and what means nothing here, each by name; all other warnings stay."""
 
 import warnings
+from functools import partial
+from typing import Any
 
 from composer.loggers import TensorboardLogger
 
@@ -20,5 +22,14 @@ def silence() -> None:
     def start_once(logger: TensorboardLogger) -> None:
         start_writer(logger)
         logger.writer.close = logger.writer.flush  # Composer closes it after each flush, and the next one is a new file
+        logger.writer.add_hparams = partial(_add_hparams, logger.writer)
 
     TensorboardLogger._initialize_summary_writer = start_once
+
+
+def _add_hparams(writer: Any, hparam_dict: dict, metric_dict: dict, run_name: str) -> None:
+    """Writes them to the same file; torch's own makes a new one each time, which Composer does at each evaluation."""
+    from torch.utils.tensorboard.summary import hparams  # needs tensorboard
+
+    for summary in hparams(hparam_dict, metric_dict):
+        writer.file_writer.add_summary(summary)

@@ -16,6 +16,7 @@ import torch
 import yaml
 from composer.loggers import Logger
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sit_composer import evaluate, sample
 from sit_composer.callbacks import drawing
@@ -87,6 +88,18 @@ def test_sample_grids_leave_the_training_bits_alone(run, tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert sample.main([str(tmp_path / "run"), "--out", str(out), "--sampling-method", "heun", *options]) == 0
     assert (out / "grid.png").read_bytes() == grids[1].read_bytes()
+
+
+def test_tensorboard_gets_one_file_of_events_with_losses_and_grids(run, tmp_path, digits_shards):
+    evaluation = f"eval_data={{local: {digits_shards}, global_batch_size: 599, num_workers: 0}}"
+    grid = "sample_grid={interval: 3ba, labels: [3], num_steps: 2}"
+    logger = f"loggers={{tensorboard: {{log_dir: {tmp_path}/events, flush_interval: 2}}}}"
+    assert run("trainer.max_duration=6ba", "trainer.eval_interval=2ba", evaluation, grid, logger) == 0
+    (file,) = (tmp_path / "events").rglob("events.*")
+    events = EventAccumulator(str(file)).Reload()
+    assert [event.step for event in events.Scalars("loss/train/total")] == [0, 1, 2, 3, 4, 5]
+    assert len(events.Scalars("metrics/eval/loss")) == 3
+    assert len(events.Tags()["images"]) == 1
 
 
 @pytest.mark.parametrize(("interval", "drawn"), [("1ep", [28, 56]), ("40ba", [40, 56]), ("0.25dur", [14, 28, 42, 56])])
