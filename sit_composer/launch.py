@@ -101,6 +101,8 @@ def pass_on(number: int, frame: FrameType | None) -> None:
 def follow_launcher() -> None:
     """In a rank: from now on, a SIGTERM ends it at once, and so does its launcher's death."""
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(EVICTED))
+    if "GROUP_RANK" in os.environ:  # torchrun's name for what Composer asks for
+        os.environ.setdefault("NODE_RANK", os.environ["GROUP_RANK"])
     if "LOCAL_RANK" in os.environ and sys.platform == "linux":
         # A launcher killed by a signal tells its ranks nothing, and they would train on alone.
         launcher = int(os.environ.get(LAUNCHER, os.getppid()))
