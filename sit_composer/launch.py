@@ -70,12 +70,14 @@ def composer_launcher() -> Any:
     modules = {"torch": torch, **{name: ModuleType(name) for name in ("composer.loggers", *contents)}}
     for name, content in contents.items():
         vars(modules[name]).update(content)
+    before = {name: sys.modules[name] for name in modules if name in sys.modules}
     sys.modules.update(modules)
     try:
         return import_module("composer.cli.launcher")
     finally:
         for name in modules:
             del sys.modules[name]
+        sys.modules.update(before)
 
 
 def free_port() -> int:

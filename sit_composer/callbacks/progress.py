@@ -25,14 +25,22 @@ class Progress(Callback):
         peak: images/s at the devices' peak FLOP/s, for the MFU; None if unknown.
         bar: whether to show a bar.
         interval: of lines, such as ``100ba``; None: no lines.
+        stream: of the lines: ``stderr`` or ``stdout``.
     """
 
     def __init__(
-        self, total: int | None, save_every: int | None, peak: float | None, bar: bool, interval: str | int | None
+        self,
+        total: int | None,
+        save_every: int | None,
+        peak: float | None,
+        bar: bool,
+        interval: str | int | None,
+        stream: str = "stderr",
     ):
         self.total = total
         self.save_every = save_every
         self.peak = peak
+        self.stream = stream
         self.due = create_interval_scheduler(interval, checkpoint_events=False) if interval else lambda *_: False
         self.loss = 0.0  # smoothed
         self.evaluation: str | None = None  # the last one's result
@@ -98,7 +106,7 @@ class Progress(Callback):
         self._say(f"batch {int(state.timestamp.batch)}: {self.evaluation}, in {took}")
 
     def _say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=getattr(sys, self.stream), flush=True)
 
     def summary(self, state: State) -> str:
         """The run's figures, at its end."""

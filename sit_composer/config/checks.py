@@ -138,6 +138,7 @@ def check_trainer(config: Config) -> None:
     composer_classes.check("trainer", "", {**trainer, "model": None})
     if "max_duration" not in trainer:
         raise ConfigError("trainer.max_duration: no value, expected a time, such as 400000ba or 80ep")
+    choose("trainer.console_stream", trainer.get("console_stream", "stderr"), ("stdout", "stderr"))
     if trainer.get("autoresume") and not trainer.get("save_folder"):
         raise ConfigError("trainer.save_folder: no value; autoresume needs one to resume from")
     if trainer.get("save_weights_only"):

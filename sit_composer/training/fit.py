@@ -174,4 +174,5 @@ def make_progress(config: Config, samples: int) -> Progress:
         None if peak is None else dist.get_world_size() * peak / sample_flops(config),
         bar,
         options.get("console_log_interval", "100ba") if lines else None,
+        options.get("console_stream", "stderr"),
     )
