@@ -9,7 +9,6 @@ from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler
 from tqdm import tqdm
-from tqdm.contrib import DummyTqdmFile
 
 WINDOW = 50  # batches over which speed and waiting are averaged
 SMOOTHING = 0.98  # of the loss
@@ -55,7 +54,7 @@ class Progress(Callback):
         if not self._bar.disable:
             self._bar.update(int(state.timestamp.batch))
             self._streams = sys.stdout, sys.stderr  # what others print must not begin behind the bar
-            sys.stdout, sys.stderr = DummyTqdmFile(sys.stdout), DummyTqdmFile(sys.stderr)
+            sys.stdout, sys.stderr = (Beside(stream, self._bar) for stream in self._streams)
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         self._asked = time.monotonic()
@@ -122,6 +121,26 @@ class Progress(Callback):
 
     def close(self, state: State, logger: Logger) -> None:  # fit_end doesn't come after an error
         self.fit_end(state, logger)
+
+
+class Beside:
+    """A stream whose lines don't begin behind a bar: it is cleared before them, and drawn again after them."""
+
+    def __init__(self, stream: Any, bar: tqdm):
+        self.stream = stream
+        self.bar = bar
+        self.begun = ""  # a line
+
+    def write(self, text: str) -> int:
+        lines, newline, self.begun = (self.begun + text).rpartition("\n")
+        if newline:
+            with tqdm.external_write_mode(file=self.bar.fp):  # tqdm.write clears no bar of another stream
+                self.stream.write(lines + newline)
+                self.stream.flush()
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def duration(seconds: float) -> str:
