@@ -1,5 +1,6 @@
 """What a run is, on one screen: printed before it starts, and by `train.py --dry-run`."""
 
+import math
 import os
 import time
 from dataclasses import replace
@@ -105,7 +106,11 @@ def checkpoints_text(config: Config, count: int | None, samples: int | None, ste
 
 def save_every(config: Config, samples: int | None) -> int | None:
     """The batches between two checkpoints, if known; Composer's default is an epoch."""
-    return estimate.batches(config.trainer.get("save_interval", "1ep"), config.data.global_batch_size, samples)
+    interval = str(config.trainer.get("save_interval", "1ep"))
+    if interval.endswith("dur"):
+        total = estimate.steps(config, samples)
+        return None if total is None else math.ceil(float(interval.removesuffix("dur")) * total)
+    return estimate.batches(interval, config.data.global_batch_size, samples)
 
 
 def save_folder(config: Config) -> str:
