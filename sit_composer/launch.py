@@ -43,11 +43,14 @@ def main() -> int:
 
     def watch(processes: dict[int, subprocess.Popen]) -> None:
         codes: list[int | None] = [None]
-        while None in codes and not failed:
+        patience = 20  # tenths of a second, for the first rank, whose output is shown, to end like another one
+        while None in codes and patience > 0:
             time.sleep(0.1)
             codes = [process.poll() for process in processes.values()]
-            failed.extend(code for code in codes if code)
-        if not failed or failed[0] in SAID:  # Composer would print that it waits for them, and their codes
+            failed.extend(code for code in codes if code and not failed)
+            if failed:
+                patience = patience - 1 if codes[0] is None and failed[0] in SAID else 0
+        if not failed or codes[0] in SAID:  # Composer would print that it waits for them, and their codes and output
             launcher.print = launcher._print_process_exit_status = lambda *_: None
             launcher.log.disabled = True
 
