@@ -31,7 +31,7 @@ if not __package__:  # run by its path, Python looks for modules in this folder 
 
 from convert.options import parse, what_is_made
 from convert.sources.registry import describe
-from sit_composer.cli import hand_over, run_command
+from sit_composer.cli import announce, hand_over, is_remote, run_command
 from sit_composer.errors import EVICTED
 
 
@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
+    if is_remote(args.source):  # which may take minutes, with a slow or unreachable store
+        announce("the source's list of objects")
     columns = args.image_column, args.label_column
     source = describe(args.source, args.format, *columns, args.split, args.config, args.streaming)
     if args.limit:

@@ -18,10 +18,12 @@ The last line printed is a Markdown row for a table of results.
 """
 
 import argparse
+import os
 import sys
 
 from sit_composer.choices import COUNT, METRICS, choose
 from sit_composer.cli import hand_over, is_remote, make_parser, number, run_command
+from sit_composer.errors import UserError
 from sit_composer.outputs import check_output
 
 
@@ -40,6 +42,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.cache is not None and not (is_remote(args.samples) or is_remote(args.reference)):
         parser.error("argument --cache: is for remote shards, and neither SAMPLES nor --reference is a URI")
+    for path in (args.samples, args.reference):
+        if not is_remote(path) and not os.path.exists(path):
+            raise UserError(f"{path}: no such file or folder")
+    if args.features != "inception" and not os.path.isfile(args.features):
+        raise UserError(f"--features: {args.features} is no file; expected inception, or a TorchScript file")
     args.by_name = [] if args.metrics is None else [name.strip() for name in args.metrics.split(",")]
     for name in args.by_name:
         choose("--metrics", name, tuple(METRICS))

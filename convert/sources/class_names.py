@@ -49,7 +49,7 @@ def _from_lines(text: str, given: str) -> Iterator[tuple[str, str, str]]:
 def _from_json(text: str, given: str) -> Iterator[tuple[str, str, Any]]:
     try:
         pairs = json.loads(text, object_pairs_hook=list)  # a dict would hide an id that occurs twice
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"--class-names: {given}: is no JSON: {error}") from None
     if not text.lstrip().startswith("{"):
         raise InputError(f"--class-names: {given}: expected a JSON object of ids and names")

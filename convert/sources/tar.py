@@ -98,8 +98,8 @@ def _label(group: Group, column: str | None, where: str) -> str | None:
         return None
     value: Any = None
     if column.lower() in group:
-        return label_text(group[column.lower()], where)
-    if "json" in group:
+        value = label_text(group[column.lower()], where)
+    elif "json" in group:
         try:
             value = json.loads(group["json"])
         except ValueError as error:
@@ -108,6 +108,8 @@ def _label(group: Group, column: str | None, where: str) -> str | None:
             value = value.get(name) if isinstance(value, dict) else None
     if isinstance(value, bool) or not isinstance(value, int | str | None):
         raise InputError(f"{where}: the label {column!r} is {value!r}, expected an integer or a string")
+    if value is not None and not class_name(value):
+        raise InputError(f"{where}: the label is empty; --label-column none converts without labels")
     return "" if value is None else class_name(value)
 
 

@@ -21,7 +21,8 @@ def weights_in(content: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
     """The state dicts of a SiT in a file, as "training" or "ema"; those that stand alone are the average."""
     named = {name: weights for name in content if (weights := _unwrapped(content[name]))}
     found = {kind: named[name] for kind, names in NAMES.items() for name in names if name in named}
-    if alone := _unwrapped(content) or named.get("state_dict"):
+    others = [named[name] for name in named if name not in (*NAMES["training"], *NAMES["ema"])]
+    if alone := _unwrapped(content) or named.get("state_dict") or (others[0] if len(others) == 1 else None):
         found.setdefault("training" if "ema" in found else "ema", alone)
     return found
 
@@ -31,8 +32,12 @@ def _unwrapped(content: Any) -> dict[str, Tensor] | None:
     if not isinstance(content, dict):
         return None
     weights = {WRAPPERS.sub("", str(name)): value for name, value in content.items()}
-    is_one = isinstance(weights.get("x_embedder.proj.weight"), Tensor) and len(weights) == len(content)
     weights.pop("n_averaged", None)  # torch's AveragedModel counts
+    first = "x_embedder.proj.weight"
+    # Another name of the network, as Lightning's model.
+    prefix = next((name.removesuffix(first) for name in weights if name.endswith(f".{first}")), "")
+    weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    is_one = isinstance(weights.get(first), Tensor) and len(weights) + ("n_averaged" in content) == len(content)
     return weights if is_one else None
 
 

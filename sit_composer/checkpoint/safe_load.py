@@ -78,4 +78,5 @@ def _reason(path: Path | None, error: Exception) -> str:
     if isinstance(error, SafetensorError | FileNotFoundError):
         return f"missing or damaged: {first_line(error)}"
     told = f": {first_line(error)}" if isinstance(error, OSError | RuntimeError) else ""
+    told = "" if "weights_only" in told else told  # torch advises to run what is in the file
     return f"not a checkpoint, or a damaged one{told}"

@@ -150,5 +150,7 @@ def _scalar(text: Plain, kind: Any) -> Any:
 def _wrong_type(error: Exception) -> str:
     """OmegaConf's message as ours: what the key got, and what is expected."""
     message = first_line(getattr(error, "msg", None) or error)
+    if "is not a ListConfig" in message:
+        return "expected a list in brackets, such as [1, 2]"
     match = re.fullmatch(r"Value '(.*)' (?:of type '.*' could not be converted to|is not a valid) (\w+).*", message)
     return f"got {match[1]!r}, expected {TYPE_NAMES.get(match[2], match[2])}" if match else message

@@ -1,6 +1,5 @@
 """The features of images that evaluation compares, and the networks that extract them."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +54,6 @@ def load_extractor(features: str) -> Extractor:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if features == "inception":
         return Extractor("inception", "inception", load_inception(device), device)
-    if not os.path.isfile(features):
-        raise UserError(f"--features: {features} is no file; expected inception, or a TorchScript file")
     try:
         network = torch.jit.load(features, map_location=device).eval()
     except Exception as error:

@@ -66,8 +66,6 @@ def open_set(path: str, image_size: int | None = None, cache: str | None = None)
         uri = path.rstrip("/")
         name = f"{uri.rpartition('/')[2]}-{hashlib.sha256(uri.encode()).hexdigest()[:8]}"
         return open_shards(path, image_size, os.path.join(cache, name))
-    if not os.path.exists(path):
-        raise UserError(f"{path}: no such file or folder")
     if os.path.isfile(path):
         return open_npz(path, image_size)
     folder, counted = Path(path), Counter[str]()

@@ -99,7 +99,7 @@ def checkpoints_text(config: Config, count: int | None, samples: int | None, ste
     if count and every:
         number = -(-count // every)
         keep = config.trainer.get("save_num_checkpoints_to_keep", -1)
-        kept = number if keep < 0 else min(keep, number)
+        kept = number if keep < 0 else min(max(keep, 1), number)  # the newest stays
         text += f": {number} in all, {kept} kept, {kept * size:.3g} GB"
     return f"{text}, in {save_folder(config)}"
 

@@ -112,6 +112,8 @@ def prefixed(weights: dict, prefix: str = "", per_block: str = "") -> dict:
         lambda w: prefixed(w, per_block="_orig_mod."),  # each block compiled by itself
         lambda w: prefixed(w, "_fsdp_wrapped_module.", "_fsdp_wrapped_module._orig_mod."),
         lambda w: {"n_averaged": torch.tensor(3)} | prefixed(w, "module."),  # torch's AveragedModel
+        lambda w: prefixed(w, "model."),  # Lightning
+        lambda w: prefixed(w, "model._orig_mod.net."),
     ],
 )
 def test_the_prefixes_of_wrapped_networks_are_taken_off(authors, tmp_path, wrap):
@@ -127,6 +129,7 @@ def test_the_prefixes_of_wrapped_networks_are_taken_off(authors, tmp_path, wrap)
         (lambda model, ema: ema, {"ema": "ema"}),
         (lambda model, ema: {"state_dict": ema, "epoch": 3}, {"ema": "ema"}),
         (lambda model, ema: {"ema": ema}, {"ema": "ema"}),
+        (lambda model, ema: {"module": ema, "step": 3}, {"ema": "ema"}),
         (lambda model, ema: {"model": None, "ema": ema}, {"ema": "ema"}),
         (lambda model, ema: {"model_state_dict": model}, {"training": "model"}),
         (lambda model, ema: {"model_state_dict": model, "ema_state_dict": ema}, {"training": "model", "ema": "ema"}),
@@ -174,6 +177,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 270000
         (b"", "not a checkpoint, but an empty file"),
         (b'{"error": "Invalid username or password."}', "checkpoint|damaged"),
         (bytes(range(256)) * 4, "checkpoint|damaged"),
+        (bytes(4096), r"a damaged one$|invalid JSON"),  # torch's advice is to run what is in it
         (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.", "damaged"),  # the head of torch's old format
     ],
 )

@@ -83,6 +83,7 @@ def test_a_yamls_header_has_the_numbers_that_follow_from_its_network(name):
         ("model.hiden_size=3", "model.hiden_size: no such key; did you mean hidden_size?"),
         ("data.num_workers=four", "data.num_workers: got 'four', expected a whole number"),
         ("optimizer.lr=fast", "optimizer.lr: got 'fast', expected a number"),
+        ("optimizer.betas=0.9,0.99", "optimizer.betas: expected a list in brackets"),
         ("data.flip=maybe", "data.flip: got 'maybe', expected true or false"),
         ("depth", "'depth': invalid override, expected key=value"),
         ("model.hidden_size=130", "model.hidden_size: got 130, expected a multiple of num_heads (4)"),

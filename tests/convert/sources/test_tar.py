@@ -167,7 +167,7 @@ GOOD = [("1.jpg", b"x"), ("1.cls", b"1")]
     ("members", "options", "message"),
     [
         ([*GOOD, ("2.jpg", b"x")], {}, "sample 2: has no label 'cls'; it has: jpg .--label-column names"),
-        ([("1.jpg", b"x"), ("1.cls", b"")], {}, "sample 1: has no label 'cls'"),
+        ([("1.jpg", b"x"), ("1.cls", b"")], {}, "sample 1: the label is empty"),
         ([*GOOD, ("2.jpg", b"x"), ("2.cls", b"wolf")], {}, "sample 2: label 'wolf' is not an integer, as the first"),
         ([*GOOD, ("2.jpg", b"x"), ("2.cls", b"-1")], {}, "sample 2: label -1 is not a class, expected 0 to"),
         ([*GOOD, ("2.jpg", b"x"), ("2.cls", b"1000000")], {}, "sample 2: label 1000000 is not a class"),
@@ -184,7 +184,7 @@ GOOD = [("1.jpg", b"x"), ("1.cls", b"1")]
             "sample 1 occurs twice, or its members do not follow",
         ),
         ([("1.jpg", b"x"), ("1.cls", b"b\xe4r")], {}, r"sample 1: got b.*xe4r., expected text in UTF-8"),
-        ([("1.jpg", b"x"), ("1.cls", b"\xef\xbb\xbf ")], {}, "sample 1: has no label 'cls'"),
+        ([("1.jpg", b"x"), ("1.cls", b"\xef\xbb\xbf ")], {}, "sample 1: the label is empty"),
         ([("1.txt", b"x"), ("1.cls", b"1")], {}, "t.tar: holds no image; its members' extensions are: cls, txt"),
         ([], {}, "t.tar: holds no image; its members' extensions are: none"),
         (GOOD, {"image_column": "jpeg"}, "t.tar: holds no image; .*: cls, jpg .--image-column chooses one"),
