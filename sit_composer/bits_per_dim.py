@@ -21,7 +21,7 @@ import os
 import sys
 
 from sit_composer import choices
-from sit_composer.cli import hand_over, make_parser, number, refuse_idle, run_command
+from sit_composer.cli import check_checkpoint, hand_over, make_parser, number, refuse_idle, run_command
 from sit_composer.errors import UserError
 from sit_composer.outputs import check_output
 
@@ -55,6 +55,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         ("num_steps", not adaptive, f"without a fixed-step solver ({', '.join(choices.FIXED_STEP_METHODS)})"),
         ("probes", not args.exact, "with --exact"),
     )
+    check_checkpoint(args)
     check_output("--out", args.out, ".json", "bits_per_dim")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("WORLD_SIZE: this command runs as one process; start it with python, not with a launcher")

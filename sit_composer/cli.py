@@ -117,6 +117,13 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
+def check_checkpoint(args: argparse.Namespace) -> argparse.Namespace:
+    """The options, if something is where their checkpoint should be; else UserError, before torch is loaded."""
+    if not is_remote(args.checkpoint) and not os.path.exists(args.checkpoint):
+        raise UserError(f"{args.checkpoint}: no checkpoint here")
+    return args
+
+
 def s3_endpoint() -> str | None:
     """The address of the S3 store that the environment names; None for AWS. boto3 knows all names but the first."""
     if os.environ.get("S3_ENDPOINT_URL") == "":

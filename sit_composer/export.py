@@ -15,7 +15,7 @@ and `SiT.from_pretrained` take either folder. Existing folders are left unchange
 
 import sys
 
-from sit_composer.cli import hand_over, is_hub_name, make_parser, refuse_idle, run_command
+from sit_composer.cli import check_checkpoint, hand_over, is_hub_name, make_parser, refuse_idle, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     refuse_idle(parser, args, ("vae_id", args.hub, "without --hub"))
     if args.vae_id is not None and not is_hub_name(args.vae_id):
         parser.error(f"argument --vae-id: got {args.vae_id!r}, expected a name on the Hub, such as OWNER/NAME")
-    return run_command(lambda: hand_over("sit_composer.checkpoint.export", args, "torch"))
+    return run_command(lambda: hand_over("sit_composer.checkpoint.export", check_checkpoint(args), "torch"))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ import importlib_metadata
 
 # The backport takes the search for installed packages over from Python's own finder, so it must come first.
 assert importlib_metadata.MetadataPathFinder in map(type, sys.meta_path)
-# What isn't to be found, as names of modules and of packages: Composer and streaming do without.
-HIDDEN = ("matplotlib", "pandas", "paramiko", "scikit-learn", "scipy", "sklearn", "transformers")
+# Modules that aren't to be found, unless they are imported already: Composer and streaming do without.
+HIDDEN = ("matplotlib", "pandas", "paramiko", "scipy", "sklearn", "transformers")
+PACKAGES = {"sklearn": "scikit-learn"}  # that have another name than their module
 # Library: the modules to import, and those that an empty one with these classes stands in for meanwhile.
 LIBRARIES: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
     "torch": (("torch",), {}),
@@ -48,7 +49,8 @@ def load(*libraries: str) -> None:
             vars(module).update({cls: type(cls, (), {}) for cls in replaced[name]})
         sys.modules.update(empty)
         try:
-            with hide(HIDDEN):
+            hidden = [name for name in HIDDEN if name not in sys.modules]
+            with hide((*hidden, *(PACKAGES.get(name, name) for name in hidden))):
                 for name in modules:
                     import_module(name)
         finally:

@@ -12,7 +12,7 @@ import sys
 
 from sit_composer import choices
 from sit_composer.choices import Sampling
-from sit_composer.cli import hand_over, make_parser, number, refuse_idle, run_command
+from sit_composer.cli import check_checkpoint, hand_over, make_parser, number, refuse_idle, run_command
 from sit_composer.outputs import check_output
 
 # Without defaults on the command line, to notice an option that has no effect; `Sampling` has the defaults.
@@ -60,6 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options with their defaults; those that depend on the checkpoint are None if not given."""
     parser = make_options()
     args = parser.parse_args(argv)
+    check_checkpoint(args)
     check_output("--npz", args.npz, "", "arr_0", "labels")
     ode = args.mode == "ODE"
     methods, method, steps = (choices.ODE_METHODS, "dopri5", 50) if ode else (choices.SDE_METHODS, "Euler", 250)

@@ -19,6 +19,13 @@ print(*sys.modules)
 import streaming.vision, transformers, scipy.signal  # whoever wants them still finds the real ones
 print(streaming.vision.StreamingCIFAR10, transformers.BatchEncoding, scipy.signal.windows)
 """
+AFTER_SCIPY = """
+import scipy, sklearn, transformers
+from sit_composer import lean
+lean.load("torch", "composer", "streaming")
+import sit_composer.training.fit
+print()
+"""
 CONVERSION = """
 from sit_composer import lean
 lean.load("streaming")
@@ -37,8 +44,13 @@ assert callable(launcher.main) and launcher._monitor_processes and launcher._pri
 
 @pytest.mark.parametrize(
     ("code", "unused"),
-    [(TRAINING, UNUSED), (CONVERSION, {*UNUSED, "torchvision", "sympy"}), (LAUNCHING, {*UNUSED, "torch", "composer"})],
-    ids=["training", "conversion", "launching"],
+    [
+        (TRAINING, UNUSED),
+        (AFTER_SCIPY, set()),
+        (CONVERSION, {*UNUSED, "torchvision", "sympy"}),
+        (LAUNCHING, {*UNUSED, "torch", "composer"}),
+    ],
+    ids=["training", "where some are imported already", "conversion", "launching"],
 )
 def test_what_no_command_needs_is_not_imported(code, unused):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -36,13 +36,16 @@ def load_config(path: str, overrides: list[str]) -> Config:
     for item in overrides:
         if not re.fullmatch(r"[\w.]+=.*", item, re.DOTALL):
             raise ConfigError(f"{item!r}: invalid override, expected key=value, such as trainer.max_duration=10ba")
+    for name, value in content.items():
+        _check_section(name, value)
     try:
         config = OmegaConf.merge(OmegaConf.structured(Config), content)
         if any(item.startswith("scheduler=") for item in overrides):
             config.scheduler = {}  # there is only one: merging would keep the YAML's beside it
         given = OmegaConf.create()
-        for item in overrides:
-            OmegaConf.update(given, *_override(item))
+        for name, value in map(_override, overrides):
+            _check_section(name, value)
+            OmegaConf.update(given, name, value)
         config = OmegaConf.merge(config, given)
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
@@ -87,6 +90,15 @@ def read_yaml(content: bytes | str, where: str) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{where}: not YAML: {one_line(error)}") from None
     raise ConfigError(f"{where}: not a YAML of keys and values")
+
+
+def _check_section(name: str, value: Any) -> None:
+    """Raises ConfigError for a section that is no section."""
+    kind = next((f.type for f in dataclasses.fields(Config) if f.name == name), None)
+    kinds = [get_origin(part) or part for part in (kind, *get_args(kind))]
+    is_section = dict in kinds or any(map(dataclasses.is_dataclass, kinds))
+    if is_section and not isinstance(value, dict | None):
+        raise ConfigError(f"{name}: got {value!r}, expected keys and values, such as {name}: {{key: value}}")
 
 
 def _override(item: str) -> tuple[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 HIDDEN = "hidden, its name begins with a dot"
+ARCHIVER = "__MACOSX"  # a folder that macOS's archiver puts beside what it packs
 AGAIN = "a folder that a link reaches again"
 Listing = tuple[str, list[os.DirEntry[str]]]  # a folder and its files
 
@@ -16,8 +17,8 @@ def scan(folder: str, left_out: Counter[str]) -> tuple[list[str], list[os.DirEnt
     folders, files = [], []
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.name.startswith("."):
-                left_out[HIDDEN] += 1
+            if entry.name.startswith(".") or entry.name == ARCHIVER:
+                left_out[ARCHIVER if entry.name == ARCHIVER else HIDDEN] += 1
             elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                 folders.append(entry.path)
             else:

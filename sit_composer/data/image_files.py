@@ -31,9 +31,8 @@ def suffixes() -> frozenset[str]:
 
 
 def is_image(path: str) -> bool:
-    """Whether a file is an image by its extension or, if it has none, by its content."""
-    suffix = suffix_of(path)
-    return suffix in suffixes() if suffix else _begins_as_image(path)
+    """Whether a file is an image by its extension or by how it begins."""
+    return suffix_of(path) in suffixes() or _begins_as_image(path)
 
 
 def images_of(files: Iterable[os.DirEntry[str]], left_out: Counter[str]) -> list[os.DirEntry[str]]:

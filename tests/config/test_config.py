@@ -153,7 +153,7 @@ def test_a_yamls_header_has_the_numbers_that_follow_from_its_network(name):
         ("model.mlp_ratio=inf", "model.mlp_ratio: got inf"),
         ("data.image_size=0", "data.image_size: got 0, expected a whole number of at least 1"),
         ("callbacks={a: [", "callbacks={a: [: while parsing a flow"),
-        ("callbacks=[speed_monitor]", "callbacks=[speed_monitor]: Cannot merge"),
+        ("callbacks=[speed_monitor]", "callbacks: got ['speed_monitor'], expected keys and values"),
         ("ema=5", "ema"),
         ("trainer.device_train_microbatch_size=0", "trainer.device_train_microbatch_size: got 0"),
         ("algorithms.ema={}", "algorithms.ema: set it as ema.decay"),
