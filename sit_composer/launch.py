@@ -61,7 +61,7 @@ def main() -> int:
 
 
 def composer_launcher() -> Any:
-    """The module `composer.cli.launcher`, with the few names that it takes from other modules in their stead."""
+    """The module `composer.cli.launcher`, imported with stand-ins for the modules from which it needs a few names."""
     torch = ModuleType("torch")  # used if -n isn't given
     torch.__getattr__ = lambda name: getattr(import_module("torch"), name)  # type: ignore[method-assign]
     names = ("MOSAICML_GPU_LOG_FILE_PREFIX", "MOSAICML_LOG_DIR", "MOSAICML_PLATFORM")

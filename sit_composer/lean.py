@@ -1,8 +1,9 @@
 """Imports Composer and streaming without the packages that they load along, and that nothing here uses.
 
 Composer loads torchmetrics, whose metrics of text, audio and plots load transformers' models, scipy, scikit-learn,
-pandas and matplotlib; streaming's data sets of text and images load transformers' models again, and torchvision's. That
-is most of the time of these imports. The libraries can do without each other, so they are told that some aren't there.
+pandas and matplotlib; streaming's data sets of text and images load transformers' models again, and torchvision's.
+These take most of the import time. They are optional: while Composer and streaming load, this module hides them, so
+that each library takes its own branch for "not installed".
 """
 
 import gc

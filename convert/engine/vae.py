@@ -1,4 +1,4 @@
-"""The autoencoder that --vae names, as far as its config.json tells: to load it takes many seconds."""
+"""What the config.json of --vae's autoencoder says. It is read before the weights, which take seconds to load."""
 
 import hashlib
 import json

@@ -76,8 +76,9 @@ class Progress(Callback):
         if loss is not None:
             self._weight = SMOOTHING * self._weight + 1 - SMOOTHING
             self.loss += (loss - self.loss) * (1 - SMOOTHING) / self._weight
-        self._bar.set_postfix_str(self.line(state), refresh=False)
-        self._bar.update()
+        if not self._bar.disable:
+            self._bar.set_postfix_str(self.line(state), refresh=False)
+            self._bar.update()
 
     def line(self, state: State) -> str:
         """What is shown beside the batch."""
@@ -129,7 +130,7 @@ class Beside:
     def __init__(self, stream: Any, bar: tqdm):
         self.stream = stream
         self.bar = bar
-        self.begun = ""  # a line
+        self.begun = ""  # the text of a line that has no end yet
 
     def write(self, text: str) -> int:
         lines, newline, self.begun = (self.begun + text).rpartition("\n")

@@ -65,12 +65,6 @@ def fit(config: Config, device: str, supervision: Supervision) -> int:
     reproducibility.seed_all(config.seed)  # alike on every rank: Composer doesn't broadcast rank 0's weights under FSDP
     network = SiT(**network_arguments(config.model))
     model = ComposerSiT(network, Transport(**vars(config.transport)), inputs.autoencoder, inputs.encoder)
-    # One fused pass over the weights, where that was tried: on a GPU, but not on shards, nor with amp_fp16's scaler,
-    # which would have it divide the gradients too. None lets torch choose foreach or a for-loop; False would not.
-    fused = (device == "cuda" and config.fsdp is None and config.precision != "amp_fp16") or None
-    trained = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, **vars(config.optimizer), fused=fused)
-
     ema = EMA(config.ema.decay) if config.ema is not None else None
     weights = ema.weights if ema is not None else None
     record = Record(
@@ -97,7 +91,7 @@ def fit(config: Config, device: str, supervision: Supervision) -> int:
         config,
         resumption,
         model=model,
-        optimizers=optimizer,
+        optimizers=make_optimizer(network, config, device),
         schedulers=scheduler,
         train_dataloader=inputs.loaders["data"],
         eval_dataloader=inputs.loaders.get("eval_data"),
@@ -118,6 +112,15 @@ def fit(config: Config, device: str, supervision: Supervision) -> int:
         for loader in inputs.loaders.values():
             loader.stop()  # Composer stops the training's only
         trainer.engine.close()  # trainer.close() would then wait for all ranks, and maybe only this one failed
+
+
+def make_optimizer(network: SiT, config: Config, device: str) -> torch.optim.AdamW:
+    """AdamW over the weights that are trained."""
+    # One fused pass over the weights, where that was tried: on a GPU, but not on shards, nor with amp_fp16's scaler,
+    # which would have it divide the gradients too. None lets torch choose foreach or a for-loop; False would not.
+    fused = (device == "cuda" and config.fsdp is None and config.precision != "amp_fp16") or None
+    trained = [p for p in network.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, **vars(config.optimizer), fused=fused)
 
 
 def build_trainer(config: Config, resumption: dict[str, Any], **parts: Any) -> Trainer:
