@@ -55,7 +55,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         ("num_steps", not adaptive, f"without a fixed-step solver ({', '.join(choices.FIXED_STEP_METHODS)})"),
         ("probes", not args.exact, "with --exact"),
     )
-    check_checkpoint(args)
     check_output("--out", args.out, ".json", "bits_per_dim")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("WORLD_SIZE: this command runs as one process; start it with python, not with a launcher")
@@ -67,7 +66,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for a mistake that it names."""
-    return run_command(lambda: hand_over("sit_composer.evaluation.bits", parse(argv), "torch", "streaming"))
+    return run_command(
+        lambda: hand_over("sit_composer.evaluation.bits", check_checkpoint(parse(argv)), "torch", "streaming")
+    )
 
 
 if __name__ == "__main__":

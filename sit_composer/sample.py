@@ -60,7 +60,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options with their defaults; those that depend on the checkpoint are None if not given."""
     parser = make_options()
     args = parser.parse_args(argv)
-    check_checkpoint(args)
     check_output("--npz", args.npz, "", "arr_0", "labels")
     ode = args.mode == "ODE"
     methods, method, steps = (choices.ODE_METHODS, "dopri5", 50) if ode else (choices.SDE_METHODS, "Euler", 250)
@@ -92,7 +91,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 if all images exist, 2 for a mistake that it names."""
-    return run_command(lambda: hand_over("sit_composer.gallery", parse(argv), "torch"), "stopped; rerun to continue")
+    return run_command(
+        lambda: hand_over("sit_composer.gallery", check_checkpoint(parse(argv)), "torch"), "stopped; rerun to continue"
+    )
 
 
 if __name__ == "__main__":

@@ -488,7 +488,7 @@ def test_names_have_one_rule_in_every_source(tmp_path, kind, names, expected):
     ("kind", "names", "message"),
     [
         ("table", ["a", " "], "row 1: the label is empty"),
-        ("tar", ["a", "\ufeff\n"], "sample 1: has no label 'cls'"),
+        ("tar", ["a", "\ufeff\n"], "sample 1: the label is empty"),
         ("folder", ["a", " "], "a class has an empty name"),
         ("folder", ["a", "a "], "two classes have the name 'a'"),
     ],
