@@ -20,10 +20,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from sit_composer.precision import DTYPES
 from sit_composer.sit import SiT
 from sit_composer.transport import Transport
-
-DTYPES = {"fp32": torch.float32, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}  # that a precision computes in
 
 
 class Ledger(TorchDispatchMode):

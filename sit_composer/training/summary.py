@@ -14,6 +14,7 @@ from sit_composer.checkpoint.record import on_meta
 from sit_composer.config.schema import Config, ConfigError, network_arguments
 from sit_composer.costs import estimate, tables
 from sit_composer.data.spec import DataSpec
+from sit_composer.precision import DTYPES
 
 EFFICIENCY = 0.5  # of a device's rate of matrix products, assumed for a step
 
@@ -74,7 +75,7 @@ def device_flops(config: Config) -> float:
     network, on_gpu = network_arguments(config.model), torch.cuda.is_available()
     tokens = (network["input_size"] // network["patch_size"]) ** 2
     rows, width = min(max(tokens * config.data.global_batch_size, 64), 4096), network["hidden_size"]
-    options = {"device": "cuda" if on_gpu else "cpu", "dtype": estimate.DTYPES[config.precision]}
+    options = {"device": "cuda" if on_gpu else "cpu", "dtype": DTYPES[config.precision]}
     a, b = torch.ones(rows, width, **options), torch.ones(width, 4 * width, **options)
     took = []
     for _ in range(5):
