@@ -110,6 +110,7 @@ PATHS = {
     "VP": PathFacts(pole_at_noise=False, pole_at_data=True, train_eps=1e-5),
 }
 PRECISIONS = ("auto", "fp32", "bf16")  # on every device; auto is bf16 where the device has it
+GPU_PRECISIONS = ("amp_bf16", "amp_fp16")  # Composer's names
 PREDICTIONS = ("velocity", "noise", "score")
 LOSS_WEIGHTS = (None, "velocity", "likelihood")
 TIME_SAMPLINGS = ("uniform", "logit-normal")

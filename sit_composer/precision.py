@@ -7,31 +7,36 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from sit_composer import choices
 from sit_composer.errors import UserError
 
+# ``amp_bf16`` is ``bf16`` that needs a GPU; ``amp_fp16`` is Composer's, with its loss scaling.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 
 
 def has_bfloat16(device: str) -> bool:
-    """Whether a device multiplies bfloat16 matrices faster than float32 ones."""
+    """Whether a device, cpu or cuda, multiplies bfloat16 matrices faster than float32 ones."""
     if device == "cuda":
         return torch.cuda.get_device_capability() >= (8, 0)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def resolve(precision: str, device: str) -> str:
-    """``auto`` as ``bf16`` or ``fp32``, whichever is faster there. A UserError if the device lacks the precision."""
+    """``auto`` as ``bf16`` where the device has it, else ``fp32``. Raises UserError if the device lacks a precision."""
     if precision == "auto":
         return "bf16" if has_bfloat16(device) else "fp32"
-    if device == "cuda" and precision in ("bf16", "amp_bf16") and torch.cuda.get_device_capability() < (8, 0):
-        name = torch.cuda.get_device_name()
-        raise UserError(f"precision: got {precision}, expected fp32 or amp_fp16: {name} has no bfloat16")
-    if device != "cuda" and precision in ("amp_bf16", "amp_fp16"):
-        raise UserError(f"precision: got {precision}, expected {', '.join(choices.PRECISIONS)}: there is no GPU here")
+    if device != "cuda" and precision.startswith("amp"):
+        raise UserError(f"precision: got {precision}, expected auto, bf16 or fp32: there is no GPU here")
+    if device == "cuda" and precision.endswith("bf16") and not has_bfloat16(device):
+        gpu = torch.cuda.get_device_name()
+        raise UserError(f"precision: got {precision}, expected auto, amp_fp16 or fp32: {gpu} has no bfloat16")
     return precision
 
 
+def for_gpu(precision: str) -> bool:
+    """Whether a run of that precision is one for GPUs, wherever it is planned."""
+    return precision.startswith("amp") or torch.cuda.is_available()
+
+
 def autocast(precision: str, device: str) -> AbstractContextManager:
-    """The context in which to call the network: of ``fp32`` or ``bf16``, see `resolve`."""
-    return torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()
+    """The context in which to call the network, for a precision that `resolve` returned."""
+    return nullcontext() if precision == "fp32" else torch.autocast(device, DTYPES[precision])

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from composer.core import Callback, Event, State
-from composer.core.precision import get_precision_context
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 from torch import Tensor
@@ -18,6 +17,7 @@ from sit_composer.autoencoder import Autoencoder, to_uint8
 from sit_composer.choices import Sampling
 from sit_composer.generate import generate
 from sit_composer.guidance import Guidance
+from sit_composer.precision import autocast
 
 
 @dataclass
@@ -42,9 +42,9 @@ class Drawing:
         share = [min(i, count - 1) for i in range(rank, -(-count // ranks) * ranks, ranks)]  # padded with the last one
         training, parts = model.training, []
         model.eval()
-        # FSDP2 gathers weights in autocast's precision, and Composer calls callbacks without autocast.
+        # FSDP2 gathers weights in the training's precision.
         sharded = any(isinstance(module, FSDPModule) for module in model.modules())
-        precision = get_precision_context(state.precision) if sharded else nullcontext()
+        precision = autocast(model.precision if sharded else "fp32", state.device.name.replace("gpu", "cuda"))
         averaged = self.weights.in_model() if self.weights is not None else nullcontext()
         with torch.no_grad(), averaged, precision:
             guidance = Guidance(model.network, self.sampling.cfg_scale)

@@ -22,8 +22,9 @@ from sit_composer.costs import estimate, tables
 from sit_composer.data.spec import DataSpec
 from sit_composer.data.stream import read_first_sample
 from sit_composer.errors import USAGE, UserError, one_line
+from sit_composer.precision import for_gpu, resolve
 from sit_composer.storage import open_run_folder
-from sit_composer.training.inputs import SECTIONS, check_gpu, check_specs, read_specs
+from sit_composer.training.inputs import SECTIONS, check_specs, read_specs
 from sit_composer.training.summary import save_folder, summary
 
 PROBE = ".sit_composer-dry-run-"
@@ -37,6 +38,9 @@ def run(config: Config) -> int:
     """
     if os.environ.get("RANK", "0") != "0":
         return 0
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.precision == "auto":
+        config = replace(config, precision=resolve("auto", device))
     lines: list[str] = []
     failed: list[str] = []
 
@@ -64,8 +68,7 @@ def run(config: Config) -> int:
     for section in ("loggers", "callbacks", "algorithms", "scheduler"):
         if getattr(config, section):
             make(section, _build, section, getattr(config, section))
-    if config.precision != "fp32":
-        make("precision", check_gpu, config.precision)
+    make("precision", resolve, config.precision, device)
     text = [summary(config, specs, *found or [None]), "", *cost_tables(config, specs), "checks:", *lines]
     print(hide("\n".join(text)), flush=True)
     return USAGE if failed else 0
@@ -83,7 +86,7 @@ def cost_tables(config: Config, specs: dict[str, DataSpec]) -> list[str]:
     """Memory by microbatch, for this device; and for GPUs the time on several of them."""
     ranks, spec = int(os.environ.get("WORLD_SIZE", 1)), specs.get("data")
     encoder = estimate.encoder_memory(config) if spec is not None and spec.kind == "pixels" else (0, 0)
-    cuda = config.precision != "fp32" or torch.cuda.is_available()
+    cuda = for_gpu(config.precision)
     counts = sorted({ranks, 8}) if cuda else [ranks]
     memory = tables.memory_tables(config, counts, tables.MICROBATCHES, cuda, encoder)
     costs = [tables.cost_table(config, counts, 0.4, spec.samples if spec is not None else None), ""] if cuda else []

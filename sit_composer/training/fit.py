@@ -1,6 +1,7 @@
 """Builds what a config says and trains it."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -21,11 +22,12 @@ from sit_composer.config.composer_classes import build
 from sit_composer.config.schema import Config, ConfigError, network_arguments
 from sit_composer.costs import estimate
 from sit_composer.errors import one_line
+from sit_composer.precision import resolve
 from sit_composer.sit import SiT
 from sit_composer.storage import StorageError, is_disk_full
 from sit_composer.supervision.eviction import Evicted
 from sit_composer.supervision.supervisor import Supervision, excluded_algorithms, guard_composer
-from sit_composer.training.inputs import Inputs, check_gpu, open_inputs
+from sit_composer.training.inputs import Inputs, open_inputs
 from sit_composer.training.model import ComposerSiT
 from sit_composer.training.quiet import silence
 from sit_composer.training.sharding import parallelism
@@ -39,9 +41,8 @@ REFUSALS = (ValueError, TypeError, OSError, RuntimeError, EOFError, KeyError, Un
 def run(config: Config) -> int:
     """Trains what the config describes. Returns the exit code, which tells whether a signal ended it; or UserError."""
     silence()
-    if config.precision != "fp32":
-        check_gpu(config.precision)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = replace(config, precision=resolve(config.precision, device))
     # Longer than one rank may wait for a store while the others wait for it; Composer's default is five minutes.
     timeout = config.trainer.get("dist_timeout", max(1800.0, 2 * config.supervision.patience))
     dist.initialize_dist("gpu" if device == "cuda" else "cpu", timeout)
@@ -64,7 +65,8 @@ def fit(config: Config, device: str, supervision: Supervision) -> int:
     # --- Network and objective ---
     reproducibility.seed_all(config.seed)  # alike on every rank: Composer doesn't broadcast rank 0's weights under FSDP
     network = SiT(**network_arguments(config.model))
-    model = ComposerSiT(network, Transport(**vars(config.transport)), inputs.autoencoder, inputs.encoder)
+    transport = Transport(**vars(config.transport))
+    model = ComposerSiT(network, transport, inputs.autoencoder, inputs.encoder, config.precision)
     ema = EMA(config.ema.decay) if config.ema is not None else None
     weights = ema.weights if ema is not None else None
     record = Record(
@@ -132,9 +134,11 @@ def build_trainer(config: Config, resumption: dict[str, Any], **parts: Any) -> T
         arguments.pop(name, None)
     if not config.trust_checkpoint:
         guard_composer()
-    parts |= {name: getattr(config, name) for name in ("run_name", "seed", "precision")}
+    parts |= {"run_name": config.run_name, "seed": config.seed}
+    # `ComposerSiT` computes in bfloat16 by itself. Composer's own is refused on a CPU, and casts more than the network.
+    parts["precision"] = "amp_fp16" if config.precision == "amp_fp16" else "fp32"
     try:
-        return Trainer(**parts, parallelism_config=parallelism(config.fsdp), **arguments)
+        return Trainer(**parts, parallelism_config=parallelism(config.fsdp, config.precision), **arguments)
     except REFUSALS as error:
         source = arguments.get("load_path") or config.trainer.get("save_folder") or "trainer"
         raise ConfigError(f"trainer: {one_line(error)} ({source})") from error

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 
-import torch
 from composer.utils import dist
 
 from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder
@@ -24,13 +23,6 @@ class Inputs:
     autoencoder: AutoencoderSpec  # of the latents that the network learns
     encoder: KLAutoencoder | None  # encodes images in each step; None if the shards hold latents, or for pixels
     loaders: dict[str, SitLoader]
-
-
-def check_gpu(precision: str) -> str:
-    """Raises ConfigError unless there is a GPU, which a precision below fp32 needs; returns what was found."""
-    if not torch.cuda.is_available():
-        raise ConfigError(f"precision: got {precision}, expected fp32: there is no GPU here")
-    return f"{precision} on {torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
 
 
 def read_specs(config: Config) -> Specs:

@@ -6,6 +6,7 @@ from torchmetrics import MeanMetric, Metric
 
 from sit_composer import randomness
 from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder, from_uint8
+from sit_composer.precision import autocast
 from sit_composer.sit import SiT, SiTBlock
 from sit_composer.transport import Transport
 
@@ -21,13 +22,19 @@ class ComposerSiT(ComposerModel):
     """
 
     def __init__(
-        self, network: SiT, transport: Transport, autoencoder: AutoencoderSpec, encoder: KLAutoencoder | None = None
+        self,
+        network: SiT,
+        transport: Transport,
+        autoencoder: AutoencoderSpec,
+        encoder: KLAutoencoder | None = None,
+        precision: str = "fp32",
     ):
         super().__init__()
         self.network = network
         self.transport = transport
         self.autoencoder = autoencoder
         self.encoder = encoder  # KLAutoencoder is no nn.Module
+        self.precision = precision  # of the network alone: fp32, bf16 or amp_bf16
         # Composer asks the network for these: a block is the unit of sharding and of activation checkpointing.
         network.fsdp_wrap_fn = network.activation_checkpointing_fn = lambda module: isinstance(module, SiTBlock)
 
@@ -44,11 +51,16 @@ class ComposerSiT(ComposerModel):
         side = self.network.input_size
         return randomness.normal(keys, purpose, (self.autoencoder.channels, side, side))  # (N, C, H, W)
 
+    def field(self, x: Tensor, t: Tensor, y: Tensor, draws: Tensor | None = None) -> Tensor:
+        """The network's output in the model's precision, see `SiT.forward`."""
+        with autocast(self.precision, x.device.type):
+            return self.network(x, t, y, draws)
+
     def _losses(self, batch: dict[str, Tensor], t: Tensor, keys: Tensor) -> Tensor:
-        # x1, t and x0 are float32, and so is the loss: only the network's matrix products follow autocast.
+        # x1, t and x0 are float32, and so is the loss.
         x1, x0 = self.latents(batch, keys), self._normal(keys, randomness.X0)  # (N, C, H, W)
         draws = randomness.uniform(keys, randomness.DROP)  # whose label is dropped
-        return self.transport.loss_at(self.network, t, x0, x1, y=batch["label"], draws=draws)
+        return self.transport.loss_at(self.field, t, x0, x1, y=batch["label"], draws=draws)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """The loss per sample: (N,). A sample's key determines its noise, time and label dropout: see `randomness`."""

@@ -33,11 +33,16 @@ def _policy(precision: Precision, mixed_precision: str) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
 
 
-def parallelism(fsdp: FSDPConfig | None) -> dict[str, FSDP2Config] | None:
-    """The Trainer's ``parallelism_config``; None for DDP."""
+def parallelism(fsdp: FSDPConfig | None, precision: str = "fp32") -> dict[str, FSDP2Config] | None:
+    """The Trainer's ``parallelism_config`` for a model of that precision; None for DDP."""
     if fsdp is None:
         return None
-    fsdp2.create_mixed_precision_policy = _policy
+
+    def policy(composers: Precision, mixed_precision: str) -> MixedPrecisionPolicy:
+        # Composer is told fp32 for bf16, which `ComposerSiT` casts to by itself.
+        return _policy(Precision.AMP_BF16 if precision.endswith("bf16") else composers, mixed_precision)
+
+    fsdp2.create_mixed_precision_policy = policy
     keys = asdict(fsdp)
     replicas = keys.pop("data_parallel_replicate_degree")
     config = ShardingConfig(**keys)

@@ -14,7 +14,7 @@ from sit_composer.checkpoint.record import on_meta
 from sit_composer.config.schema import Config, ConfigError, network_arguments
 from sit_composer.costs import estimate, tables
 from sit_composer.data.spec import DataSpec
-from sit_composer.precision import DTYPES
+from sit_composer.precision import DTYPES, for_gpu
 
 EFFICIENCY = 0.5  # of a device's rate of matrix products, assumed for a step
 
@@ -42,7 +42,7 @@ def summary(config: Config, specs: dict[str, DataSpec], checkpoint: str | None) 
     if total is not None:
         lines["length"] += f": {total:,} batches" + (f", {total * batch / samples:.4g} epochs" if samples else "")
     encoder = estimate.encoder_memory(config) if spec is not None and spec.kind == "pixels" else (0, 0)
-    cuda = config.precision != "fp32" or torch.cuda.is_available()
+    cuda = for_gpu(config.precision)
     if isinstance(micro, int):
         memory = estimate.memory(config, ranks, micro, cuda, encoder).total
         lines["memory"] = f"{memory / estimate.GIB:.3g} GiB per rank"

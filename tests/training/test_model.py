@@ -56,16 +56,21 @@ def test_training_depends_on_keys_and_weights_only():
     assert not torch.allclose(model({**data, "key": data["key"] + 1}), whole)
 
 
-def test_under_autocast_only_the_network_is_half():
-    model = ComposerSiT(small_network(), Transport(), SPEC)
+def test_in_bfloat16_only_the_network_is():
+    exact, model = (ComposerSiT(small_network(), Transport(), SPEC, precision=p) for p in ("fp32", "bf16"))
+    model.network.load_state_dict(exact.network.state_dict())
     seen = {}
     model.network.register_forward_pre_hook(lambda _, args: seen.update(x=args[0], t=args[1]))
     model.network.blocks[0].mlp.fc1.register_forward_hook(lambda _, __, out: seen.update(inside=out))
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = model(batch())
+    losses = model(batch())
+    losses.mean().backward()
     assert seen["inside"].dtype == torch.bfloat16
     assert seen["x"].dtype == seen["t"].dtype == losses.dtype == torch.float32
     assert not torch.equal(seen["t"], seen["t"].bfloat16().float())
+    assert {p.grad.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    torch.testing.assert_close(losses, exact(batch()), rtol=1e-2, atol=0)
+    assert not torch.equal(losses, exact(batch()))
+    assert model.eval().eval_forward(batch()).dtype == torch.float32
 
 
 def test_evaluation_depends_on_sample_and_weights_only():

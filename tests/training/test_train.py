@@ -31,8 +31,8 @@ from tests.helpers.paths import ROOT
 from tests.helpers.runs import COMPOSER, QUICKSTART, bits, differences
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_stopped_in_mid_epoch_resumes_to_the_bit(run, tmp_path, workers):
+@pytest.mark.parametrize(("workers", "precision"), [(0, "fp32"), (2, "bf16")])
+def test_a_run_stopped_in_mid_epoch_resumes_to_the_bit(run, tmp_path, workers, precision):
     overrides = [f"data.num_workers={workers}", "data.flip=true"]  # flips must resume too
     assert run("trainer.max_duration=40ba", *overrides, folder="whole") == 0  # 28 batches per epoch
     assert run("trainer.max_duration=10ba", *overrides) == 0
@@ -487,7 +487,7 @@ def test_a_run_of_another_network_under_the_same_name_is_refused(run, tmp_path, 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["precision=amp_bf16"], "precision: got amp_bf16, expected fp32: there is no GPU here"),
+        (["precision=amp_bf16"], "precision: got amp_bf16, expected auto, bf16 or fp32: there is no GPU here"),
         (["callbacks.early_stopper={monitor: x, dataloader_label: y, patience: soon}"], "callbacks.early_stopper"),
         (["data.local=nowhere"], "data.local: no shards in 'nowhere'"),
         (["model.num_classes=11"], "expected 10: "),
