@@ -143,6 +143,8 @@ def check_trainer(config: Config) -> None:
         raise ConfigError("trainer.save_folder: no value; autoresume needs one to resume from")
     if trainer.get("save_weights_only"):
         raise ConfigError("trainer.save_weights_only: got True, expected false: the EMA and record would be missing")
+    if config.compile.lower() != "false" and trainer.get("compile_config") is not None:
+        raise ConfigError("trainer.compile_config: has no place beside compile; leave one of them out")
     micro = trainer.get("device_train_microbatch_size", 1)
     if micro != "auto" and not (isinstance(micro, int) and micro >= 1):
         expected = "a whole number of at least 1, or auto on a GPU"

@@ -145,6 +145,7 @@ class Config:
     sample_grid: SampleGridConfig | None = key("images generated during training; null: none", None)
     frechet: FrechetConfig | None = key("Fréchet distance (FID) during training; null: none", None)
     precision: str = key("precision of the network", "fp32", choices=(*c.PRECISIONS, *c.GPU_PRECISIONS))
+    compile: str = key("torch.compile of each block: false, true, or a backend's name", "false")
     fsdp: FSDPConfig | None = key("sharded training (FSDP2); {} uses its defaults, null is DDP", None)
     supervision: SupervisionConfig = key("what keeps a run alive, and the only one of its name", SupervisionConfig())
     trust_checkpoint: bool = key("unpickle a whole one-file checkpoint, which can run code in it", False)

@@ -112,8 +112,11 @@ def memory(
 def encoder_memory(config: Config) -> tuple[int, int]:
     """Bytes of the autoencoder's weights (float32), and the peak of encoding a slice of images besides them."""
     name = config.autoencoder.name
-    if name is None:
-        return 0, 0
+    return (0, 0) if name is None else _encoder_memory(name, config.model.input_size)
+
+
+@cache
+def _encoder_memory(name: str, latent_side: int) -> tuple[int, int]:
     from diffusers import AutoencoderKL  # takes seconds to import, and is rarely needed
 
     architecture = STABLE_DIFFUSION  # assumed for a name on the Hub
@@ -126,15 +129,15 @@ def encoder_memory(config: Config) -> tuple[int, int]:
         vae = AutoencoderKL.from_config(architecture).requires_grad_(False).eval()
         weights = sum(p.numel() for p in vae.parameters()) * 4
         with Ledger(list(vae.parameters())) as ledger, torch.no_grad():
-            side = config.model.input_size * 2 ** (len(vae.config.block_out_channels) - 1)  # pixels
+            side = latent_side * 2 ** (len(vae.config.block_out_channels) - 1)  # pixels
             vae.encode(torch.empty(SLICE_SIZE, vae.config.in_channels, side, side))
     return weights, max(ledger.history)
 
 
-def fits(config: Config, ranks: int, room: float, encoder: tuple[int, int] = (0, 0)) -> int:
-    """The largest microbatch, with several per step, for a GPU of ``room`` GiB less the reserve; 0 if none fits."""
+def fits(config: Config, ranks: int, room: float, encoder: tuple[int, int] = (0, 0), cuda: bool = True) -> int:
+    """The largest microbatch, with several per step, for a device of ``room`` GiB less the reserve; 0 if none fits."""
     available = (room * (1 - RESERVE[0]) - RESERVE[1]) * GIB
-    return bisect(range(1, 2**32), available, key=lambda n: memory(config, ranks, n, True, encoder, True).total)
+    return bisect(range(1, 2**32), available, key=lambda n: memory(config, ranks, n, cuda, encoder, True).total)
 
 
 def peak_flops(precision: str) -> float | None:

@@ -19,13 +19,15 @@ from sit_composer.config.composer_classes import build
 from sit_composer.config.same_run import CONFIG, check_same_config
 from sit_composer.config.schema import Config, ConfigError
 from sit_composer.costs import estimate, tables
+from sit_composer.costs.room import check_room
 from sit_composer.data.spec import DataSpec
 from sit_composer.data.stream import read_first_sample
 from sit_composer.errors import USAGE, UserError, one_line
 from sit_composer.precision import for_gpu, resolve
 from sit_composer.storage import open_run_folder
+from sit_composer.training.compiling import find_backend
 from sit_composer.training.inputs import SECTIONS, check_specs, read_specs
-from sit_composer.training.summary import save_folder, summary
+from sit_composer.training.summary import microbatch, save_folder, summary
 
 PROBE = ".sit_composer-dry-run-"
 SECRETS = ("KEY", "SECRET", "TOKEN", "PASSWORD")  # in the names of environment variables
@@ -69,6 +71,11 @@ def run(config: Config) -> int:
         if getattr(config, section):
             make(section, _build, section, getattr(config, section))
     make("precision", resolve, config.precision, device)
+    if "data" in specs and not config.precision.startswith("amp"):  # which a GPU will run, elsewhere
+        encodes = config.autoencoder.name is not None and specs["data"].kind == "pixels"
+        make("memory", check_room, config, encodes, int(os.environ.get("WORLD_SIZE", 1)), microbatch(config))
+    if config.compile.lower() != "false":
+        make("compile", find_backend, config.compile, device)
     text = [summary(config, specs, *found or [None]), "", *cost_tables(config, specs), "checks:", *lines]
     print(hide("\n".join(text)), flush=True)
     return USAGE if failed else 0

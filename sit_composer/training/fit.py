@@ -21,17 +21,19 @@ from sit_composer.cli import say
 from sit_composer.config.composer_classes import build
 from sit_composer.config.schema import Config, ConfigError, network_arguments
 from sit_composer.costs import estimate
+from sit_composer.costs.room import check_room, too_large
 from sit_composer.errors import one_line
 from sit_composer.precision import resolve
 from sit_composer.sit import SiT
 from sit_composer.storage import StorageError, is_disk_full
 from sit_composer.supervision.eviction import Evicted
 from sit_composer.supervision.supervisor import Supervision, excluded_algorithms, guard_composer
+from sit_composer.training.compiling import compile_blocks, find_backend
 from sit_composer.training.inputs import Inputs, open_inputs
 from sit_composer.training.model import ComposerSiT
 from sit_composer.training.quiet import silence
 from sit_composer.training.sharding import parallelism
-from sit_composer.training.summary import sample_flops, save_every, summary
+from sit_composer.training.summary import microbatch, sample_flops, save_every, summary
 from sit_composer.transport import Transport
 
 # What Composer raises for arguments, folders and checkpoints that it can't use.
@@ -43,17 +45,18 @@ def run(config: Config) -> int:
     silence()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = replace(config, precision=resolve(config.precision, device))
+    backend = find_backend(config.compile, device)
     # Longer than one rank may wait for a store while the others wait for it; Composer's default is five minutes.
     timeout = config.trainer.get("dist_timeout", max(1800.0, 2 * config.supervision.patience))
     dist.initialize_dist("gpu" if device == "cuda" else "cpu", timeout)
     supervision = Supervision(config, timeout)
     try:
-        return fit(config, device, supervision)
+        return fit(config, device, backend, supervision)
     finally:
         supervision.close()
 
 
-def fit(config: Config, device: str, supervision: Supervision) -> int:
+def fit(config: Config, device: str, backend: str | None, supervision: Supervision) -> int:
     """Trains to the end or to a signal, once the ranks are connected; returns the exit code."""
     # --- Inputs ---
     resumption = supervision.start()
@@ -61,10 +64,14 @@ def fit(config: Config, device: str, supervision: Supervision) -> int:
     found = Path(resumption["load_path"]).name if "load_path" in resumption else None
     if dist.get_global_rank() == 0:
         print(summary(config, inputs.specs, found), flush=True)
+    memory = config, inputs.encoder is not None, dist.get_world_size(), microbatch(config)
+    check_room(*memory)
 
     # --- Network and objective ---
     reproducibility.seed_all(config.seed)  # alike on every rank: Composer doesn't broadcast rank 0's weights under FSDP
     network = SiT(**network_arguments(config.model))
+    if backend is not None:
+        compile_blocks(network, backend)
     transport = Transport(**vars(config.transport))
     model = ComposerSiT(network, transport, inputs.autoencoder, inputs.encoder, config.precision)
     ema = EMA(config.ema.decay) if config.ema is not None else None
@@ -106,6 +113,8 @@ def fit(config: Config, device: str, supervision: Supervision) -> int:
         supervision.attach(trainer)
         return train(trainer, config, inputs, ema, supervision)
     except (OSError, RuntimeError, CheckpointException) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise too_large(*memory, "and the GPU ran out of memory") from error
         if not is_disk_full(error):
             raise
         where = getattr(error, "filename", None) or resumption.get("save_folder") or supervision.uri

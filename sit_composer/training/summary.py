@@ -13,6 +13,7 @@ from sit_composer.checkpoint.folder import CHECKPOINT
 from sit_composer.checkpoint.record import on_meta
 from sit_composer.config.schema import Config, ConfigError, network_arguments
 from sit_composer.costs import estimate, tables
+from sit_composer.costs.room import room
 from sit_composer.data.spec import DataSpec
 from sit_composer.precision import DTYPES, for_gpu
 
@@ -38,6 +39,8 @@ def summary(config: Config, specs: dict[str, DataSpec], checkpoint: str | None) 
     lines["batch"] = f"{batch}: {ranks} rank{'s' if ranks > 1 else ''} × {batch // ranks}"
     lines["batch"] += f", in microbatches of {micro}" if micro != batch // ranks else ""
     lines["device"] = f"{device}, {config.precision}, {'DDP' if config.fsdp is None else 'FSDP2'}"
+    if config.compile.lower() != "false":
+        lines["device"] += ", compiled in the first steps, which may take minutes"
     lines["length"] = str(config.trainer["max_duration"])
     if total is not None:
         lines["length"] += f": {total:,} batches" + (f", {total * batch / samples:.4g} epochs" if samples else "")
@@ -46,6 +49,8 @@ def summary(config: Config, specs: dict[str, DataSpec], checkpoint: str | None) 
     if isinstance(micro, int):
         memory = estimate.memory(config, ranks, micro, cuda, encoder).total
         lines["memory"] = f"{memory / estimate.GIB:.3g} GiB per rank"
+        if cuda == torch.cuda.is_available():  # the run's device, and not that of another machine
+            lines["memory"] += f", of {room() / estimate.GIB:.3g}"
     lines["time"] = "unknown: the length in batches is"
     step = batch * sample_flops(config) / ranks / (EFFICIENCY * device_flops(config))  # seconds
     if total is not None:

@@ -1,0 +1,52 @@
+"""Compiles the network's blocks by `torch.compile`, which takes seconds to minutes in a run's first step.
+
+All blocks share one graph, so a deep network compiles as fast as a shallow one.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from sit_composer.config.schema import ConfigError
+from sit_composer.sit import SiT, SiTBlock
+
+
+def find_backend(compile: str, device: str) -> str | None:
+    """The backend that a config's ``compile`` names, None for false. A ConfigError names what it lacks here."""
+    backend = {"false": None, "true": "inductor"}.get(compile.lower(), compile)
+    if backend is None:
+        return None
+    if backend not in torch.compiler.list_backends(exclude_tags=()):
+        usual = ", ".join(torch.compiler.list_backends())
+        raise ConfigError(f"compile: got {compile}, expected true, false or a backend: {usual}")
+    if backend == "inductor":
+        compilers = ("CXX", ["g++", "clang++"]) if device == "cpu" else ("CC", ["gcc", "clang"])
+        variable, names = compilers
+        names = [os.environ[variable]] if os.environ.get(variable) else names
+        if not any(map(shutil.which, names)):
+            lacks = f"a compiler, {' or '.join(names)}; install one, or set {variable}"
+        elif device == "cuda" and find_spec("triton") is None:
+            lacks = "the package triton; run pip install triton"
+        else:
+            return backend
+        raise ConfigError(f"compile: got {compile}, which needs {lacks}, or use compile=false")
+    return backend
+
+
+def compile_blocks(network: SiT, backend: str) -> None:
+    """Compiles what each block computes in training; evaluation and sampling, whose batches vary, stay eager.
+
+    Only the blocks' forward methods are replaced: hooks (FSDP2's) stay outside the graphs, and names stay.
+    """
+    for block in network.blocks:
+        compiled = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)
+        block.forward = partial(_forward, block, block.forward, compiled)
+
+
+def _forward(block: SiTBlock, eager: Callable, compiled: Callable, *args: Tensor) -> Tensor:
+    return (compiled if block.training else eager)(*args)

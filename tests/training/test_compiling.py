@@ -1,0 +1,47 @@
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from sit_composer.config.schema import ConfigError
+from sit_composer.training.compiling import compile_blocks, find_backend
+from sit_composer.training.model import ComposerSiT
+from sit_composer.transport import Transport
+from tests.helpers.networks import SPEC, batch, small_network
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_blocks_compile_as_one_graph_and_agree_with_eager_ones(precision):
+    torch._dynamo.reset()
+    counters.clear()
+    eager, compiled = (ComposerSiT(small_network(depth=4), Transport(), SPEC, precision=precision) for _ in range(2))
+    compiled.network.load_state_dict(eager.network.state_dict())
+    compile_blocks(compiled.network, "aot_eager")
+    for model in (eager, compiled):
+        for _ in range(2):
+            model(batch()).mean().backward()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert list(compiled.state_dict()) == list(eager.state_dict())
+    for p, q in zip(compiled.parameters(), eager.parameters(), strict=True):
+        if q.requires_grad:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6 if precision == "fp32" else 1e-3)
+    assert torch.equal(compiled.eval()(batch()), eager.eval()(batch()))
+    assert counters["stats"]["unique_graphs"] == 1  # evaluation is eager
+
+
+def test_a_backend_that_is_missing_is_named(monkeypatch):
+    assert find_backend("false", "cpu") is None
+    assert find_backend("aot_eager", "cpu") == "aot_eager"
+    with pytest.raises(ConfigError, match=r"compile: got nvfuser, expected true, false or a backend: .*inductor"):
+        find_backend("nvfuser", "cpu")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match=r"got true, which needs a compiler, no-such-compiler; .* set CXX"):
+        find_backend("true", "cpu")
+    monkeypatch.setenv("CXX", shutil.which("true"))
+    assert find_backend("True", "cpu") == "inductor"
+    monkeypatch.setenv("CC", shutil.which("true"))
+    monkeypatch.setattr("sit_composer.training.compiling.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="needs the package triton; run pip install triton"):
+        find_backend("inductor", "cuda")
