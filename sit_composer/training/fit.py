@@ -32,7 +32,7 @@ from sit_composer.training.compiling import compile_blocks, find_backend
 from sit_composer.training.inputs import Inputs, open_inputs
 from sit_composer.training.model import ComposerSiT
 from sit_composer.training.quiet import silence
-from sit_composer.training.sharding import parallelism
+from sit_composer.training.sharding import parallelism, prefetch
 from sit_composer.training.summary import microbatch, sample_flops, save_every, summary
 from sit_composer.transport import Transport
 
@@ -108,6 +108,8 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
         callbacks=callbacks,
         loggers=loggers,
     )
+    if config.fsdp is not None:
+        prefetch(trainer.state.model)
     # --- Run ---
     try:
         supervision.attach(trainer)

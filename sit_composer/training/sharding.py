@@ -1,12 +1,14 @@
 """FSDP2 through Composer: parameters, gradients, optimizer and average are sharded over the ranks."""
 
 from dataclasses import asdict
+from itertools import pairwise
 
 from composer.core import Precision
 from composer.distributed import fsdp2
 from composer.distributed.mosaic_parallelism import get_mixed_precision
 from composer.utils import FSDP2Config
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from sit_composer.checkpoint.sharded import SafePlanner
 from sit_composer.config.schema import FSDPConfig
@@ -31,6 +33,13 @@ def _policy(precision: Precision, mixed_precision: str) -> MixedPrecisionPolicy:
     # Composer's rounds times and noised latents to bfloat16, while the target is made from the exact ones.
     _, param_dtype, reduce_dtype, _ = get_mixed_precision(precision, mixed_precision)
     return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+
+
+def prefetch(model: nn.Module) -> None:
+    """Gathers each block's weights while the block before it computes; backward passes do so by themselves."""
+    _, *blocks = [module for module in model.modules() if isinstance(module, FSDPModule)]  # after the root
+    for block, following in pairwise(blocks):
+        block.set_modules_to_forward_prefetch([following])
 
 
 def parallelism(fsdp: FSDPConfig | None, precision: str = "fp32") -> dict[str, FSDP2Config] | None:

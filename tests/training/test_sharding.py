@@ -13,7 +13,7 @@ from sit_composer.callbacks.drawing import Drawing
 from sit_composer.choices import Sampling
 from sit_composer.config.schema import FSDPConfig
 from sit_composer.training.model import ComposerSiT
-from sit_composer.training.sharding import parallelism
+from sit_composer.training.sharding import parallelism, prefetch
 from sit_composer.transport import Transport
 from tests.helpers.networks import SPEC, batch, small_network
 
@@ -59,6 +59,25 @@ def test_images_are_generated_from_weights_gathered_in_bfloat16():
         assert difference.float().mean() < 1
         assert difference.max() > 0  # it was bfloat16
     assert not weights.swapped
+
+
+def test_each_block_is_gathered_while_the_one_before_computes():
+    dist.initialize_dist("cpu")
+    model = ComposerSiT(small_network(depth=3), Transport(), SPEC)
+    shard(model, FSDPConfig())
+    prefetch(model)
+    gathered = []
+    for number, block in enumerate(model.network.blocks):
+        group = block._get_fsdp_state()._fsdp_param_group
+        group.unshard = lambda async_op=False, number=number, unshard=group.unshard: (
+            gathered.append(number),
+            unshard(async_op),
+        )
+        block.attn.register_forward_hook(lambda *_, number=number: gathered.append(f"computed {number}"))
+    model(batch())
+    first = [gathered.index(number) for number in range(3)]
+    assert first[1] < gathered.index("computed 0")
+    assert first[2] < gathered.index("computed 1")
 
 
 def test_a_block_is_the_unit_of_sharding():
