@@ -145,14 +145,15 @@ def plot(measured: dict[str, list[list[float]]], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 4, figsize=(14, 6.5), layout="constrained")
+    figure, axes = pyplot.subplots(2, 4, figsize=(13, 6), layout="constrained")
     for axis, (kind, points) in zip(axes.flat, measured.items(), strict=False):
         x, y = np.array(points).T
         axis.loglog(x, 1000 * y, "o-", color="tab:blue")
         axis.loglog(x, 1000 * y[0] * x / x[0], ":", color="gray", label="proportional")
+        axis.xaxis.set_minor_formatter("")
         axis.set(title=f"{kind.split(', ')[0]}: slope {slope(points):.2f}", xlabel=kind.split(", ")[1], ylabel="ms")
     axes.flat[0].legend()
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=80)
 
 
 def main(argv: list[str] | None = None) -> int:
