@@ -158,8 +158,8 @@ def test_conversion_is_compared_with_plain_loops(capsys):
     options = ["--pictures", "20", "--rounds", "1", "--latents", "40", "--vae", "tiny", "--image-size", "16"]
     assert convert.main(options) == 0
     out = capsys.readouterr().out
-    rates = re.findall(r"^\| (.*) \| ([\d.]+) \| ([\d.]+) \|$", out, re.MULTILINE)
-    assert len(rates) == 6
+    rates = re.findall(r"^\| (.*) \| ([\d.]+) \| [\d.]+ – [\d.]+ \| ([\d.]+) \|$", out, re.MULTILINE)
+    assert len(rates) == 8
     assert all(float(rate) > 0 for _, rate, _ in rates)
     busy = re.search(r"the encoders are at work ([\d.]+)% of the time", out)
     assert 0 < float(busy[1]) <= 100

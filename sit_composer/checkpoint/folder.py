@@ -17,10 +17,13 @@ CHECKPOINT = re.compile(r"ep(\d+)-ba(\d+)(-rank0\.pt)?")  # a file, or a folder 
 SHARD = re.compile(r"\.metadata|__\d+_\d+\.distcp")  # other names are ignored: they could lead out of the folder
 
 
-def checkpoints(folder: RunFolder) -> dict[str, list[str]]:
-    """The names of all checkpoints, complete or not, from the oldest to the newest, with their files' names."""
+def checkpoints(folder: RunFolder, sizes: dict[str, int] | None = None) -> dict[str, list[str]]:
+    """The names of all checkpoints, complete or not, from the oldest to the newest, with their files' names.
+
+    ``sizes`` is the folder's listing, if it was made already.
+    """
     found: dict[tuple[int, int, str], list[str]] = {}
-    for name in folder.listing():
+    for name in folder.listing() if sizes is None else sizes:
         top, _, file = name.partition("/")
         match = CHECKPOINT.fullmatch(top)
         if match and (SHARD.fullmatch(file) if file else top.endswith(".pt")):
@@ -50,12 +53,13 @@ def is_complete(folder: RunFolder, name: str, sizes: dict[str, int]) -> bool:
 def newest(folder: RunFolder) -> str | None:
     """The name of the newest complete checkpoint."""
     sizes = folder.listing()
-    return next((name for name in reversed(checkpoints(folder)) if is_complete(folder, name, sizes)), None)
+    return next((name for name in reversed(checkpoints(folder, sizes)) if is_complete(folder, name, sizes)), None)
 
 
 def prune(folder: RunFolder, keep: int) -> None:
     """Deletes all but the newest ``keep`` complete checkpoints (at least one), and incomplete ones older than those."""
-    sizes, found, kept = folder.listing(), checkpoints(folder), 0
+    sizes, kept = folder.listing(), 0
+    found = checkpoints(folder, sizes)
     for name in reversed(found):
         if kept >= max(keep, 1):
             _delete(folder, found[name])
@@ -84,7 +88,8 @@ def _delete(folder: RunFolder, files: list[str]) -> None:
 
 def fetch_checkpoint(folder: S3Folder, name: str, place: Path) -> None:
     """Downloads a checkpoint, a file or a folder, into the folder ``place``; raises StorageError if incomplete."""
-    sizes, files = folder.listing(), checkpoints(folder).get(name, [])
+    sizes = folder.listing()
+    files = checkpoints(folder, sizes).get(name, [])
     for file in files:
         (place / file).parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(8) as pool:

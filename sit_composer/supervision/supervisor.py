@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 from composer import Trainer
 from composer import algorithms as composer_algorithms
@@ -21,6 +22,7 @@ from composer.core import State
 from composer.loggers import Logger
 from composer.utils import checkpoint, dist, format_name_with_dist
 from omegaconf import OmegaConf
+from torch.distributed.checkpoint import state_dict as torch_state_dict
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from sit_composer.checkpoint.folder import checkpoints, clear_incomplete, fetch_checkpoint, newest, prune
@@ -204,9 +206,25 @@ def _from_rank_0(find: Callable[[], Any]) -> Any:
 def guard_composer() -> None:
     """Makes Composer load checkpoints with `safe_load`; 0.32 unpickles them whole, even with `load_weights_only`."""
     checkpoint._torch_load_with_validation = lambda path, map_location: load_file(path)
+    torch_state_dict._init_optim_state = start_optimizer
     # Composer bypasses the planner and reader that it is given: after some errors it tries again with torch's planner.
     DefaultLoadPlanner.load_bytes = SafePlanner.load_bytes
     dcp.FileSystemReader.read_metadata = SafeReader.read_metadata
+
+
+def start_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Gives AdamW the state that a checkpoint is loaded into, if it has none.
+
+    Torch makes a step for that, whose gradients and temporaries are as large as the weights, and counts it.
+    """
+    for group in [] if optimizer.state else optimizer.param_groups:
+        for weight in filter(lambda weight: weight.requires_grad, group["params"]):
+            place = weight.device if group["fused"] or group["capturable"] else "cpu"
+            optimizer.state[weight] = {
+                "step": torch.zeros((), dtype=torch.float32, device=place),
+                "exp_avg": torch.zeros_like(weight, memory_format=torch.preserve_format, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(weight, memory_format=torch.preserve_format, requires_grad=False),
+            }
 
 
 def excluded_algorithms() -> list[str]:

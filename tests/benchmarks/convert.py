@@ -1,11 +1,12 @@
 """Measures the conversion to shards, and compares it with plain loops.
 
-    python tests/benchmarks/convert.py [--pictures 2000] [--rounds 5] [--latents 16] [--vae sd] [--image-size 256]
+    python tests/benchmarks/convert.py [--pictures 8000] [--rounds 5] [--latents 16] [--vae sd] [--image-size 256]
 
 The images are crops of scikit-learn's photographs, 500x375, as JPEG in a Parquet file. All sides run in this process,
-in turn, after their imports; the medians are printed.
+in turn, after their imports; the medians are printed, with the least and the most.
 
-pixels: `to_mds.py`, and a loop that reads the Parquet file and gives each row to streaming's MDSWriter.
+pixels: `to_mds.py`, and a loop that reads the Parquet file and gives each row to streaming's MDSWriter. The limit is
+  PIL's decoding alone, by as many processes, of images in memory; the processes' start is not counted, ours is.
 latents: `to_mds.py --latents`, and datasets -> PIL -> ToTensor -> vae.encode, one image at a time and then its
   mirror image, on a GPU if there is one. The autoencoder has Stable Diffusion's architecture, or a narrower one,
   with random weights. On a CPU, the loop's GFLOP/s are compared with those of a matrix product on all cores, an upper
@@ -14,6 +15,7 @@ latents: `to_mds.py --latents`, and datasets -> PIL -> ToTensor -> vae.encode, o
 
 import argparse
 import io
+import multiprocessing
 import os
 import statistics
 import sys
@@ -21,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -81,6 +84,34 @@ def ours(*options: str) -> Callable[[Path, Path], None]:
     return run
 
 
+def decode_alone(workers: int) -> Callable[[Path, Path], float]:
+    """Decodes all images in so many processes, and does nothing else. Returns the seconds."""
+
+    def run(table: Path, out: Path) -> float:
+        context = multiprocessing.get_context("spawn")
+        ready, results = context.Barrier(workers), context.Queue()
+        shares = [(table, share, workers, ready, results) for share in range(workers)]
+        processes = [context.Process(target=decode_share, args=share) for share in shares]
+        for process in processes:
+            process.start()
+        starts, ends = zip(*(results.get() for _ in processes), strict=True)
+        for process in processes:
+            process.join()
+        return max(ends) - min(starts)
+
+    return run
+
+
+def decode_share(table: Path, share: int, of: int, ready: Any, results: Any) -> None:
+    files = pq.read_table(table)["image"].to_pylist()[share::of]
+    ready.wait()
+    start = time.time()
+    for file in files:
+        with Image.open(io.BytesIO(file)) as image:
+            image.load()
+    results.put((start, time.time()))
+
+
 def obvious(vae: str, size: int) -> Callable[[Path, Path], None]:
     """The plain loop: one image at a time, and then its mirror image."""
 
@@ -108,25 +139,29 @@ def obvious(vae: str, size: int) -> Callable[[Path, Path], None]:
     return run
 
 
-def compare(sides: dict[str, Callable[[Path, Path], None]], table: Path, rounds: int, top: Path) -> dict[str, float]:
-    """Seconds of each side, the median of the rounds; the sides take turns."""
+def compare(
+    sides: dict[str, Callable[[Path, Path], float | None]], table: Path, rounds: int, top: Path
+) -> dict[str, list[float]]:
+    """Seconds of each side in each round, or what it says itself; the sides take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + 1):
         for name, side in sides.items():
             with tempfile.TemporaryDirectory(dir=top) as folder:
                 start = time.perf_counter()
-                side(table, Path(folder, "out") if "to_mds" in name else Path(folder))
+                told = side(table, Path(folder, "out") if "to_mds" in name else Path(folder))
                 if turn:  # the first round only warms up
-                    seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+                    seconds[name].append(told or time.perf_counter() - start)
+    return seconds
 
 
-def show(what: str, medians: dict[str, float], count: int) -> None:
-    """Prints a table; the ratio is to the first side."""
+def show(what: str, seconds: dict[str, list[float]], count: int) -> None:
+    """Prints a table of medians; the ratio is to the first side."""
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
     first = next(iter(medians.values()))
-    print(f"\n| {what} | images/s | ratio |\n| --- | ---: | ---: |")
-    for name, seconds in medians.items():
-        print(f"| {name} | {count / seconds:.2f} | {first / seconds:.2f} |")
+    print(f"\n| {what} | images/s | least to most | ratio |\n| --- | ---: | ---: | ---: |")
+    for name, median in medians.items():
+        least, most = (count / f(seconds[name]) for f in (max, min))
+        print(f"| {name} | {count / median:.2f} | {least:.2f} – {most:.2f} | {first / median:.2f} |")
 
 
 def busy(table: Path, vae: str, options: list[str], top: Path) -> float:
@@ -171,7 +206,7 @@ def arithmetic(vae: str, size: int, pictures_per_second: float) -> tuple[float, 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=2000, help="number of images whose bytes are kept; 0: none")
+    parser.add_argument("--pictures", type=int, default=8000, help="number of images whose bytes are kept; 0: none")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--latents", type=int, default=16, help="number of images that are encoded; 0: none")
     parser.add_argument("--vae", choices=WIDTHS, default="sd", help="the autoencoder's channels: %(choices)s")
@@ -182,14 +217,19 @@ def main(argv: list[str] | None = None) -> int:
         if args.pictures:
             table = top / "pictures.parquet"
             make_table(table, args.pictures)
-            cores = str(os.cpu_count())
             sides = {
                 "pyarrow -> MDSWriter": raw,
                 "to_mds.py --check header --workers 0": ours("--check", "header", "--workers", "0"),
-                "to_mds.py --workers 0 (decodes each)": ours("--workers", "0"),
-                f"to_mds.py --workers {cores}": ours("--workers", cores),
             }
-            show("pixels", compare(sides, table, args.rounds, top), args.pictures)
+            show("pixels, not decoded", compare(sides, table, args.rounds, top), args.pictures)
+            for cores in dict.fromkeys((os.cpu_count() or 1, 1)):
+                sides = {
+                    f"PIL's decoding alone, processes: {cores}": decode_alone(cores),
+                    f"to_mds.py --workers {0 if cores == 1 else cores}": ours(
+                        "--workers", str(cores if cores > 1 else 0)
+                    ),
+                }
+                show("pixels, each decoded", compare(sides, table, args.rounds, top), args.pictures)
         if not args.latents:
             return 0
         import torch
@@ -203,10 +243,10 @@ def main(argv: list[str] | None = None) -> int:
         options = ["--image-size", str(args.image_size), "--workers", str(os.cpu_count())]
         loop = "datasets -> PIL -> ToTensor -> vae.encode, one at a time"
         sides = {loop: obvious(vae, args.image_size), "to_mds.py --latents": ours("--latents", "--vae", vae, *options)}
-        medians = compare(sides, small, args.rounds, top)
-        show(f"latents, {args.vae}, {args.image_size}x{args.image_size}", medians, args.latents)
+        seconds = compare(sides, small, args.rounds, top)
+        show(f"latents, {args.vae}, {args.image_size}x{args.image_size}", seconds, args.latents)
         if not torch.cuda.is_available():
-            done, most = arithmetic(vae, args.image_size, args.latents / medians[loop])
+            done, most = arithmetic(vae, args.image_size, args.latents / statistics.median(seconds[loop]))
             print(f"\nthe loop's encoder does {done:.0f} GFLOP/s; a matrix product on this CPU does {most:.0f}")
         print(f"\nthe encoders are at work {busy(small, vae, options, top):.1%} of the time")
     return 0
