@@ -6,6 +6,7 @@ from torchmetrics import MeanMetric, Metric
 
 from sit_composer import randomness
 from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder, from_uint8
+from sit_composer.precision import autocast
 from sit_composer.sit import SiT, SiTBlock
 from sit_composer.transport import Transport
 
@@ -18,16 +19,23 @@ class ComposerSiT(ComposerModel):
     A batch is a dict of ``label``, ``index`` and ``key`` (each int64 (N,)), and of ``moments`` (N, 2C, H, W) or
     ``image`` (N, C, H, W) uint8. The autoencoder turns moments into latents; the encoder, if there is one, encodes
     images in each step. It is kept out of the module tree, and so out of the optimizer, shards and checkpoints.
+    The network, and nothing else, computes in ``precision``; see `precision.autocast`.
     """
 
     def __init__(
-        self, network: SiT, transport: Transport, autoencoder: AutoencoderSpec, encoder: KLAutoencoder | None = None
+        self,
+        network: SiT,
+        transport: Transport,
+        autoencoder: AutoencoderSpec,
+        encoder: KLAutoencoder | None = None,
+        precision: str = "fp32",
     ):
         super().__init__()
         self.network = network
         self.transport = transport
         self.autoencoder = autoencoder
         self.encoder = encoder  # KLAutoencoder is no nn.Module
+        self.precision = precision
         # Composer asks the network for these: a block is the unit of sharding and of activation checkpointing.
         network.fsdp_wrap_fn = network.activation_checkpointing_fn = lambda module: isinstance(module, SiTBlock)
 
@@ -48,7 +56,11 @@ class ComposerSiT(ComposerModel):
         # x1, t and x0 are float32, and so is the loss: only the network's matrix products follow autocast.
         x1, x0 = self.latents(batch, keys), self._normal(keys, randomness.X0)  # (N, C, H, W)
         draws = randomness.uniform(keys, randomness.DROP)  # whose label is dropped
-        return self.transport.loss_at(self.network, t, x0, x1, y=batch["label"], draws=draws)
+        return self.transport.loss_at(self._field, t, x0, x1, y=batch["label"], draws=draws)
+
+    def _field(self, x: Tensor, t: Tensor, **arguments: Tensor) -> Tensor:
+        with autocast(self.precision, x.device.type):
+            return self.network(x, t, **arguments)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """The loss per sample: (N,). A sample's key determines its noise, time and label dropout: see `randomness`."""
