@@ -1,5 +1,6 @@
 """Our Trainer beside Composer's own, and what its steps may not do."""
 
+import copy
 import hashlib
 import inspect
 
@@ -11,6 +12,7 @@ from composer.loggers import InMemoryLogger
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
+from sit_composer import randomness
 from sit_composer.algorithms.ema import EMA
 from sit_composer.callbacks.progress import Progress
 from sit_composer.training.model import ComposerSiT
@@ -56,6 +58,39 @@ def test_its_steps_and_what_is_logged_are_composers_to_the_bit():
         assert [int(when.batch) for when, _ in logged[name]] == [int(when.batch) for when, _ in theirs[name]], name
     assert type(logged["loss/train/total"][0][1]) is float
     assert ours.state.timestamp.sample == whole.state.timestamp.sample == 40
+
+
+@pytest.mark.parametrize(("precision", "batches", "rel"), [("fp32", 20, 1e-5), ("bf16", 100, 1e-2)])
+def test_losses_are_those_of_the_loop_that_one_writes_first(precision, batches, rel):
+    """As in the authors' train.py: AdamW of one tensor after another, in float32; tests/benchmarks/step.py runs it."""
+    log = InMemoryLogger()
+    trainer = train(Trainer, batches, loggers=[log], precision=precision)
+    network, losses = small_network(), []
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, foreach=False)
+    average = copy.deepcopy(network)
+    columns = batch(40)
+    for i in range(batches):
+        rows = {name: column[i % 5 * 8 :][:8] for name, column in columns.items()}
+        keys, (mean, std) = rows["key"], rows["moments"].float().chunk(2, 1)
+        noise, x0 = (randomness.normal(keys, purpose, (4, 8, 8)) for purpose in (randomness.POSTERIOR, randomness.X0))
+        t, dropped = randomness.uniform(keys, randomness.TIME), randomness.uniform(keys, randomness.DROP) < 0.1
+        x1, te = (mean + std * noise - SPEC.shift) * SPEC.scale, t[:, None, None, None]
+        labels = torch.where(dropped, network.num_classes, rows["label"])
+        network.y_embedder.dropout_prob = 0
+        out = network(te * x1 + (1 - te) * x0, t, labels)
+        loss = (out - (x1 - x0)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        for kept, p in zip(average.parameters(), network.parameters(), strict=True):
+            kept.data.mul_(0.9).add_(p.data, alpha=0.1)
+        losses.append(loss.item())
+    assert [value for _, value in log.data["loss/train/total"]] == pytest.approx(losses, rel=rel)
+    averages = trainer.state.algorithms[0].weights.params
+    if precision == "fp32":
+        for name, kept in average.named_parameters():
+            if kept.requires_grad:
+                torch.testing.assert_close(averages[f"network.{name}"], kept, rtol=1e-4, atol=1e-4)
 
 
 class Refuse(TorchDispatchMode):
