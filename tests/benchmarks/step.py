@@ -59,17 +59,18 @@ def main(argv: list[str] | None = None) -> int:
     cases = [(batch, precision) for batch in args.batch for precision in args.precision]
     if args.losses:
         print("| batch | precision | steps | largest difference of losses |\n| --- | --- | ---: | ---: |")
-        rows = [compare_losses(args, *case) for case in cases]
+        rows = (compare_losses(args, *case) for case in cases)
     elif args.profile:
         print(f"| part of a step | {' | '.join(f'batch {b}, {p}' for b, p in cases)} |")
         print("| --- |" + " ---: |" * len(cases))
-        rows = profile_rows([profile(args, *case) for case in cases])
+        rows = iter(profile_rows([profile(args, *case) for case in cases]))
     else:
         print("| batch | ours in | theirs, ms | ours, ms | ratio | limit, ms | of the limit | Composer's own |", end="")
         print(" peak MiB, theirs | ours |" if args.memory else "")
         print("| ---: | --- |" + " ---: |" * (8 if args.memory else 6))
-        rows = [compare(args, *case) for case in cases]
-    print("\n".join(rows))
+        rows = (compare(args, *case) for case in cases)
+    for row in rows:
+        print(row, flush=True)
     return 0
 
 
