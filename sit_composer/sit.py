@@ -92,8 +92,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, tokens, d = x.shape
-        heads = self.qkv(x).reshape(n, tokens, 3, self.num_heads, d // self.num_heads)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (N, heads, T, D/heads)
+        # Cut first, then shaped: so the gradients of q, k and v are joined in one pass, not stacked and permuted.
+        parts = (part.view(n, tokens, self.num_heads, -1) for part in self.qkv(x).chunk(3, dim=-1))
+        q, k, v = (part.transpose(1, 2) for part in parts)  # each (N, heads, T, D/heads)
         return self.proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, d))
 
 

@@ -87,15 +87,15 @@ class EMAWeights(Callback):
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchanges average and weights in place; a second call restores every bit."""
+        """Exchanges average and weights in place, one by one; a second call restores every bit."""
         # After a forward pass with no backward pass, FSDP2 keeps the gathered weights, and would use them again.
         for module in self._state.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        average, weights = self._local()
-        copies = [p.clone() for p in weights]
-        torch._foreach_copy_(weights, average)
-        torch._foreach_copy_(average, copies)
+        for average, weight in zip(*self._local(), strict=True):
+            copy = weight.clone()  # of one at a time; storages stay, which FSDP2 and compiled graphs hold on to
+            weight.copy_(average)
+            average.copy_(copy)
         self.swapped = not self.swapped
 
     @contextmanager

@@ -5,13 +5,17 @@ import time
 from collections import deque
 from typing import Any
 
+import torch
 from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler
+from torch import Tensor
 from tqdm import tqdm
 
 WINDOW = 50  # batches over which speed and waiting are averaged
 SMOOTHING = 0.98  # of the loss
+UNREAD = 500  # losses that may wait on the device to be read
+REDRAW = 0.5  # seconds between two drawings of the bar
 FORMAT = "{percentage:3.0f}% |{bar:10}| {n_fmt}/{total_fmt}{postfix}"
 
 
@@ -41,9 +45,10 @@ class Progress(Callback):
         self.peak = peak
         self.stream = stream
         self.due = create_interval_scheduler(interval, checkpoint_events=False) if interval else lambda *_: False
-        self.loss = 0.0  # smoothed
         self.evaluation: str | None = None  # the last one's result
-        self._weight = 0.0  # of the losses in it
+        self._loss = self._weight = 0.0  # smoothed, and the weight of the losses in it
+        self._unread: list[Tensor] = []  # losses on the device: to read one is to wait for it
+        self._drawn = 0.0
         self._steps: deque[tuple[float, float, int]] = deque(maxlen=WINDOW)  # seconds, of these waiting, samples
         self._bar = tqdm(total=total, disable=not bar, dynamic_ncols=True, bar_format=FORMAT)
         self._streams: tuple[Any, Any] | None = None  # stdout and stderr, where they are replaced
@@ -72,19 +77,27 @@ class Progress(Callback):
     def _step(self, state: State) -> None:
         samples = int(state.timestamp.sample - state.previous_timestamp.sample)
         self._steps.append((time.monotonic() - self._asked, self._fetched - self._asked, samples))
-        loss = state.total_loss_dict.get("loss/train/total")  # a number: the Trainer has waited for it
-        if loss is not None:
-            self._weight = SMOOTHING * self._weight + 1 - SMOOTHING
-            self.loss += (loss - self.loss) * (1 - SMOOTHING) / self._weight
-        if not self._bar.disable:
+        self._unread.append(state.total_loss_dict["loss/train/total"])
+        if len(self._unread) == UNREAD:
+            self.loss()
+        if not self._bar.disable and (now := time.monotonic()) - self._drawn > REDRAW:
+            self._drawn = now
             self._bar.set_postfix_str(self.line(state), refresh=False)
-            self._bar.update()
+            self._bar.update(int(state.timestamp.batch) - self._bar.n)
+
+    def loss(self) -> float:
+        """The smoothed loss, up to the last batch."""
+        for loss in torch.cat(self._unread).tolist() if self._unread else ():
+            self._weight = SMOOTHING * self._weight + 1 - SMOOTHING
+            self._loss += (loss - self._loss) * (1 - SMOOTHING) / self._weight
+        self._unread.clear()
+        return self._loss
 
     def line(self, state: State) -> str:
         """What is shown beside the batch."""
         seconds, waiting, samples = map(sum, zip(*self._steps, strict=True))
         batch, each = int(state.timestamp.batch), seconds / len(self._steps)
-        parts = [f"loss {self.loss:.4f}", f"{samples / seconds:,.4g} images/s"]
+        parts = [f"loss {self.loss():.4f}", f"{samples / seconds:,.4g} images/s"]
         parts.append(f"lr {state.schedulers[0].get_last_lr()[0]:.3g}")
         if self.peak is not None:
             parts.append(f"MFU {samples / seconds / self.peak:.0%}")
@@ -111,7 +124,11 @@ class Progress(Callback):
     def summary(self, state: State) -> str:
         """The run's figures, at its end."""
         seconds, samples = time.monotonic() - self._started, int(state.timestamp.sample) - self._first
-        figures = [f"{duration(seconds)}, {samples / seconds:,.4g} images/s", f"loss {self.loss:.4f}", self.evaluation]
+        figures = [
+            f"{duration(seconds)}, {samples / seconds:,.4g} images/s",
+            f"loss {self.loss():.4f}",
+            self.evaluation,
+        ]
         return f"batch {int(state.timestamp.batch)}: trained in {', '.join(filter(None, figures))}"
 
     def fit_end(self, state: State, logger: Logger) -> None:

@@ -7,7 +7,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from composer import Trainer
 from composer.utils import dist, reproducibility
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -34,6 +33,7 @@ from sit_composer.training.model import ComposerSiT
 from sit_composer.training.quiet import silence
 from sit_composer.training.sharding import parallelism, prefetch
 from sit_composer.training.summary import microbatch, sample_flops, save_every, summary
+from sit_composer.training.trainer import Trainer
 from sit_composer.transport import Transport
 
 # What Composer raises for arguments, folders and checkpoints that it can't use.
@@ -100,13 +100,14 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
         config,
         resumption,
         model=model,
-        optimizers=make_optimizer(network, config, device),
+        optimizers=make_optimizer(network, config),
         schedulers=scheduler,
         train_dataloader=inputs.loaders["data"],
         eval_dataloader=inputs.loaders.get("eval_data"),
         algorithms=algorithms,
         callbacks=callbacks,
         loggers=loggers,
+        host_timeout=supervision.eviction.timeout,
     )
     if config.fsdp is not None:
         prefetch(trainer.state.model)
@@ -127,11 +128,11 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
         trainer.engine.close()  # trainer.close() would then wait for all ranks, and maybe only this one failed
 
 
-def make_optimizer(network: SiT, config: Config, device: str) -> torch.optim.AdamW:
+def make_optimizer(network: SiT, config: Config) -> torch.optim.AdamW:
     """AdamW over the weights that are trained."""
-    # One fused pass over the weights, where that was tried: on a GPU, but not on shards, nor with amp_fp16's scaler,
-    # which would have it divide the gradients too. None lets torch choose foreach or a for-loop; False would not.
-    fused = (device == "cuda" and config.fsdp is None and config.precision != "amp_fp16") or None
+    # One fused pass over the weights, except with amp_fp16's scaler, which would have it divide the gradients too. None
+    # lets torch choose foreach or a for-loop. A checkpoint holds the choice, so a run goes on as it began, to the bit.
+    fused = config.precision != "amp_fp16" or None
     trained = [p for p in network.parameters() if p.requires_grad]
     return torch.optim.AdamW(trained, **vars(config.optimizer), fused=fused)
 

@@ -19,6 +19,7 @@ class ComposerSiT(ComposerModel):
     A batch is a dict of ``label``, ``index`` and ``key`` (each int64 (N,)), and of ``moments`` (N, 2C, H, W) or
     ``image`` (N, C, H, W) uint8. The autoencoder turns moments into latents; the encoder, if there is one, encodes
     images in each step. It is kept out of the module tree, and so out of the optimizer, shards and checkpoints.
+    The network, and nothing else, computes in ``precision``; see `precision.autocast`.
     """
 
     def __init__(

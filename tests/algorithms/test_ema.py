@@ -12,6 +12,7 @@ from sit_composer.algorithms.ema import EMA
 from sit_composer.callbacks.run_record import RunRecord
 from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.record import Record
+from sit_composer.costs.live_bytes import Ledger
 from sit_composer.training.model import ComposerSiT
 from sit_composer.transport import Transport
 from tests.helpers.averages import DECAY, History, closed_form
@@ -114,3 +115,21 @@ def test_two_ranks_hold_the_same_average_and_it_is_the_closed_form():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "both ranks agree to the bit on" in done.stdout
+
+
+def test_an_exchange_restores_every_bit_and_holds_no_second_copy():
+    trainer, ema, _ = trainer_of()
+    weights = [p for p in trainer.state.model.parameters() if p.requires_grad]
+    for p in weights:
+        p.data.add_(1)  # so that they differ from the averages
+    tensors = [*weights, *ema.weights.params.values()]
+    before, places = [tensor.detach().clone() for tensor in tensors], [tensor.data_ptr() for tensor in tensors]
+    with Ledger(list(map(torch.detach, tensors))) as ledger:
+        ema.weights.swap()
+    largest, whole = max(p.nbytes for p in weights), sum(p.nbytes for p in weights)
+    assert max(ledger.history) <= 2 * largest < whole  # one copy is freed when the next one is made
+    crossed = before[len(weights) :] + before[: len(weights)]
+    assert all(torch.equal(tensor, known) for tensor, known in zip(tensors, crossed, strict=True))
+    ema.weights.swap()
+    assert all(torch.equal(tensor, known) for tensor, known in zip(tensors, before, strict=True))
+    assert [tensor.data_ptr() for tensor in tensors] == places  # which a compiled graph may hold on to
