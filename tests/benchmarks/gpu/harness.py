@@ -62,6 +62,8 @@ def run_groups(groups: list[str], device: str, tiny: bool, seconds: float) -> di
 
 def run_group(group: str, setting: Setting, end: float) -> dict[str, Result]:
     """The results of a group's rows; an error for those that didn't come before ``end`` or the group's own limit."""
+    if time.monotonic() >= end:
+        return {group: {"group": group, "error": "no time left"}}
     context = get_context("forkserver")
     context.set_forkserver_preload(["torch"])
     receiver, sender = context.Pipe(duplex=False)

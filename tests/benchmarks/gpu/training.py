@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sit_composer import lean, precision
+from sit_composer import precision
 from sit_composer.autoencoder import AutoencoderSpec
 from sit_composer.config.schema import Config, DataConfig, ModelConfig, network_arguments
 from sit_composer.costs.estimate import GIB, fits, memory
@@ -18,11 +18,13 @@ from sit_composer.costs.gpus import peak_flops
 from sit_composer.costs.live_bytes import Ledger
 from sit_composer.sit import SiT
 from sit_composer.transport import Transport
-from tests.benchmarks.gpu.harness import Result, Rows, Setting, need, seconds_of, spread
+from tests.benchmarks.gpu.harness import Missing, Result, Rows, Setting, seconds_of, spread
 from tests.benchmarks.gpu.without_composer import prepare
 
 HAS_COMPOSER = prepare()
 if HAS_COMPOSER:
+    from sit_composer import lean  # which needs what only Composer needs
+
     lean.load("composer")
 
 from sit_composer.algorithms.ema import EMA, EMAWeights  # noqa: E402 - after `prepare`
@@ -175,7 +177,8 @@ class Steps:
 
     def trainer(self) -> Result:
         """Composer's Trainer instead of the plain step."""
-        need("composer")
+        if not HAS_COMPOSER:  # but what stands in for it
+            raise Missing("composer is not installed")
         from composer import Trainer  # optional
 
         parts = Parts(self.config, self.device)
