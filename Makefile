@@ -10,7 +10,7 @@ RUN := runs/quickstart
 PYTEST := $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install quickstart test test-slow test-nightly bench lint
+.PHONY: install quickstart test test-slow test-nightly test-newest bench lint
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed
@@ -43,6 +43,8 @@ test-slow: install
 	$(PYTEST) -m 'slow and not nightly'
 test-nightly: install
 	$(PYTEST) -m nightly
+test-newest: # the newest torch that torchvision follows, in its own environment
+	$(MAKE) test test-nightly TORCH=$(NEWEST)
 bench: install
 	$(PYTHON) tests/benchmarks/crop.py
 	$(PYTHON) tests/benchmarks/convert.py --latents 0

@@ -26,11 +26,14 @@ from tests.benchmarks.gpu.names import TABLES  # noqa: E402
 
 # Which rows need what beside torch, numpy and torchdiffeq: names for `pip download --no-deps`. Found with torch 2.11.0
 # on Python 3.12; of what transformers, torchvision and Hugging Face's packages bring, all was there.
+LEAN = ("importlib_metadata==8.7.0", "zipp")
+OMEGACONF = ("omegaconf", "antlr4-python3-runtime==4.9.3", "PyYAML")
+CODECS = ("Brotli", "python-snappy", "cramjam", "zstd", "xxhash")
 WHEELS = {
-    "steps, encoding": ("omegaconf", "antlr4-python3-runtime==4.9.3", "PyYAML"),
-    "encoding": ("diffusers", "importlib_metadata==8.7.0", "zipp"),
-    "latents": ("mosaicml-streaming==0.13.0", "importlib_metadata==8.7.0", "zipp", "omegaconf", "Brotli",
-                "python-snappy", "cramjam", "zstd", "catalogue", "xxhash", "boto3", "botocore", "s3transfer", "jmespath"),
+    "steps": OMEGACONF,
+    "encoding": (*OMEGACONF, "diffusers", *LEAN),
+    "latents": (*OMEGACONF, *LEAN, "mosaicml-streaming==0.13.0", "catalogue", *CODECS,
+                "boto3", "botocore", "s3transfer", "jmespath"),
     "Composer's Trainer": ("mosaicml==0.32.1", "and all that it requires"),
 }  # fmt: skip
 VERSIONS = ("torch", "triton", "numpy", "torchdiffeq", "mosaicml", "mosaicml-streaming", "diffusers")
