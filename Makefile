@@ -1,28 +1,37 @@
 # Everything runs in .venv, which `install` makes with uv: the machine's own, or one fetched into .uv for that.
+# With TORCH=VERSION it is .venv-VERSION, and has that torch in place of the one that mosaicml admits.
 UV := $(or $(shell command -v uv),.uv/bin/uv)
-PYTHON := .venv/bin/python
+TORCH :=
+NEWEST := 2.14.1
+VENV := .venv$(TORCH:%=-%)
+PYTHON := $(VENV)/bin/python
 RUN := runs/quickstart
 # A file's tests share what they train, so a file is one process's work; tests/conftest.py puts the longest files first.
 PYTEST := $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install quickstart test test-slow test-nightly bench lint
+.PHONY: install quickstart test test-slow test-nightly test-newest bench lint
 .DELETE_ON_ERROR:
 
-install: .venv/installed
+install: $(VENV)/installed
 .uv/bin/uv:
 	python3 -m venv .uv || { echo 'make: python3 -m venv does not work here; on Debian: apt install python3-venv'; exit 2; }
 	.uv/bin/pip install --quiet uv
-.venv/installed: pyproject.toml | $(filter .uv/bin/uv,$(UV))
-	test -x $(PYTHON) || $(UV) venv --quiet --python 3.11 .venv
-	$(UV) pip install --quiet --python .venv pip --editable '.[dev]'
+$(VENV)/installed: pyproject.toml | $(filter .uv/bin/uv,$(UV))
+	test -x $(PYTHON) || $(UV) venv --quiet --python 3.11 $(VENV)
+ifdef TORCH
+	# First the torchvision that belongs to this torch; then what both go over, of whatever else asks for others.
+	$(UV) pip install --quiet --python $(VENV) torch==$(TORCH) torchvision
+	printf 'torch==%s\ntorchvision\n' $(TORCH) > $(VENV)/override.txt
+endif
+	$(UV) pip install --quiet --python $(VENV) $(TORCH:%=--override $(VENV)/override.txt) pip --editable '.[dev]'
 	# Last, so that the command "composer" is this project's, and not that of mosaicml, which has one of that name.
-	$(UV) pip install --quiet --python .venv --no-deps --reinstall-package sit-composer --editable .
+	$(UV) pip install --quiet --python $(VENV) --no-deps --reinstall-package sit-composer --editable .
 	touch $@
 
 quickstart: install
 	$(PYTHON) convert/to_mds.py digits --out $(RUN)/shards
-	.venv/bin/composer -n 1 sit_composer/train.py yamls/quickstart.yaml
+	$(VENV)/bin/composer -n 1 sit_composer/train.py yamls/quickstart.yaml
 	$(PYTHON) -m sit_composer.sample $(RUN)/checkpoints --out $(RUN)/samples --npz $(RUN)/samples.npz \
 	    --classes 0,1,2,3,4,5,6,7,8,9 --per-class 50 --cfg-scale 1.5 --batch-size 100
 	$(PYTHON) tests/helpers/judge_digits.py $(RUN)/samples.npz --at-least 95
@@ -34,13 +43,15 @@ test-slow: install
 	$(PYTEST) -m 'slow and not nightly'
 test-nightly: install
 	$(PYTEST) -m nightly
+test-newest: # the newest torch that torchvision follows, in its own environment
+	$(MAKE) test test-nightly TORCH=$(NEWEST)
 bench: install
 	$(PYTHON) tests/benchmarks/crop.py
 	$(PYTHON) tests/benchmarks/convert.py --latents 0
 	$(PYTHON) tests/benchmarks/loader.py --workers 2
 	$(PYTHON) tests/benchmarks/step.py
 lint: install
-	.venv/bin/ruff format --check .
-	.venv/bin/ruff check .
-	.venv/bin/lint-imports --no-logo
-	.venv/bin/mypy
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/lint-imports --no-logo
+	$(VENV)/bin/mypy

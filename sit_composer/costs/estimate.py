@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 from bisect import bisect
 from dataclasses import astuple, dataclass, replace
 from functools import cache
@@ -18,13 +17,6 @@ from sit_composer.errors import UserError
 from sit_composer.sit import SiT
 
 GIB = 2**30
-# Name: (GiB that torch sees, dense bf16 or fp16 TFLOP/s, fp32 TFLOP/s), from the makers' data sheets.
-GPUS = {
-    "A100 40GB": (39.4, 312, 19.5),
-    "A100 80GB": (79.1, 312, 19.5),
-    "H100 80GB": (79.1, 989, 67),
-    "H200 141GB": (139.7, 989, 67),
-}
 RESERVE = (0.08, 1.0)  # of a GPU's memory: a part of it, and GiB
 RESERVE_TEXT = f"{RESERVE[0]:.0%} and {RESERVE[1]:g} GiB of the GPU left free"
 STABLE_DIFFUSION = {
@@ -138,13 +130,6 @@ def fits(config: Config, ranks: int, room: float, encoder: tuple[int, int] = (0,
     """The largest microbatch, with several per step, for a device of ``room`` GiB less the reserve; 0 if none fits."""
     available = (room * (1 - RESERVE[0]) - RESERVE[1]) * GIB
     return bisect(range(1, 2**32), available, key=lambda n: memory(config, ranks, n, cuda, encoder, True).total)
-
-
-def peak_flops(precision: str) -> float | None:
-    """This GPU's peak FLOP/s in a precision, if it is known."""
-    found = re.search(r"[A-Z]\d00", torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-    rates = [(low, full) for name, (_, low, full) in GPUS.items() if found and name.startswith(found[0])]
-    return rates[0][precision == "fp32"] * 1e12 if rates else None
 
 
 def steps(config: Config, samples: int | None = None) -> int | None:

@@ -105,7 +105,7 @@ def _network(step: Step) -> SiT:
     """The network as the Trainer would wrap it."""
     network = SiT(**dict(step.network)).train()
     if step.sharded is not None:
-        network.to(step.sharded)
+        _cast(network, step.sharded)
         for module in [network, *network.blocks]:  # FSDP2 casts the inputs of each unit
             module.register_forward_pre_hook(_caster(step.sharded))
         for parameter in network.parameters():  # FSDP2 takes the gradients away: their shards are counted apart
@@ -132,6 +132,13 @@ def _microbatch(network: SiT, transport: Transport, precision: str, samples: int
         xt = transport.path.interpolate(t, x0, x1)[0]
         loss = transport.loss(network(xt, t, labels, draws).float(), t, x0, x1).mean()
     loss.backward()
+
+
+def _cast(network: SiT, dtype: torch.dtype) -> None:
+    """Casts the parameters, as ``network.to(dtype)`` would; which torch 2.14 can't do to tensors without content."""
+    for module in network.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(p.detach().to(dtype), p.requires_grad))
 
 
 def _caster(dtype: torch.dtype) -> Callable:

@@ -7,7 +7,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sit_composer.choices import SIZES
 from sit_composer.config.schema import Config, FSDPConfig, network_arguments
-from sit_composer.costs.estimate import GIB, GPUS, RESERVE_TEXT, fits, memory, parameters, steps
+from sit_composer.costs.estimate import GIB, RESERVE_TEXT, fits, memory, parameters, steps
+from sit_composer.costs.gpus import GPUS
 from sit_composer.sit import SiT
 
 MICROBATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)

@@ -19,7 +19,7 @@ from sit_composer.checkpoint.record import Record
 from sit_composer.cli import say
 from sit_composer.config.composer_classes import build
 from sit_composer.config.schema import Config, ConfigError, network_arguments
-from sit_composer.costs import estimate
+from sit_composer.costs import estimate, gpus
 from sit_composer.costs.room import check_room, too_large
 from sit_composer.errors import one_line
 from sit_composer.precision import resolve
@@ -186,7 +186,7 @@ def make_progress(config: Config, samples: int) -> Progress:
     options, on_rank_0 = config.trainer, dist.get_global_rank() == 0
     bar = on_rank_0 and options.get("progress_bar", sys.stderr.isatty())
     lines = on_rank_0 and options.get("log_to_console", not bar)
-    peak = estimate.peak_flops(config.precision)
+    peak = gpus.peak_flops(config.precision)
     return Progress(
         estimate.steps(config, samples),
         save_every(config, samples) if options.get("save_folder") else None,

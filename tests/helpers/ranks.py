@@ -1,6 +1,6 @@
 """The training command on several CPU ranks:   composer -n 2 -m tests.helpers.ranks YAML [key=value ...]
 
-It works around two faults of torch 2.7's FSDP2 on the CPU; a GPU has neither.
+It works around two faults of torch's FSDP2 on the CPU, in 2.7 to 2.14; a GPU has neither.
 """
 
 import sys
@@ -12,8 +12,16 @@ import torch.distributed.fsdp._fully_shard._fsdp_param_group as param_group
 from sit_composer import train
 
 torch.set_num_threads(1)
-# gloo's reduce_scatter(AVG) sums, so gradients are too large by a factor of the world size.
-collectives._get_gradient_divide_factors = lambda *_, **__: (1.0, float(torch.distributed.get_world_size()))
+divide_factors = collectives._get_gradient_divide_factors
+
+
+def summed(*args, **kwargs):
+    """Sums, and divides afterwards: gloo's reduce_scatter(AVG) sums, so gradients were too large by the world size."""
+    _, _, *operations = divide_factors(*args, **kwargs)  # since torch 2.9, the two reductions' operations follow
+    return (1.0, float(torch.distributed.get_world_size()), *(torch.distributed.ReduceOp.SUM for _ in operations))
+
+
+collectives._get_gradient_divide_factors = summed
 # With replicas, the all-reduce is done when it returns and has no event, but torch asserts one.
 foreach_reduce = param_group.foreach_reduce
 
