@@ -4,12 +4,15 @@ Weights, optimizer, loss and average stay float32.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
+from torch import nn
 
 from sit_composer import choices
 from sit_composer.errors import UserError
 
+Network = TypeVar("Network", bound=nn.Module)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 
 
@@ -35,3 +38,15 @@ def resolve(precision: str, device: str) -> str:
 def autocast(precision: str, device: str) -> AbstractContextManager:
     """The context in which to call the network: of ``fp32`` or ``bf16``, see `resolve`."""
     return torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def cast_once(network: Network, precision: str) -> Network:
+    """The same network, whose matrices are in the precision of `autocast`, which then need not cast them in each call.
+
+    It is for a network that isn't trained: float32 weights are lost. Its outputs keep their bits.
+    """
+    if precision == "bf16":
+        for layer in network.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                layer.to(torch.bfloat16)
+    return network
