@@ -33,6 +33,8 @@ from sit_composer.evaluation.metrics import frechet_distance, statistics
 from sit_composer.generate import generate, mean_work
 from sit_composer.guidance import Guidance
 from sit_composer.outputs import write_json
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder stands there instead
 from tests.benchmarks.time_sampling import DEBIAN, ROOT, YAML, prepare, run
 
 SHIFT, INTERVAL = 0.5, (0.0, 0.7)  # ours
