@@ -193,6 +193,7 @@ class Sampling:
     diffusion_norm: float = 1.0
     last_step: str | None = "Mean"
     last_step_size: float = 0.04
+    time_shift: float = 1.0
 
 
 EXACT_DIMS = 4096  # an exact trace takes one backward pass per dimension; with more, it is refused

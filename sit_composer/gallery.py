@@ -8,6 +8,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -27,22 +28,26 @@ from sit_composer.errors import UserError
 from sit_composer.generate import earlier_work, generate, mean_work
 from sit_composer.guidance import Guidance
 from sit_composer.outputs import write_arrays, write_bytes, write_json
+from sit_composer.precision import cast_once, resolve
 
 SETTINGS, IMAGE = "sampling.json", "{:06d}.png"
+NEWER = {"time_shift": 1.0, "precision": "fp32"}  # what the settings of earlier versions don't have
 
 
 def run(args: argparse.Namespace) -> None:
     """Generates the images that are asked for and missing; each rank of a launcher its share."""
     rank, _ = my_rank()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    precision = resolve(args.precision, device.partition(":")[0])
     checkpoint = load_checkpoint(args.checkpoint, args.weights)
     weaker = load_checkpoint(args.guide, args.weights) if args.guide else None
     if weaker:
         check_guide(args, checkpoint.record, weaker.record)
     complete(args, checkpoint.record)
     sampling = args.sampling
-    network, guide = checkpoint.build_network(device), weaker.build_network(device) if weaker else None
-    guidance = Guidance(network, sampling.cfg_scale, sampling.cfg_channels, sampling.cfg_interval, guide)
+    network = cast_once(checkpoint.build_network(device), precision)
+    guide = cast_once(weaker.build_network(device), precision) if weaker else None
+    guidance = Guidance(network, sampling.cfg_scale, sampling.cfg_channels, sampling.cfg_interval, guide, precision)
     labels = choose_labels(args, checkpoint.record.classes)
     settings = {
         "checkpoint": checkpoint.describe(),
@@ -50,6 +55,7 @@ def run(args: argparse.Namespace) -> None:
         **asdict(sampling),
         "labels": labels,
         **checkpoint.record.settings(),
+        "precision": precision,
         "decode_dtype": args.decode_dtype,
     }
     out = Path(args.out)
@@ -162,7 +168,7 @@ def claim(out: Path, settings: dict[str, Any], count: int) -> list[int]:
         except (OSError, ValueError, TypeError):
             raise UserError(f"--out: {out} holds files that are not samples; choose another folder") from None
         for name, value in settings.items():
-            if before.get(name) != json.loads(json.dumps(value)):
+            if before.get(name, NEWER.get(name)) != json.loads(json.dumps(value)):
                 raise UserError(f"--out: {out} holds samples with another {name}; delete it or choose another")
         return [i for i in range(count) if not (out / IMAGE.format(i)).exists()]
     out.mkdir(parents=True, exist_ok=True)
@@ -173,24 +179,38 @@ def claim(out: Path, settings: dict[str, Any], count: int) -> list[int]:
 def generate_missing(
     args: argparse.Namespace, checkpoint: Checkpoint, guidance: Guidance, settings: dict[str, Any], missing: list[int]
 ) -> None:
-    """Generates this rank's share of the missing images, and notes the work of all ranks with the settings."""
+    """Generates this rank's share of the missing images, and notes the work of all ranks with the settings.
+
+    A thread decodes and writes a batch while the next one is generated.
+    """
     rank, ranks = my_rank()
     out, labels, transport = Path(args.out), settings["labels"], checkpoint.record.build_transport()
     device, dtype = next(guidance.network.parameters()).device, getattr(torch, args.decode_dtype or "float32")
     autoencoder = checkpoint.load_autoencoder(device, dtype, args.decode_batch_size)
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # None is no stream
     done: Counter[str] = Counter()
     before = earlier_work(out / SETTINGS, len(labels) - len(missing)) if rank == 0 else Counter()
     share = missing[rank::ranks]
-    with tqdm(total=len(share), unit="img", desc="sampling", disable=True if rank > 0 else None) as bar:
+
+    def finish(indices: list[int], latents: torch.Tensor, used: dict[str, int]) -> None:
+        with torch.cuda.stream(stream):  # latents are complete: `generate` waited for them
+            levels = to_uint8(autoencoder.decode(latents)).cpu()
+        for i, image in zip(indices, levels, strict=True):
+            write_png(as_image(image), out / IMAGE.format(i))
+        bar.update(len(indices))
+        done.update(images=len(indices), **{name: count * len(indices) for name, count in used.items()})
+        if rank == 0:  # the work so far, in case the command is stopped
+            write_json({**settings, **mean_work(before + done)}, out / SETTINGS)
+
+    bar = tqdm(total=len(share), unit="img", desc="sampling", disable=True if rank > 0 else None)
+    with bar, ThreadPoolExecutor(1) as thread:  # which on leaving, after Ctrl-C too, waits for the batch in the thread
+        previous = thread.submit(lambda: None)
         for start in range(0, len(share), args.batch_size):
             indices = share[start : start + args.batch_size]
             latents, used = generate(guidance, transport, [labels[i] for i in indices], indices, args.sampling)
-            for i, image in zip(indices, to_uint8(autoencoder.decode(latents)).cpu(), strict=True):
-                write_png(as_image(image), out / IMAGE.format(i))
-            bar.update(len(indices))
-            done.update(images=len(indices), **{name: count * len(indices) for name, count in used.items()})
-            if rank == 0:  # the work so far, in case the command is stopped
-                write_json({**settings, **mean_work(before + done)}, out / SETTINGS)
+            previous.result()  # raises its error; at most two batches are in memory
+            previous = thread.submit(finish, indices, latents, used)
+        previous.result()
     works = [done] * ranks
     if ranks > 1:
         # The ranks' last communication. The group is not destroyed: while that holds the GIL, Gloo's thread may need

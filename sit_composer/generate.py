@@ -45,12 +45,15 @@ def generate(
     generators = [np.random.default_rng((sampling.seed, i)) for i in indices]
 
     def draw() -> Tensor:
-        noise = np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators])
-        return torch.from_numpy(noise).to(device)
+        noise = torch.from_numpy(np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators]))
+        # A GPU's copy from pinned memory doesn't wait for the steps before.
+        return noise.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else noise.to(device)
 
     guidance.passes = 0
-    model, y = Counted(guidance), torch.tensor(labels, device=device)
+    with torch.no_grad():
+        model, y = Counted(guidance), guidance.embed(torch.tensor(labels, device=device))
     common = {"sampling_method": sampling.sampling_method, "num_steps": sampling.num_steps, "y": y}
+    common["time_shift"] = sampling.time_shift
     if sampling.mode == "ODE":
         x = sample_ode(transport, model, draw(), atol=sampling.atol, rtol=sampling.rtol, **common)
     else:

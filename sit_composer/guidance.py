@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from sit_composer.errors import UserError
+from sit_composer.precision import autocast
 from sit_composer.sit import SiT
+
+Condition = tuple[Tensor, Tensor]  # what y is for the prediction and for the weak one: labels (N,) or embedded (N, D)
 
 
 class Guidance:
@@ -26,6 +29,7 @@ class Guidance:
             guides all.
         interval: the first and the last time at which it guides.
         guide: a weaker network, for autoguidance.
+        precision: ``fp32``, or ``bf16``: the networks run under autocast, and all else stays in float32.
     """
 
     def __init__(
@@ -35,6 +39,7 @@ class Guidance:
         channels: int | None = None,
         interval: tuple[float, float] = (0.0, 1.0),
         guide: SiT | None = None,
+        precision: str = "fp32",
     ):
         start, end = interval
         if scale != 1 and network.null_label is None and guide is None:
@@ -49,19 +54,45 @@ class Guidance:
         # beyond. The margin is for times in float32, in which 0.7 is less than Python's 0.7.
         self.interval = (-math.inf if start == 0 else start - 1e-6, math.inf if end == 1 else end + 1e-6)
         self.guide = guide
+        self.precision = precision
         self.passes = 0
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        # Samplers use one time for the whole batch.
-        if self.scale == 1 or not self.interval[0] <= float(t[0]) <= self.interval[1]:
+    def embed(self, y: Tensor) -> Condition:
+        """What to pass for the labels y (N,), embedded once for all evaluations. The bits are those of the labels.
+
+        Sharded weights (FSDP2) exist only while their network runs, which then embeds the labels itself.
+        """
+        strong, weak = self._condition(y)
+        guide = self.guide or self.network
+        if hasattr(self.network.y_embedder.embedding_table.weight, "device_mesh"):  # a DTensor, which is slow to import
+            return strong, weak
+        return self.network.y_embedder(strong, False), guide.y_embedder(weak, False)
+
+    def _condition(self, y: Tensor) -> Condition:
+        """The labels y (N,) for the prediction and for the weak one, if there is any."""
+        null = None if self.guide is not None else self.network.null_label
+        return y, y if null is None else torch.full_like(y, null)
+
+    def _predict(self, network: SiT, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The network's output; in float32 if it runs in another precision."""
+        if self.precision == "fp32":
+            return network(x, t, y)
+        with autocast(self.precision, x.device.type):
+            return network(x, t, y).float()
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor | Condition) -> Tensor:
+        # Samplers use one time for the whole batch. Reading it waits for a GPU, so that it is read only if it matters.
+        strong_y, weak_y = self._condition(y) if isinstance(y, Tensor) else y
+        always = self.interval == (-math.inf, math.inf)
+        if self.scale == 1 or not (always or self.interval[0] <= float(t[0]) <= self.interval[1]):
             self.passes += 1
-            return self.network(x, t, y)
+            return self._predict(self.network, x, t, strong_y)
         self.passes += 2
         if self.guide is not None:
-            strong, weak = self.network(x, t, y), self.guide(x, t, y)
+            strong, weak = self._predict(self.network, x, t, strong_y), self._predict(self.guide, x, t, weak_y)
         else:
-            labels = torch.cat([y, torch.full_like(y, self.network.null_label)])  # (2N,)
-            strong, weak = self.network(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)  # each (N, C, H, W)
+            pair = [torch.cat(both) for both in ((x, x), (t, t), (strong_y, weak_y))]  # each of 2N rows
+            strong, weak = self._predict(self.network, *pair).chunk(2)  # each (N, C, H, W)
         guided = weak + self.scale * (strong - weak)
         if self.channels is None:
             return guided

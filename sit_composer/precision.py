@@ -4,11 +4,14 @@ Weights, optimizer, loss and average stay float32.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
+from torch import nn
 
 from sit_composer.errors import UserError
 
+Network = TypeVar("Network", bound=nn.Module)
 # ``amp_bf16`` is ``bf16`` that needs a GPU; ``amp_fp16`` is Composer's, with its loss scaling.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 
@@ -40,3 +43,15 @@ def for_gpu(precision: str) -> bool:
 def autocast(precision: str, device: str) -> AbstractContextManager:
     """The context in which to call the network, for a precision that `resolve` returned."""
     return nullcontext() if precision == "fp32" else torch.autocast(device, DTYPES[precision])
+
+
+def cast_once(network: Network, precision: str) -> Network:
+    """The same network, whose matrices are in the precision of `autocast`, which then need not cast them in each call.
+
+    It is for a network that isn't trained: float32 weights are lost. Its outputs keep their bits.
+    """
+    if precision == "bf16":
+        for layer in network.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                layer.to(torch.bfloat16)
+    return network

@@ -16,7 +16,16 @@ from sit_composer.cli import check_checkpoint, hand_over, make_parser, number, r
 from sit_composer.outputs import check_output
 
 # Without defaults on the command line, to notice an option that has no effect; `Sampling` has the defaults.
-OPTIONAL = ("cfg_interval", "atol", "rtol", "diffusion_form", "diffusion_norm", "last_step", "last_step_size")
+OPTIONAL = (
+    "time_shift",
+    "cfg_interval",
+    "atol",
+    "rtol",
+    "diffusion_form",
+    "diffusion_norm",
+    "last_step",
+    "last_step_size",
+)
 
 
 def make_options() -> argparse.ArgumentParser:
@@ -42,6 +51,8 @@ def make_options() -> argparse.ArgumentParser:
     option("--sampling-method", metavar="NAME", help=methods)
     steps = "time points (ODE 50, SDE 250); an adaptive ODE solver chooses its own steps"
     option("--num-steps", type=number(choices.TIME_POINTS), metavar="N", help=steps)
+    shifted = "shorter steps near the noise (above 1) or the data (below 1), of a fixed-step solver (1)"
+    option("--time-shift", type=number(choices.POSITIVE), metavar="S", help=shifted)
     option("--atol", type=not_negative, help="of adaptive ODE solvers (1e-6)")
     option("--rtol", type=not_negative, help="of adaptive ODE solvers (1e-3)")
     option("--diffusion-form", choices=choices.DIFFUSION_FORMS, help="of the SDE (sigma)")
@@ -50,6 +61,8 @@ def make_options() -> argparse.ArgumentParser:
     option("--last-step-size", type=not_negative, help="of the SDE (0.04)")
     option("--seed", type=number(choices.FROM_ZERO), default=0, help="(0)")
     option("--batch-size", type=count, default=64, help="images per batch (64)")
+    precisions = "of the network; auto is bf16 where the processor or the GPU is faster with it (fp32)"
+    option("--precision", choices=choices.PRECISIONS, default="fp32", help=precisions)
     option("--decode-dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the decoder (float32)")
     option("--decode-batch-size", type=count, metavar="N", help="latents per batch of the decoder (8)")
     option("--npz", metavar="FILE", help="write all images as one array too: arr_0, uint8, N×H×W×3")
@@ -72,6 +85,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         ("per_class", args.classes is not None, "without --classes"),
         ("diffusion_form diffusion_norm last_step last_step_size", not ode, "without --mode SDE"),
         ("atol rtol", adaptive, f"without an adaptive ODE solver ({', '.join(choices.ADAPTIVE_METHODS)})"),
+        ("time_shift", not ode or not adaptive, f"with {args.sampling_method}, which chooses its own steps"),
         ("last_step_size", args.last_step != "None", "without a --last-step"),
         ("guide cfg_interval cfg_channels", args.cfg_scale != 1, "with --cfg-scale 1"),
     )

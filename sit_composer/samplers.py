@@ -10,7 +10,7 @@ from torchdiffeq import odeint
 
 from sit_composer import choices
 from sit_composer.errors import UserError, one_line
-from sit_composer.transport import Model, Transport, at_least_float32
+from sit_composer.transport import Model, Transport, at_least_float32, shift_times
 
 Field = Callable[[Tensor, Tensor], Tensor]  # of x (N, …) and t (N,)
 
@@ -64,6 +64,27 @@ def in_float32(model: Model, z: Tensor) -> tuple[Model, Tensor]:
     return cast, z.to(dtype)
 
 
+def fixed_steps(drift: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: Tensor, heun: bool) -> Tensor:
+    """The end of Euler's or Heun's steps: torchdiffeq's bits, but no times are read, so that a GPU isn't waited for."""
+    for time, dt in zip(times[:-1], times.diff(), strict=True):
+        first = drift(time, x)
+        if heun:
+            second = drift(time + dt, x + dt * first)
+            x = x + dt * (first * 0.5 + second * 0.5)
+        else:
+            x = x + dt * first
+    return x
+
+
+def time_points(t0: float, t1: float, num_steps: int, time_shift: float, like: Tensor) -> Tensor:
+    """The times (num_steps,) of a fixed-step solver from t0 to t1: uniform, then moved by `shift_times`."""
+    choices.POSITIVE.check("time_shift", time_shift)
+    options = {"device": like.device, "dtype": like.dtype}
+    if time_shift == 1:
+        return torch.linspace(t0, t1, num_steps, **options)
+    return t0 + (t1 - t0) * shift_times(torch.linspace(0, 1, num_steps, **options), time_shift)
+
+
 @torch.no_grad()
 def sample_ode(
     tr: Transport,
@@ -75,6 +96,7 @@ def sample_ode(
     atol: float = 1e-6,
     rtol: float = 1e-3,
     reverse: bool = False,
+    time_shift: float = 1.0,
     **model_kwargs,
 ) -> Tensor:
     """Integrates dx = v(x, t) dt from noise z (N, …) at t = 0 to data at t = 1; returns the final batch (N, …).
@@ -86,17 +108,21 @@ def sample_ode(
         num_steps: time points, both ends included: a fixed-step solver takes num_steps - 1 steps. An adaptive one
             chooses its own, by atol and rtol.
         reverse: from data to noise instead; z is then data.
+        time_shift: moves a fixed-step solver's times, see `transport.shift_times`: above 1, its steps near the noise
+            are shorter, below 1 those near the data. 1 is uniform. An adaptive solver ends at the same times.
     """
     check_solver(sampling_method, num_steps, atol, rtol)
     t0, t1 = tr.interval(eval=True)
     if reverse:
         t0, t1 = t1, t0
     model, x = in_float32(model, z)
-    times = torch.linspace(t0, t1, num_steps, device=x.device, dtype=x.dtype)
+    times = time_points(t0, t1, num_steps, time_shift if not reverse else 1 / time_shift, x)
 
     def drift(t: Tensor, x: Tensor) -> Tensor:
         return tr.velocity(model, x, t.expand(len(x)), **model_kwargs)
 
+    if sampling_method in ("euler", "heun", "heun2"):
+        return fixed_steps(drift, x, times, sampling_method != "euler").to(z.dtype)
     overstep = not tr.path.facts.pole_at_data  # beyond which there is no path
     return integrate(drift, x, times, sampling_method, atol, rtol, overstep)[-1].to(z.dtype)
 
@@ -129,6 +155,7 @@ def sample_sde(
     last_step: str | None = "Mean",
     last_step_size: float = 0.04,
     num_steps: int = 250,
+    time_shift: float = 1.0,
     draw: Callable[[], Tensor] | None = None,
     **model_kwargs,
 ) -> Tensor:
@@ -142,6 +169,7 @@ def sample_sde(
             (along the ODE's), ``Tweedie`` (to the expected data), or None (no last step). ``Mean`` leaves out the noise
             of that time: use it with a form that is 0 at the data, or with a small size.
         num_steps: time points before the last step.
+        time_shift: moves these times, as in `sample_ode`.
         draw: returns each step's noise, of z's shape; None is torch.randn.
     """
     choices.choose("sampling_method", sampling_method, choices.SDE_METHODS)
@@ -154,8 +182,8 @@ def sample_sde(
     if sampling_method == "Heun" and t1 == 1:
         t1 = 1 - tr.path.facts.sample_eps  # Heun evaluates the score at its end, where the score has a pole
     model, x = in_float32(model, z)
-    times = torch.linspace(t0, t1, num_steps, device=x.device, dtype=x.dtype)
-    dt = times[1] - times[0]
+    times = time_points(t0, t1, num_steps, time_shift, x)
+    steps = times.diff() if time_shift != 1 else (times[1] - times[0]).expand(num_steps - 1)
     if draw is None:
         draw = partial(torch.randn, x.shape, device=x.device, dtype=x.dtype)
 
@@ -166,7 +194,7 @@ def sample_sde(
         velocity, score = tr.velocity_and_score(model, x, t, **model_kwargs)
         return velocity + diffusion(x, t) * score
 
-    for time in times[:-1]:
+    for time, dt in zip(times[:-1], steps, strict=True):
         x = SDE_STEPS[sampling_method](drift, diffusion, x, time.expand(len(x)), dt, draw() * dt.sqrt())
     t = times[-1].expand(len(x))
     if last_step == "Mean":

@@ -228,11 +228,12 @@ class SiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor, draws: Tensor | None = None) -> Tensor:
         """The field at x (N, C, H, W) and times t (N,), for labels y (N,): (N, C, H, W).
 
+        A solver that calls this often may embed its labels once: y is then what y_embedder gives, (N, D), as it is.
         In training, a label whose draw, of draws (N,) in [0, 1), is below class_dropout_prob becomes the null class.
         None uses torch's own generator.
         """
         x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
-        c = self.t_embedder(t) + self.y_embedder(y, self.training, draws)  # (N, D)
+        c = self.t_embedder(t) + (y if y.is_floating_point() else self.y_embedder(y, self.training, draws))  # (N, D)
         for block in self.blocks:
             x = block(x, c)  # (N, T, D)
         x = self.unpatchify(self.final_layer(x, c))  # (N, out_channels, H, W)

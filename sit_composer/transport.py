@@ -22,6 +22,14 @@ def at_least_float32(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def shift_times(u: Tensor, shift: float) -> Tensor:
+    """Moves times u in [0, 1] towards the noise for a shift above 1, towards the data below 1; the ends stay.
+
+    σ/α = (1 - u)/u of the linear path becomes larger by that factor (arXiv 2403.03206, eq. 23).
+    """
+    return u if shift == 1 else u / (u + shift * (1 - u))
+
+
 @dataclass(eq=False)
 class Transport:
     """A path with a prediction target and a loss weight. Invalid values raise a UserError.
@@ -126,8 +134,7 @@ class Transport:
         """The quantiles (N,) of the training times' distribution over `interval`, for u (N,) in [0, 1)."""
         if self.time_sampling == "logit-normal":
             u = torch.sigmoid(self.time_mean + self.time_std * torch.special.ndtri(u))
-        if self.time_shift != 1:
-            u = u / (u + self.time_shift * (1 - u))  # σ/α = (1 - u)/u of the linear path, times the shift
+        u = shift_times(u, self.time_shift)
         t0, t1 = self.interval()
         return u * (t1 - t0) + t0
 

@@ -17,7 +17,7 @@ from convert import to_mds
 from sit_composer import evaluate, train
 from sit_composer.config.load import load_config
 from sit_composer.errors import UserError
-from tests.benchmarks import convert, loader, step, time_sampling
+from tests.benchmarks import convert, evaluations, loader, sampling, step, time_sampling
 from tests.benchmarks.time_sampling import read_idx, steps_to, table, threshold
 
 DISTANCES = st.lists(st.floats(0.1, 100), min_size=1, max_size=8)
@@ -188,3 +188,29 @@ def test_the_step_is_compared_with_a_plain_one(capsys):
     assert step.main([*small, "--profile"]) == 0
     shares = re.findall(r"\| ([\d.]+)% \|$", capsys.readouterr().out, re.MULTILINE)
     assert sum(map(float, shares)) == pytest.approx(100, abs=1)
+
+
+def test_the_table_of_evaluations_has_shares_only_of_what_is_reached_with_every_seed():
+    sde, ode, *_, few = evaluations.points(1.5)
+    assert sde.default
+    assert ode.default
+    assert (sde.sampling.num_steps, sde.sampling.last_step, ode.sampling.sampling_method) == (250, "Mean", "dopri5")
+
+    def found(evaluations: int, *distances: float) -> list[dict[str, float]]:
+        return [{"evaluations": evaluations, "passes": 2 * evaluations, "distance": d} for d in distances]
+
+    lines = evaluations.table({sde: found(250, 8, 10), ode: found(48, 7, 9), few: found(12, 7.5, 9)})
+    assert lines[2].endswith("| 250 | 500 | 9.00 (8.00 – 10.00) | 1.00 | farther |")
+    assert lines[3].endswith("| 48 | 96 | 8.00 (7.00 – 9.00) | 0.19 | 1.00 |")
+    assert lines[4].endswith("| 12 | 24 | 8.25 (7.50 – 9.00) | 0.05 | farther |")
+
+
+def test_our_samplers_are_timed_in_both_precisions(capsys):
+    options = ["--model", "SiT-S/8", "--input-size", "8", "--rounds", "1", "--solvers", "ODE heun", "SDE Euler"]
+    assert sampling.main(["--bf16", *options]) == 0
+    rows = re.findall(r"^\| (\w+ \w+) \| (\d+) / (\d+) \| (\S+) \|", capsys.readouterr().out, re.MULTILINE)
+    assert [row[:3] for row in rows] == [("ODE heun", "6", "6"), ("SDE Euler", "7", "7")]
+    assert all(0 < float(difference) < 0.1 for *_, difference in rows)
+    with pytest.raises(SystemExit):
+        sampling.main(options)  # without the authors' repository
+    assert "expected PATH, or --bf16" in capsys.readouterr().err

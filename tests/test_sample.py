@@ -9,21 +9,26 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from torch.nn.modules.module import register_module_forward_hook
 
 from sit_composer import sample, train
+from sit_composer.autoencoder import PixelAutoencoder
 from sit_composer.checkpoint.load import CheckpointError, load_checkpoint
 from sit_composer.choices import Sampling
-from sit_composer.errors import UserError
+from sit_composer.errors import INTERRUPTED, UserError
 from sit_composer.gallery import SETTINGS, choose_labels, draw_samples
 from sit_composer.generate import generate
 from sit_composer.guidance import Guidance
+from sit_composer.precision import resolve
 from sit_composer.transport import Transport
 from tests.helpers.paths import ROOT
 
@@ -227,6 +232,117 @@ def test_latents_are_decoded_by_the_autoencoder_they_are_of_and_in_no_dtype_it_o
     assert not list((tmp_path / "out").glob("*.png"))
 
 
+def test_bfloat16_is_the_networks_and_the_settings_say_so(draw, tmp_path, capsys):
+    options = ["--num-images", "6", "--weights", "training", "--sampling-method", "euler"]
+    said, seen = {}, []
+    hook = register_module_forward_hook(lambda layer, _, out: seen.append((type(layer), out.dtype)))
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("auto", None)):
+        assert draw(*options, "--precision", precision, out=precision) == 0
+        said[precision] = json.loads((tmp_path / precision / SETTINGS).read_text())["precision"]
+        assert {made for layer, made in seen if layer is torch.nn.Linear} == {dtype or seen[-1][1]}
+        seen.clear()
+    hook.remove()
+    assert said == {"fp32": "fp32", "bf16": "bf16", "auto": resolve("auto", "cpu")}
+    assert pictures(tmp_path / "auto") == pictures(tmp_path / said["auto"])
+    assert np.abs(levels(tmp_path / "fp32") - levels(tmp_path / "bf16")).max() <= 4
+    assert draw(*options, out="bf16") == 2
+    assert "holds samples with another precision" in capsys.readouterr().err
+
+
+def test_images_of_earlier_versions_settings_are_continued(draw, tmp_path, capsys):
+    options = ["--num-images", "3", "--sampling-method", "heun"]
+    assert draw(*options) == 0
+    whole, file = pictures(tmp_path / "out"), tmp_path / "out" / SETTINGS
+    settings = json.loads(file.read_text())
+    assert (settings.pop("precision"), settings.pop("time_shift")) == ("fp32", 1.0)  # which they didn't have
+    file.write_text(json.dumps(settings))
+    (tmp_path / "out" / "000001.png").unlink()
+    assert draw(*options, "--time-shift", "2") == 2
+    assert "holds samples with another time_shift" in capsys.readouterr().err
+    assert draw(*options) == 0
+    assert pictures(tmp_path / "out") == whole
+
+
+def test_shifted_times_reach_the_solver(draw, tmp_path):
+    for out, options in (("uniform", []), ("shifted", ["--time-shift", "2"])):
+        assert draw("--num-images", "2", "--mode", "SDE", *options, out=out) == 0
+    assert pictures(tmp_path / "uniform") != pictures(tmp_path / "shifted")
+    assert json.loads((tmp_path / "shifted" / SETTINGS).read_text())["time_shift"] == 2
+
+
+def watch(monkeypatch, decode) -> None:
+    """Has each batch's decoding go through ``decode(original, latents)``."""
+    original = PixelAutoencoder.decode
+    monkeypatch.setattr(PixelAutoencoder, "decode", lambda self, latents: decode(partial(original, self), latents))
+
+
+def test_a_batch_is_decoded_while_the_next_one_is_generated(draw, tmp_path, monkeypatch):
+    options = ["--num-images", "5", "--sampling-method", "euler", "--batch-size", "2"]
+    assert draw(*options, out="before") == 0
+    starts, begun = [], [threading.Event() for _ in range(4)]
+
+    def counted(*args):
+        begun[len(starts)].set()
+        starts.append(threading.current_thread())
+        return generate(*args)
+
+    def decode(original, latents):
+        decoders.append(threading.current_thread())
+        if len(latents) == 2:  # all but the last batch
+            assert begun[len(decoders)].wait(20), "decoding and generating take turns"
+        return original(latents)
+
+    decoders: list[threading.Thread] = []
+    monkeypatch.setattr("sit_composer.gallery.generate", counted)
+    watch(monkeypatch, decode)
+    assert draw(*options) == 0
+    assert pictures(tmp_path / "out") == pictures(tmp_path / "before")
+    assert set(starts) == {threading.main_thread()}
+    assert threading.main_thread() not in decoders
+    assert all(not thread.is_alive() for thread in decoders)
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+def test_an_error_of_the_decoder_ends_the_command_and_what_was_finished_stays(
+    draw, tmp_path, monkeypatch, capsys, batch
+):
+    done = []
+
+    def decode(original, latents):
+        if len(done) == batch:
+            raise UserError("the decoder overflowed")
+        done.append(1)
+        return original(latents)
+
+    watch(monkeypatch, decode)
+    assert draw("--num-images", "6", "--sampling-method", "euler", "--batch-size", "2") == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "error: the decoder overflowed"
+    assert list(pictures(tmp_path / "out")) == [f"{i:06d}.png" for i in range(2 * batch)]
+    settings = json.loads((tmp_path / "out" / SETTINGS).read_text())
+    assert settings.get("counted_pictures", 0) == 2 * batch
+
+
+def test_an_interrupted_command_finishes_the_batch_in_its_thread_and_goes_on(draw, tmp_path, monkeypatch):
+    options = ["--num-images", "6", "--sampling-method", "euler", "--batch-size", "2"]
+    assert draw(*options, out="whole") == 0
+    calls = []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sit_composer.gallery.generate", interrupted)
+        assert draw(*options) == INTERRUPTED
+    assert list(pictures(tmp_path / "out")) == [f"{i:06d}.png" for i in range(4)]
+    assert json.loads((tmp_path / "out" / SETTINGS).read_text())["counted_pictures"] == 4
+    assert draw(*options) == 0
+    assert pictures(tmp_path / "out") == pictures(tmp_path / "whole")
+    assert json.loads((tmp_path / "out" / SETTINGS).read_text())["counted_pictures"] == 6
+
+
 @pytest.mark.parametrize("mode", [("--mode", "ODE", "--sampling-method", "heun"), ("--mode", "SDE")])
 def test_a_picture_is_the_same_whatever_the_batch(draw, tmp_path, mode):
     assert draw("--num-images", "6", "--batch-size", "6", *mode, out="whole") == 0
@@ -299,6 +415,12 @@ def test_training_weights_are_drawn_from_when_asked_for(checkpoints, tmp_path):
             "argument --cfg-interval: has no effect with --cfg",
         ),
         (["--classes", "1", "--labels", "random"], "argument --labels: random has no effect without --num"),
+        (["--time-shift", "2"], "argument --time-shift: has no effect with dopri5, which chooses its own steps"),
+        (
+            ["--sampling-method", "heun", "--time-shift", "0"],
+            "argument --time-shift: got '0', expected a number above 0",
+        ),
+        (["--precision", "fp16"], "argument --precision: invalid choice: 'fp16'"),
         (["--atol", "0", "--rtol", "0"], "--atol: got 0, and --rtol too, expected a number above 0"),
         (["--atol", "1e-30", "--rtol", "1e-30"], "the solver gave up"),
         (["--decode-dtype", "float16"], "--decode-dtype: got float16, but "),

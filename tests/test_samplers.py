@@ -3,6 +3,9 @@ import re
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torchdiffeq import odeint
 
 from sit_composer.choices import (
     DIFFUSION_FORMS,
@@ -16,8 +19,8 @@ from sit_composer.choices import (
 from sit_composer.errors import UserError
 from sit_composer.guidance import Guidance
 from sit_composer.likelihood import log_likelihood
-from sit_composer.samplers import Counted, sample_ode, sample_sde
-from sit_composer.transport import Transport
+from sit_composer.samplers import Counted, fixed_steps, sample_ode, sample_sde
+from sit_composer.transport import Transport, shift_times
 from tests.helpers.gaussian import MEAN, STD, gaussian
 
 
@@ -217,6 +220,71 @@ def test_sde_samples_have_the_gaussians_mean_and_deviation(method, form):
     assert x.std().item() == pytest.approx(STD, abs=0.025)
 
 
+@pytest.mark.parametrize("method", ["euler", "heun2"])
+@pytest.mark.parametrize("steps", [1, 7])
+def test_our_fixed_steps_have_torchdiffeqs_bits(method, steps):
+    """Earlier versions took these from torchdiffeq; their images stay as they are."""
+    x, times = torch.randn(5, 3), torch.linspace(0.001, 1, steps + 1)
+
+    def drift(t, x):
+        return torch.sin(3 * x) + t * x
+
+    expected = odeint(drift, x, times, method=method)[-1]
+    assert torch.equal(fixed_steps(drift, x, times, method != "euler"), expected)
+
+
+@given(st.floats(0.05, 20), st.floats(0, 1))
+def test_shifted_times_keep_their_ends_and_the_inverse_shift_moves_them_back(shift, u):
+    times = torch.tensor([0, u, 1], dtype=torch.float64)
+    moved = shift_times(times, shift)
+    assert moved[[0, 2]].tolist() == [0, 1]
+    assert (moved[1] <= u) if shift >= 1 else (moved[1] >= u)
+    if 0 < u < 1:  # σ/α of the linear path grows by the shift
+        assert ((1 - moved[1]) / moved[1]).item() == pytest.approx(shift * (1 - u) / u, rel=1e-9)
+    torch.testing.assert_close(shift_times(moved, 1 / shift), times)
+
+
+class Recorded(Counted):
+    """A model that notes its times."""
+
+    def __init__(self, model, times: list[float]):
+        super().__init__(model)
+        self.times = times
+
+    def __call__(self, x, t):
+        self.times.append(t[0].item())
+        return super().__call__(x, t)
+
+
+@pytest.mark.parametrize("shift", [0.4, 3.0])
+def test_shifted_steps_keep_the_solvers_order_and_go_back_the_way_they_came(shift):
+    tr = Transport("GVP")
+    z = torch.randn(16, 1, 2, 2, dtype=torch.float64)
+    errors = []
+    for steps in (64, 128):
+        there, back = [], []
+        options = {"sampling_method": "heun", "num_steps": steps + 1, "time_shift": shift}
+        x = sample_ode(tr, Recorded(gaussian(tr), there), z, **options)
+        errors.append((x - MEAN - STD * z).abs().max().item())
+        sample_ode(tr, Recorded(gaussian(tr), back), x, reverse=True, **options)
+        moved = shift_times(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift).tolist()
+        assert there[::2] == pytest.approx(moved[:-1], abs=1e-12)  # where steps begin
+        assert back[1::2] == pytest.approx(moved[-2::-1], abs=1e-12)  # where they end
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.15)
+
+
+@pytest.mark.parametrize("shift", [0.4, 3.0])
+def test_shifted_steps_of_the_sde_keep_its_order(shift):
+    tr = Transport("Linear", sample_eps=0.2)
+    errors = []
+    for steps in (128, 256):
+        mean, variance = law_of_samples(tr, steps, last_step=None, time_shift=shift)
+        assert mean == pytest.approx(law(tr, 0.8)[0], abs=1e-12)
+        errors.append(abs(variance - law(tr, 0.8)[1]))
+    assert errors[1] < 0.01
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(1, abs=0.15)
+
+
 def test_evaluations_are_counted():
     tr = Transport()
     counts = {}
@@ -238,6 +306,10 @@ def test_evaluations_are_counted():
         (
             lambda tr: sample_ode(tr, None, torch.zeros(1), atol=0, rtol=0),
             "atol: got 0, and rtol too, expected a number",
+        ),
+        (
+            lambda tr: sample_ode(tr, None, torch.zeros(1), time_shift=0.0),
+            "time_shift: got 0.0, expected a number above",
         ),
         (lambda tr: sample_ode(tr, None, torch.zeros(1), rtol=-1), "rtol: got -1, expected a number of at least 0"),
         (lambda tr: sample_sde(tr, None, torch.zeros(1), sampling_method="euler"), "sampling_method: got 'euler'"),

@@ -1,6 +1,7 @@
 """A GPU is known by the name that its driver gives, and by no part of another's."""
 
 import pytest
+import torch
 
 from sit_composer.costs.gpus import GPUS, PEAKS, peak_flops, which
 
@@ -55,7 +56,13 @@ def test_every_known_gpu_has_a_name_above():
 def test_the_peak_is_that_of_the_precision(monkeypatch, name, low, full):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: name)
-    assert (peak_flops("bf16"), peak_flops("amp_bf16"), peak_flops("fp32")) == (low, low, full)
+    tf32 = torch.backends.cuda.matmul
+    before = tf32.allow_tf32
+    try:
+        for tf32.allow_tf32, fp32 in ((False, full), (True, low / 2)):
+            assert (peak_flops("bf16"), peak_flops("amp_bf16"), peak_flops("fp32")) == (low, low, fp32)
+    finally:
+        tf32.allow_tf32 = before
 
 
 def test_an_unknown_gpu_has_no_peak(monkeypatch):
