@@ -17,6 +17,7 @@ from composer.trainer.trainer import TrainerMode
 from composer.utils import dist
 from torch import Tensor
 from torch.distributed import ReduceOp
+from torch.distributed.fsdp import FSDPModule
 
 Batch = dict[str, Tensor]
 
@@ -79,10 +80,14 @@ class Trainer(ComposerTrainer):
         for optimizer in state.optimizers:
             optimizer.zero_grad(set_to_none=True)
         samples = self._sum(sum(map(spec.get_num_samples_in_batch, microbatches)))[0] / dist.get_world_size()
+        sharded = next((module for module in state.model.modules() if isinstance(module, FSDPModule)), None)
         batch = state.batch
         for i, state.batch in enumerate(microbatches):
             state.batch = spec.microbatch_transforms(state.device.batch_to_device(state.batch))
-            for name, loss in self._train_microbatch(scaled, samples, i + 1 == len(microbatches)).items():
+            is_last = i + 1 == len(microbatches)
+            if sharded is not None:  # HSDP's copies of a shard are reduced once per step, as DDP's gradients are
+                sharded.set_requires_all_reduce(is_last)
+            for name, loss in self._train_microbatch(scaled, samples, is_last).items():
                 key = f"loss/train/{name}"
                 total_loss_dict[key] = total_loss_dict[key] + loss if key in total_loss_dict else loss
         state.batch = batch

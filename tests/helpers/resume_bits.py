@@ -33,6 +33,7 @@ def run(shards: str, folder: Path, way: str, batches: int, told: bool) -> None:
         overrides.append("fsdp={}")
     if way == "hsdp":
         overrides.append("fsdp={data_parallel_replicate_degree: 2, activation_checkpointing: true}")
+        overrides.append("trainer.device_train_microbatch_size=48")  # of 128: in three parts
     if way.endswith("compiled"):
         # The default backend compiles C++ for a minute; this one tests the parts that both share.
         overrides.append(f"compile={'aot_eager' if way.startswith('fsdp') else 'true'}")
