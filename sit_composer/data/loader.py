@@ -75,7 +75,7 @@ class SitDataset(CheckedDataset):
 
     @property
     def batch_bytes(self) -> int:
-        """The bytes of a batch's tensor, where they are known."""
+        """The bytes of a batch's tensor; 0 if they are not known."""
         each = self.spec.channels * self.image_size**2 if self.spec.kind == "pixels" else 0
         if self.layout is not None and self.spec.kind == "latents":
             each = self.layout["moments"].itemsize
@@ -206,7 +206,8 @@ class SitLoader(StreamingDataLoader):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         self.num_samples_yielded = 0
         if self.num_workers and self._iterator is None:  # each worker makes AHEAD batches; the reader may hold two
-            self.dataset.slots = Slots(self.num_workers, AHEAD + 2, self.dataset.batch_bytes)
+            size = self.dataset.batch_bytes
+            self.dataset.slots = Slots(self.num_workers, AHEAD + 2, size) if size else None
         batches = DataLoader.__iter__(self)
         if self.num_workers == 0:
             batches = self._ahead = ahead(batches, AHEAD)
