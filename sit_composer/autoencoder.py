@@ -173,4 +173,4 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def from_uint8(levels: Tensor) -> Tensor:
     """uint8 levels as float32 images in [-1, 1]."""
-    return levels.float() / 127.5 - 1
+    return levels.contiguous().float() / 127.5 - 1  # a loader's are (N, H, W, C) in memory

@@ -28,6 +28,11 @@ def sample_key(*words: int) -> int:
     return _signed(x)
 
 
+def sample_keys(seed: int, epoch: int, indices: Tensor) -> Tensor:
+    """`sample_key` of seed, epoch and each of the int64 indices (N,): int64 (N,)."""
+    return _mix(indices + _signed((sample_key(seed, epoch) + GOLDEN) & MASK))
+
+
 def normal(keys: Tensor, purpose: int, shape: tuple[int, ...]) -> Tensor:
     """Standard normal numbers, float32 (N, *shape), for int64 keys (N,), by the Box–Muller transform."""
     size = math.prod(shape)
@@ -46,7 +51,11 @@ def uniform(keys: Tensor, purpose: int) -> Tensor:
 def _bits(keys: Tensor, purpose: int, count: int) -> Tensor:
     """64 random bits, int64 (N, count). int64 arithmetic wraps around, as the hash needs."""
     counter = torch.arange(1, count + 1, device=keys.device) + (purpose << 40)
-    x = keys[:, None] + counter * _signed(GOLDEN)
+    return _mix(keys[:, None] + counter * _signed(GOLDEN))
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64's output of int64 states."""
     for shift, factor in MIX:
         x = (x ^ _shifted(x, shift)) * _signed(factor)
     return x ^ _shifted(x, 31)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from sit_composer.randomness import DROP, MASK, TIME, X0, normal, sample_key, uniform
+from sit_composer.randomness import DROP, MASK, TIME, X0, normal, sample_key, sample_keys, uniform
 
 KEYS = torch.tensor([sample_key(seed, epoch, index) for seed in range(2) for epoch in range(4) for index in range(250)])
 
@@ -33,6 +33,11 @@ def test_the_numbers_are_splitmix64s_by_box_and_muller():
     got = normal(torch.tensor([1234567]), X0, (2, 3))
     torch.testing.assert_close(got, torch.tensor(expected).reshape(1, 2, 3), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(uniform(torch.tensor([1234567]), X0)[0].item(), (bits[0] >> 40) / 2**24)
+
+
+@given(st.integers(0, 2**32), st.integers(0, 10**6), st.lists(st.integers(0, 2**40), min_size=1, max_size=5))
+def test_the_keys_of_a_batch_are_those_of_its_samples(seed, epoch, indices):
+    assert sample_keys(seed, epoch, torch.tensor(indices)).tolist() == [sample_key(seed, epoch, i) for i in indices]
 
 
 @given(st.integers(-(2**63), 2**63 - 1), st.integers(0, 3))

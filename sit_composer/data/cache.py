@@ -2,8 +2,11 @@
 
 StreamingDataset fetches shards in background threads. A shard that fails there ends its epoch early or hangs it. Here
 the background only fetches ahead: reading a sample waits for the shard, or raises a `DataError` that names the file.
+The order of the samples is StreamingDataset's, which opens a file for each sample; here, an epoch is read by batches
+from mapped files.
 """
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +18,13 @@ from streaming import StreamingDataset
 from streaming.base.constant import TICK
 from streaming.base.dataset import _ShardState
 
+from sit_composer.data.rows import OpenShards, Rows, row_layout
 from sit_composer.data.spec import DataSpec
 from sit_composer.data.stream import CheckedStream, DataError, source
 from sit_composer.storage import is_disk_full
 
 STARTS = 10  # attempts to choose a name for shared memory
+READS = 8  # attempts to read a shard that other processes evict
 
 
 class CheckedDataset(StreamingDataset):
@@ -30,6 +35,7 @@ class CheckedDataset(StreamingDataset):
         local: The folder of the shards, or of the local copies of the remote ones. Each running job needs its own.
         spec: The contents of the shards, from `load_spec`.
         download_retry: Attempts, each of ``download_timeout`` seconds, to fetch a shard. 14 take five minutes.
+        drop_last: Leave out what remains of an epoch's samples after the last whole batch of this worker.
         cache_limit: Bytes, or text such as "100gb", of at least four shards; ignored if there is no remote.
         options: StreamingDataset's own: batch_size (per rank), shuffle, shuffle_seed, predownload (samples whose shards
             a worker fetches ahead; 8 batches), epoch_size, num_canonical_nodes, shuffle_algo, shuffle_block_size.
@@ -46,9 +52,11 @@ class CheckedDataset(StreamingDataset):
         download_retry: int = 14,
         download_timeout: float = 60,
         cache_limit: int | str | None = None,
+        drop_last: bool = False,
         **options: Any,
     ) -> None:
         self.spec = spec
+        self.drop_last = drop_last
         self.prefetch_failed: set[int] = set()
         remote = source(remote, local)
         options["cache_limit"] = cache_limit if remote else None  # a limit would delete the source
@@ -71,28 +79,71 @@ class CheckedDataset(StreamingDataset):
         least = self.stream.index_size + max(shard.get_max_size() for shard in self.shards)
         if self.cache_limit and self.cache_limit < least:
             raise DataError(f"cache_limit: {self.cache_limit} bytes don't hold the index and a shard, {least} bytes")
+        layouts = {(*shard.column_encodings, *shard.column_names): row_layout(shard) for shard in self.shards}
+        # Of the rows of all shards; None if they differ.
+        self.layout = layouts.popitem()[1] if len(layouts) == 1 else None
+        self.open_shards = OpenShards(self.layout)
         # Each process checks a shard that an earlier run fetched when it first reads from it.
         self.unchecked = set(np.flatnonzero(self._shard_states.numpy() == _ShardState.LOCAL).tolist())
         # A job killed before its first batch leaves shared memory, for which streaming refuses the next job ("Reused
         # local directory"). It passes over a name with this lock file, but creates the file only at the first batch.
         Path(self._cache_filelock_path).touch()
 
-    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
-        """The sample of that number. Fetches its shard first if it is not here."""
-        index = int(sample_id)
-        shard_id = int(self.spanner[index][0])
-        try:
-            self._ensure_shard(shard_id)
-            return self.make_sample(index, super().get_item(index, retry))
-        except DataError:
-            raise
-        except Exception as error:
-            where = self.stream.where(self.shards[shard_id])
-            raise DataError(f"{where}: sample {index}: {type(error).__name__}: {error}") from error
+    def __iter__(self) -> Iterator[Any]:
+        """The batches of an epoch, as `read` returns them, of this worker: the next epoch, or what is left of one that
+        was resumed."""
+        self._unique_worker_world = self._unique_rank_world.detect_workers()
+        self._parallel_worker_world = self._parallel_rank_world.detect_workers()
+        work = self._get_work(*self._resume_incr_epoch())
+        work = work[work != -1]
+        used = len(work) // self.batch_size * self.batch_size if self.drop_last else len(work)
+        with Prefetch(self, work) as prefetch:
+            for start in range(0, used, self.batch_size):
+                prefetch.at(start)
+                yield self.read(work[start : min(start + self.batch_size, used)])
 
-    def make_sample(self, index: int, row: dict[str, Any]) -> dict[str, Any]:
-        """What `get_item` returns for a row's columns."""
-        return row
+    def read(self, indices: np.ndarray) -> Any:
+        """The batch of the samples of those numbers, int64 (N,)."""
+        raise NotImplementedError
+
+    def locate(self, indices: np.ndarray) -> Iterator[tuple[int, Rows, int]]:
+        """For each number, shard by shard: its place among ``indices``, its shard, and its row there."""
+        shard_ids = self.shards_of(indices)
+        rows = (indices - self.sample_offset_per_shard[shard_ids]).tolist()
+        places: dict[int, list[int]] = {}
+        for place, shard_id in enumerate(shard_ids.tolist()):
+            places.setdefault(shard_id, []).append(place)
+        for shard_id, here in places.items():
+            try:
+                shard = self._open_shard(shard_id)
+            except Exception as error:
+                raise self.error(indices[here[0]], error) from error
+            for place in here:
+                yield place, shard, rows[place]
+            self._shard_access_times[shard_id] = time.time_ns()
+            if self.cache_limit:
+                self.open_shards.close()  # an evicted file's bytes stay on the disk while it is open
+
+    def shards_of(self, indices: np.ndarray) -> np.ndarray:
+        """The numbers of the samples' shards."""
+        return np.asarray(np.searchsorted(self.sample_offset_per_shard, indices, side="right") - 1)
+
+    def error(self, index: Any, error: Exception) -> DataError:
+        """What is wrong with the sample of that number, and where."""
+        if isinstance(error, DataError):
+            return error
+        where = self.stream.where(self.shards[self.shards_of(np.array([index]))[0]])
+        return DataError(f"{where}: sample {index}: {type(error).__name__}: {error}")
+
+    def _open_shard(self, shard_id: int) -> Rows:
+        shard = self.shards[shard_id]
+        self._ensure_shard(shard_id)
+        for _ in range(READS):
+            try:
+                return self.open_shards.rows(shard_id, self.stream.path(shard), shard)
+            except FileNotFoundError:  # another process has evicted it in the meantime
+                self.prepare_shard(shard_id)
+        raise RuntimeError(f"evicted {READS} times before it was read; raise cache_limit")
 
     def _ensure_shard(self, shard_id: int) -> None:
         """Ensures that the shard is here, checked by this process or by the process that fetched it."""
@@ -183,15 +234,43 @@ class CheckedDataset(StreamingDataset):
             self.cache_usage = taken
         return True
 
-    # In the stock method, samples wait for this thread, which waits forever for a shard that failed or was evicted.
-    def _ready_thread(self, it: Any) -> None:
-        it.on_exit()
 
-    def _each_sample_id(self, it: Any) -> Iterator[int]:
-        for sample_id in it.sample_ids:
-            if it.should_exit():
-                break
-            if sample_id != -1:
-                yield sample_id
-            it.yield_index += 1
-        it.on_exit()
+class Prefetch:
+    """Fetches the shards of the samples to come, in a thread, up to ``predownload`` samples ahead."""
+
+    def __init__(self, dataset: CheckedDataset, work: np.ndarray) -> None:
+        self.dataset = dataset
+        self.work = work
+        self._reached: int | None = 0  # the first sample of the batch that is read
+        self._moved = threading.Condition()
+
+    def __enter__(self) -> "Prefetch":
+        if self.dataset.stream.remote is not None:
+            # A daemon, as the program need not wait for a store to answer.
+            threading.Thread(target=self._run, name="shards", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.at(None)
+
+    def at(self, reached: int | None) -> None:
+        """Notes where the reader is; None: it is done."""
+        with self._moved:
+            self._reached = reached
+            self._moved.notify()
+
+    def _run(self) -> None:
+        dataset, size = self.dataset, self.dataset.batch_size
+        states, access_times = dataset._shard_states.numpy(), dataset._shard_access_times.numpy()
+        for start in range(0, len(self.work), size):
+            with self._moved:
+                while self._reached is not None and start - self._reached > dataset.predownload:
+                    self._moved.wait()
+            shard_ids = dataset.shards_of(self.work[start : start + size])
+            here = states[shard_ids] == _ShardState.LOCAL
+            if dataset.cache_limit:
+                access_times[shard_ids[here]] = time.time_ns()  # so that they aren't evicted before they are read
+            for shard_id in dict.fromkeys(shard_ids[~here].tolist()):
+                if self._reached is None:
+                    return
+                dataset.prepare_shard(shard_id, blocking=False)

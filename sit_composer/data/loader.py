@@ -1,17 +1,28 @@
 """Samples and batches of images or latents, from MDS shards. Images stay uint8; the device normalises them."""
 
+import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 from streaming import StreamingDataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
 
+from sit_composer.data.ahead import ahead
 from sit_composer.data.cache import CheckedDataset
 from sit_composer.data.pictures import center_crop, decode_image
+from sit_composer.data.slots import Slots
 from sit_composer.data.spec import SPEC_NAME, DataSpec
 from sit_composer.data.stream import DataError
-from sit_composer.randomness import sample_key
+from sit_composer.randomness import sample_keys
+
+AHEAD = 2  # batches that are read before they are asked for, in all or by each worker
+MOST_THREADS = 8  # that decode images in a process without workers
+Batch = tuple[Tensor, np.ndarray]  # images or moments; and label, index and key, int64 (3, N)
 
 
 class SitDataset(CheckedDataset):
@@ -21,6 +32,8 @@ class SitDataset(CheckedDataset):
 
     * for pixels, ``image``: uint8 (C, H, W), cropped to ``image_size`` if it has another size;
     * for latents, ``moments``: float16 (2C, H, W), of the image or of its mirror image.
+
+    ``dataset[index]`` is a sample. Iterating, as `SitLoader` does, gives the batches of an epoch.
 
     Args:
         image_size: Side in pixels to which images are cropped; None for the spec's. Ignored for latents.
@@ -45,23 +58,119 @@ class SitDataset(CheckedDataset):
         self.flip = flip
         self.epoch = 0
         super().__init__(spec=spec, shuffle=shuffle, shuffle_seed=seed, **options)
+        self.slots: Slots | None = None  # shared with the workers that a loader has started
+        self._decoders: ThreadPoolExecutor | None = None
+        self._fill = self._decode
+        if spec.kind == "latents":
+            same = self.layout is not None and self._fault(self.layout["moments"].shape) is None
+            self._fill = self._gather if same else self._stack
 
-    def make_sample(self, index: int, row: dict[str, Any]) -> dict[str, Any]:
-        """The tensors of a row."""
-        key = sample_key(self.shuffle_seed, self.epoch, index)
-        flip = self.flip and coin(key)
-        if self.spec.kind == "pixels":
-            image = center_crop(decode_image(row["image"], self.spec.channels), self.image_size)
-            sample = {"image": image.flip(-1) if flip else image}
-        else:
-            moments = row["moments_flip" if flip else "moments"]
-            if moments.ndim != 3 or moments.shape[0] != 2 * self.spec.channels:
-                raise ValueError(f"moments: got {moments.shape}, expected {SPEC_NAME}'s {self.spec.channels} channels")
-            sample = {"moments": torch.from_numpy(moments.copy())}
-        label = int(row["label"])
-        if not 0 <= label < self.spec.num_classes:
-            raise ValueError(f"label: got {label}, expected one of {SPEC_NAME}'s {self.spec.num_classes} classes")
-        return {**sample, "label": label, "index": index, "key": key}
+    def get_item(self, sample_id: int, retry: int = 0) -> dict[str, Any]:
+        """The sample of that number. Fetches its shard first if it is not here."""
+        if not 0 <= sample_id < self.size:
+            raise IndexError(f"got sample {sample_id} of {self.size}")
+        tensor, numbers = self.read(np.array([sample_id], np.int64))
+        label, index, key = numbers[:, 0].tolist()
+        return {self.field: tensor[0], "label": label, "index": index, "key": key}
+
+    @property
+    def batch_bytes(self) -> int:
+        """The bytes of a batch's tensor; 0 if they are not known."""
+        each = self.spec.channels * self.image_size**2 if self.spec.kind == "pixels" else 0
+        if self.layout is not None and self.spec.kind == "latents":
+            each = self.layout["moments"].itemsize
+        return self.batch_size * each
+
+    @property
+    def field(self) -> str:
+        """The name of a batch's tensor."""
+        return "image" if self.spec.kind == "pixels" else "moments"
+
+    def read(self, indices: np.ndarray) -> Batch:
+        """The batch of the samples of those numbers, int64 (N,). In memory, images are (N, H, W, C)."""
+        key = sample_keys(self.shuffle_seed, self.epoch, torch.from_numpy(indices))
+        flips = coin(key).tolist() if self.flip else [0] * len(indices)
+        label = np.empty(len(indices), np.int64)
+        tensor = self._fill(indices, flips, label)
+        strange = np.flatnonzero((label < 0) | (label >= self.spec.num_classes))
+        if len(strange):
+            got, classes = label[strange[0]], self.spec.num_classes
+            text = f"label: got {got}, expected one of {SPEC_NAME}'s {classes} classes"
+            raise self.error(indices[strange[0]], ValueError(text))
+        return tensor, np.stack([label, indices, key.numpy()])
+
+    def _gather(self, indices: np.ndarray, flips: list[int], label: np.ndarray) -> Tensor:
+        """Moments (N, 2C, H, W), each copied once. Fills in the labels."""
+        tensor = self._empty((len(indices), *self.layout["moments"].shape), torch.float16)
+        out = tensor.numpy()
+        for place, shard, row in self.locate(indices):
+            out[place] = shard.columns["moments_flip" if flips[place] else "moments"][row]
+            label[place] = shard.columns["label"][row]
+        return tensor
+
+    def _decode(self, indices: np.ndarray, flips: list[int], label: np.ndarray) -> Tensor:
+        """Images (N, C, H, W), decoded into one tensor, by several threads if there are no workers. Fills in labels."""
+        size, channels = self.image_size, self.spec.channels
+        tensor = self._empty((len(indices), size, size, channels), torch.uint8)  # as decoders write, so rows copy fast
+        out, rows = tensor.numpy(), self._rows(indices, label)
+
+        def decode(place: int) -> None:
+            try:
+                image = center_crop(decode_image(rows[place]["image"], channels), size)
+            except Exception as error:
+                raise self.error(indices[place], error) from error
+            out[place] = (image.flip(-1) if flips[place] else image).permute(1, 2, 0).numpy()
+
+        threads = self._threads() if len(indices) > 1 else None
+        for _ in (threads.map if threads else map)(decode, range(len(indices))):
+            pass
+        return tensor.permute(0, 3, 1, 2)
+
+    def _stack(self, indices: np.ndarray, flips: list[int], label: np.ndarray) -> Tensor:
+        """Moments (N, 2C, H, W) of shards whose rows have sizes of their own. Fills in the labels."""
+        rows = self._rows(indices, label)
+        moments = [row["moments_flip" if flip else "moments"] for row, flip in zip(rows, flips, strict=True)]
+        for index, array in zip(indices, moments, strict=True):
+            if fault := self._fault(array.shape, moments[0].shape):
+                raise self.error(index, ValueError(fault))
+        return torch.from_numpy(np.stack(moments))
+
+    def _rows(self, indices: np.ndarray, label: np.ndarray) -> list[dict[str, Any]]:
+        """The samples' columns. Fills in the labels."""
+        rows: list[dict[str, Any]] = [{}] * len(indices)
+        for place, shard, row in self.locate(indices):
+            try:
+                rows[place] = shard.decode(row)
+                label[place] = rows[place]["label"]
+            except Exception as error:
+                raise self.error(indices[place], error) from error
+        return rows
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        worker = get_worker_info()
+        if worker is None or self.slots is None:
+            return torch.empty(shape, dtype=dtype)
+        return self.slots.empty(worker.id, shape, dtype)
+
+    def hand_over(self, batch: Batch) -> tuple[Any, np.ndarray]:
+        """A batch as a worker sends it."""
+        tensor, numbers = batch
+        return tensor if self.slots is None else self.slots.handed(tensor), numbers
+
+    def _fault(self, shape: tuple[int, ...], other: tuple[int, ...] | None = None) -> str | None:
+        """What is wrong with the moments' shape, or None."""
+        if len(shape) != 3 or shape[0] != 2 * self.spec.channels:
+            return f"moments: got {shape}, expected {SPEC_NAME}'s {self.spec.channels} channels"
+        return f"moments: got {shape}, expected {other} as of other samples" if other not in (None, shape) else None
+
+    def _threads(self) -> ThreadPoolExecutor | None:
+        """Threads that decode; None in a worker, or if this process has one core."""
+        cores = len(os.sched_getaffinity(0)) // self._unique_rank_world.ranks_per_node
+        if get_worker_info() is not None or cores < 2:
+            return None
+        if self._decoders is None:
+            self._decoders = ThreadPoolExecutor(min(cores, MOST_THREADS), "decode")
+        return self._decoders
 
     def _resume_incr_epoch(self) -> tuple[int, int]:
         self.epoch, sample_in_epoch = super()._resume_incr_epoch()  # called at each epoch's start in each worker
@@ -77,25 +186,49 @@ class SitDataset(CheckedDataset):
         return state
 
 
-def coin(key: int) -> bool:
-    """A sample's fair coin."""
-    return bool(key & 1)
+def coin(key: Any) -> Any:
+    """A fair coin, 0 or 1, of a key, or of each key of a tensor."""
+    return key & 1
 
 
 class SitLoader(StreamingDataLoader):
-    """A StreamingDataLoader that stops its workers when one of them fails."""
+    """A loader of `SitDataset`'s batches, which workers read, or a thread; it stops them when one of them fails."""
 
+    dataset: SitDataset
     _iterator: Any
+    _ahead: Any = None
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __init__(self, dataset: SitDataset, **options: Any) -> None:
+        super().__init__(dataset, batch_size=None, collate_fn=dataset.hand_over, **options)
+        # The data set makes the batches. Composer and len() read these.
+        self.__dict__ |= {"batch_size": dataset.batch_size, "drop_last": dataset.drop_last}
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        self.num_samples_yielded = 0
+        if self.num_workers and self._iterator is None:  # each worker makes AHEAD batches; the reader may hold two
+            size = self.dataset.batch_bytes
+            self.dataset.slots = Slots(self.num_workers, AHEAD + 2, size) if size else None
+        batches = DataLoader.__iter__(self)
+        if self.num_workers == 0:
+            batches = self._ahead = ahead(batches, AHEAD)
         try:
-            yield from super().__iter__()
+            for tensor, numbers in batches:
+                # The small ones have no part in the tensor's memory, as a list of labels would keep all of it.
+                small = torch.from_numpy(numbers)
+                label, index, key = small.pin_memory() if self.pin_memory else small
+                self.num_samples_yielded += len(tensor)
+                yield {self.dataset.field: tensor, "label": label, "index": index, "key": key}
         except Exception:
             self.stop()  # the garbage collector would wait five seconds for each worker
             raise
+        finally:
+            if self.num_workers == 0:
+                batches.close()
 
     def stop(self) -> None:
-        """Ends the workers. Call it before the program ends: Python would wait for them forever."""
+        """Ends the workers or the thread. Call it before the program ends: Python would wait for workers forever."""
+        if self._ahead is not None:
+            self._ahead.close()
         iterator, self._iterator = self._iterator, None
         if iterator is not None:
             iterator._shutdown_workers()
@@ -120,15 +253,13 @@ def build_loader(
     Invalid data raise a DataError, here or while iterating, with any number of workers.
     """
     return SitLoader(
-        SitDataset(remote=remote, local=local, spec=spec, batch_size=batch_size, **options),
-        batch_size=batch_size,
+        SitDataset(remote=remote, local=local, spec=spec, batch_size=batch_size, drop_last=drop_last, **options),
         num_workers=num_workers,
-        drop_last=drop_last,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
         # A scheduler's SIGTERM often reaches every process of a job. If it ended the workers, the run could not save.
         worker_init_fn=_ignore_signals,
-        prefetch_factor=2 if num_workers else None,
+        prefetch_factor=AHEAD if num_workers else None,
         # Each pass over a DataLoader draws a seed for its workers. Drawn from torch's own generator, a pass over the
         # evaluation data would change the noise of the training after it.
         generator=torch.Generator(),

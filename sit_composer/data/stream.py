@@ -158,6 +158,10 @@ class CheckedStream(Stream):
                 shard.evict()
             raise
 
+    def path(self, shard: Reader) -> str:
+        """The shard's file here, decompressed."""
+        return os.path.join(self.local, shard.raw_data.basename)
+
     def where(self, shard: Reader) -> str:
         """The shard's file at its source."""
         return os.path.join(self.remote or self.local, shard_files(shard)[-1].basename)

@@ -155,7 +155,7 @@ def open_shards(path: str, image_size: int | None, cache: str | None = None) -> 
     def batches(batch_size: int) -> Iterator[Tensor]:
         options: dict[str, Any] = {"image_size": image_size, "shuffle": False, "drop_last": False}
         for batch in build_loader(remote, local, spec=spec, batch_size=batch_size, **options):
-            yield batch["image"].expand(-1, 3, -1, -1)
+            yield batch["image"].contiguous().expand(-1, 3, -1, -1)
 
     return PictureSet(path, spec.samples, batches, left_out=Counter(spec.left_out), small=Counter(spec.small))
 
