@@ -70,6 +70,8 @@ class Progress(Callback):
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.BATCH_END:
             self._step(state)
+            seconds, waiting, _ = self._steps[-1]
+            logger.log_metrics({"throughput/waiting_for_data": waiting / seconds})  # the share of this step's time
         if event in (Event.BATCH_END, Event.EPOCH_END) and self.due(state, event):
             self._say(f"batch {int(state.timestamp.batch)}/{self.total or '?'}  {self.line(state)}")
         super().run_event(event, state, logger)
