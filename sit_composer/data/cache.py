@@ -19,6 +19,7 @@ from streaming.base.constant import TICK
 from streaming.base.dataset import _ShardState
 
 from sit_composer.data.rows import OpenShards, Rows, row_layout
+from sit_composer.data.shared_names import one_job_at_a_time
 from sit_composer.data.spec import DataSpec
 from sit_composer.data.stream import CheckedStream, DataError, source
 from sit_composer.storage import is_disk_full
@@ -64,13 +65,14 @@ class CheckedDataset(StreamingDataset):
             try:
                 places = {"remote": remote, "local": local}
                 self.stream = CheckedStream(spec, download_retry, **places, download_timeout=download_timeout)
-                super().__init__(streams=[self.stream], **options)
+                with one_job_at_a_time():
+                    super().__init__(streams=[self.stream], **options)
                 break
             except DataError:
                 raise
             except (ValueError, RuntimeError, OSError) as error:
-                # Two jobs that start on a machine at the same moment may choose one name for their shared memory. With
-                # several ranks, the others wait for this one inside the constructor and cannot choose again.
+                # Another user's job may have taken the name for the shared memory. With several ranks, the others wait
+                # for this one inside the constructor and cannot choose again.
                 collision = isinstance(error, FileExistsError) and self._unique_rank_world.ranks_per_node == 1
                 if remote and is_disk_full(error):
                     raise DataError(f"{local}: no space left on the disk for copies of {remote}") from error

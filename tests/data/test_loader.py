@@ -456,6 +456,30 @@ def test_jobs_that_start_at_the_same_moment_do_not_collide(digits):
         assert job.exitcode == 0
 
 
+def start_ranks_at_once(folder: Path, barrier, rank: int, port: int, done) -> None:
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in places.items()}}
+    torch.distributed.init_process_group("gloo")
+    for _ in range(8):
+        barrier.wait(30)
+        loader(None, folder)
+    done.value = 1
+
+
+def test_ranks_of_jobs_that_start_at_the_same_moment_do_not_collide(digits):
+    fork = multiprocessing.get_context("fork")
+    barrier, jobs = fork.Barrier(4), []
+    for port in (free_port(), free_port()):
+        for rank in range(2):
+            done = fork.Value("i", 0)
+            job = fork.Process(target=start_ranks_at_once, args=(digits, barrier, rank, port, done), daemon=True)
+            jobs.append((job, done))
+            job.start()
+    for job, _ in jobs:
+        job.join(60)
+    assert [done.value for _, done in jobs] == [1, 1, 1, 1]
+
+
 # --- Bad samples ---
 
 
