@@ -208,7 +208,7 @@ def stock(kind: str, rows: list[Row], folder: Path, args: argparse.Namespace) ->
 def web(kind: str, rows: list[Row], folder: Path, args: argparse.Namespace) -> Side | str:
     """webdataset"""
     if webdataset is None:
-        return "webdataset: not installed (`pip install webdataset`)"
+        return "webdataset: not installed (pip install -e '.[bench]')"
     paths = [str(folder / f"{part}.tar") for part in range(4)]
     for part, path in enumerate(paths):
         with tarfile.open(path, "w") as tar:
@@ -225,7 +225,7 @@ def web(kind: str, rows: list[Row], folder: Path, args: argparse.Namespace) -> S
 def lit(kind: str, rows: list[Row], folder: Path, args: argparse.Namespace) -> Side | str:
     """litdata"""
     if litdata is None:
-        return "litdata: not installed (`pip install litdata`)"
+        return "litdata: not installed (pip install -e '.[bench]')"
     (folder / "lit").mkdir()
     writer = litdata.streaming.cache.BinaryWriter(str(folder / "lit"), chunk_bytes=1 << 26)
     for index, row in enumerate(rows):

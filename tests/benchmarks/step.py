@@ -1,6 +1,6 @@
 """Measures a training step beside the authors' loop:   python tests/benchmarks/step.py [PATH_OF_SIT]
 
-PATH_OF_SIT is a clone of the authors' repository (it needs `pip install timm`); without it, ours is compared with a
+PATH_OF_SIT is a clone of the authors' repository (it needs timm); without it, ours is compared with a
 plain loop around our network. The steps of all sides take turns, on one batch of latents: theirs in float32, with
 AdamW and the average as `train.py` there makes them; ours in Composer's Trainer; and the limit, which is the step's own
 matrix products and attention alone, forward and backward, in our precision. Prints a Markdown table of medians; a ratio
@@ -124,7 +124,7 @@ def load_peer(path: Path) -> tuple:
         from transport import create_transport
     except ModuleNotFoundError as error:
         raise SystemExit(
-            f"error: {path}: {error}; a clone of willisma/SiT is expected, and `pip install timm`"
+            f"error: {path}: {error}; a clone of willisma/SiT is expected, and pip install -e '.[bench]'"
         ) from None
     finally:
         sys.path.remove(str(path))

@@ -124,7 +124,7 @@ def test_a_yamls_header_has_the_numbers_that_follow_from_its_network(name):
         ("sample_grid={interval: 1.5ep}", "sample_grid.interval: got '1.5ep', expected a time above 0 in whole"),
         ("sample_grid={interval: '10'}", "sample_grid.interval: got '10', expected a time above 0"),
         ("sample_grid={interval: 5sec}", "sample_grid.interval: got '5sec', expected a time above 0"),
-        ("precision=bf16", "precision: got 'bf16', expected fp32"),
+        ("precision=int8", "precision: got 'int8', expected auto, fp32, bf16, amp_bf16"),
         ("fsdp={sharding_strategy: FULL_SHARD}", "fsdp.sharding_strategy: no such key; expected"),
         ("trainer.save_folder=s3://key:secret@bucket/run", "trainer.save_folder: an address with credentials in it"),
         ("loggers={mlflow: {tracking_uri: 'https://me:secret@host'}}", "loggers.mlflow.tracking_uri: an address with"),

@@ -29,7 +29,13 @@ def test_a_part_is_written_as_streaming_writes_it(kind, sizes, limit):
 
 
 def test_a_shard_that_is_exactly_full_is_streamings_too():
-    for limit in range(480, 480 + 120):  # a sample has 116 bytes
+    columns, make = KINDS["pixels"]
+    options = {"columns": columns, "hashes": ["xxh64"], "size_limit": 999}  # whose digits a shard holds
+    with TemporaryDirectory() as folder, MDSWriter(out=folder, **options) as writer:
+        for k in range(3):
+            writer.write(make(100, k))
+    full = writer.shards[0]["raw_data"]["bytes"]  # of three samples
+    for limit in (full - 1, full, full + 1):
         check("pixels", [100] * 6, limit)
 
 
