@@ -81,7 +81,7 @@ def test_every_page_and_message_names_extras_that_exist():
     assert set(EXTRAS.values()) == extras - {"bench", "dev"}
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for command in re.findall(r"pip install[^`\n]*", page.read_text().replace('uv pip install -e ".[sit]"', "")):
-            named = re.match(r"pip install (?:\.|-e '\.\[(\w+)\]')(?= |$)", command)
+            named = re.match(r"pip install (?:\.|-e '\.\[(\w+)\]'|torch==\S+ torchvision)(?= |$)", command)
             assert named, f"{page.name}: {command}"
             assert named[1] in {None, "EXTRA", *extras}
 
