@@ -32,6 +32,7 @@ class Uploads:
         self.keep = keep
         self.patience = patience
         self.failure: StorageError | None = None
+        self._last: str | None = None  # the last sharded checkpoint that this rank began to upload
         self._jobs: queue.Queue[Path | None] = queue.Queue()  # None: the end
         self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
         self._thread.start()
@@ -79,6 +80,9 @@ class Uploads:
             path.unlink()
         else:
             name = place.name  # ep0-ba10/__RANK_0.distcp
+            if self._last not in (None, name):  # else a kill could leave two checkpoints, none of them complete
+                self._patiently(self._expect, self._last, {METADATA: 1})
+            self._last = name
             for shard in sorted(place.glob(f"{path.name.rpartition('_')[0]}_*.distcp")):
                 self._patiently(self._put, shard, f"{name}/{shard.name}")
                 shard.unlink()

@@ -33,3 +33,23 @@ def test_a_checkpoint_of_several_ranks_is_complete_when_the_last_shard_is_there(
     assert (newest(folder), list(place.iterdir())) == ("ep1-ba30", [])
     uploads.end()
     lease.release()
+
+
+def test_a_rank_that_is_ahead_waits_until_the_checkpoint_before_is_complete(s3, tmp_path):
+    """Else a kill could leave two checkpoints, none of them complete, and the run would not resume."""
+    folder = S3Folder("s3://sit/ahead")
+    lease = Lease(folder, BEAT)
+    lease.acquire()
+    for batch in (4, 8):
+        (tmp_path / f"ep0-ba{batch}").mkdir()
+        (tmp_path / f"ep0-ba{batch}" / "__1_0.distcp").write_bytes(b"shard")
+    uploads = Uploads(folder, lease, keep=-1, patience=1)
+    uploads._upload(tmp_path / "ep0-ba4" / "__1_0.distcp")
+    with pytest.raises(StorageError, match=r"ep0-ba4/.metadata: its rank hasn't uploaded it"):
+        uploads._upload(tmp_path / "ep0-ba8" / "__1_0.distcp")
+    assert set(folder.listing()) == {NAME, "ep0-ba4/__1_0.distcp"}
+    folder.write("ep0-ba4/.metadata", b"metadata")
+    uploads._upload(tmp_path / "ep0-ba8" / "__1_0.distcp")
+    assert "ep0-ba8/__1_0.distcp" in folder.listing()
+    uploads.end()
+    lease.release()
