@@ -168,11 +168,14 @@ def test_conversion_is_compared_with_plain_loops(capsys):
 @pytest.mark.slow
 def test_the_loader_is_compared_with_plain_ones(capsys):
     assert loader.main(["--latents", "300", "--pixels", "20", "--rounds", "1", "--workers", "1"]) == 0
-    pattern = r"^\| ([^|]*) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$"
+    pattern = r"^\| ([^|,]*), ([^|]*) \| (\d+) \(\d+ – \d+\) \| \d+ \| ([\d.]+) \|$"
     found = re.findall(pattern, capsys.readouterr().out, re.MULTILINE)
-    assert [what for what, *_ in found] == ["latents", "pixels"]
-    for _, theirs, ours, ratio in found:
-        assert float(ours) / float(theirs) == pytest.approx(float(ratio), rel=0.03)
+    rates = {(kind, side): (float(rate), float(ratio)) for kind, side, rate, ratio in found}
+    for kind in ("latents", "pixels"):
+        ours, one = rates[kind, "sit_composer"]
+        assert one == 1
+        theirs, ratio = rates[kind, "StreamingDataset"]
+        assert ours / theirs == pytest.approx(ratio, abs=0.02)
 
 
 @pytest.mark.slow

@@ -325,7 +325,7 @@ def compare_losses(args: argparse.Namespace, samples: int, precision: str) -> st
     """A row: the largest relative difference of the losses of N steps on the same times, noise and dropped labels."""
     network, batch = build_sit(args.model), make_batch(samples)
     nn.init.normal_(network.final_layer.linear.weight, std=0.02)
-    theirs = Theirs(network, args, batch)
+    theirs = Theirs(deepcopy(network), args, batch)
     theirs.network.y_embedder.dropout_prob = 0.0  # instead, the labels are dropped as our keys say
     keys = batch["key"]
     t, x0 = randomness.uniform(keys, randomness.TIME), randomness.normal(keys, randomness.X0, (4, 32, 32))
