@@ -61,7 +61,7 @@ def check(report, errors):
     assert report["machine"]["device"] == "cpu"
 
 
-@pytest.mark.slow  # a minute on a quiet core
+@pytest.mark.nightly  # a minute on a quiet core
 def test_without_composer_streaming_and_diffusers_their_rows_say_so_and_the_rest_is_measured(tmp_path):
     report, out = run(tmp_path, hidden=("composer", "mosaicml", "streaming", "diffusers", "torchmetrics"))
     missing = {
