@@ -24,7 +24,7 @@ def room() -> int:
 def check_room(config: Config, encodes: bool, ranks: int, microbatch: int | str) -> str:
     """What the config needs, of what there is. A ConfigError if that is too much for a CPU.
 
-    On a GPU only torch's own refusal counts, see `out_of_memory`: its sums were never measured there.
+    On a GPU only torch's own refusal counts, see `too_large`: these sums were never measured there.
     """
     if not isinstance(microbatch, int):
         return "the microbatch is found by Composer"

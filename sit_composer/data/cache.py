@@ -8,6 +8,7 @@ from mapped files.
 
 import threading
 import time
+from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,9 +105,9 @@ class CheckedDataset(StreamingDataset):
                 prefetch.at(start)
                 yield self.read(work[start : min(start + self.batch_size, used)])
 
+    @abstractmethod
     def read(self, indices: np.ndarray) -> Any:
         """The batch of the samples of those numbers, int64 (N,)."""
-        raise NotImplementedError
 
     def locate(self, indices: np.ndarray) -> Iterator[tuple[int, Rows, int]]:
         """For each number, shard by shard: its place among ``indices``, its shard, and its row there."""

@@ -25,8 +25,7 @@ def find_backend(compile: str, device: str) -> str | None:
         usual = ", ".join(torch.compiler.list_backends())
         raise ConfigError(f"compile: got {compile}, expected true, false or a backend: {usual}")
     if backend == "inductor":
-        compilers = ("CXX", ["g++", "clang++"]) if device == "cpu" else ("CC", ["gcc", "clang"])
-        variable, names = compilers
+        variable, *names = ("CXX", "g++", "clang++") if device == "cpu" else ("CC", "gcc", "clang")
         names = [os.environ[variable]] if os.environ.get(variable) else names
         if not any(map(shutil.which, names)):
             lacks = f"a compiler, {' or '.join(names)}; install one, or set {variable}"

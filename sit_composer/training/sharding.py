@@ -28,13 +28,6 @@ class ShardingConfig(FSDP2Config):
         return self.replicas if self.replicas > 1 else None
 
 
-def _policy(precision: Precision, mixed_precision: str) -> MixedPrecisionPolicy:
-    """Composer's policy, except that inputs are not cast; autocast casts those of matrix products, as under DDP."""
-    # Composer's rounds times and noised latents to bfloat16, while the target is made from the exact ones.
-    _, param_dtype, reduce_dtype, _ = get_mixed_precision(precision, mixed_precision)
-    return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-
-
 def prefetch(model: nn.Module) -> None:
     """Gathers each block's weights while the block before it computes; backward passes do so by themselves."""
     _, *blocks = [module for module in model.modules() if isinstance(module, FSDPModule)]  # after the root
@@ -47,9 +40,13 @@ def parallelism(fsdp: FSDPConfig | None, precision: str = "fp32") -> dict[str, F
     if fsdp is None:
         return None
 
-    def policy(composers: Precision, mixed_precision: str) -> MixedPrecisionPolicy:
-        # Composer is told fp32 for bf16, which `ComposerSiT` casts to by itself.
-        return _policy(Precision.AMP_BF16 if precision.endswith("bf16") else composers, mixed_precision)
+    def policy(trainers: Precision, mixed_precision: str) -> MixedPrecisionPolicy:
+        """Composer's, except that inputs are not cast; autocast casts those of matrix products, as under DDP."""
+        # The Trainer's precision is fp32 if the model itself casts to bfloat16.
+        given = Precision.AMP_BF16 if precision.endswith("bf16") else trainers
+        # Composer's rounds times and noised latents to bfloat16, while the target is made from the exact ones.
+        _, param_dtype, reduce_dtype, _ = get_mixed_precision(given, mixed_precision)
+        return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
 
     fsdp2.create_mixed_precision_policy = policy
     keys = asdict(fsdp)

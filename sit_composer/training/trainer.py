@@ -8,6 +8,7 @@ Here the hosts agree on what they know, and the loss stays a tensor until someth
 import itertools
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,6 +33,11 @@ class Trainer(ComposerTrainer):
         self._host_timeout = host_timeout
         self._hosts: torch.distributed.ProcessGroup | None = None
         super().__init__(*args, **kwargs)
+
+    @cached_property
+    def _sharded(self) -> FSDPModule | None:
+        """The root of a sharded model."""
+        return next((module for module in self.state.model.modules() if isinstance(module, FSDPModule)), None)
 
     def _sum(self, *numbers: float) -> list[float]:
         """The sums over all ranks of what their hosts know."""
@@ -80,13 +86,12 @@ class Trainer(ComposerTrainer):
         for optimizer in state.optimizers:
             optimizer.zero_grad(set_to_none=True)
         samples = self._sum(sum(map(spec.get_num_samples_in_batch, microbatches)))[0] / dist.get_world_size()
-        sharded = next((module for module in state.model.modules() if isinstance(module, FSDPModule)), None)
         batch = state.batch
         for i, state.batch in enumerate(microbatches):
             state.batch = spec.microbatch_transforms(state.device.batch_to_device(state.batch))
             is_last = i + 1 == len(microbatches)
-            if sharded is not None:  # HSDP's copies of a shard are reduced once per step, as DDP's gradients are
-                sharded.set_requires_all_reduce(is_last)
+            if self._sharded is not None:  # HSDP's copies of a shard are reduced once per step, as DDP's gradients are
+                self._sharded.set_requires_all_reduce(is_last)
             for name, loss in self._train_microbatch(scaled, samples, is_last).items():
                 key = f"loss/train/{name}"
                 total_loss_dict[key] = total_loss_dict[key] + loss if key in total_loss_dict else loss
