@@ -16,8 +16,8 @@ from sit_composer.cli import check_checkpoint, hand_over, make_parser, number, r
 from sit_composer.outputs import check_output
 
 # Without defaults on the command line, to notice an option that has no effect; `Sampling` has the defaults.
-OPTIONAL = ("time_shift", "cfg_interval", "atol", "rtol", "diffusion_form", "diffusion_norm", "last_step")
-OPTIONAL += ("last_step_size",)
+SDE_ONLY = ("diffusion_form", "diffusion_norm", "last_step", "last_step_size")
+OPTIONAL = ("time_shift", "cfg_interval", "atol", "rtol", *SDE_ONLY)
 
 
 def make_options() -> argparse.ArgumentParser:
