@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from sit_composer.errors import EVICTED, INTERRUPTED, USAGE
+from sit_composer.launch import MALLOC
 from tests.helpers.paths import ROOT
 
 
@@ -54,3 +55,12 @@ def test_a_mistake_is_one_line_and_code_2(launch):
     process = launch("optimizer.lr=-1")
     assert process.stderr.read() == "error: optimizer.lr: got -1.0, expected a number above 0\n"
     assert process.wait() == USAGE
+
+
+@pytest.mark.parametrize("chosen", [None, "glibc.malloc.check=0"])
+def test_the_ranks_keep_freed_memory_unless_the_user_chose_otherwise(tmp_path, chosen):
+    (tmp_path / "script.py").write_text("import os; print(os.environ['GLIBC_TUNABLES'])")
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    environment |= {"GLIBC_TUNABLES": chosen} if chosen else {}
+    command = [sys.executable, "sit_composer/launch.py", "-n", "1", str(tmp_path / "script.py")]
+    assert subprocess.check_output(command, cwd=ROOT, env=environment, text=True).strip() == (chosen or MALLOC)

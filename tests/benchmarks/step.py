@@ -1,11 +1,12 @@
 """Measures a training step beside the authors' loop:   python tests/benchmarks/step.py [PATH_OF_SIT]
 
-PATH_OF_SIT is a clone of the authors' repository (it needs timm); without it, ours is compared with a
-plain loop around our network. The steps of all sides take turns, on one batch of latents: theirs in float32, with
-AdamW and the average as `train.py` there makes them; ours in Composer's Trainer; and the limit, which is the step's own
-matrix products and attention alone, forward and backward, in our precision. Prints a Markdown table of medians; a ratio
-is the median over the turns. `--memory` adds the peak memory of each side, in a process of its own; `--losses N`
-instead trains both sides for N steps on the same times, noise and labels, and `--profile` says where the time goes.
+PATH_OF_SIT is a clone of the authors' repository (it needs timm); without it, ours is compared with a plain loop around
+our network. The sides have a process each, and their steps take turns, on one batch of latents: theirs in float32, with
+AdamW and the average as `train.py` there makes them; ours in Composer's Trainer, with the allocation of memory that our
+launcher chooses; and the limit, which is the step's own matrix products and attention alone, forward and backward, in
+our precision. Prints a Markdown table of medians; a ratio is the median over the turns. Memory is the peak of a side's
+process, weights, optimizer and average included, above what the libraries took. `--losses N` instead trains both sides
+for N steps on the same times, noise and labels, and `--profile` says where the time goes.
 """
 
 import argparse
@@ -22,20 +23,15 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # of the package `tests`, which is not installed
 from sit_composer import randomness
-from sit_composer.algorithms.ema import EMA
-from sit_composer.autoencoder import AutoencoderSpec
-from sit_composer.sit import Attention, SiT, build_sit
+from sit_composer.launch import MALLOC
+from sit_composer.sit import SiT
 from sit_composer.training.model import ComposerSiT
-from sit_composer.training.trainer import Trainer
 from sit_composer.transport import Transport
-
-LATENTS = AutoencoderSpec(name="-", scale=1.0, shift=0.0, channels=4, downsample=8)
-DECAY, DEVICE = 0.9999, "cuda" if torch.cuda.is_available() else "cpu"
-Step = Callable[[], Tensor]
+from tests.benchmarks.step_sides import DECAY, DEVICE, LATENTS, Theirs, make_batch, make_network, trainer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,15 +42,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, nargs="+", default=[4, 16], help="images in a step (%(default)s)")
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], help="ours (%(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each side (%(default)s)")
-    parser.add_argument("--compile", action="store_true", help="our blocks, compiled; prints when that pays")
-    parser.add_argument("--memory", action="store_true", help="also measure peak memory")
+    parser.add_argument("--compile", action="store_true", help="also our blocks, compiled; prints when that pays")
     parser.add_argument("--losses", type=int, metavar="N", help="compare the losses of N steps instead")
     parser.add_argument("--profile", action="store_true", help="print where a step's time goes instead")
-    parser.add_argument("--alone", choices=["theirs", "ours"], help=argparse.SUPPRESS)  # `peak`'s own process
     args = parser.parse_args(argv)
     torch.manual_seed(0)
-    if args.alone:
-        return print_peak(args)
     print(f"{machine()}\n")
     cases = [(batch, precision) for batch in args.batch for precision in args.precision]
     if args.losses:
@@ -65,12 +57,15 @@ def main(argv: list[str] | None = None) -> int:
         print("| --- |" + " ---: |" * len(cases))
         rows = iter(profile_rows([profile(args, *case) for case in cases]))
     else:
-        print("| batch | ours in | theirs, ms | ours, ms | ratio | limit, ms | of the limit | Composer's own |", end="")
-        print(" peak MiB, theirs | ours |" if args.memory else "")
-        print("| ---: | --- |" + " ---: |" * (8 if args.memory else 6))
-        rows = (compare(args, *case) for case in cases)
+        print(
+            "| batch | ours in | theirs, ms | ours, ms | ratio | limit, ms | of the limit | peak MiB, theirs | ours |"
+        )
+        print("| ---: | --- |" + " ---: |" * 7)
+        rows = (row for case in cases for row in compare(args, *case))
     for row in rows:
         print(row, flush=True)
+    if not (args.losses or args.profile):
+        print(f"\nComposer's own: {overhead(args.batch[0]) * 1e3:.2f} ms a step")
     return 0
 
 
@@ -85,181 +80,59 @@ def machine() -> str:
     return f"{gpu}{name}, {cores}, torch {torch.__version__}, commit {commit}"
 
 
-# --- The sides ---
+class Side:
+    """A process of `step_sides.py`, which makes a step when it is asked to."""
+
+    def __init__(self, name: str, args: argparse.Namespace, samples: int, precision: str, *options: str):
+        command = [sys.executable, "-m", "tests.benchmarks.step_sides", name, "--model", args.model, *options]
+        command += ["--batch", f"{samples}", "--precision", precision, *(["--sit", f"{args.sit}"] if args.sit else [])]
+        environment = os.environ | ({"GLIBC_TUNABLES": MALLOC} if name == "ours" else {})
+        pipes = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "text": True,
+            "cwd": Path(__file__).parents[2],
+            "env": environment,
+        }
+        self.process = subprocess.Popen(command, **pipes)
+        if self.process.stdout.readline() != "ready\n":
+            raise SystemExit(self.process.wait())  # it has said why
+        self.first = self.step()  # which compiles
+        self.step()
+        self.seconds: list[float] = []
+
+    def step(self) -> float:
+        """A step's seconds."""
+        print(file=self.process.stdin, flush=True)
+        return float(self.process.stdout.readline())
+
+    def end(self) -> str:
+        """Its peak of memory, in MiB."""
+        self.process.stdin.close()
+        peak = float(self.process.stdout.readline())
+        self.process.wait()
+        return f"{peak:.0f}"
 
 
-class Theirs:
-    """The authors' loop, from their own files, or a plain one. ``step()`` returns its loss."""
-
-    def __init__(self, network: SiT, args: argparse.Namespace, batch: dict[str, Tensor]):
-        self.network, self.x1, self.labels = network, batch["moments"].chunk(2, 1)[0], batch["label"]
-        self.transport = Transport()
-        self.loss = lambda: self.transport.training_loss(self.network, self.x1, y=self.labels)
-        if args.sit:
-            models, create_transport = load_peer(args.sit)
-            self.network = models.SiT_models[args.model](input_size=network.input_size, num_classes=1000)
-            self.network.load_state_dict(network.state_dict())
-            self.transport = create_transport()
-            self.loss = lambda: self.transport.training_losses(self.network, self.x1, {"y": self.labels})["loss"]
-        self.network.to(DEVICE).train()
-        self.average = deepcopy(self.network).eval().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-4, weight_decay=0)
-
-    def step(self) -> Tensor:
-        loss = self.loss().mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        with torch.no_grad():
-            for kept, p in zip(self.average.parameters(), self.network.parameters(), strict=True):
-                kept.mul_(DECAY).add_(p, alpha=1 - DECAY)
-        return loss
-
-
-def load_peer(path: Path) -> tuple:
-    """Their modules ``models``, and their ``create_transport``."""
-    sys.path.insert(0, str(path))
-    try:
-        import models  # theirs
-        from transport import create_transport
-    except ModuleNotFoundError as error:
-        raise SystemExit(
-            f"error: {path}: {error}; a clone of willisma/SiT is expected, and pip install -e '.[bench]'"
-        ) from None
-    finally:
-        sys.path.remove(str(path))
-    return models, create_transport
-
-
-class Turns:
-    """A dataloader that runs other sides' steps between ours, and times them all, in seconds."""
-
-    def __init__(self, batch: dict[str, Tensor], others: dict[str, Step], rounds: int):
-        self.batch, self.others, self.rounds = batch, others, rounds
-        self.seconds: dict[str, list[float]] = {name: [] for name in [*others, "ours"]}
-        self.first = 0.0  # seconds of our first step
-
-    def __len__(self) -> int:
-        return 3 + self.rounds  # one more than there are, so that the last one is timed to its end
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for _ in range(2 + self.rounds):
-            for name, side in self.others.items():
-                self.seconds[name].append(timed(side))
-            start = time.perf_counter()
-            yield self.batch
-            synchronize()  # when the Trainer asks for its next batch, the step and all callbacks are done
-            self.seconds["ours"].append(time.perf_counter() - start)
-        self.first = self.seconds["ours"][0]
-        for times in self.seconds.values():
-            del times[:2]  # warms up
-
-
-def trainer(network: SiT, turns: Turns, precision: str, compiled: bool = False, callbacks: tuple = ()) -> Trainer:
-    """Composer's Trainer, as `sit_composer.train` makes it; it trains the network itself."""
-    ema = EMA(DECAY)
-    if compiled:
-        for block in network.blocks:
-            block.compile(fullgraph=True, dynamic=False)
-    trained = [p for p in network.parameters() if p.requires_grad]
-    return Trainer(
-        model=ComposerSiT(network, Transport(), LATENTS, precision=precision),
-        optimizers=torch.optim.AdamW(trained, lr=1e-4, weight_decay=0, fused=True),
-        train_dataloader=turns,
-        algorithms=[ema],
-        callbacks=[ema.weights, *callbacks],
-        device_train_microbatch_size=len(turns.batch["label"]),
-        max_duration="1ep",
-        precision="fp32",
-        progress_bar=False,
-    )
-
-
-def limit(network: SiT, samples: int, dtype: torch.dtype) -> Step:
-    """The step's matrix products and attention alone: three products a linear map, and attention both ways."""
-    calls: list[tuple[nn.Module, Tensor]] = []
-    inner = [module for module in network.modules() if isinstance(module, nn.Linear | Attention)]
-    hooks = [m.register_forward_hook(lambda module, args, _: calls.append((module, args[0]))) for m in inner]
-    size = (samples, network.in_channels, network.input_size, network.input_size)
-    with torch.no_grad():
-        network(torch.zeros(size), torch.zeros(samples), torch.zeros(samples, dtype=torch.long))
-    for hook in hooks:
-        hook.remove()
-    parts = [(attention if isinstance(m, Attention) else products)(m, x.shape, dtype) for m, x in calls]
-
-    def step() -> Tensor:
-        for part in parts:
-            part()
-        return torch.zeros(())
-
-    return step
-
-
-def products(layer: nn.Linear, shape: torch.Size, dtype: torch.dtype) -> Callable[[], object]:
-    """A linear map's output, and the gradients of its input and its weight."""
-    w = torch.randn_like(layer.weight, dtype=dtype, device=DEVICE)
-    x = torch.randn(shape.numel() // shape[-1], shape[-1], dtype=dtype, device=DEVICE)
-    g = torch.randn(len(x), len(w), dtype=dtype, device=DEVICE)
-    return lambda: (x @ w.t(), g @ w, g.t() @ x)
-
-
-def attention(layer: Attention, shape: torch.Size, dtype: torch.dtype) -> Callable[[], object]:
-    """Attention and its gradients, without the linear maps around it."""
-    n, tokens, d = shape
-    made = torch.randn(4, n, tokens, layer.num_heads, d // layer.num_heads, dtype=dtype, device=DEVICE).transpose(2, 3)
-    q, k, v = (part.requires_grad_() for part in made[:3].unbind())
-    return lambda: torch.autograd.grad(scaled_dot_product_attention(q, k, v), (q, k, v), made[3])
-
-
-def make_batch(samples: int) -> dict[str, Tensor]:
-    """Random latents (as moments without deviation), labels and keys, on the device."""
-    latents = torch.randn(samples, 4, 32, 32)
-    batch = {"moments": torch.cat([latents, torch.zeros_like(latents)], 1), "key": torch.randint(2**62, (samples,))}
-    batch |= {"label": torch.arange(samples), "index": torch.arange(samples)}
-    return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
-
-
-# --- What is measured ---
-
-
-def synchronize() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
-def timed(step: Callable[[], object]) -> float:
-    """Its seconds."""
-    start = time.perf_counter()
-    step()
-    synchronize()
-    return time.perf_counter() - start
-
-
-def compare(args: argparse.Namespace, samples: int, precision: str) -> str:
-    """A row: the sides' times, in turns, and what follows from them."""
-    network, batch = build_sit(args.model), make_batch(samples)
-    nn.init.normal_(network.final_layer.linear.weight, std=0.02)  # so that no gradient is zero
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    others = {"theirs": Theirs(network, args, batch).step, "limit": limit(network, samples, dtype)}
-    turns = Turns(batch, others, args.rounds)
-    trainer(deepcopy(network), turns, precision).fit()
-    theirs, bound, ours = (turns.seconds[name] for name in ("theirs", "limit", "ours"))
-    own = overhead(samples) / statistics.median(ours)
-    cells = [f"{samples}", precision, spread(theirs), spread(ours), f"{paired(theirs, ours):.2f}", spread(bound)]
-    cells += [f"{paired(bound, ours):.0%}", f"{own:.2%}"]
-    if args.memory:
-        cells += [f"{peak(args, side, samples, precision):.0f}" for side in ("theirs", "ours")]
-    rows = [f"| {' | '.join(cells)} |"]
+def compare(args: argparse.Namespace, samples: int, precision: str) -> Iterator[str]:
+    """A row, or two with --compile: the sides' times, in turns, and what follows from them."""
+    theirs, limit, *ours = sides = [Side(name, args, samples, precision) for name in ("theirs", "limit", "ours")]
     if args.compile:
-        compiled = Turns(batch, others, args.rounds)
-        trainer(network, compiled, precision, compiled=True).fit()
-        theirs, bound, faster = (compiled.seconds[name] for name in ("theirs", "limit", "ours"))
-        gain = statistics.median(ours) - statistics.median(faster)
-        pays = f"{compiled.first / gain:.0f} steps" if gain > 0 else "never"
-        cells = [f"{samples}", f"{precision}, compiled (pays after {pays})", spread(theirs), spread(faster)]
-        cells += [f"{paired(theirs, faster):.2f}", spread(bound), f"{paired(bound, faster):.0%}", ""]
-        rows.append(f"| {' | '.join(cells + ['', ''] * args.memory)} |")
-    return "\n".join(rows)
+        ours.append(Side("ours", args, samples, precision, "--compile"))
+        sides.append(ours[1])
+    for _ in range(args.rounds):
+        for side in sides:
+            side.seconds.append(side.step())
+    memory = {side: side.end() for side in sides}
+    for side in ours:
+        what = precision
+        if side is not ours[0]:
+            gain = statistics.median(ours[0].seconds) - statistics.median(side.seconds)
+            what += f", compiled (pays after {side.first / gain:.0f} steps)" if gain > 0 else ", compiled (never pays)"
+        cells = [f"{samples}", what, spread(theirs.seconds), spread(side.seconds)]
+        cells += [f"{paired(theirs.seconds, side.seconds):.2f}", spread(limit.seconds)]
+        cells += [f"{paired(limit.seconds, side.seconds):.0%}", memory[theirs], memory[side]]
+        yield f"| {' | '.join(cells)} |"
 
 
 def spread(seconds: list[float]) -> str:
@@ -289,43 +162,36 @@ def overhead(samples: int, steps: int = 200) -> float:
         with torch.no_grad():
             torch._foreach_lerp_(average, trained, 1 - DECAY)
 
-    turns = Turns(batch, {"bare": step}, steps)
+    turns = Turns(batch, step, steps)
     trainer(network, turns, "fp32").fit()
-    return statistics.median(turns.seconds["ours"]) - statistics.median(turns.seconds["bare"])
+    return statistics.median(turns.ours[2:]) - statistics.median(turns.other[2:])
 
 
-def peak(args: argparse.Namespace, side: str, samples: int, precision: str) -> float:
-    """The peak MiB of three steps of one side, weights, optimizer and average included, in a process of its own."""
-    command = [sys.executable, __file__, *([str(args.sit)] if args.sit else []), "--alone", side, "--model", args.model]
-    command += ["--batch", str(samples), "--precision", precision]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+class Turns:
+    """A dataloader of one batch, which makes another side's step before each of ours; both sides' seconds."""
 
+    def __init__(self, batch: dict[str, Tensor], other: Callable[[], object], steps: int):
+        self.batch, self.make_step, self.steps = batch, other, steps
+        self.ours: list[float] = []
+        self.other: list[float] = []
 
-def print_peak(args: argparse.Namespace) -> int:
-    """Trains one side alone and prints the most memory that it held above what the libraries took."""
-    before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
-    network, batch = build_sit(args.model), make_batch(*args.batch)
-    if args.alone == "theirs":
-        step = Theirs(network, args, batch).step
-        for _ in range(3):
-            step()
-    else:
-        trainer(network, Turns(batch, {}, 1), *args.precision).fit()
-    print(torch.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else memory("VmHWM") - before)
-    return 0
+    def __len__(self) -> int:
+        return self.steps + 1  # one more than there are, so that the last one is timed to its end
 
-
-def memory(name: str) -> float:
-    """A figure of this process, in MiB."""
-    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) / 1024
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for _ in range(self.steps):
+            start = time.perf_counter()
+            self.make_step()
+            between = time.perf_counter()
+            yield self.batch
+            self.other.append(between - start)
+            self.ours.append(time.perf_counter() - between)
 
 
 def compare_losses(args: argparse.Namespace, samples: int, precision: str) -> str:
     """A row: the largest relative difference of the losses of N steps on the same times, noise and dropped labels."""
-    network, batch = build_sit(args.model), make_batch(samples)
-    nn.init.normal_(network.final_layer.linear.weight, std=0.02)
-    theirs = Theirs(deepcopy(network), args, batch)
+    network, batch = make_network(args.model), make_batch(samples)
+    theirs = Theirs(deepcopy(network), batch, args.sit, args.model)
     theirs.network.y_embedder.dropout_prob = 0.0  # instead, the labels are dropped as our keys say
     keys = batch["key"]
     t, x0 = randomness.uniform(keys, randomness.TIME), randomness.normal(keys, randomness.X0, (4, 32, 32))
@@ -333,7 +199,7 @@ def compare_losses(args: argparse.Namespace, samples: int, precision: str) -> st
     theirs.transport.sample = lambda x1: (t, x0, x1)
     theirs.transport.draw = lambda x1: (t, x0)  # of the plain loop
     pairs: list[list[float]] = [[], []]
-    turns = Turns(batch, {"theirs": lambda: pairs[0].append(theirs.step().item())}, args.losses - 2)
+    turns = Turns(batch, lambda: pairs[0].append(theirs.step().item()), args.losses)
     made = trainer(deepcopy(network), turns, precision)
     step = made._train_batch
 
@@ -362,7 +228,7 @@ PARTS = {  # of operators' names, the first that fits
 
 def profile(args: argparse.Namespace, samples: int, precision: str) -> dict[str, float]:
     """The share of each part in three of our steps."""
-    network, turns = build_sit(args.model), Turns(make_batch(samples), {}, 3)
+    network, turns = make_network(args.model), Turns(make_batch(samples), lambda: None, 3)
     made = trainer(network, turns, precision)
     made.fit(duration="1ba")  # warms up
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
