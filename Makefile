@@ -43,8 +43,8 @@ test-slow: install
 	$(PYTEST) -m 'slow and not nightly'
 test-nightly: install
 	$(PYTEST) -m nightly
-test-newest: # the newest torch that torchvision follows, in its own environment
-	$(MAKE) test test-nightly TORCH=$(NEWEST)
+test-newest: install # the newest torch that torchvision follows, in its own environment, and checkpoints from and to .venv's
+	OTHER_TORCH=$(VENV) $(MAKE) test test-nightly TORCH=$(NEWEST)
 bench: install
 	$(PYTHON) tests/benchmarks/crop.py
 	$(PYTHON) tests/benchmarks/convert.py --latents 0

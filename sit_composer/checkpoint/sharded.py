@@ -19,6 +19,8 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from sit_composer.checkpoint.safe_load import METADATA, CheckpointError, load_file
 
+# What some releases of torch keep in a scheduler's state, and others don't: flags that are set during a call alone.
+SCHEDULERS_FLAGS = ("._get_lr_called_within_step", "._is_initial")
 METADATA_ONLY = {
     (thing.__module__, thing.__qualname__): thing
     for thing in (
@@ -73,7 +75,10 @@ class SafeReader(dcp.FileSystemReader):
 
 
 class SafePlanner(DefaultLoadPlanner):
-    """Loads values by the restricted unpickler. The state of Composer's callbacks may be missing, not that of ours."""
+    """Loads values by the restricted unpickler.
+
+    The state of Composer's callbacks may be missing, not that of ours; and so may what another torch didn't write.
+    """
 
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: metadata.Metadata | None = None, is_coordinator: bool = False
@@ -81,7 +86,8 @@ class SafePlanner(DefaultLoadPlanner):
         super().set_up_planner(state_dict, metadata, is_coordinator)
         ours = ("state.callbacks.EMAWeights.", "state.callbacks.RunRecord.")
         for name in set(self.state_dict) - set(metadata.state_dict_metadata):
-            if name.startswith("state.callbacks.") and not name.startswith(ours):
+            is_flag = name.startswith("state.schedulers.") and name.endswith(SCHEDULERS_FLAGS)
+            if is_flag or (name.startswith("state.callbacks.") and not name.startswith(ours)):
                 del self.state_dict[name]
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:

@@ -5,28 +5,32 @@ import re
 import torch
 
 # Name: (what `torch.cuda.get_device_name` says behind "NVIDIA ", dense bf16 and fp16 TFLOP/s with sums in fp32, fp32
-# TFLOP/s without tensor cores). Data sheets that give only the rate "with sparsity" are halved.
+# TFLOP/s without tensor cores). Data sheets that give only the rate "with sparsity" are halved. Those of data centers'
+# GPUs stand on www.nvidia.com/en-us/data-center/NAME (a10, …), or where a line says; the whitepapers are
+# GA102: www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf
+# Ada: images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf
+# Blackwell: images.nvidia.com/aem-dam/Solutions/geforce/blackwell/nvidia-rtx-blackwell-gpu-architecture.pdf
 PEAKS = {
-    "A10": ("A10", 125, 31.2),  # A10 data sheet
-    "A30": ("A30", 165, 10.3),  # A30 data sheet
-    "A40": ("A40", 149.7, 37.4),  # A40 data sheet
-    "A100": (r"A100-(SXM\d?|PCI[Ee])-[48]0GB|A100 80GB PCI[Ee]", 312, 19.5),  # A100 data sheet: one rate for all
-    "H100 SXM": ("H100 80GB HBM3", 989, 67),  # H100 data sheet: SXM5
-    "H100 PCIe": ("H100 PCIe", 756, 51),  # H100 data sheet of 2023: PCIe
-    "H100 NVL": ("H100 NVL", 835, 60),  # H100 data sheet: NVL
-    "GH200": (r"GH200 \d+GB?( HBM3e)?", 989, 67),  # GH200 data sheet
-    "H200": ("H200", 989, 67),  # H200 data sheet: SXM
-    "H200 NVL": ("H200 NVL", 835, 60),  # H200 data sheet: NVL
-    "B200": ("B200", 2250, 75),  # HGX B200 data sheet: an eighth of the board's
-    "GB200": ("GB200", 2500, 80),  # GB200 NVL72 data sheet: half of a superchip's
-    "L4": ("L4", 121, 30.3),  # L4 data sheet
-    "L40": ("L40", 181, 90.5),  # L40 data sheet
-    "L40S": ("L40S", 362, 91.6),  # L40S data sheet
-    "RTX 3090": ("GeForce RTX 3090", 71, 35.6),  # GA102 whitepaper, appendix A
-    "RTX 4090": ("GeForce RTX 4090", 165.2, 82.6),  # Ada whitepaper, appendix A
-    "RTX 5090": ("GeForce RTX 5090", 209.5, 104.8),  # RTX Blackwell whitepaper, appendix A
-    "RTX A6000": ("RTX A6000", 154.8, 38.7),  # GA102 whitepaper, appendix B
-    "RTX 6000 Ada": ("RTX 6000 Ada Generation", 364.2, 91.1),  # Ada whitepaper, appendix C
+    "A10": ("A10", 125, 31.2),  # data sheet
+    "A30": ("A30", 165, 10.3),  # data sheet
+    "A40": ("A40", 149.7, 37.4),  # data sheet
+    "A100": (r"A100-(SXM\d?|PCI[Ee])-[48]0GB|A100 80GB PCI[Ee]", 312, 19.5),  # data sheet: one rate for all
+    "H100 SXM": ("H100 80GB HBM3", 989, 67),  # data sheet: 1,979 with sparsity
+    "H100 PCIe": ("H100 PCIe", 756, 51),  # data sheet of 2023: 1,513 with sparsity
+    "H100 NVL": ("H100 NVL", 835, 60),  # data sheet: 1,671 with sparsity
+    "GH200": (r"GH200 \d+GB?( HBM3e)?", 989, 67),  # nvdam.widen.net/s/rrgqqnpbz8: 1,979 with sparsity, 990 without
+    "H200": ("H200", 989, 67),  # data sheet: 1,979 with sparsity
+    "H200 NVL": ("H200 NVL", 835, 60),  # data sheet: 1,671 with sparsity
+    "B200": ("B200", 2250, 75),  # nvdam.widen.net/s/wwnsxrhm2w, HGX B200: 4,500 with sparsity, a GPU
+    "GB200": ("GB200", 2500, 80),  # the same, GB200 NVL72: 5,000 with sparsity, a GPU
+    "L4": ("L4", 121, 30.3),  # data sheet: 242 with sparsity
+    "L40": ("L40", 181, 90.5),  # data sheet
+    "L40S": ("L40S", 362, 91.6),  # data sheet
+    "RTX 3090": ("GeForce RTX 3090", 71, 35.6),  # GA102, appendix A: 71
+    "RTX 4090": ("GeForce RTX 4090", 165.2, 82.6),  # Ada, appendix A: 165.2
+    "RTX 5090": ("GeForce RTX 5090", 209.5, 104.8),  # Blackwell, appendix A: 209.5
+    "RTX A6000": ("RTX A6000", 154.8, 38.7),  # GA102, table 3: 154.8
+    "RTX 6000 Ada": ("RTX 6000 Ada Generation", 364.2, 91.1),  # its data sheet: 1,457 in fp8 with sparsity
 }
 # Those of the tables: (GiB that torch sees, and the two rates).
 GPUS = {

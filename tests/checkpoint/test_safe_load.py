@@ -39,6 +39,24 @@ def test_values_and_tensors_come_back(tmp_path):
     assert load_sharded(tmp_path / "x", lambda name: name == "a").keys() == {"a"}
 
 
+def test_what_only_some_releases_of_torch_write_may_be_missing_and_no_more(tmp_path):
+    """A scheduler's flags, which checkpoints of torch 2.7 and of 2.14 lack in turn."""
+    scheduler = {"last_epoch": 4, "_last_lr": [0.1]}
+    written = {"state": {"schedulers": {"LambdaLR": scheduler}}}
+    dcp.save(written, storage_writer=dcp.FileSystemWriter(tmp_path / "x"), no_dist=True)
+
+    def load(**entries):
+        wanted = {"state": {"schedulers": {"LambdaLR": {"last_epoch": 0, "_last_lr": [0.0], **entries}}}}
+        reader = dcp.FileSystemReader(tmp_path / "x")
+        dcp.load(wanted, storage_reader=reader, planner=sharded.SafePlanner(), no_dist=True)
+        return wanted["state"]["schedulers"]["LambdaLR"]
+
+    for flag in ("_is_initial", "_get_lr_called_within_step"):
+        assert load(**{flag: False}) == {**scheduler, flag: False}
+    with pytest.raises(CheckpointException, match="_step_count"):
+        load(_step_count=1)
+
+
 def test_a_planted_file_is_refused(tmp_path):
     torch.save({"x": Planted(tmp_path / "ran")}, tmp_path / "file.pt")
     with pytest.raises(CheckpointError, match="without running code in it"):

@@ -4,6 +4,7 @@ It works around two faults of torch's FSDP2 on the CPU, in 2.7 to 2.14; a GPU ha
 """
 
 import sys
+from collections.abc import Callable
 
 import torch
 import torch.distributed.fsdp._fully_shard._fsdp_collectives as collectives
@@ -12,7 +13,7 @@ import torch.distributed.fsdp._fully_shard._fsdp_param_group as param_group
 from sit_composer import train
 
 torch.set_num_threads(1)
-divide_factors = collectives._get_gradient_divide_factors
+divide_factors, foreach_reduce = collectives._get_gradient_divide_factors, param_group.foreach_reduce
 
 
 def summed(*args, **kwargs):
@@ -21,17 +22,22 @@ def summed(*args, **kwargs):
     return (1.0, float(torch.distributed.get_world_size()), *(torch.distributed.ReduceOp.SUM for _ in operations))
 
 
-collectives._get_gradient_divide_factors = summed
-# With replicas, the all-reduce is done when it returns and has no event, but torch asserts one.
-foreach_reduce = param_group.foreach_reduce
-
-
 def reduced(*args, **kwargs):
+    """With replicas, the all-reduce is done when it returns and has no event, but torch asserts one."""
     *before, reduced_input, event, partial = foreach_reduce(*args, **kwargs)
     return (*before, None if event is None else reduced_input, event, partial)
 
 
-param_group.foreach_reduce = reduced
+def work_around(set_attribute: Callable[..., None] = setattr) -> None:
+    set_attribute(collectives, "_get_gradient_divide_factors", summed)
+    set_attribute(param_group, "foreach_reduce", reduced)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The training command's exit code."""
+    work_around()
+    return train.main(argv)
+
 
 if __name__ == "__main__":
-    sys.exit(train.main())
+    sys.exit(main())

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sit_composer.callbacks.run_record import RunRecord
 from sit_composer.errors import EVICTED
-from tests.helpers.ranks import train  # patched for a CPU
+from tests.helpers import ranks
 
 QUICKSTART = str(Path(__file__).parents[2] / "yamls" / "quickstart.yaml")
 
@@ -38,7 +38,7 @@ def run(shards: str, folder: Path, way: str, batches: int, told: bool) -> None:
         # The default backend compiles C++ for a minute; this one tests the parts that both share.
         overrides.append(f"compile={'aot_eager' if way.startswith('fsdp') else 'true'}")
     RunRecord.eval_batch_start = tell if told else lambda *_: None
-    if train.main([QUICKSTART, *overrides]) != (EVICTED if told else 0):
+    if ranks.main([QUICKSTART, *overrides]) != (EVICTED if told else 0):
         raise SystemExit(f"{way}: {folder.name} failed at {batches} batches")
 
 

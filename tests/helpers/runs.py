@@ -1,6 +1,8 @@
-"""Runs of the quickstart's YAML on a tiny network, in this process, and their bits."""
+"""Runs of the quickstart's YAML on a tiny network, and their bits."""
 
 import os
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -61,3 +63,16 @@ def fetched(tmp_path) -> dict:
     (place / "latest-rank0.pt").unlink(missing_ok=True)
     (place / "latest-rank0.pt").symlink_to(name)
     return bits(place)
+
+
+def launch(ranks: int, shards: Path, top: Path, *steps: str, composer: str = COMPOSER) -> None:
+    """Runs of tests.helpers.resume_bits, on that many ranks, with the launcher of an environment."""
+    command = [composer, "-n", str(ranks), "-m", "tests.helpers.resume_bits", str(shards), str(top), *steps]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def losses(folder: Path, *batches: int) -> list[float]:
+    """Every batch's, in order; a resumed run logs only the batches that it trains."""
+    logs = [Path(f"{folder}-{n}.log").read_text() for n in batches]
+    return [float(loss) for log in logs for loss in re.findall(r"loss/train/total: (\S+)", log)]

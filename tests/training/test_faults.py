@@ -268,14 +268,14 @@ FAILS_ON_RANK_1 = """
 import os, sys
 from sit_composer.callbacks.run_record import RunRecord
 from sit_composer.storage import StorageError
-from tests.helpers.ranks import train
+from tests.helpers import ranks
 
 def fail(self, state, logger):
     if os.environ["RANK"] == "1" and state.timestamp.batch == 3:
         raise StorageError("what only this rank met")
 
 RunRecord.batch_end = fail
-sys.exit(train.main(sys.argv[1:]))
+sys.exit(ranks.main(sys.argv[1:]))
 """
 
 

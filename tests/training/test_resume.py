@@ -1,7 +1,5 @@
 """Interrupted and uninterrupted runs, on one rank and on two, replicated and sharded: the same bits."""
 
-import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,17 +11,10 @@ from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.safe_load import METADATA, load_file
 from sit_composer.checkpoint.sharded import load_metadata, load_sharded
 from sit_composer.storage import LocalFolder
-from tests.helpers.paths import ROOT
-from tests.helpers.runs import COMPOSER, differences
+from tests.helpers.runs import differences, launch, losses
 
 pytestmark = pytest.mark.slow
 MOMENTS = {"middle": 4, "epoch": 7, "evaluation": 5}
-
-
-def launch(ranks: int, shards: Path, top: Path, *steps: str) -> None:
-    command = [COMPOSER, "-n", str(ranks), "-m", "tests.helpers.resume_bits", str(shards), str(top), *steps]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def interruptions(way: str, moments=tuple(MOMENTS)) -> list[str]:
@@ -69,12 +60,6 @@ def content(folder: Path) -> dict:
     found = load_file(place)
     found["state"]["callbacks"].pop("CheckpointSaver")
     return found
-
-
-def losses(folder: Path, *batches: int) -> list[float]:
-    """Every batch's, in order; a resumed run logs only the batches that it trains."""
-    logs = [Path(f"{folder}-{n}.log").read_text() for n in batches]
-    return [float(loss) for log in logs for loss in re.findall(r"loss/train/total: (\S+)", log)]
 
 
 def same_bits(top: Path, way: str, moment: str) -> None:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import inspect
+from collections import Counter
 
 import pytest
 import torch
@@ -10,18 +11,22 @@ from composer import Callback
 from composer import Trainer as ComposerTrainer
 from composer.loggers import InMemoryLogger
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from sit_composer import randomness
 from sit_composer.algorithms.ema import EMA
 from sit_composer.callbacks.progress import Progress
+from sit_composer.config.schema import FSDPConfig
 from sit_composer.training.model import ComposerSiT
+from sit_composer.training.sharding import ShardingConfig, parallelism
 from sit_composer.training.trainer import Trainer
 from sit_composer.transport import Transport
+from tests.helpers import ranks
 from tests.helpers.networks import SPEC, batch, small_network
 
 
-def train(kind, batches=5, fused=True, callbacks=(), loggers=(), load=None, save=None, precision="fp32"):
+def train(kind, batches=5, fused=True, callbacks=(), loggers=(), load=None, save=None, precision="fp32", fsdp=None):
     """A run of that many batches of 8, in microbatches of 3."""
     columns = batch(40)
     rows = [{name: column[i] for name, column in columns.items()} for i in range(40)]
@@ -31,7 +36,7 @@ def train(kind, batches=5, fused=True, callbacks=(), loggers=(), load=None, save
         model=model, train_dataloader=DataLoader(rows, batch_size=8), max_duration=f"{batches}ba", precision="fp32",
         optimizers=torch.optim.AdamW(trained, lr=1e-3, fused=fused), algorithms=[ema], seed=0, progress_bar=False,
         callbacks=[ema.weights, *callbacks], loggers=list(loggers), device_train_microbatch_size=3, load_path=load,
-        save_folder=save, save_interval=f"{batches}ba",
+        save_folder=save, save_interval=f"{batches}ba", parallelism_config=parallelism(fsdp),
     )  # fmt: skip
     trainer.fit()
     return trainer
@@ -123,10 +128,35 @@ def test_no_step_waits_for_the_device(precision):
 
 
 def test_composers_own_steps_do_wait():
+    watch = Watch()
     with pytest.raises(AssertionError, match="waits for the device"):
-        train(ComposerTrainer, callbacks=[Watch()])
-    while torch.utils._python_dispatch._get_current_dispatch_mode_stack():
-        torch.utils._python_dispatch._pop_mode()
+        train(ComposerTrainer, callbacks=[watch])
+    watch.refuse.__exit__(
+        None, None, None
+    )  # and not only off the stack: torch.compile does nothing in what was entered
+
+
+class Count(TorchDispatchMode):
+    """Counts the collectives of tensors, and not those of one number, by their names."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        sizes = [tensor.numel() for tensor in tree_leaves(args) if isinstance(tensor, torch.Tensor)]
+        if func.namespace == "c10d" and max(sizes) > 1:
+            self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_copies_of_shards_are_reduced_once_per_step(monkeypatch):
+    """HSDP, as two copies of a shard are, over groups of one rank: these call the same collectives."""
+    ranks.work_around(monkeypatch.setattr)
+    monkeypatch.setattr(ShardingConfig, "data_parallel_replicate_degree", 1)
+    with Count() as count:
+        train(Trainer, batches=1, fsdp=FSDPConfig())
+    assert count.calls["allreduce_"] == 3  # two blocks and the rest, and not these in each of three microbatches
 
 
 @pytest.mark.parametrize(("began", "now"), [(None, True), (True, None)])
