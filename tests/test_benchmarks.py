@@ -205,11 +205,11 @@ def test_the_table_of_evaluations_has_shares_only_of_what_is_reached_with_every_
     def found(evaluations: int, *distances: float) -> list[dict[str, float]]:
         return [{"evaluations": evaluations, "passes": 2 * evaluations, "distance": d} for d in distances]
 
-    lines = evaluations.table({sde: found(250, 8, 10), ode: found(48, 7, 9), few: found(12, 7.5, 9)}, few)
+    lines = evaluations.table({sde: found(250, 8, 10), ode: found(48, 7, 9), few: found(12, 6.5, 9.1)}, few)
     assert lines[2].endswith("| 250 | 500 | 9.00 (8.00 – 10.00) | 1.00 | no (+1.00) |")
     assert lines[3].endswith("| 48 | 96 | 8.00 (7.00 – 9.00) | 0.19 | 1.00 |")
     assert lines[4].startswith(f"| **{few.name}** | 12 |")
-    assert lines[4].endswith("| 12 | 24 | 8.25 (7.50 – 9.00) | 0.05 | no (+0.25) |")
+    assert lines[4].endswith("| 12 | 24 | 7.80 (6.50 – 9.10) | 0.05 | no (-0.20) |")
 
 
 def test_no_setting_is_chosen_on_the_images_that_are_reported(tmp_path, capsys):
@@ -219,14 +219,14 @@ def test_no_setting_is_chosen_on_the_images_that_are_reported(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["DDP", "FSDP2", "communication"])
+@pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
 def test_ranks_step_together_and_end(tmp_path, kind):
     with growth.ranks(kind, 2, tmp_path) as (number, action):
         assert number == 2
-        assert torch.distributed.is_initialized() == (kind != "communication")
         (other,) = multiprocessing.active_children()
         for _ in range(2):
             action()
+        assert torch.distributed.get_world_size() == 2
         assert other.is_alive()
     assert multiprocessing.active_children() == []
     assert not torch.distributed.is_initialized()
