@@ -45,11 +45,13 @@ test-nightly: install
 	$(PYTEST) -m nightly
 test-newest: install # the newest torch that torchvision follows, in its own environment, and checkpoints from and to .venv's
 	OTHER_TORCH=$(VENV) $(MAKE) test test-nightly TORCH=$(NEWEST)
-bench: install
+bench: install # the benchmarks that need no clone of another repository, no other environment, no GPU and no hours
 	$(PYTHON) tests/benchmarks/crop.py
 	$(PYTHON) tests/benchmarks/convert.py --latents 0
 	$(PYTHON) tests/benchmarks/loader.py --workers 2
 	$(PYTHON) tests/benchmarks/step.py
+	$(PYTHON) tests/benchmarks/sampling.py --bf16 --solvers "ODE heun" "SDE Euler"
+	$(PYTHON) tests/benchmarks/growth.py --out runs/growth
 lint: install
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .

@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import multiprocessing
 import re
 import struct
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +19,7 @@ from convert import to_mds
 from sit_composer import evaluate, train
 from sit_composer.config.load import load_config
 from sit_composer.errors import UserError
-from tests.benchmarks import convert, evaluations, loader, sampling, step, time_sampling
+from tests.benchmarks import convert, evaluations, growth, loader, sampling, step, time_sampling
 from tests.benchmarks.time_sampling import read_idx, steps_to, table, threshold
 
 DISTANCES = st.lists(st.floats(0.1, 100), min_size=1, max_size=8)
@@ -194,7 +196,8 @@ def test_the_step_is_compared_with_a_plain_one(capsys):
 
 
 def test_the_table_of_evaluations_has_shares_only_of_what_is_reached_with_every_seed():
-    sde, ode, *_, few = evaluations.points(1.5)
+    sde, ode, *others = evaluations.points(1.5)
+    few = next(point for point in others if point.candidate)
     assert sde.default
     assert ode.default
     assert (sde.sampling.num_steps, sde.sampling.last_step, ode.sampling.sampling_method) == (250, "Mean", "dopri5")
@@ -202,10 +205,31 @@ def test_the_table_of_evaluations_has_shares_only_of_what_is_reached_with_every_
     def found(evaluations: int, *distances: float) -> list[dict[str, float]]:
         return [{"evaluations": evaluations, "passes": 2 * evaluations, "distance": d} for d in distances]
 
-    lines = evaluations.table({sde: found(250, 8, 10), ode: found(48, 7, 9), few: found(12, 7.5, 9)})
-    assert lines[2].endswith("| 250 | 500 | 9.00 (8.00 – 10.00) | 1.00 | farther |")
+    lines = evaluations.table({sde: found(250, 8, 10), ode: found(48, 7, 9), few: found(12, 6.5, 9.1)}, few)
+    assert lines[2].endswith("| 250 | 500 | 9.00 (8.00 – 10.00) | 1.00 | no (+1.00) |")
     assert lines[3].endswith("| 48 | 96 | 8.00 (7.00 – 9.00) | 0.19 | 1.00 |")
-    assert lines[4].endswith("| 12 | 24 | 8.25 (7.50 – 9.00) | 0.05 | farther |")
+    assert lines[4].startswith(f"| **{few.name}** | 12 |")
+    assert lines[4].endswith("| 12 | 24 | 7.80 (6.50 – 9.10) | 0.05 | no (-0.20) |")
+
+
+def test_no_setting_is_chosen_on_the_images_that_are_reported(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        evaluations.main(["--run", str(tmp_path), "--choose-on", "2"])
+    assert "got 2, expected other seeds than --choose-on's" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
+def test_ranks_step_together_and_end(tmp_path, kind):
+    with growth.ranks(kind, 2, tmp_path) as (number, action):
+        assert number == 2
+        (other,) = multiprocessing.active_children()
+        for _ in range(2):
+            action()
+        assert torch.distributed.get_world_size() == 2
+        assert other.is_alive()
+    assert multiprocessing.active_children() == []
+    assert not torch.distributed.is_initialized()
 
 
 def test_our_samplers_are_timed_in_both_precisions(capsys):

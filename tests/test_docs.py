@@ -39,10 +39,8 @@ MODULES = (
     *("sit_composer.features", "sit_composer.memory", "sit_composer.tiny_autoencoder", "tests.helpers.torture"),
 )
 SCRIPTS = (
-    *("convert/to_mds.py", "convert/verify_mds.py", "sit_composer/train.py", "tests/benchmarks/convert.py"),
-    *("tests/benchmarks/crop.py", "tests/benchmarks/loader.py", "tests/benchmarks/step.py"),
-    *("tests/benchmarks/startup.py", "tests/benchmarks/time_sampling.py", "tests/benchmarks/growth.py"),
-    *("tests/benchmarks/sampling.py", "tests/benchmarks/evaluations.py"),
+    *("convert/to_mds.py", "convert/verify_mds.py", "sit_composer/train.py"),
+    *(f"tests/benchmarks/{path.name}" for path in sorted((ROOT / "tests/benchmarks").glob("[!_]*.py"))),
 )
 COMMANDS = {f"python -m {module}": module for module in MODULES} | {  # how a command begins: its module
     f"python {path}": path.removesuffix(".py").replace("/", ".") for path in SCRIPTS

@@ -2,6 +2,7 @@
 
 step: a training step of the network, Transport's loss and AdamW, on one thread and random latents, against the batch,
   the width, the depth and the tokens of an image; the others stay at 8 images, width 192, depth 4 and 64 tokens.
+step in ranks: the same step of 8 images in each of several processes, by gloo: DDP, FSDP2, or without communication.
 checkpoint: writing and reading a file of weights, two moments and an average, against the parameters.
 newest: finding the checkpoint to resume from in a run's folder of so many, on disk and in an S3 on loopback.
 
@@ -12,6 +13,7 @@ slopes: the exponent of a straight line through the logarithms of all points, an
 import argparse
 import io
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -23,6 +25,10 @@ from statistics import median
 
 import numpy as np
 import torch
+import torch.distributed
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # of the package `tests`, which is not installed
 
@@ -33,12 +39,16 @@ from sit_composer.storage import open_run_folder
 from sit_composer.transport import Transport
 from tests.helpers.s3 import SeaweedFS
 
+Action = Callable[[], object]
 BASE = {"batch": 8, "width": 192, "depth": 4, "tokens": 64}
 ROWS = {
     "step, batch": [2, 4, 8, 16, 32],
     "step, width": [96, 192, 384, 768],
     "step, depth": [1, 2, 4, 8, 16],
     "step, tokens": [16, 64, 256, 1024],
+    "step without communication, ranks": [1, 2],
+    "step in DDP, ranks": [1, 2],
+    "step in FSDP2, ranks": [1, 2],
     "checkpoint written, parameters": [96, 192, 384, 768],
     "checkpoint read, parameters": [96, 192, 384, 768],
     "newest on disk, checkpoints": [1, 10, 100, 1000],
@@ -51,7 +61,7 @@ def network(width: int, depth: int, tokens: int) -> SiT:
     return SiT(input_size=side, patch_size=1, hidden_size=width, depth=depth, num_heads=width // 48)
 
 
-def seconds_of(action: Callable[[], object], seconds: float) -> float:
+def seconds_of(action: Action, seconds: float) -> float:
     """The median time of an action, after it was called once."""
     action()
     times, start = [], time.perf_counter()
@@ -62,11 +72,10 @@ def seconds_of(action: Callable[[], object], seconds: float) -> float:
     return median(times)
 
 
-@contextmanager
-def step(name: str, size: int, folder: Path) -> Iterator[tuple[int, Callable[[], object]]]:
-    sizes = BASE | {name: size}
-    model = network(sizes["width"], sizes["depth"], sizes["tokens"])
-    transport, optimizer = Transport(), torch.optim.AdamW(model.parameters(), lr=1e-4)
+def make_step(sizes: dict[str, int], parallel: Callable[[nn.Module], nn.Module] = lambda model: model) -> Action:
+    """A training step; `parallel` wraps the network."""
+    model = parallel(network(sizes["width"], sizes["depth"], sizes["tokens"]))
+    transport, optimizer = Transport(), torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     side = round(sizes["tokens"] ** 0.5)
     latents = torch.randn(sizes["batch"], 4, side, side)
     labels = torch.arange(sizes["batch"])
@@ -76,11 +85,60 @@ def step(name: str, size: int, folder: Path) -> Iterator[tuple[int, Callable[[],
         optimizer.step()
         optimizer.zero_grad()
 
-    yield size, once
+    return once
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    """FSDP2 by blocks. On a CPU, torch 2.7 adds the gradients where it should average them, which costs the same."""
+    for block in model.get_submodule("blocks").children():
+        fully_shard(block)
+    return fully_shard(model)
+
+
+PARALLEL = {"DDP": DistributedDataParallel, "FSDP2": sharded}
+
+
+def join(kind: str, rank: int, number: int, folder: Path) -> Action:
+    """The step of one rank of `number`."""
+    torch.set_num_threads(1)
+    if kind not in PARALLEL:
+        return make_step(BASE)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/ranks", rank=rank, world_size=number)
+    return make_step(BASE, PARALLEL[kind])
+
+
+def follow(kind: str, rank: int, number: int, folder: Path) -> None:
+    """A rank other than 0: it steps until it is killed, with rank 0 if they communicate."""
+    step = join(kind, rank, number, folder)
+    (folder / f"{rank} is ready").touch()
+    while True:
+        step()
 
 
 @contextmanager
-def checkpoint(name: str, width: int, folder: Path) -> Iterator[tuple[int, Callable[[], object]]]:
+def ranks(kind: str, number: int, folder: Path) -> Iterator[tuple[int, Action]]:
+    """Steps of this process, as rank 0 of `number`."""
+    context = multiprocessing.get_context("spawn")
+    others = [context.Process(target=follow, args=(kind, rank, number, folder)) for rank in range(1, number)]
+    for process in others:
+        process.start()
+    try:
+        action = join(kind, 0, number, folder)
+        while len(list(folder.glob("* is ready"))) < len(others):
+            time.sleep(0.1)
+            if not all(process.is_alive() for process in others):
+                raise SystemExit("a rank died; its error is above")
+        yield number, action
+    finally:
+        for process in others:
+            process.kill()
+            process.join()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def checkpoint(name: str, width: int, folder: Path) -> Iterator[tuple[int, Action]]:
     """A file as Composer writes it for one rank, and as it is read to resume: each tensor once."""
     weights, file = network(width, 4, 64).state_dict(), folder / f"{width}.pt"
     state = [weights, *({key: value.clone() for key, value in weights.items()} for _ in range(3))]
@@ -95,7 +153,7 @@ def checkpoint(name: str, width: int, folder: Path) -> Iterator[tuple[int, Calla
 
 
 @contextmanager
-def checkpoints(uri: str, number: int) -> Iterator[tuple[int, Callable[[], object]]]:
+def checkpoints(uri: str, number: int) -> Iterator[tuple[int, Action]]:
     folder, content = open_run_folder(uri), io.BytesIO()
     torch.save({"a": torch.zeros(1)}, content)
     for k in range(1, number + 1):
@@ -108,10 +166,12 @@ def checkpoints(uri: str, number: int) -> Iterator[tuple[int, Callable[[], objec
 
 
 @contextmanager
-def row(kind: str, size: int, folder: Path) -> Iterator[tuple[int, Callable[[], object]]]:
+def row(kind: str, size: int, folder: Path) -> Iterator[tuple[int, Action]]:
     what, name = kind.split(", ")
     if what == "step":
-        with step(name, size, folder) as found:
+        yield size, make_step(BASE | {name: size})
+    elif name == "ranks":
+        with ranks(what.split()[-1], size, folder) as found:
             yield found
     elif what.startswith("checkpoint"):
         with checkpoint("read" if "read" in what else "written", size, folder) as found:
@@ -145,7 +205,9 @@ def plot(measured: dict[str, list[list[float]]], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 4, figsize=(13, 6), layout="constrained")
+    figure, axes = pyplot.subplots(3, 4, figsize=(13, 9), layout="constrained")
+    for axis in axes.flat[len(measured) :]:
+        axis.axis("off")
     for axis, (kind, points) in zip(axes.flat, measured.items(), strict=False):
         x, y = np.array(points).T
         axis.loglog(x, 1000 * y, "o-", color="tab:blue")
