@@ -19,7 +19,7 @@ from convert import to_mds
 from sit_composer import evaluate, train
 from sit_composer.config.load import load_config
 from sit_composer.errors import UserError
-from tests.benchmarks import convert, evaluations, growth, loader, sampling, step, time_sampling
+from tests.benchmarks import convert, evaluations, growth, growth_loader, loader, sampling, step, time_sampling
 from tests.benchmarks.time_sampling import read_idx, steps_to, table, threshold
 
 DISTANCES = st.lists(st.floats(0.1, 100), min_size=1, max_size=8)
@@ -178,6 +178,18 @@ def test_the_loader_is_compared_with_plain_ones(capsys):
         assert one == 1
         theirs, ratio = rates[kind, "StreamingDataset"]
         assert ours / theirs == pytest.approx(ratio, abs=0.02)
+
+
+@pytest.mark.slow
+def test_the_growth_of_the_loaders_times_is_plotted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(growth_loader, "SAMPLES", 256)
+    monkeypatch.setattr(growth_loader, "PIXELS", 64)
+    options = ["--out", str(tmp_path), "--points", "2", "--seconds", "0"]
+    for _ in range(2):  # the second time from the file
+        assert growth_loader.main(options) == 0
+        rows = capsys.readouterr().out.splitlines()[2:]
+        assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == list(growth_loader.ROWS)
+    assert (tmp_path / "growth_loader.png").stat().st_size > 1000
 
 
 @pytest.mark.slow

@@ -82,9 +82,9 @@ class CheckedDataset(StreamingDataset):
         least = self.stream.index_size + max(shard.get_max_size() for shard in self.shards)
         if self.cache_limit and self.cache_limit < least:
             raise DataError(f"cache_limit: {self.cache_limit} bytes don't hold the index and a shard, {least} bytes")
-        layouts = {(*shard.column_encodings, *shard.column_names): row_layout(shard) for shard in self.shards}
+        kinds = {(*shard.column_encodings, *shard.column_names): shard for shard in self.shards}
         # Of the rows of all shards; None if they differ.
-        self.layout = layouts.popitem()[1] if len(layouts) == 1 else None
+        self.layout = row_layout(kinds.popitem()[1]) if len(kinds) == 1 else None
         self.open_shards = OpenShards(self.layout)
         # Each process checks a shard that an earlier run fetched when it first reads from it.
         self.unchecked = set(np.flatnonzero(self._shard_states.numpy() == _ShardState.LOCAL).tolist())

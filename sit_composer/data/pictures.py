@@ -25,19 +25,15 @@ def decode_image(data: bytes, channels: int) -> Tensor:
     an EXIF rotation is ignored, as in ADM. The grey of a JPEG in colour is its luma channel. A file that is no image or
     has 32-bit pixels raises a ValueError; one that can't be read or has over 179 million pixels, PIL's error.
     """
+    if _is_usual_jpeg(data) and (levels := _decode_jpeg(data, channels)) is not None:
+        return levels
     try:
         image = Image.open(io.BytesIO(data), formats=formats())
     except UnidentifiedImageError:
         raise ValueError(f"not an image that Pillow reads: it starts with {data[:12]!r}") from None
     with image:
-        if image.format in ("JPEG", "MPO"):  # a third faster than PIL, with the same RGB
-            from torchvision.io import ImageReadMode, decode_jpeg  # takes half a second, and only JPEGs need it
-
-            try:
-                mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
-                return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)
-            except RuntimeError:
-                pass  # PIL reads a few more kinds, and has clearer errors
+        if image.format in ("JPEG", "MPO") and (levels := _decode_jpeg(data, channels)) is not None:
+            return levels
         if image.mode == "F" or (image.mode == "I" and image.format not in BROAD):  # convert() would clip them
             raise ValueError("its pixels are 32-bit numbers, whose white level is unknown")
         if image.mode.startswith("I"):  # 16 bits, which convert() would clip too
@@ -48,6 +44,33 @@ def decode_image(data: bytes, channels: int) -> Tensor:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return _to_tensor(image.convert("L" if channels == 1 else "RGB"))
+
+
+def _is_usual_jpeg(data: bytes) -> bool:
+    """Whether a file's head is that of a JPEG that PIL opens without a warning: to parse all of it takes PIL 50 µs."""
+    at, framed = 2, False
+    while data[:2] == b"\xff\xd8" and data[at : at + 1] == b"\xff" and at + 10 <= len(data):
+        marker, size = data[at + 1], int.from_bytes(data[at + 2 : at + 4])
+        if marker == 0xDA:  # the first scan
+            return framed
+        if marker in (0xC0, 0xC1, 0xC2):  # the frame's head: bits, height, width, channels
+            pixels = int.from_bytes(data[at + 5 : at + 7]) * int.from_bytes(data[at + 7 : at + 9])
+            framed = data[at + 4] == 8 and data[at + 9] in (1, 3) and pixels <= (Image.MAX_IMAGE_PIXELS or pixels)
+        elif not 0xE0 <= marker <= 0xEF and marker not in (0xC4, 0xDB, 0xDD, 0xFE):  # metadata, tables, a comment
+            return False
+        at += 2 + size
+    return False
+
+
+def _decode_jpeg(data: bytes, channels: int) -> Tensor | None:
+    """A JPEG's levels, a third faster than PIL's, with the same RGB; None if PIL must read it, or say its error."""
+    from torchvision.io import ImageReadMode, decode_jpeg  # takes half a second, and only JPEGs need it
+
+    try:
+        mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
+        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)
+    except RuntimeError:
+        return None
 
 
 def center_crop(image: Tensor, size: int) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from streaming.base.format import Reader
+from streaming.base.format.mds.encodings import mds_decode
 
 MOST_OPEN = 256  # shards that a process maps at a time; each takes a file descriptor
 
@@ -66,7 +67,19 @@ class Rows:
 
     def decode(self, row: int) -> dict[str, Any]:
         """A row's columns."""
-        return self.shard.decode_sample(self.bytes[self.offsets[row] : self.offsets[row + 1]])
+        at, end = self.offsets[row : row + 2].tolist()
+        shard, unsized = self.shard, self.shard.column_sizes.count(None)
+        sizes = np.frombuffer(self.bytes, np.uint32, unsized, at).tolist()[::-1]
+        at += 4 * unsized
+        columns = {}
+        for name, encoding, size in zip(shard.column_names, shard.column_encodings, shard.column_sizes, strict=True):
+            size = size or sizes.pop()
+            value = self.bytes[at : at + size]
+            columns[name] = value if encoding == "bytes" else mds_decode(encoding, value)
+            at += size
+        if at != end:
+            raise ValueError(f"row {row} ends at byte {end}, its columns at {at}")
+        return columns
 
 
 class OpenShards:

@@ -2,7 +2,8 @@
 
 Writes latents of 256x256 images (float16, 8x32x32, and those of the mirror image) and JPEGs of 256x256. Reads them in
 turn, one epoch at a time, shuffled, in batches: with `sit_composer.data`, a plain StreamingDataset, webdataset,
-litdata, an Arrow file by `datasets`, and as the limit a gather from one memory-mapped file; for JPEGs, decoding alone.
+litdata, an Arrow file by `datasets`, and as the limit a gather from one memory-mapped file; for JPEGs, decoding alone,
+and decoding into shared memory in which batches lie, without flips, shards, keys, labels or a reader.
 Only ours verifies shards, and has flips and keys that are functions of seed, epoch and sample. Prints a Markdown table:
 the median of the rounds and their range; CPU time of all processes; and ours over each.
 """
@@ -70,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=0, help="processes that read (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="epochs of each side (%(default)s)")
+    parser.add_argument("--limits", action="store_true", help="only ours and the limits")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     print(f"{len(os.sched_getaffinity(0))} cores ({model()}), commit {commit()}, torch {torch.__version__}\n")
@@ -96,8 +98,9 @@ def compare(kind: str, count: int, folder: Path, args: argparse.Namespace) -> No
     """Prints a row for each loader."""
     rows = list(make_rows(kind, count))
     sides: dict[str, Side] = {}
-    for make in (ours, stock, web, lit, arrow, limit):
-        side = make(kind, rows, folder, args)
+    for make in (ours, into, limit) if args.limits else (ours, stock, web, lit, arrow, into, limit):
+        if (side := make(kind, rows, folder, args)) is None:
+            continue
         if isinstance(side, str):
             print(f"| {kind}, {side} | | | |")
         else:
@@ -263,14 +266,15 @@ def arrow(kind: str, rows: list[Row], folder: Path, args: argparse.Namespace) ->
     return torch_loader(Rows(datasets.load_from_disk(str(folder / "arrow"))), args, shuffle=True)
 
 
+def into(kind: str, rows: list[Row], folder: Path, args: argparse.Namespace) -> Side | None:
+    """decoding from memory into batches"""
+    return decoding(rows, args, args.batch_size) if kind == "pixels" else None
+
+
 def limit(kind: str, rows: list[Row], folder: Path, args: argparse.Namespace) -> Side:
     """the limit: a gather in process, or decoding from memory"""
     if kind == "pixels":
-        files = [row["image"] for row in rows]
-        if args.workers < 2:
-            return lambda: decode_all(files)
-        pool = Pool(args.workers, _keep, (files,))
-        return lambda: sum(pool.map(_decode_part, [(n, args.workers) for n in range(args.workers)], 1))
+        return decoding(rows, args, 0)
     np.save(folder / "all.npy", np.stack([row["moments"] for row in rows]))
     moments = np.load(folder / "all.npy", mmap_mode="r")
 
@@ -284,18 +288,31 @@ def limit(kind: str, rows: list[Row], folder: Path, args: argparse.Namespace) ->
 _files: list[bytes] = []
 
 
+def decoding(rows: list[Row], args: argparse.Namespace, batch: int) -> Side:
+    files = [row["image"] for row in rows]
+    if args.workers < 2:
+        return lambda: decode_all(files, batch)
+    pool = Pool(args.workers, _keep, (files,))
+    return lambda: sum(pool.map(_decode_part, [(n, args.workers, batch) for n in range(args.workers)], 1))
+
+
 def _keep(files: list[bytes]) -> None:
     torch.set_num_threads(1)
     _files[:] = files
 
 
-def _decode_part(part: tuple[int, int]) -> int:
-    return decode_all(_files[part[0] :: part[1]])
+def _decode_part(part: tuple[int, int, int]) -> int:
+    return decode_all(_files[part[0] :: part[1]], part[2])
 
 
-def decode_all(files: list[bytes]) -> int:
-    """Decodes all, as the loader does."""
-    return sum(len(decode_image(data, 3)) == 3 for data in files)
+def decode_all(files: list[bytes], batch: int) -> int:
+    """Decodes all, as the loader does: into nothing, or into memory that three batches share in turn."""
+    memory = torch.empty(3 * batch, SIDE, SIDE, 3, dtype=torch.uint8).share_memory_().numpy()
+    for place, data in enumerate(files):
+        image = decode_image(data, 3)
+        if batch:
+            memory[place % len(memory)] = image.permute(1, 2, 0).numpy()
+    return len(files)
 
 
 if __name__ == "__main__":

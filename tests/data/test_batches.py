@@ -152,6 +152,21 @@ def test_a_row_of_another_size_raises_one_line_with_its_shard_and_row(shards, tm
         gather(loader(None, folder))
 
 
+def test_a_row_whose_columns_have_other_sizes_than_itself_raises_one_line(shards, tmp_path):
+    folder = shutil.copytree(shards["pixels"], tmp_path / "shards")
+    file = folder / "shard.00000.mds"
+    data = bytearray(file.read_bytes())
+    start, end = np.frombuffer(data, np.uint32, 2, 4).tolist()
+    data[start : start + 4] = np.uint32(end - start - 8).tobytes()  # the image's size, which is 4 less
+    file.write_bytes(data)
+    index = json.loads((folder / "index.json").read_text())
+    index["shards"][0]["raw_data"]["hashes"] = {}
+    (folder / "index.json").write_text(json.dumps(index))
+    expected = rf"^{file}: sample 0: ValueError: row 0 ends at byte {end}, its columns at {end + 4}$"
+    with pytest.raises(DataError, match=expected):
+        gather(loader(None, folder))
+
+
 def test_a_shard_that_is_cut_while_it_is_mapped_raises(shards, tmp_path):
     """Reading the map would end the process."""
     folder = shutil.copytree(shards["latents"], tmp_path / "shards")
