@@ -16,16 +16,16 @@ from torch.nn.functional import rms_norm, softmax
 from torch.utils.flop_counter import FlopCounterMode
 
 from sit_composer.blocks import SwiGLU, block_norm, head_norm
+from sit_composer.checkpoint.export import write_folder
+from sit_composer.checkpoint.record import Checkpoint, Record
 from sit_composer.choices import BLOCKS
 from sit_composer.embedders import Rotations, rotate
 from sit_composer.sit import SiT, build_sit
-from tests.helpers.networks import small_network
+from tests.helpers.networks import NEWER, SPEC, small_network
 from tests.helpers.paths import REFERENCE, ROOT
 from tests.reference.blocks import CASES, SIZES, fill_network, results
 
-LIGHTNING = {"rms_norm": True, "swiglu": True, "rotary": True}
-ALL = {**LIGHTNING, "qk_norm": True, "class_tokens": 3, "class_tokens_start": 1, "shared_adaln": True}
-ONE_BY_ONE = [{name: ALL[name]} for name in BLOCKS if name != "class_tokens_start"]
+ONE_BY_ONE = [{name: NEWER[name]} for name in BLOCKS if name != "class_tokens_start"]
 
 
 def network_of(case: str) -> SiT:
@@ -72,6 +72,17 @@ def test_a_checkout_of_the_published_code_gives_these_numbers_and_loads_strictly
         network.load_state_dict(torch.load(file, weights_only=True)["ema"], strict=True)
         torch.testing.assert_close(results(network)["out"], now[f"{file.stem}/out"], rtol=1e-5, atol=1e-5)
     assert len(list(tmp_path.glob("*.pt"))) == 3
+
+
+def test_an_export_with_every_option_is_read_again_to_the_bit(tmp_path):
+    network, source = small_network(**NEWER).eval(), tmp_path / "source"
+    source.write_bytes(b"")
+    sizes = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
+    record = Record(sizes | NEWER, {}, SPEC, list("abcdefghij"))
+    checkpoint = Checkpoint(network.state_dict(), "ema", record, 3, str(source))
+    write_folder(tmp_path / "export", {"ema.safetensors": checkpoint}, {})
+    again, given = SiT.from_pretrained(str(tmp_path / "export")), (torch.randn(1, 4, 8, 8), torch.rand(1))
+    assert torch.equal(again(*given, torch.tensor([3])), network(*given, torch.tensor([3])))
 
 
 # --- Each option by itself ---
@@ -163,7 +174,7 @@ def test_class_tokens_carry_the_label_and_leave_before_the_output():
     assert not torch.allclose(network(x, t, y), network(x, t, y.flip(0)))
 
 
-@pytest.mark.parametrize("options", [*ONE_BY_ONE, ALL], ids=lambda options: " ".join(options))
+@pytest.mark.parametrize("options", [*ONE_BY_ONE, NEWER], ids=lambda options: " ".join(options))
 def test_macs_are_those_that_torch_counts(options):
     network = SiT(hidden_size=64, depth=3, num_heads=4, input_size=16, num_classes=5, **options)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
