@@ -5,6 +5,7 @@ Torch is not imported, so that a command can refuse a wrong value at once.
 
 import difflib
 import math
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -72,14 +73,22 @@ def choose(name: str, value: object, choices: Collection[object]) -> None:
 # Name: (hidden_size, depth, num_heads), from table 1 of DiT (arXiv 2212.09748).
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 VARIANTS = [f"SiT-{size}/{patch}" for size in SIZES for patch in (2, 4, 8)]
+VARIANTS += [f"LightningDiT-{size}/1" for size in ("B", "L", "XL")]  # the block of arXiv 2501.01423, as released
+# The options of newer blocks, and what each is when it is off. A record doesn't name those that are off.
+BLOCKS: dict[str, bool | int] = {
+    "qk_norm": False, "rms_norm": False, "swiglu": False, "rotary": False,
+    "class_tokens": 0, "class_tokens_start": 0, "shared_adaln": False,
+}  # fmt: skip
+LIGHTNING: dict[str, Any] = {"learn_sigma": False, "rms_norm": True, "swiglu": True, "rotary": True}
 
 
-def variant(name: str) -> dict[str, int]:
+def variant(name: str) -> dict[str, Any]:
     """The SiT arguments behind a name such as ``"SiT-XL/2"``."""
     choose("model.name", name, VARIANTS)
-    size, patch = name.removeprefix("SiT-").split("/")
+    family, size, patch = re.split("[-/]", name)
     hidden_size, depth, num_heads = SIZES[size]
-    return {"hidden_size": hidden_size, "depth": depth, "num_heads": num_heads, "patch_size": int(patch)}
+    sizes = {"hidden_size": hidden_size, "depth": depth, "num_heads": num_heads, "patch_size": int(patch)}
+    return sizes | (LIGHTNING if family == "LightningDiT" else {})
 
 
 def check_sizes(hidden_size: int, num_heads: int, input_size: int, patch_size: int, prefix: str = "") -> None:
@@ -92,6 +101,28 @@ def check_sizes(hidden_size: int, num_heads: int, input_size: int, patch_size: i
         raise UserError(f"{prefix}hidden_size: got {hidden_size}, expected {multiple}")
     if input_size % patch_size:
         raise UserError(f"{prefix}input_size: got {input_size}, expected a multiple of patch_size ({patch_size})")
+
+
+def check_blocks(
+    hidden_size: int,
+    depth: int,
+    num_heads: int,
+    rotary: bool,
+    class_tokens: int,
+    class_tokens_start: int,
+    prefix: str = "",
+) -> None:
+    """Raises UserError unless a SiT of these sizes can have these options of its blocks."""
+    if rotary and hidden_size // num_heads % 4:
+        what = f"got {num_heads}, whose heads are {hidden_size // num_heads} wide"
+        raise UserError(f"{prefix}num_heads: {what}, expected a width that is a multiple of 4, for rotary")
+    FROM_ZERO.check(f"{prefix}class_tokens", class_tokens)
+    if class_tokens == 0 and class_tokens_start != 0:
+        raise UserError(f"{prefix}class_tokens_start: got {class_tokens_start}, expected 0, as class_tokens is 0")
+    if class_tokens and not 0 <= class_tokens_start < depth:
+        raise UserError(
+            f"{prefix}class_tokens_start: got {class_tokens_start}, expected one of the {depth} blocks, from 0"
+        )
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ tokens, and D the hidden size.
 """
 
 import importlib
-import math
-from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from sit_composer.choices import VARIANTS, check_sizes, variant
+from sit_composer.blocks import BlockModulation, FinalLayer, SwiGLU, block_norm, head_norm, mlp, modulate, modulation
+from sit_composer.choices import VARIANTS, check_blocks, check_sizes, variant
+from sit_composer.embedders import LabelEmbedder, PatchEmbed, Rotations, TimestepEmbedder, rotate, sincos_positions
 
 
 def build_sit(name: str, **overrides) -> "SiT":
@@ -26,111 +26,57 @@ def build_sit(name: str, **overrides) -> "SiT":
     return SiT(**{**variant(name), **overrides})
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x · (1 + scale) + shift for every token of x (N, T, D), with a shift and scale (N, D) per sample."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-
-
-class TimestepEmbedder(nn.Module):
-    """Embeds times (N,) as vectors (N, D): sinusoids, then a two-layer MLP."""
-
-    frequency_size = 256
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        first, second = nn.Linear(self.frequency_size, hidden_size), nn.Linear(hidden_size, hidden_size)
-        self.mlp = nn.Sequential(first, nn.SiLU(), second)
-
-    @staticmethod
-    def sinusoids(t: Tensor, size: int, max_period: float = 10000.0) -> Tensor:
-        """cos, then sin, of t (N,) at ``size / 2`` frequencies from 1 down to 1 / max_period; float32 (N, size)."""
-        half = size // 2
-        exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
-        angles = t.float()[:, None] * torch.exp(-math.log(max_period) * exponent)  # (N, size/2)
-        return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-    def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(self.sinusoids(t, self.frequency_size).to(self.mlp[0].weight.dtype))  # (N, D)
-
-
-class LabelEmbedder(nn.Module):
-    """Embeds labels (N,) as vectors (N, D). Training replaces some by the null class, whose label is num_classes."""
-
-    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
-        self.num_classes = num_classes
-        self.dropout_prob = dropout_prob
-
-    def forward(self, labels: Tensor, train: bool, draws: Tensor | None = None) -> Tensor:
-        if train and self.dropout_prob > 0:
-            if draws is None:
-                draws = torch.rand(labels.shape[0], device=labels.device)  # (N,)
-            labels = torch.where(draws < self.dropout_prob, self.num_classes, labels)
-        return self.embedding_table(labels)  # (N, D)
-
-
-class PatchEmbed(nn.Module):
-    """Maps each patch of images (N, C, H, W) to a token (N, T, D)."""
-
-    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Contiguous, as each operator of the blocks would otherwise stride over the tokens, and each norm copy them.
-        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
-
-
 class Attention(nn.Module):
     """Self-attention of the tokens (N, T, D)."""
 
-    def __init__(self, hidden_size: int, num_heads: int):
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False, rms_norm: bool = False):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        width = hidden_size // num_heads
+        self.q_norm = head_norm(width, rms_norm) if qk_norm else nn.Identity()
+        self.k_norm = head_norm(width, rms_norm) if qk_norm else nn.Identity()
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
         n, tokens, d = x.shape
         # Cut first, then shaped: so the gradients of q, k and v are joined in one pass, not stacked and permuted.
         parts = (part.view(n, tokens, self.num_heads, -1) for part in self.qkv(x).chunk(3, dim=-1))
         q, k, v = (part.transpose(1, 2) for part in parts)  # each (N, heads, T, D/heads)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
         return self.proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, d))
 
 
 class SiTBlock(nn.Module):
-    """A transformer block whose layer norms and gates depend on the condition (adaLN-Zero, arXiv 2212.09748)."""
+    """A transformer block whose norms and gates depend on the condition (adaLN-Zero, arXiv 2212.09748).
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
+    The condition is c (N, D), or with shared_adaln the modulation (N, 6·D) that all blocks share.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qk_norm: bool = False,
+        rms_norm: bool = False,
+        swiglu: bool = False,
+        shared_adaln: bool = False,
+    ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        width = int(hidden_size * mlp_ratio)
-        layers = {"fc1": nn.Linear(hidden_size, width), "act": nn.GELU("tanh"), "fc2": nn.Linear(width, hidden_size)}
-        self.mlp = nn.Sequential(OrderedDict(layers))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+        self.norm1 = block_norm(hidden_size, rms_norm)
+        self.attn = Attention(hidden_size, num_heads, qk_norm, rms_norm)
+        self.norm2 = block_norm(hidden_size, rms_norm)
+        self.mlp = (SwiGLU if swiglu else mlp)(hidden_size, int(hidden_size * mlp_ratio))
+        self.adaLN_modulation = BlockModulation(hidden_size) if shared_adaln else modulation(hidden_size, 6)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)  # each (N, D)
-        x = x + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_a, scale_a))  # (N, T, D)
+        x = x + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_a, scale_a), rotation)  # (N, T, D)
         x = x + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))  # (N, T, D)
         return x
-
-
-class FinalLayer(nn.Module):
-    """Maps each token (N, T, D) to the pixels of its patch (N, T, p²·out_channels)."""
-
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
-        super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)  # each (N, D)
-        return self.linear(modulate(self.norm_final(x), shift, scale))  # (N, T, p²·out_channels)
 
 
 class SiT(nn.Module):
@@ -149,6 +95,16 @@ class SiT(nn.Module):
         num_classes: number of labels; the null class, if any, is label num_classes.
         learn_sigma: keep the release's unused second half of the output channels. The released weights have it; it is
             computed and dropped, without effect on the loss, and a new network may omit it.
+
+    The options of newer blocks, off by default; see `blocks`:
+        qk_norm: normalize the queries and keys of each head.
+        rms_norm: RMSNorm in the place of every layer norm.
+        swiglu: SwiGLU in the place of the MLP, with as many parameters.
+        rotary: rotate queries and keys by their positions, besides the sin-cos positions.
+        class_tokens: that many copies of the label's embedding, each with a learned offset, join the tokens in the
+            blocks from class_tokens_start on, as in JiT (arXiv 2511.13720).
+        class_tokens_start: the block, from 0, that they join at.
+        shared_adaln: one modulation for all blocks, and a learned offset in each.
     """
 
     def __init__(
@@ -163,9 +119,17 @@ class SiT(nn.Module):
         class_dropout_prob: float = 0.1,
         num_classes: int = 1000,
         learn_sigma: bool = True,
+        qk_norm: bool = False,
+        rms_norm: bool = False,
+        swiglu: bool = False,
+        rotary: bool = False,
+        class_tokens: int = 0,
+        class_tokens_start: int = 0,
+        shared_adaln: bool = False,
     ):
         super().__init__()
         check_sizes(hidden_size, num_heads, input_size, patch_size)
+        check_blocks(hidden_size, depth, num_heads, rotary, class_tokens, class_tokens_start)
         self.input_size = input_size
         self.patch_size = patch_size
         self.in_channels = in_channels
@@ -174,6 +138,8 @@ class SiT(nn.Module):
         self.class_dropout_prob = class_dropout_prob
         self.learn_sigma = learn_sigma
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
+        self.class_tokens = class_tokens
+        self.class_tokens_start = class_tokens_start
 
         self.num_patches = (input_size // patch_size) ** 2
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
@@ -181,8 +147,12 @@ class SiT(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         # A frozen parameter, not a buffer: the release has it in its state dict and in named_parameters().
         self.pos_embed = nn.Parameter(torch.empty(1, self.num_patches, hidden_size), requires_grad=False)
-        self.blocks = nn.ModuleList(SiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        options = {"qk_norm": qk_norm, "rms_norm": rms_norm, "swiglu": swiglu, "shared_adaln": shared_adaln}
+        self.blocks = nn.ModuleList(SiTBlock(hidden_size, num_heads, mlp_ratio, **options) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, rms_norm)
+        self.feat_rope = Rotations(hidden_size // num_heads, input_size // patch_size) if rotary else None
+        self.in_context_posemb = nn.Parameter(torch.empty(1, class_tokens, hidden_size)) if class_tokens else None
+        self.adaLN_modulation = modulation(hidden_size, 6) if shared_adaln else None
         self.initialize_weights()
 
     @classmethod
@@ -210,10 +180,11 @@ class SiT(nn.Module):
         nn.init.zeros_(projection.bias)
         for embedder in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(embedder.weight, std=0.02)
-        modulations = [block.adaLN_modulation[-1] for block in [*self.blocks, self.final_layer]]
-        for layer in [*modulations, self.final_layer.linear]:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        if self.in_context_posemb is not None:
+            nn.init.normal_(self.in_context_posemb, std=0.02)
+        modulations = [part for name, part in self.named_modules() if name.endswith("adaLN_modulation")]
+        for parameter in [p for part in [*modulations, self.final_layer.linear] for p in part.parameters()]:
+            nn.init.zeros_(parameter)
 
     @property
     def null_label(self) -> int | None:
@@ -234,9 +205,18 @@ class SiT(nn.Module):
         None uses torch's own generator.
         """
         x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
-        c = self.t_embedder(t) + (y if y.is_floating_point() else self.y_embedder(y, self.training, draws))  # (N, D)
-        for block in self.blocks:
-            x = block(x, c)  # (N, T, D)
+        t = self.t_embedder(t)  # (N, D)
+        y = y if y.is_floating_point() else self.y_embedder(y, self.training, draws)  # (N, D)
+        c = t + y
+        condition = c if self.adaLN_modulation is None else self.adaLN_modulation(c)  # (N, D) or (N, 6·D)
+        rotation = None if self.feat_rope is None else self.feat_rope()
+        for i, block in enumerate(self.blocks):
+            if self.class_tokens and i == self.class_tokens_start:
+                x = torch.cat([y.unsqueeze(1) + self.in_context_posemb, x], dim=1)  # (N, class_tokens + T, D)
+                rotation = None if self.feat_rope is None else self.feat_rope(self.class_tokens)
+            x = block(x, condition, rotation)
+        if self.class_tokens:
+            x = x[:, self.class_tokens :]  # (N, T, D)
         x = self.unpatchify(self.final_layer(x, c))  # (N, out_channels, H, W)
         return x[:, : self.in_channels]  # without learn_sigma's second half
 
@@ -257,31 +237,29 @@ class SiT(nn.Module):
         As usual, only matrix products are counted: T·D² for every D×D map over the tokens, 2·T²·D for attention.
         """
         d, p, tokens = self.hidden_size, self.patch_size, self.num_patches
-        hidden = self.blocks[0].mlp.fc1.out_features if len(self.blocks) else 0
-        block = tokens * (4 * d * d + 2 * d * hidden) + 2 * tokens * tokens * d + 6 * d * d
+        first = self.blocks[0].mlp.children() if len(self.blocks) else ()
+        maps = 4 * d * d + sum(
+            layer.in_features * layer.out_features for layer in first if isinstance(layer, nn.Linear)
+        )
+        joined = len(self.blocks) - self.class_tokens_start if self.class_tokens else 0
+        lengths = ((tokens, len(self.blocks) - joined), (tokens + self.class_tokens, joined))  # and the blocks of each
+        blocks = sum(count * (length * maps + 2 * length * length * d) for length, count in lengths)
+        modulations = len(self.blocks) if self.adaLN_modulation is None else 1
         embed = tokens * p * p * self.in_channels * d + TimestepEmbedder.frequency_size * d + d * d
         final = tokens * d * p * p * self.out_channels + 2 * d * d
-        return len(self.blocks) * block + embed + final
-
-
-def sincos_positions(dim: int, grid: int) -> Tensor:
-    """Sinusoids of the positions in a grid × grid image: (1, grid², dim), half for the column, half for the row."""
-
-    def one_axis(position: Tensor) -> Tensor:  # (grid²,) -> (grid², dim/2)
-        omega = torch.arange(dim // 4, dtype=torch.float64) / (dim / 4)
-        angles = position[:, None] / 10000**omega
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-    row, column = torch.meshgrid(*[torch.arange(grid, dtype=torch.float64)] * 2, indexing="ij")
-    return torch.cat([one_axis(column.flatten()), one_axis(row.flatten())], dim=1).float().unsqueeze(0)
+        return blocks + modulations * 6 * d * d + embed + final
 
 
 def size_table() -> str:
-    """A Markdown table of all variants for 256² images and an 8× autoencoder: trained parameters, forward GMACs."""
+    """A Markdown table of all variants for 256² images: trained parameters, forward GMACs.
+
+    The autoencoder is an 8× one with 4 channels; for LightningDiT, a 16× one with 32, as theirs.
+    """
     lines = ["| model | parameters | GMACs, forward |", "| --- | ---: | ---: |"]
     for name in VARIANTS:
+        latents = {"input_size": 16, "in_channels": 32} if name.startswith("LightningDiT") else {}
         with torch.device("meta"):
-            network = build_sit(name)
+            network = build_sit(name, **latents)
         parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
         lines.append(f"| {name} | {parameters / 1e6:.1f} M | {network.forward_macs() / 1e9:.1f} |")
     return "\n".join(lines)

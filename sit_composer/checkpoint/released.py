@@ -14,6 +14,10 @@ from sit_composer.choices import SIZES
 
 # In front of any part of a name: DDP's, torch.compile's, FSDP's and activation checkpointing's.
 WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+OPTIONS = {  # of `SiT`, and a tensor that only a network with it has
+    "qk_norm": "blocks.0.attn.q_norm.weight", "rms_norm": "blocks.0.norm1.weight",
+    "swiglu": "blocks.0.mlp.w12.weight", "rotary": "feat_rope.freqs_cos",
+}  # fmt: skip
 NAMES = {"training": ("model", "model_state_dict"), "ema": ("ema", "ema_state_dict", "model_ema", "state_dict_ema")}
 
 
@@ -55,7 +59,8 @@ def from_authors(file: Path, content: dict[str, Any], held: dict[str, dict[str, 
     check_fit(file, model, weights)
     if model["in_channels"] != 4:
         what = f"got {model['in_channels']} channels, expected the 4 of the authors' autoencoder"
-        raise CheckpointError(f"{file}: {what}; if sit_composer exported it, give the exported folder")
+        others = "a LightningDiT's weights load in Python, see docs/weights.md; " if "rotary" in model else ""
+        raise CheckpointError(f"{file}: {what}; {others}if sit_composer exported it, give the exported folder")
     transport = {"path_type": args.get("path_type", "Linear"), "prediction": args.get("prediction", "velocity")}
     transport |= {name: args.get(name) for name in ("loss_weight", "train_eps", "sample_eps")}
     if transport["prediction"] == "velocity" and transport["path_type"] != "VP":
@@ -93,7 +98,7 @@ def _network_of(file: Path, weights: dict[str, Tensor], args: dict[str, Any]) ->
             "in_channels": channels,
             "hidden_size": hidden,
             "depth": depth,
-            "mlp_ratio": len(weights["blocks.0.mlp.fc1.weight"]) / hidden,
+            "mlp_ratio": _mlp_ratio(weights, hidden),
             "num_classes": num_classes,
             "class_dropout_prob": 0.1 if rows > num_classes else 0.0,
             "learn_sigma": len(weights["final_layer.linear.weight"]) == 2 * channels * patch * patch,
@@ -101,9 +106,16 @@ def _network_of(file: Path, weights: dict[str, Tensor], args: dict[str, Any]) ->
     except (KeyError, ValueError, IndexError, TypeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise CheckpointError(f"{file}: not the weights of a SiT: {reason}") from None
+    found = {option: True for option, name in OPTIONS.items() if name in weights}
     heads = {hidden_size: num_heads for hidden_size, _, num_heads in SIZES.values()}
     num_heads = args.get("num_heads", heads.get(hidden))
     if num_heads is None:
         what = f"got width {hidden}, expected one of {', '.join(map(str, heads))}; add num_heads to the file's args"
         raise CheckpointError(f"{file}: the number of attention heads is unknown: {what}")
-    return {**shapes, "num_heads": num_heads}
+    return {**shapes, "num_heads": num_heads, **found}
+
+
+def _mlp_ratio(weights: dict[str, Tensor], hidden: int) -> float:
+    if "blocks.0.mlp.w12.weight" not in weights:
+        return len(weights["blocks.0.mlp.fc1.weight"]) / hidden
+    return round(1.5 * weights["blocks.0.mlp.w3.weight"].shape[1] / hidden, 2)  # SwiGLU's width is rounded down

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sit_composer.choices import FIXED_STEP_METHODS, check_poles, check_sizes, choose
+from sit_composer.choices import BLOCKS, FIXED_STEP_METHODS, check_blocks, check_poles, check_sizes, choose
 from sit_composer.cli import s3_endpoint
 from sit_composer.config import composer_classes
 from sit_composer.config.schema import Config, ConfigError, ModelConfig, TransportConfig, network_arguments
@@ -104,8 +104,13 @@ def check_model(model: ModelConfig) -> None:
             raise ConfigError(f"model.{name}: no value; set it, or a variant as model.name=SiT-XL/2")
     sizes = ("hidden_size", "num_heads", "input_size", "patch_size")
     check_sizes(**{name: arguments[name] for name in sizes}, prefix="model.")
-    if not 1 <= model.mlp_ratio * arguments["hidden_size"] < math.inf:
-        raise ConfigError(f"model.mlp_ratio: got {model.mlp_ratio}, expected a number of at least 1 / hidden_size")
+    options = {**BLOCKS, **arguments}
+    names = ("hidden_size", "depth", "num_heads", "rotary", "class_tokens", "class_tokens_start")
+    check_blocks(**{name: options[name] for name in names}, prefix="model.")
+    least = 2 if options["swiglu"] else 1  # whose maps have two thirds of this width
+    if not least <= model.mlp_ratio * arguments["hidden_size"] < math.inf:
+        expected = f"a number of at least {least} / hidden_size"
+        raise ConfigError(f"model.mlp_ratio: got {model.mlp_ratio}, expected {expected}")
 
 
 def check_drawing(config: Config, section: str) -> None:

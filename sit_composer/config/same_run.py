@@ -5,6 +5,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sit_composer.choices import BLOCKS
 from sit_composer.cli import is_remote
 from sit_composer.config.load import read_yaml
 from sit_composer.config.schema import Config, ConfigError, network_arguments
@@ -38,6 +39,6 @@ def _fixed_keys(config: Config) -> dict[str, object]:
     """The keys that can't change between a run and its resumption."""
     keys: dict[str, object] = {"seed": config.seed, "ema": None if config.ema is None else "an average"}
     sections = {name: vars(getattr(config, name)) for name in ("transport", "autoencoder", "optimizer")}
-    for section, values in {"model": network_arguments(config.model), **sections}.items():
+    for section, values in {"model": {**BLOCKS, **network_arguments(config.model)}, **sections}.items():
         keys |= {f"{section}.{name}": value for name, value in values.items()}
     return keys

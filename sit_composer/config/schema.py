@@ -30,17 +30,24 @@ def key(
 
 @dataclass
 class ModelConfig:
-    name: str | None = key("hidden_size, depth, num_heads and patch_size in one", None, choices=c.VARIANTS)
+    name: str | None = key("hidden_size, depth, num_heads, patch_size and options in one", None, choices=c.VARIANTS)
     input_size: int = key("side of a latent (or of an image, without an autoencoder)", 32, c.COUNT)
     in_channels: int = key("channels of a latent (or of an image)", 4, c.COUNT)
     num_classes: int = key("labels are 0 to num_classes - 1", 1000, c.COUNT)
     class_dropout_prob: float = key("probability of dropping a label; 0: no guidance", 0.1, c.BELOW_ONE)
-    learn_sigma: bool = key("keep the release's unused second half of the output channels", True)
+    learn_sigma: bool | None = key("keep the release's unused second half of the output channels; null: name's", None)
     hidden_size: int | None = key("width of the transformer; null: name's", None, c.COUNT)
     depth: int | None = key("number of blocks; null: name's", None, c.COUNT)
     num_heads: int | None = key("attention heads; null: name's", None, c.COUNT)
     patch_size: int | None = key("side of a token's patch; null: name's", None, c.COUNT)
     mlp_ratio: float = key("width of a block's MLP, divided by hidden_size", 4.0, c.POSITIVE)
+    qk_norm: bool | None = key("normalize each head's queries and keys; null: name's", None)
+    rms_norm: bool | None = key("RMSNorm for every layer norm; null: name's", None)
+    swiglu: bool | None = key("SwiGLU for the MLP, with as many parameters; null: name's", None)
+    rotary: bool | None = key("rotate queries and keys by their positions; null: name's", None)
+    class_tokens: int = key("tokens of the label that join those of the image", 0, c.FROM_ZERO)
+    class_tokens_start: int = key("the block, from 0, that they join at", 0, c.FROM_ZERO)
+    shared_adaln: bool = key("one modulation for all blocks, and an offset in each", False)
 
 
 @dataclass
@@ -156,10 +163,14 @@ class Config:
 
 
 def network_arguments(model: ModelConfig) -> dict[str, Any]:
-    """The arguments of `SiT` for a model section: its own values, and the variant's for those that are null."""
+    """The arguments of `SiT` for a model section: its own values, and the variant's for those that are null.
+
+    Options of blocks that are off are left out, as in the records of earlier versions.
+    """
     arguments = {name: value for name, value in vars(model).items() if name != "name"}
-    sizes = c.variant(model.name) if model.name is not None else {}
-    return {name: sizes.get(name) if value is None else value for name, value in arguments.items()}
+    named = {"learn_sigma": True, **c.BLOCKS, **(c.variant(model.name) if model.name is not None else {})}
+    found = {name: named.get(name) if value is None else value for name, value in arguments.items()}
+    return {name: value for name, value in found.items() if name not in c.BLOCKS or value != c.BLOCKS[name]}
 
 
 def suggest(name: str, known: dict[str, str]) -> str:

@@ -89,7 +89,7 @@ def _histories(step: Step, samples: int, accumulated: bool) -> list[list[int]]:
     try:
         with FakeTensorMode(), torch.random.fork_rng(devices=[]):
             network, transport = _network(step), Transport(**dict(step.transport))
-            with Ledger(list(network.parameters())) as ledger:
+            with Ledger([*network.parameters(), *network.buffers()]) as ledger:
                 _microbatch(network, transport, step.precision, samples)
                 first = len(ledger.history)
                 if accumulated and step.sharded is None:

@@ -1,11 +1,12 @@
 """The estimates as Markdown tables."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sit_composer.choices import SIZES
+from sit_composer.choices import LIGHTNING, VARIANTS, choose
 from sit_composer.config.schema import Config, FSDPConfig, network_arguments
 from sit_composer.costs.estimate import GIB, RESERVE_TEXT, fits, memory, parameters, steps
 from sit_composer.costs.gpus import GPUS
@@ -70,10 +71,12 @@ def memory_tables(
 
 
 def size_table(config: Config, ranks: int) -> str:
-    """The largest microbatch of each of the four sizes, by GPU, under DDP, FSDP2 and FSDP2 with checkpointing."""
+    """The largest microbatch of each of the named sizes, by GPU, under DDP, FSDP2 and FSDP2 with checkpointing."""
     kinds = {"DDP": None, "FSDP2": FSDPConfig(), "FSDP2, checkpointing": FSDPConfig(activation_checkpointing=True)}
-    patch = network_arguments(config.model)["patch_size"]
-    names = [f"SiT-{size}/{patch}" for size in SIZES]
+    arguments = network_arguments(config.model)
+    family, patch = "LightningDiT" if LIGHTNING.items() <= arguments.items() else "SiT", arguments["patch_size"]
+    choose("model.name", f"{family}-XL/{patch}", VARIANTS)
+    names = [name for name in VARIANTS if re.fullmatch(rf"{family}-\w+/{patch}", name)]
     rows = []
     for kind, fsdp in kinds.items():
         models = [replace(config.model, name=name, hidden_size=None, depth=None, num_heads=None) for name in names]

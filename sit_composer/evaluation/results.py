@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sit_composer.choices import METRICS, SIZES
+from sit_composer.choices import LIGHTNING, METRICS, SIZES
 from sit_composer.evaluation import metrics
 from sit_composer.evaluation.metrics import STATISTICS, statistics
 from sit_composer.outputs import write_arrays
@@ -79,4 +79,5 @@ def model_name(model: dict | None) -> str:
         return "–"
     size = (model["hidden_size"], model.get("depth"), model.get("num_heads"))
     name = next((name for name, known in SIZES.items() if known == size), f"{size[0]}×{size[1]}")
-    return f"SiT-{name}/{model.get('patch_size')}"
+    family = "LightningDiT" if LIGHTNING.items() <= model.items() else "SiT"
+    return f"{family}-{name}/{model.get('patch_size')}"

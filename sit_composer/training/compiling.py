@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,5 +48,5 @@ def compile_blocks(network: SiT, backend: str) -> None:
         block.forward = partial(_forward, block, block.forward, compiled)
 
 
-def _forward(block: SiTBlock, eager: Callable, compiled: Callable, *args: Tensor) -> Tensor:
+def _forward(block: SiTBlock, eager: Callable, compiled: Callable, *args: Any) -> Tensor:
     return (compiled if block.training else eager)(*args)

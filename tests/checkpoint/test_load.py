@@ -43,7 +43,13 @@ def same(a: dict, b: dict) -> bool:
 
 @pytest.mark.parametrize(
     ("name", "overrides"),
-    [("SiT-S/8", {}), ("SiT-B/4", {"depth": 1, "input_size": 64}), ("SiT-S/2", {"depth": 1, "learn_sigma": False})],
+    [
+        ("SiT-S/8", {}),
+        ("SiT-B/4", {"depth": 1, "input_size": 64}),
+        ("SiT-S/2", {"depth": 1, "learn_sigma": False}),
+        ("LightningDiT-B/1", {"depth": 1, "input_size": 4}),
+        ("LightningDiT-L/1", {"depth": 1, "input_size": 4, "qk_norm": True}),
+    ],
 )
 def test_a_released_file_is_read_and_its_network_is_told_from_its_shapes(tmp_path, name, overrides):
     network = build_sit(name, **overrides)
@@ -62,6 +68,20 @@ def test_a_released_file_is_read_and_its_network_is_told_from_its_shapes(tmp_pat
     assert (transport.path_type, transport.prediction) == ("Linear", "velocity")
     assert released.record.autoencoder == AutoencoderSpec("stabilityai/sd-vae-ft-ema", 4, 8, 0.18215, 0.0)
     assert released.record.classes[::999] == ["0", "999"]
+
+
+def test_a_lightningdit_of_its_own_autoencoder_is_told_how_to_load_it(tmp_path):
+    network = build_sit("LightningDiT-B/1", depth=1, input_size=4, in_channels=32)
+    file = save({"ema": network.state_dict(), "config": {}}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"got 32 channels.*; a LightningDiT's weights load in Python, see docs/"):
+        load_checkpoint(file)
+
+
+@pytest.mark.parametrize("option", ["in_context_posemb", "adaLN_modulation.1.weight", "feat_rope_incontext.freqs_cos"])
+def test_weights_of_another_family_are_one_line(authors, tmp_path, option):
+    file = save(authors | {"ema": authors["ema"] | {option: torch.ones(1)}}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=f"a.pt: not the weights of a SiT: it has {option}, which a SiT has not"):
+        load_checkpoint(file)
 
 
 def test_a_released_file_has_no_training_weights(tmp_path):

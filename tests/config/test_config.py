@@ -11,10 +11,12 @@ import yaml
 from omegaconf import OmegaConf
 
 from sit_composer import train
+from sit_composer.choices import BLOCKS, variant
 from sit_composer.config import composer_classes
 from sit_composer.config.checks import check
 from sit_composer.config.data_fits import check_classes_agree, check_data, local_spec
 from sit_composer.config.load import load_config, read_yaml
+from sit_composer.config.same_run import check_same_config
 from sit_composer.config.schema import ConfigError, network_arguments
 from sit_composer.data.spec import DataSpec
 from sit_composer.errors import UserError
@@ -45,6 +47,34 @@ def test_a_scheduler_on_the_command_line_takes_the_place_of_the_yamls():
     assert configure("scheduler={constant: {}}").scheduler == {"constant": {}}
 
 
+def test_lightningdit_sets_the_options_of_its_blocks_and_what_is_off_is_left_out():
+    sizes = [f"model.{name}=null" for name in ("hidden_size", "depth", "num_heads", "patch_size", "learn_sigma")]
+    released = network_arguments(configure("model.name=LightningDiT-B/1", *sizes).model)
+    assert variant("LightningDiT-B/1").items() <= released.items()
+    assert not released["learn_sigma"]
+    changed = configure("model.name=LightningDiT-B/1", *sizes, "model.rotary=false", "model.qk_norm=true").model
+    assert network_arguments(changed) == {k: v for k, v in released.items() if k != "rotary"} | {"qk_norm": True}
+    plain = network_arguments(configure("model.name=SiT-B/2", *sizes).model)
+    assert plain["learn_sigma"]
+    assert not BLOCKS.keys() & plain.keys()
+
+
+@pytest.mark.parametrize(("before", "now"), [("false", "true"), ("true", "false"), ("null", "true")])
+def test_a_resumed_run_keeps_the_options_of_its_blocks(before, now):
+    text = OmegaConf.to_yaml(OmegaConf.structured(configure(f"model.rotary={before}")))
+    check_same_config(configure(f"model.rotary={before}"), text, "runs/a/config.yaml")
+    got, expected = now == "true", before == "true"
+    with pytest.raises(ConfigError, match=rf"model.rotary: got {got}, expected {expected}, the value of the run in"):
+        check_same_config(configure(f"model.rotary={now}"), text, "runs/a/config.yaml")
+
+
+def test_a_run_of_before_these_options_can_be_resumed():
+    text = OmegaConf.to_yaml(OmegaConf.structured(configure()))
+    old = "\n".join(line for line in text.splitlines() if line.strip().partition(":")[0] not in BLOCKS)
+    assert "rotary" not in old
+    check_same_config(configure(), old, "runs/a/config.yaml")
+
+
 def test_a_variant_is_shorthand_and_sizes_go_over_it():
     model = configure("model.name=SiT-B/4", "model.hidden_size=null", "model.patch_size=null", "model.depth=3").model
     arguments = network_arguments(model)
@@ -62,18 +92,30 @@ def test_a_papers_yaml_is_whole_but_for_its_places(name):
     assert config.data.global_batch_size == 256
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", [*PAPER, "lightningdit_xl_1.yaml"])
 def test_a_yamls_header_has_the_numbers_that_follow_from_its_network(name):
     path = ROOT / "yamls" / name
-    model = yaml.safe_load(path.read_text())["model"]
+    content = yaml.safe_load(path.read_text())
     with torch.device("meta"):
-        network = build_sit(model["name"], input_size=model["input_size"])
+        network = build_sit(**content["model"])
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     images_a_second = 356e12 / (6 * network.forward_macs())
     header = " ".join(line.strip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
     assert f"{20 * trained / 1e9:.1f} GB of weights" in header
     assert f"({images_a_second:.0f} images/s)" in header
-    assert f"{400_000 * 256 / (8 * images_a_second) / 3600:.1f} h for 400k steps" in header
+    steps, batch = int(content["trainer"]["max_duration"].removesuffix("ba")), content["data"]["global_batch_size"]
+    assert f"{steps * batch / (8 * images_a_second) / 3600:.1f} h for {steps // 1000}k steps" in header
+
+
+def test_lightningdits_yaml_is_its_repositorys_recipe():
+    """configs/reproductions/lightningdit_xl_vavae_f16d32_64ep_cfg.yaml."""
+    places = ("data.remote=s3://b/d", "data.local=/tmp/d", "trainer.save_folder=s3://b/r", "autoencoder.name=vavae")
+    config = configure(*places, path=str(ROOT / "yamls" / "lightningdit_xl_1.yaml"))
+    network = network_arguments(config.model)
+    assert {**variant("LightningDiT-XL/1"), "in_channels": 32, "input_size": 16}.items() <= network.items()
+    assert (config.optimizer.lr, config.optimizer.betas, config.optimizer.weight_decay) == (2e-4, [0.9, 0.95], 0)
+    assert (config.data.global_batch_size, config.trainer["max_duration"]) == (1024, "80000ba")
+    assert (config.transport.time_sampling, config.transport.prediction) == ("logit-normal", "velocity")
 
 
 @pytest.mark.parametrize(
@@ -151,6 +193,9 @@ def test_a_yamls_header_has_the_numbers_that_follow_from_its_network(name):
         ("optimizer.eps=nan", "optimizer.eps: got nan"),
         ("seed=-1", "seed: got -1, expected a whole number in [0, 4294967295]"),
         ("model.mlp_ratio=inf", "model.mlp_ratio: got inf"),
+        ("model.class_tokens=-1", "model.class_tokens: got -1, expected a whole number of at least 0"),
+        ("model.class_tokens_start=1", "model.class_tokens_start: got 1, expected 0, as class_tokens is 0"),
+        ("model.name=LightningDiT-S/1", "model.name: got 'LightningDiT-S/1', expected SiT-S/2, SiT-S/4, SiT-S/8,"),
         ("data.image_size=0", "data.image_size: got 0, expected a whole number of at least 1"),
         ("callbacks={a: [", "callbacks={a: [: while parsing a flow"),
         ("callbacks=[speed_monitor]", "callbacks: got ['speed_monitor'], expected keys and values"),
@@ -215,6 +260,28 @@ def test_a_warm_up_has_the_unit_of_its_schedule_and_the_schedule_covers_the_run(
     for t_max in ("8ba", "0.8dur"):
         with pytest.raises(ConfigError, match=rf"t_max: got '{t_max}', expected at least trainer.max_duration, 10ba"):
             configure(cosine.format("2ba", t_max), "trainer.max_duration=10ba")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["model.rotary=true", "model.num_heads=64"],
+            "model.num_heads: got 64, whose heads are 2 wide, expected a width",
+        ),
+        (
+            ["model.class_tokens=2", "model.class_tokens_start=4"],
+            "class_tokens_start: got 4, expected one of the 4 blo",
+        ),
+        (
+            ["model.swiglu=true", "model.mlp_ratio=0.01"],
+            "model.mlp_ratio: got 0.01, expected a number of at least 2 / ",
+        ),
+    ],
+)
+def test_options_of_blocks_that_do_not_fit_are_told_together(overrides, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        configure(*overrides)
 
 
 NAMES = "12_34 1.10 007 1e5 no on null ~ true 0x10 1:30 2024-01-01 .inf {a} [1] &a *a %x @x - a=b a_#b a:_b None '"

@@ -18,6 +18,7 @@ from sit_composer.memory import UNIMPORTANT
 from sit_composer.memory import main as command
 from sit_composer.sit import SiT
 from tests.costs.measure import measure
+from tests.helpers.networks import NEWER
 from tests.helpers.paths import ROOT
 
 SMALL = {"hidden_size": 64, "depth": 3, "num_heads": 2, "patch_size": 2, "input_size": 16, "num_classes": 10}
@@ -37,13 +38,16 @@ def step_of(**options) -> live_bytes.Step:
 # --- The passes ---
 
 
-def test_predicted_passes_are_those_of_real_tensors():
+@pytest.mark.parametrize("options", [{}, NEWER], ids=["as released", "newer blocks"])
+def test_predicted_passes_are_those_of_real_tensors(options):
     cases = [(precision, checkpointing) for precision in ("fp32", "amp_bf16") for checkpointing in (False, True)]
     samples = 12
-    gradients = sum(p.numel() for p in SiT(**SMALL).parameters() if p.requires_grad) * 4
-    [peaks] = measure("passes", SMALL, samples, cases)
+    sizes = {**SMALL, **options}
+    gradients = sum(p.numel() for p in SiT(**sizes).parameters() if p.requires_grad) * 4
+    [peaks] = measure("passes", sizes, samples, cases)
     for (precision, checkpointing), (first, later) in zip(cases, peaks, strict=True):
         step = step_of(precision=precision, checkpointing=checkpointing)
+        step = replace(step, network=tuple(sorted({**dict(step.network), **options}.items())))
         case = (precision, checkpointing)
         assert first == pytest.approx(live_bytes.peak(step, samples, accumulated=False), rel=0.02), case
         assert later + gradients == pytest.approx(live_bytes.peak(step, samples, accumulated=True), rel=0.02), case

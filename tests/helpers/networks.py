@@ -6,6 +6,8 @@ from sit_composer.autoencoder import AutoencoderSpec
 from sit_composer.randomness import sample_key
 from sit_composer.sit import SiT
 
+NEWER = {"qk_norm": True, "rms_norm": True, "swiglu": True, "rotary": True, "class_tokens": 3, "class_tokens_start": 1,
+         "shared_adaln": True}  # fmt: skip
 SPEC = AutoencoderSpec(name="some/vae", channels=4, downsample=8, scale=0.5, shift=0.1)
 
 

@@ -8,27 +8,29 @@ from sit_composer.config.schema import ConfigError
 from sit_composer.training.compiling import compile_blocks, find_backend
 from sit_composer.training.model import ComposerSiT
 from sit_composer.transport import Transport
-from tests.helpers.networks import SPEC, batch, small_network
+from tests.helpers.networks import NEWER, SPEC, batch, small_network
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_blocks_compile_as_one_graph_and_agree_with_eager_ones(precision):
+@pytest.mark.parametrize(("precision", "options"), [("fp32", {}), ("bf16", {}), ("fp32", NEWER)])
+def test_the_blocks_compile_as_one_graph_and_agree_with_eager_ones(precision, options):
+    graphs = 2 if options else 1  # one for each number of tokens
     torch._dynamo.reset()
     counters.clear()
-    eager, compiled = (ComposerSiT(small_network(depth=4), Transport(), SPEC, precision=precision) for _ in range(2))
+    networks = (small_network(depth=4, **options) for _ in range(2))
+    eager, compiled = (ComposerSiT(network, Transport(), SPEC, precision=precision) for network in networks)
     compiled.network.load_state_dict(eager.network.state_dict())
     compile_blocks(compiled.network, "aot_eager")
     for model in (eager, compiled):
         for _ in range(2):
             model(batch()).mean().backward()
-    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
     assert list(compiled.state_dict()) == list(eager.state_dict())
     for p, q in zip(compiled.parameters(), eager.parameters(), strict=True):
         if q.requires_grad:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6 if precision == "fp32" else 1e-3)
     assert torch.equal(compiled.eval()(batch()), eager.eval()(batch()))
-    assert counters["stats"]["unique_graphs"] == 1  # evaluation is eager
+    assert counters["stats"]["unique_graphs"] == graphs  # evaluation is eager
 
 
 def test_a_backend_that_is_missing_is_named(monkeypatch):

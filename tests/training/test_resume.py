@@ -94,9 +94,10 @@ def test_two_ranks_resume_to_the_bit_after_a_sigterm_to_one_in_an_evaluation(two
     [
         pytest.param(1, "ddp-compiled", marks=pytest.mark.nightly),  # minutes of C++ compiler
         (2, "fsdp-compiled"),
+        (2, "fsdp-newer"),
     ],
 )
-def test_compiled_runs_resume_to_the_bit(digits_shards, tmp_path, ranks, way):
+def test_compiled_runs_and_newer_blocks_resume_to_the_bit(digits_shards, tmp_path, ranks, way):
     launch(ranks, digits_shards, tmp_path, *interruptions(way, ["evaluation"]))
     same_bits(tmp_path, way, "evaluation")
 

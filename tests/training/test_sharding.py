@@ -15,7 +15,7 @@ from sit_composer.config.schema import FSDPConfig
 from sit_composer.training.model import ComposerSiT
 from sit_composer.training.sharding import parallelism, prefetch
 from sit_composer.transport import Transport
-from tests.helpers.networks import SPEC, batch, small_network
+from tests.helpers.networks import NEWER, SPEC, batch, small_network
 
 
 def shard(model: ComposerSiT, fsdp: FSDPConfig) -> None:
@@ -40,6 +40,23 @@ def test_the_network_sees_exact_times_and_latents_in_bfloat16_too(mixed_precisio
     assert seen["t"].dtype == seen["x"].dtype == torch.float32
     assert seen["weight"].dtype == (torch.float32 if mixed_precision == "FULL" else torch.bfloat16)
     torch.testing.assert_close(sharded, replicated, rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_newer_blocks_are_sharded_and_their_angles_stay_exact(precision):
+    dist.initialize_dist("cpu")
+    model, data = ComposerSiT(small_network(**NEWER), Transport(), SPEC, precision=precision), batch()
+    names, replicated = list(model.state_dict()), model(data)
+    shard(model, FSDPConfig())
+    seen = []
+    model.network.blocks[1].attn.register_forward_pre_hook(lambda _, args: seen.extend(args[1]))
+    sharded = model(data)
+    sharded.mean().backward()
+    exact = precision == "fp32"
+    torch.testing.assert_close(sharded, replicated, rtol=1e-6 if exact else 2e-2, atol=1e-6 if exact else 1e-2)
+    assert [angles.dtype for angles in seen] == [torch.float32] * 2
+    assert list(model.state_dict()) == names
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_images_are_generated_from_weights_gathered_in_bfloat16():

@@ -476,6 +476,16 @@ def test_grey_images_are_encoded_by_an_autoencoder_of_three_channels(run, vae_fo
     assert load_checkpoint(str(tmp_path / "run")).record.autoencoder.name == vae_folder
 
 
+def test_weights_without_an_option_of_the_blocks_are_refused_in_one_line(run, tmp_path, capsys):
+    assert run("trainer.max_duration=1ba") == 0
+    weights = f"trainer.load_path={tmp_path / 'run' / 'latest-rank0.pt'}"
+    others = ["trainer.autoresume=false", "trainer.load_weights_only=true", "model.rotary=true"]
+    assert run("trainer.max_duration=1ba", *others, weights, folder="other") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: trainer: ")
+    assert "feat_rope.freqs_cos" in error
+
+
 def test_a_run_of_another_network_under_the_same_name_is_refused(run, tmp_path, capsys):
     assert run("trainer.max_duration=1ba") == 0
     before = sorted((tmp_path / "run").iterdir())
