@@ -60,6 +60,8 @@ def open_inputs(config: Config, device: str) -> Inputs:
             image_size = data.image_size or config.model.input_size * autoencoder.downsample
             check_latents(config, autoencoder.channels, autoencoder.downsample, image_size, section)
             if encoder is not None:
+                if fault := encoder.layout.size_fault(image_size):
+                    raise ConfigError(f"{section}.image_size: {fault}")
                 spec = replace(spec, channels=encoder.picture_channels)  # as images are decoded for it
         loaders[section] = build_loader(
             data.remote,
@@ -87,7 +89,7 @@ def _open_autoencoder(config: Config, specs: Specs, device: str) -> tuple[Autoen
         return AutoencoderSpec(name=None, channels=specs["data"].channels), None
     if all(spec.kind == "latents" for spec in specs.values()):
         return latents, None
-    encoder = KLAutoencoder(config.autoencoder.name, device)
+    encoder = KLAutoencoder(config.autoencoder.name, device, latents=latents)
     if latents is not None and encoder.spec != latents:
         raise ConfigError(f"autoencoder.name: got {encoder.spec}, expected that of the latents, {latents}")
     return encoder.spec, encoder

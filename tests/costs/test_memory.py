@@ -147,7 +147,7 @@ def test_the_command_prints_tables_and_tells_mistakes(capsys):
     assert command([*arguments[:2], "--ranks", "8", "fsdp.data_parallel_replicate_degree=2"]) == 0
     assert "| FSDP2 ×8 |" in capsys.readouterr().out
     assert command([arguments[0], "--encode", "autoencoder.name=yamls"]) == 2
-    assert "error: autoencoder.name: yamls holds no AutoencoderKL" in capsys.readouterr().err
+    assert "error: autoencoder.name: yamls holds no autoencoder" in capsys.readouterr().err
 
 
 # --- Real training ---
