@@ -47,7 +47,8 @@ class AutoencoderSpec:
             object.__setattr__(self, name, values if values is None else tuple(values))
 
     def __str__(self) -> str:
-        return f"({', '.join(f'{name}={shortened(value)}' for name, value in self.as_dict().items())})"
+        fields = {name: shortened(v) if isinstance(v, list) else repr(v) for name, v in self.as_dict().items()}
+        return f"({', '.join(f'{name}={value}' for name, value in fields.items())})"
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON holds it: what an autoencoder lacks is left out, as in the files of earlier versions."""
@@ -90,7 +91,8 @@ class AutoencoderSpec:
         """What is wrong with latents of this mean and deviation, after shift and scale; None if they are plausible."""
         if not LATENT_STD.admit(std):
             found = f"the {what} have a standard deviation of {std:.3g} after scale {self.scale}"
-            return f"{found}, expected about 1: the scale is wrong, or already applied to the moments"
+            wrong = "scale is wrong" if self.mean is None else "mean and std are of another autoencoder or other data"
+            return f"{found}, expected about 1: the {wrong}, or already applied to the moments"
         if not LATENT_MEAN.admit(mean):
             return f"the {what} have a mean of {mean:.3g} after shift and scale, expected about 0"
         return None

@@ -1,6 +1,5 @@
 """The checks of samples in `verify_mds.py`: of images, or of latents."""
 
-import math
 import os
 import warnings
 from abc import ABC, abstractmethod
@@ -195,8 +194,6 @@ class LatentCheck(Check):
 
 def alike(one: Any, other: Any, tolerance: float = 0.0) -> bool:
     """Whether two numbers, or two tuples of them, are equal to rounding; ``tolerance`` is absolute."""
-    if isinstance(one, tuple) and isinstance(other, tuple):
-        return len(one) == len(other) and all(alike(a, b, tolerance) for a, b in zip(one, other, strict=True))
-    if one is None or isinstance(one, tuple) or other is None or isinstance(other, tuple):
-        return one == other
-    return math.isclose(one, other, rel_tol=1e-6, abs_tol=tolerance)
+    if one is None or other is None or np.shape(one) != np.shape(other):
+        return one is other
+    return np.allclose(one, other, rtol=1e-6, atol=tolerance)

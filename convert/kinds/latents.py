@@ -114,8 +114,7 @@ class Latents:
         if sums and self.statistics == MEASURE:
             of = replace(of, **measured(of, sums))
         elif sums and (fault := doubt(of, sums)):
-            advice = f"they are of another autoencoder, or of other data; use --statistics {MEASURE}"
-            raise InputError(f"--statistics: {fault}: {advice}")
+            raise InputError(f"--statistics: {fault}; use --statistics {MEASURE}")
         return {"kind": "latents", "channels": of.channels, "image_size": self.image_size, "autoencoder": of.as_dict()}
 
     def _begin_thread(self) -> None:

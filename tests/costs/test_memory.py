@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sit_composer.autoencoder import SLICE_SIZE
+from sit_composer.autoencoder import SLICE_SIZE, KLAutoencoder
 from sit_composer.config.checks import check
 from sit_composer.config.load import load_config
 from sit_composer.config.schema import FSDPConfig, ModelConfig, network_arguments
@@ -119,6 +119,13 @@ def test_cost_is_six_flops_a_forward_mac():
     hours = 6 * macs * 256 * 6 / (0.5 * 312e12) / 3600
     row = next(r for r in tables.cost_table(config, [1, 4], 0.5, 1000).splitlines() if "A100 40GB" in r)
     assert [float(cell) for cell in row.split("|")[3:6]] == pytest.approx([hours, hours, hours / 4], rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["flux2", "dc", "rae"])  # of images of 16x16
+def test_the_work_of_autoencoders_of_other_classes_is_counted(vae_of_kind, kind):
+    weights, working = estimate.encoder_memory(config_of(f"autoencoder.name={vae_of_kind(kind)}", "model.input_size=4"))
+    assert weights == 4 * sum(p.numel() for p in KLAutoencoder(vae_of_kind(kind)).vae.parameters())
+    assert working > SLICE_SIZE * 3 * 16**2 * 4  # the images alone
 
 
 def test_an_autoencoders_weights_and_work_are_counted(vae_folder):

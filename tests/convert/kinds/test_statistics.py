@@ -18,6 +18,7 @@ from convert.kinds.statistics import read_statistics, statistics_of, sums_of
 from convert.sources import parts
 from convert.sources.parts import InputError
 from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder
+from sit_composer.config.load import load_config
 from sit_composer.data.loader import build_loader
 from sit_composer.data.stream import load_spec
 from tests.helpers.images import png
@@ -62,6 +63,8 @@ def values(folder, channels):
 @pytest.mark.parametrize("kind", ["per_channel", "flux2", "dc", "rae"])
 def test_shards_of_each_class_are_verified_trained_on_and_sampled(source, vae_of_kind, kind, tmp_path, convert):
     from sit_composer import sample, train
+    from sit_composer.training.inputs import open_inputs
+    from sit_composer.training.quality import quality_callbacks
 
     vae, out = vae_of_kind(kind), tmp_path / "shards"
     code, _, stderr = convert(*options(source, out, vae, "--skip-bad", "--statistics", "measure"))
@@ -87,14 +90,18 @@ def test_shards_of_each_class_are_verified_trained_on_and_sampled(source, vae_of
     grid = ["sample_grid={interval: 2ba, num_steps: 2, per_class: 1, sampling_method: euler}"]
     run = [f"trainer.save_folder={tmp_path / 'run'}", "trainer.max_duration=2ba", "trainer.progress_bar=false"]
     assert train.main([str(ROOT / "yamls" / "quickstart.yaml"), *network, *data, *grid, *run]) == 0
+    config = load_config(str(ROOT / "yamls" / "quickstart.yaml"), [*network, *data, *grid])
+    (callback,) = quality_callbacks(config, open_inputs(config, "cpu"), None, lambda: None, "cpu")
+    assert callback.drawing.autoencoder.spec == of  # what the run's grids decode
     few = ["--classes", "1", "--per-class", "1", "--num-steps", "2", "--sampling-method", "euler"]
     assert sample.main([str(tmp_path / "run"), "--out", str(tmp_path / "images"), *few]) == 0
     with Image.open(tmp_path / "images" / "000000.png") as image:
         assert image.size == (16, 16)
 
 
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_measured_statistics_are_the_same_bytes_for_any_workers_and_after_an_error(
-    source, vae_of_kind, tmp_path, convert
+    source, vae_of_kind, tmp_path, convert, monkeypatch, workers
 ):
     vae, measure = vae_of_kind("per_channel"), ["--statistics", "measure"]
     code, _, stderr = convert(*options(source, tmp_path / "resumed", vae, *measure))
@@ -102,7 +109,8 @@ def test_measured_statistics_are_the_same_bytes_for_any_workers_and_after_an_err
     assert len(list((tmp_path / "resumed.partial").glob("part.*.json"))) == 3
     code, _, stderr = convert(*options(source, tmp_path / "resumed", vae, *measure, "--skip-bad"))
     assert (code, "resumes: 3 of 6 parts" in stderr) == (0, True)
-    assert convert(*options(source, tmp_path / "workers", vae, *measure, "--skip-bad", "--workers", 2))[0] == 0
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(5))  # batches that are encoded at a time
+    assert convert(*options(source, tmp_path / "workers", vae, *measure, "--skip-bad", "--workers", workers))[0] == 0
     texts = {(tmp_path / name / "spec.json").read_text() for name in ("resumed", "workers")}
     assert len(texts) == 1
     assert '"statistics": "data"' in texts.pop()
