@@ -181,8 +181,8 @@ class KLAutoencoder:
 
         return self._in_slices(moments, images, "encodes images")
 
-    def encode(self, images: Tensor, noise: Tensor) -> Tensor:
-        """Latents (N, c, h, w) of images, sampled with noise."""
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents (N, c, h, w) of images, sampled with noise (none if deterministic)."""
         return self.spec.latents(self.moments(images), noise)
 
     def decode(self, latents: Tensor) -> Tensor:

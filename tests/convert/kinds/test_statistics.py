@@ -60,7 +60,7 @@ def values(folder, channels):
     return moments[:, :channels], moments[:, channels:] if moments.shape[1] > channels else None
 
 
-@pytest.mark.parametrize("kind", ["per_channel", "flux2", "dc", "rae"])
+@pytest.mark.parametrize("kind", ["flux2", "dc", "rae", pytest.param("per_channel", marks=pytest.mark.slow)])
 def test_shards_of_each_class_are_verified_trained_on_and_sampled(source, vae_of_kind, kind, tmp_path, convert):
     from sit_composer import sample, train
     from sit_composer.training.inputs import open_inputs
