@@ -1,10 +1,13 @@
 """The command line of `to_mds.py`. Only the standard library is imported."""
 
 import argparse
+import hashlib
+from pathlib import Path
 from typing import Any
 
 from convert.engine.plan import digest
 from convert.engine.vae import check_vae
+from convert.kinds import MEASURE
 from convert.sources.class_names import read_class_names
 from convert.sources.registry import FORMATS, InputError
 from sit_composer.choices import COUNT, FROM_ZERO, Bounds
@@ -31,7 +34,9 @@ def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
     add("--image-size", metavar="N", type=number(COUNT), help="crop images to N x N pixels, as training does")
     add("--quality", metavar="Q", type=number(QUALITY), help="store cropped images as JPEG, 1 to 100 (default: as PNG)")
     add("--latents", action="store_true", help="store latents of the images and of their mirror images instead")
-    add("--vae", metavar="NAME", type=_given, help="the autoencoder: an AutoencoderKL's name on the Hub, or a folder")
+    add("--vae", metavar="NAME", type=_given, help="the autoencoder: its name on the Hub, or a folder")
+    what = "standardize latents by each channel's mean and deviation: 'measure' those of the data, or read them in FILE"
+    add("--statistics", metavar="FILE", type=_given, help=f"{what} (default: as the autoencoder's config says)")
     add("--encode-dtype", choices=DTYPES, help="its dtype (default: bfloat16 on a GPU, else float32)")
     add("--batch-size", metavar="N", type=number(COUNT), help="images encoded at a time (default: 32, fewer on a CPU)")
     check = "for images that keep their bytes: decode each (default), or only read its header, many times as fast"
@@ -50,7 +55,7 @@ def what_is_made(args: argparse.Namespace) -> dict[str, Any]:
     """The options that decide what is made of images, of those given, as the spec's source records them."""
     if args.latents != (args.vae is not None):
         raise InputError("--latents and --vae: each needs the other")
-    for name in ("encode_dtype", "batch_size"):
+    for name in ("encode_dtype", "batch_size", "statistics"):
         if getattr(args, name) is not None and not args.latents:
             raise InputError(f"--{name.replace('_', '-')}: only for --latents")
     if args.quality is not None and (args.latents or args.image_size is None):
@@ -67,11 +72,23 @@ def what_is_made(args: argparse.Namespace) -> dict[str, Any]:
         check_vae(args.vae, args.image_size)
     names = ("image_size", "quality", "vae", "encode_dtype", "batch_size")
     made = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if args.statistics not in (None, MEASURE):
+        made["statistics"] = f"{args.statistics} {_hash_of(args.statistics)}"
+    elif args.statistics:
+        made["statistics"] = MEASURE
     if args.class_names:
         args.names = read_class_names(args.class_names)
         content = digest({id_: name.name for id_, name in args.names.items()})
         made["class_names"] = f"{args.class_names} {content}"
     return made | ({"check": "header"} if args.check == "header" else {})  # it decides which images are left out
+
+
+def _hash_of(path: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        expected = f"expected a file of statistics, or {MEASURE!r}"
+        raise InputError(f"--statistics: {path}: {error.strerror}; {expected}") from None
 
 
 def _given(text: str) -> str:

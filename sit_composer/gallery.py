@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from sit_composer.autoencoder import SLICE_SIZE, to_uint8
+from sit_composer.autoencoder import SLICE_SIZE, AutoencoderSpec, to_uint8
 from sit_composer.captions import Cell, class_caption, draw_grid
 from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.record import Checkpoint, Record
@@ -83,7 +84,8 @@ def check_guide(args: argparse.Namespace, record: Record, weaker: Record) -> Non
     """Raises UserError, naming the difference, if the guide predicts something else than the network."""
     for (name, ours), theirs in zip(field_of(record).items(), field_of(weaker).values(), strict=True):
         if theirs != ours:
-            raise UserError(f"--guide: {args.guide} has {name} {theirs}, expected {ours} as in {args.checkpoint}")
+            got, expected = (shortened(value) if isinstance(value, tuple) else value for value in (theirs, ours))
+            raise UserError(f"--guide: {args.guide} has {name} {got}, expected {expected} as in {args.checkpoint}")
     if weaker.classes != record.classes:
         raise UserError(f"--guide: {args.guide} has other classes than {args.checkpoint}, or in another order")
 
@@ -93,7 +95,7 @@ def field_of(record: Record) -> dict[str, Any]:
     return {
         **{name: record.argument(name) for name in ("input_size", "in_channels", "num_classes")},
         **{f"transport.{name}": getattr(record.build_transport(), name) for name in ("path_type", "prediction")},
-        **{f"autoencoder.{name}": value for name, value in record.autoencoder.as_dict().items()},
+        **{f"autoencoder.{f.name}": getattr(record.autoencoder, f.name) for f in fields(AutoencoderSpec) if f.compare},
     }
 
 

@@ -1,5 +1,6 @@
 """Fixtures that several tests share. Helpers that are no fixtures are in tests/helpers."""
 
+import functools
 import json
 import os
 import subprocess
@@ -94,6 +95,14 @@ def vae_folder(tmp_path_factory) -> str:
     from tests.helpers.autoencoders import write_autoencoder
 
     return write_autoencoder(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture(scope="session")
+def vae_of_kind(tmp_path_factory) -> Callable[[str], str]:
+    """Gives the folder of a small autoencoder of one of `autoencoders.KINDS`."""
+    from tests.helpers.autoencoders import write_kind
+
+    return functools.cache(lambda kind: write_kind(kind, tmp_path_factory.mktemp(kind)))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -157,10 +157,99 @@ def test_float16_is_refused_where_the_config_says_that_it_overflows(folders, cop
     assert old.vae.dtype == torch.float16
 
 
-def test_numbers_a_channel_are_refused(copy):
-    with pytest.raises(UserError, match="has latents_mean or latents_std, numbers per channel") as error:
-        KLAutoencoder(copy(latents_mean=[0.1] * 4, latents_std=[0.9] * 4))
+@pytest.mark.parametrize(
+    "keys",
+    [{"latents_mean": [0.1] * 4}, {"latents_mean": [0.1] * 3, "latents_std": [0.9] * 4}, {"shift_factor": 0.1}],
+)
+def test_numbers_per_channel_that_leave_a_doubt_are_refused(copy, keys):
+    keys = {"latents_std": [0.9] * 4, "latents_mean": [0.1] * 4} | keys if "shift_factor" in keys else keys
+    with pytest.raises(UserError, match=r"expected both for each of its 4 channels, and no shift_factor") as error:
+        KLAutoencoder(copy(**keys))
     assert "\n" not in str(error.value)
+
+
+def test_the_default_scale_is_not_applied_to_numbers_per_channel(copy):
+    """As in GlmImagePipeline, whose autoencoder has it; a scale that somebody chose is applied."""
+    spec = KLAutoencoder(copy(latents_mean=[0.1] * 4, latents_std=[0.9] * 4)).spec
+    assert (spec.scale, spec.shift, spec.mean, spec.std) == (1.0, 0.0, (0.1,) * 4, (0.9,) * 4)
+
+
+IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(3)) * 2 - 1
+
+
+def in_sdxl(vae, posterior, z):
+    """diffusers' pipeline_stable_diffusion_xl_img2img.py, line 747, and pipeline_stable_diffusion_xl.py, line 1283."""
+    mean, std = (torch.tensor(vae.config[f"latents_{name}"]).view(1, 4, 1, 1) for name in ("mean", "std"))
+    back = z * std / vae.config.scaling_factor + mean
+    return (posterior.latent_dist.mean - mean) * vae.config.scaling_factor / std, vae.decode(back).sample
+
+
+def in_flux2(vae, posterior, z):
+    """pipeline_flux2.py: _patchify_latents and _encode_vae_image; from line 1018 on."""
+    mean = vae.bn.running_mean.view(1, -1, 1, 1)
+    std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps)
+    encoded = posterior.latent_dist.mean.view(2, 3, 4, 2, 4, 2).permute(0, 1, 3, 5, 2, 4).reshape(2, 12, 4, 4)
+    back = (z * std + mean).reshape(2, 3, 2, 2, 4, 4).permute(0, 1, 4, 2, 5, 3).reshape(2, 3, 8, 8)
+    return (encoded - mean) / std, vae.decode(back).sample
+
+
+def in_sana(vae, encoded, z):
+    """pipeline_sana.py, line 1021."""
+    return encoded.latent * vae.config.scaling_factor, vae.decode(z / vae.config.scaling_factor).sample
+
+
+def in_rae(vae, encoded, z):
+    """It standardizes by itself, and its images are in [0, 1]."""
+    return encoded.latent, vae.decode(z).sample * 2 - 1
+
+
+PIPELINES = {  # with image channels, channels, downsample
+    "per_channel": (AutoencoderKL, in_sdxl, (3, 4, 2)), "flux2": (AutoencoderKLFlux2, in_flux2, (3, 12, 4)),
+    "dc": (AutoencoderDC, in_sana, (3, 6, 4)), "rae": (None, in_rae, (3, 64, 4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_each_class_is_standardized_as_in_its_pipeline(vae_of_kind, kind):
+    load, pipeline, sizes = PIPELINES[kind]
+    ours = KLAutoencoder(vae_of_kind(kind))
+    vae = ours.vae if load is None else load.from_pretrained(vae_of_kind(kind))
+    weights, spec = load_file(f"{vae_of_kind(kind)}/{WEIGHTS}"), ours.spec
+    assert all(torch.equal(value, weights[name]) for name, value in ours.vae.state_dict().items())
+    assert (ours.picture_channels, spec.channels, spec.downsample) == sizes
+    assert spec.deterministic == (kind in ("dc", "rae"))
+    assert AutoencoderSpec(**json.loads(json.dumps(spec.as_dict()))) == spec
+    z = torch.randn(2, spec.channels, 16 // spec.downsample, 16 // spec.downsample)
+    with torch.no_grad():
+        latents, images = pipeline(vae, vae.encode(IMAGES / 2 + 0.5 if kind == "rae" else IMAGES), z)
+    torch.testing.assert_close(ours.encode(IMAGES, torch.zeros_like(z)), latents, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.decode(z), images, rtol=1e-4, atol=1e-5)
+    assert ours.moments(IMAGES).shape[1] == spec.stored == spec.channels * (1 if spec.deterministic else 2)
+
+
+def test_statistics_are_not_rounded_to_the_dtype_that_it_computes_in(vae_of_kind):
+    specs = [KLAutoencoder(vae_of_kind("flux2"), dtype=dtype).spec for dtype in (torch.float32, torch.bfloat16)]
+    assert specs[0] == specs[1]
+
+
+@given(st.integers(1, 768), st.floats(0.1, 3))
+@settings(max_examples=20, deadline=None)
+def test_standardization_per_channel_is_undone(channels, scale):
+    generator = torch.Generator().manual_seed(channels)
+    mean, std = torch.randn(channels, generator=generator), torch.rand(channels, generator=generator) + 0.1
+    spec = AutoencoderSpec("some", channels, scale=scale, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+    moments = torch.randn(2, 2 * channels, 2, 3, generator=generator)
+    latents = spec.latents(moments, torch.ones(()))
+    value = moments[:, :channels] + moments[:, channels:]
+    expected = (value - mean.view(-1, 1, 1)) / std.view(-1, 1, 1) * scale
+    torch.testing.assert_close(latents, expected)
+    torch.testing.assert_close(spec.restore(latents), value, rtol=1e-4, atol=1e-4)
+
+
+def test_a_spec_without_what_is_new_is_as_before():
+    spec = AutoencoderSpec("some", channels=4, downsample=8, scale=0.18215)
+    before = '{"name": "some", "channels": 4, "downsample": 8, "scale": 0.18215, "shift": 0.0}'
+    assert json.dumps(spec.as_dict()) == before
 
 
 @pytest.mark.parametrize(
@@ -203,7 +292,7 @@ def test_pickled_weights_are_refused_and_nothing_in_them_runs(copy, tmp_path, mo
     weights = load_file(f"{folder}/{WEIGHTS}") | ({"more": Planted()} if planted else {})
     torch.save(weights, f"{folder}/diffusion_pytorch_model.bin", pickle_module=pickle)
     os.unlink(f"{folder}/{WEIGHTS}")
-    with pytest.raises(UserError, match=f"can't load an AutoencoderKL from .*{WEIGHTS}") as error:
+    with pytest.raises(UserError, match=f"can't load an autoencoder from .*{WEIGHTS}") as error:
         KLAutoencoder(folder)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "planted").exists()
@@ -213,6 +302,6 @@ def test_pickled_weights_are_refused_and_nothing_in_them_runs(copy, tmp_path, mo
 def test_what_is_no_autoencoder_is_told(tmp_path, content):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    with pytest.raises(UserError, match=r"can't load an AutoencoderKL from .*config\.json.*in its folder vae") as error:
+    with pytest.raises(UserError, match=r"can't load an autoencoder from .*config\.json.*in its folder vae") as error:
         KLAutoencoder(str(tmp_path))
     assert "\n" not in str(error.value)

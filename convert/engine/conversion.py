@@ -20,7 +20,7 @@ from convert.engine.pipeline import Job, Tally, convert_parts
 from convert.engine.plan import Plan, identity
 from convert.engine.progress import Progress
 from convert.engine.vae import VaeConfig, find_config
-from convert.kinds import BadPicture
+from convert.kinds import MEASURE, BadPicture
 from convert.kinds.pixels import Pixels
 from convert.sources.class_names import name_classes
 from convert.sources.parts import MAX_CLASSES, InputError
@@ -32,6 +32,7 @@ from sit_composer.errors import one_line
 from sit_composer.storage import StorageError
 
 FAILED = 1  # exit code for a failing disk or network
+ENOUGH = 1000  # images of a part, to doubt the statistics that were given
 SMALL = 2000  # images; for fewer, starting processes would take longer than the work
 Records = Generator[dict[str, Any], None, None]  # of parts
 
@@ -59,6 +60,8 @@ def _convert(args: argparse.Namespace, source: dict[str, Any], output: Output) -
     if vae and args.image_size:
         vae.check_size(args.image_size)
     if vae:
+        if args.statistics not in (None, MEASURE):
+            args.statistics = _torch_kinds()[2].read_statistics(args.statistics, vae.layout.channels)
         source["device"] = device = _torch_kinds()[1].default_device()  # another kind of processor gives other bits
         source["encode_dtype"] = args.encode_dtype or ("bfloat16" if device == "cuda" else "float32")
     reading = plan_source(source, args.limit)
@@ -94,6 +97,8 @@ def _convert(args: argparse.Namespace, source: dict[str, Any], output: Output) -
         with closing(convert(job, todo=todo, progress=progress)) as results:  # before the output is released
             for record in results:
                 records[record["part"]] = record
+                if record.get("sums") and sum(record["counts"].values()) >= ENOUGH and args.statistics != MEASURE:
+                    made.spec(False, [], record["sums"])  # wrong statistics are refused before hours of work
                 progress.log("part", part=record["part"], pictures=sum(record["counts"].values()))
         ordered = [records[number] for number in sorted(records)]
         spec = _spec(job, Tally.of(ordered))
@@ -113,7 +118,7 @@ def _kind(args: argparse.Namespace, plan: Plan, vae: VaeConfig | None) -> tuple[
     """The class of what is made of images, and its arguments."""
     if vae is None and args.image_size is None:
         return Pixels, {"check": args.check or "decode"}
-    cropping, latents = _torch_kinds()
+    cropping, latents, _ = _torch_kinds()
     if vae is None:
         return cropping.CroppedPixels, {"image_size": args.image_size, "quality": args.quality}
     vae.check_size(size := args.image_size or _first_size(plan, args.skip_bad))
@@ -124,6 +129,7 @@ def _kind(args: argparse.Namespace, plan: Plan, vae: VaeConfig | None) -> tuple[
         "dtype": plan.source["encode_dtype"],
         "batch_size": args.batch_size,
         "cores": 1 if args.engine == "ray" else len(os.sched_getaffinity(0)),  # ray starts an actor per core
+        "statistics": args.statistics,
     }
 
 
@@ -177,7 +183,7 @@ def _spec(job: Job, tally: Tally) -> DataSpec:
     if doubled := [name for name, count in Counter(classes).items() if count > 1]:
         raise InputError(f"{path}: has {len(doubled)} names of several classes, as {doubled[0]!r}; use --class-names")
     spec = DataSpec(
-        **job.kind.spec(not tally.colour, tally.sizes),
+        **job.kind.spec(not tally.colour, tally.sizes, tally.sums),
         num_classes=len(classes),
         classes=classes,
         class_counts=[tally.counts[label] for label in range(len(classes))],
@@ -210,10 +216,10 @@ def _report(spec: DataSpec, records: list[dict[str, Any]], rates: dict[str, Any]
     print(f"{spec.samples} images, {spec.num_classes} classes, {spec.skipped} skipped; {shards}; {speed}")
 
 
-def _torch_kinds() -> tuple[ModuleType, ModuleType]:
+def _torch_kinds() -> tuple[ModuleType, ModuleType, ModuleType]:
     with _signals_wait():
-        from convert.kinds import cropping, latents  # torch
-    return cropping, latents
+        from convert.kinds import cropping, latents, statistics  # torch
+    return cropping, latents, statistics
 
 
 @contextmanager

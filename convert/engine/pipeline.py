@@ -13,6 +13,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from convert.engine.decoders import Decoders, Prepared, ahead
 from convert.engine.output import Output
 from convert.engine.plan import Plan
@@ -34,6 +36,7 @@ class Tally:
     sizes: list[list[int]] = field(default_factory=list)  # the first two different (width, height)
     left_out: Counter[str] = field(default_factory=Counter)  # by reason, with skipped images
     small: Counter[str] = field(default_factory=Counter)  # images, by reason
+    sums: list[list[float]] = field(default_factory=list)  # of the images' `statistics`, if those are measured
 
     @classmethod
     def of(cls, records: Iterable[dict[str, Any]]) -> "Tally":
@@ -47,6 +50,7 @@ class Tally:
             tally.sizes += [size for size in record["sizes"] if size not in tally.sizes]
             tally.left_out.update(record.get("left_out", {}))  # which records of earlier versions lack
             tally.small.update(record.get("small", {}))
+            tally.add_sums(record.get("sums"))
         return tally
 
     @property
@@ -62,6 +66,11 @@ class Tally:
         if len(self.sizes) < 2 and size not in self.sizes:
             self.sizes.append(size)
         self.small.update([small] if small else [])
+
+    def add_sums(self, sums: Any) -> None:
+        """Adds an image's or a part's sums, if there are any."""
+        if sums is not None and len(sums):
+            self.sums = np.add(self.sums, sums).tolist() if self.sums else np.array(sums).tolist()
 
 
 @dataclass(frozen=True)
@@ -124,6 +133,7 @@ def _write(writer: Any, job: Job, group: Iterable[Prepared], on_image: Callable[
             tally.reasons += [reason] if tally.skipped <= REASONS else []
             on_image(1, 0, 1, [reason])
             continue
+        tally.add_sums(row.pop("sums", None))
         size = sum(memoryview(value).nbytes for value in row.values())
         row["label"] = sample.label
         writer.write(row)

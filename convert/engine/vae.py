@@ -1,4 +1,5 @@
-"""What the config.json of --vae's autoencoder says. It is read before the weights, which take seconds to load."""
+"""What the config.json of --vae's autoencoder says, and --statistics' file. They are read before the weights, which
+take seconds to load."""
 
 import hashlib
 import json
@@ -9,23 +10,23 @@ from typing import NamedTuple
 
 from convert.engine.plan import digest
 from convert.sources.parts import InputError
+from sit_composer.autoencoder_config import CLASSES, EXPECTED, Layout, read_layout
 from sit_composer.cli import is_hub_name
 from sit_composer.errors import first_line
 
 
 class VaeConfig(NamedTuple):
-    """The config.json of an AutoencoderKL."""
+    """The config.json of an autoencoder."""
 
     vae: str  # a folder, or a name on the Hub
     name: str  # of the file: a pipeline's autoencoder has a folder of its own
     file: Path
-    downsample: int  # pixels per latent, along a side
+    layout: Layout
 
     def check_size(self, image_size: int) -> None:
         """Raises InputError unless images of this size have latents."""
-        if image_size % self.downsample:
-            expected = f"expected a multiple of {self.downsample} for this autoencoder"
-            raise InputError(f"--image-size: got {image_size}, {expected}")
+        if fault := self.layout.size_fault(image_size):
+            raise InputError(f"--image-size: {fault}")
 
     def identity(self) -> dict[str, str]:
         """What the autoencoder's name means now, as it may later mean another one: a folder's digest, or a commit."""
@@ -51,14 +52,14 @@ def check_vae(vae: str, image_size: int | None) -> None:
 
 
 def find_config(vae: str) -> VaeConfig:
-    """The config of an AutoencoderKL, or of a pipeline's. Raises InputError if there is none."""
+    """The config of an autoencoder, or of a pipeline's. Raises InputError if there is none."""
     reasons, offline = [], False
     for name in ("config.json", "vae/config.json"):
         try:
             file = Path(vae, name) if os.path.isdir(vae) else _download(vae, name, offline)
             content = json.loads(file.read_text("utf-8"))
-            if content["_class_name"] == "AutoencoderKL":
-                return VaeConfig(vae, name, file, 2 ** (len(content.get("block_out_channels", [64])) - 1))
+            if content["_class_name"] in CLASSES:
+                return VaeConfig(vae, name, file, read_layout(content["_class_name"], content))
             reasons.append(f"its {name} is of {content['_class_name']}")
         except (KeyError, TypeError):
             reasons.append(f"its {name} is of no class")
@@ -67,7 +68,8 @@ def find_config(vae: str) -> VaeConfig:
             reasons.append(getattr(error, "strerror", None) or first_line(error))
     if offline:
         raise InputError(f"--vae: {vae!r} is not a folder here, and the Hub, which may have it, can't be reached")
-    raise InputError(f"--vae: {vae!r} has no AutoencoderKL: {reasons[0]} (and in its folder vae: {reasons[1]})")
+    found = f"{reasons[0]} (and in its folder vae: {reasons[1]})"
+    raise InputError(f"--vae: {vae!r} has no autoencoder: {found}; {EXPECTED}")
 
 
 def _download(vae: str, name: str, offline: bool) -> Path:

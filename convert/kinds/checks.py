@@ -1,12 +1,12 @@
 """The checks of samples in `verify_mds.py`: of images, or of latents."""
 
-import math
 import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 from convert.kinds import BadPicture
 from convert.kinds.cropping import crop
 from convert.kinds.pixels import decoded, read_file
+from convert.kinds.statistics import doubt, standardized, statistics_of, sums_of
 from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder, to_uint8
 from sit_composer.captions import Cell, class_caption, draw_grid
 from sit_composer.data.pictures import center_crop
@@ -111,21 +112,20 @@ class LatentCheck(Check):
 
     def __init__(self, spec: DataSpec, fault: Callable[[str], None], vae: str | None, grid: bool) -> None:
         super().__init__(spec, fault, GRID // 2 if grid else 0)
-        names = ("name", "channels", "downsample", "scale", "shift")
-        self.of = AutoencoderSpec(**{name: spec.autoencoder[name] for name in names})
+        self.of = AutoencoderSpec(**spec.autoencoder)
         self.autoencoder = None
         if vae or grid:
             try:
-                self.autoencoder = KLAutoencoder(vae or self.of.name)
+                self.autoencoder = KLAutoencoder(vae or self.of.name, latents=self.of)
             except UserError as error:
                 raise UserError(f"--vae: {str(error).removeprefix('autoencoder.name: ')}") from None
-            for name in names[1:]:
+            for name in ("channels", "downsample", "scale", "shift", "mean", "std", "deterministic"):
                 theirs, ours = getattr(self.autoencoder.spec, name), getattr(self.of, name)
-                if not math.isclose(theirs, ours, rel_tol=1e-6):
-                    fault(f"the autoencoder's {name} is {theirs}; {SPEC_NAME} says {ours}")
+                if not alike(theirs, ours):
+                    fault(f"the autoencoder's {name} is {shortened(theirs)}; {SPEC_NAME} says {shortened(ours)}")
         side = (spec.image_size or 0) // self.of.downsample
-        self.shape = (2 * self.of.channels, side, side)
-        self.sums = np.zeros((2, 4))  # straight and mirrored: number of values, sums of means, their squares, variances
+        self.shape = (self.of.stored, side, side)
+        self.sums = np.zeros((2, 3, self.of.channels))  # straight and mirrored, see `statistics`
         self.checked = self.same = self.turned = 0
 
     def check(self, rows: Rows) -> None:
@@ -135,23 +135,24 @@ class LatentCheck(Check):
                 self.fault(f"{where}: {fault}")
                 continue
             for i, column in enumerate(("moments", "moments_flip")):
-                mean, std = row[column].astype(np.float64).reshape(2, -1)
-                self.sums[i] += mean.size, mean.sum(), np.square(mean).sum(), np.square(std).sum()
+                self.sums[i] += sums_of(row[column], self.of.channels)
             self.checked += 1
             self.same += np.array_equal(row["moments"], row["moments_flip"])
             self.turned += np.array_equal(row["moments"][..., ::-1], row["moments_flip"])
             self.keep(row)
 
     def finish(self) -> list[str]:
-        """Reports mean and standard deviation of (mean + std · noise - shift) · scale over all values."""
-        if not self.sums.all(axis=0)[0]:
+        """Reports mean and standard deviation of standardized latents over all values."""
+        if not self.checked:
             return []
-        n, means, squares, variances = self.sums.T
-        mean = (means / n - self.of.shift) * self.of.scale
-        std = np.sqrt((squares + variances) / n - np.square(means / n)) * abs(self.of.scale)
+        means, stds = np.array([standardized(self.of, *statistics_of(sums)) for sums in self.sums]).swapaxes(0, 1)
+        mean = means.mean(axis=1)  # over the channels
+        std = np.sqrt((np.square(means) + np.square(stds)).mean(axis=1) - np.square(mean))
         for i, name in enumerate(("latents", "mirrored latents")):
-            if doubt := self.of.doubt(mean[i], std[i], name):
-                self.fault(doubt)
+            if fault := self.of.doubt(mean[i], std[i], name):
+                self.fault(fault)
+        if self.of.mean is not None:
+            self._check_channels()
         if abs(mean[0] - mean[1]) > 0.1 * max(std) or abs(std[0] - std[1]) > 0.1 * max(std):
             found = f"means {mean[0]:.3g} and {mean[1]:.3g}, standard deviations {std[0]:.3g} and {std[1]:.3g}"
             self.fault(f"latents and mirrored latents differ: {found}")
@@ -163,10 +164,21 @@ class LatentCheck(Check):
             f"mirrored: {mean[1]:.3f} and {std[1]:.3f}"
         ]
 
+    def _check_channels(self) -> None:
+        """Checks the statistics of each channel, which were measured exactly if these are all samples."""
+        sums = self.sums.sum(axis=0)
+        if self.of.statistics == "data" and self.checked == self.spec.samples:
+            for name, theirs in zip(("mean", "std"), statistics_of(sums), strict=True):
+                if not alike(tuple(theirs.tolist()), getattr(self.of, name), 1e-6):
+                    says = f"{SPEC_NAME} has {shortened(getattr(self.of, name))}"
+                    self.fault(f"the latents' {name} per channel is {shortened(theirs.tolist())}; {says}")
+        elif fault := doubt(self.of, sums):
+            self.fault(fault)
+
     def tiles(self, row: Row) -> Iterator[tuple[Tensor, str]]:
         for column, side in (("moments", ""), ("moments_flip", ", mirrored")):
             mean = torch.from_numpy(row[column].astype(np.float32))[None, : self.of.channels]
-            yield to_uint8(self.autoencoder.decode((mean - self.of.shift) * self.of.scale))[0], side
+            yield to_uint8(self.autoencoder.decode(self.of.standardize(mean)))[0], side
 
     def _fault(self, row: Row) -> str | None:
         for column in ("moments", "moments_flip"):
@@ -175,6 +187,13 @@ class LatentCheck(Check):
                 return f"{column} are {moments.shape}; {SPEC_NAME} says {self.shape}"
             if not np.isfinite(moments).all():
                 return f"{column} have values that are NaN or infinite"
-            if not (moments[self.of.channels :] > 0).all():
+            if not (moments[self.of.channels :] > 0).all():  # there are none if it is deterministic
                 return f"{column} have standard deviations that are not over 0"
         return None
+
+
+def alike(one: Any, other: Any, tolerance: float = 0.0) -> bool:
+    """Whether two numbers, or two tuples of them, are equal to rounding; ``tolerance`` is absolute."""
+    if one is None or other is None or np.shape(one) != np.shape(other):
+        return one is other
+    return np.allclose(one, other, rtol=1e-6, atol=tolerance)

@@ -1,9 +1,10 @@
 """Images as shards of latents keep them: an autoencoder's mean and standard deviation, for each image and its mirror
-image. Scale and shift are not applied: `spec.json` has them, and training applies them."""
+image. They are not standardized: `spec.json` says how training does it."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -12,8 +13,9 @@ import torch
 from psutil import virtual_memory
 from torch import Tensor
 
-from convert.kinds import BadPicture, Row
+from convert.kinds import MEASURE, BadPicture, Row
 from convert.kinds.cropping import levels
+from convert.kinds.statistics import doubt, fields, measured, sums_of
 from convert.sources.parts import InputError, Sample
 from sit_composer.autoencoder import KLAutoencoder, from_uint8
 from sit_composer.errors import UserError, first_line
@@ -28,7 +30,9 @@ def default_device() -> str:
 
 
 class Latents:
-    """Samples of kind ``latents``: ``moments`` and ``moments_flip``, float16 (2C, H, W), mean before deviation.
+    """Samples of kind ``latents``: ``moments`` and ``moments_flip``, float16 (2C, H, W), mean before deviation; or
+    (C, H, W), if the autoencoder is deterministic. ``statistics``: None for the autoencoder's own, MEASURE for those of
+    the data, or means and deviations.
 
     The same images, options, kind of processor and libraries give the same bits; so a CPU encodes each batch on one
     thread, and as many batches at a time as it has cores. A GPU encodes one while the next is transferred. Another
@@ -37,7 +41,16 @@ class Latents:
 
     columns: ClassVar[dict[str, str]] = dict.fromkeys(("moments", "moments_flip"), "ndarray:float16") | {"label": "int"}
 
-    def __init__(self, vae: str, image_size: int, crop: bool, dtype: str, batch_size: int | None, cores: int) -> None:
+    def __init__(
+        self,
+        vae: str,
+        image_size: int,
+        crop: bool,
+        dtype: str,
+        batch_size: int | None,
+        cores: int,
+        statistics: str | tuple[list[float], list[float]] | None = None,
+    ) -> None:
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.allow_tf32 = False  # float32 is to be float32; bfloat16 is as fast as ever
         self.device = default_device()
@@ -52,7 +65,10 @@ class Latents:
         self.encoder.vae.to(memory_format=torch.channels_last)  # faster convolutions
         if self.device == "cuda":
             torch.cuda.synchronize()  # before other streams read the weights
-        self.batch_size, self.image_size = batch_size, image_size
+        self.batch_size, self.image_size, self.statistics = batch_size, image_size, statistics
+        self.of = self.encoder.spec
+        if isinstance(statistics, tuple):
+            self.of = replace(self.of, **fields(*statistics, "file"))
         memory = batch_size * image_size**2 * BYTES_PER_PIXEL
         self.at_once = 2 if self.device == "cuda" else max(1, min(cores, virtual_memory().available // memory))
         self.pool = ThreadPoolExecutor(self.at_once, initializer=self._begin_thread)
@@ -93,8 +109,12 @@ class Latents:
         if batch:
             yield batch
 
-    def spec(self, grey: bool, sizes: list[list[int]]) -> dict[str, Any]:
-        of = self.encoder.spec
+    def spec(self, grey: bool, sizes: list[list[int]], sums: list[list[float]]) -> dict[str, Any]:
+        of = self.of
+        if sums and self.statistics == MEASURE:
+            of = replace(of, **measured(of, sums))
+        elif sums and (fault := doubt(of, sums)):
+            raise InputError(f"--statistics: {fault}; use --statistics {MEASURE}")
         return {"kind": "latents", "channels": of.channels, "image_size": self.image_size, "autoencoder": of.as_dict()}
 
     def _begin_thread(self) -> None:
@@ -129,4 +149,9 @@ class Latents:
             return [row for image in images for row in self._moments([image])]
         over = BadPicture("its latents are over 65504, float16's largest number: the autoencoder does not suit it")
         rows = [{"moments": straight, "moments_flip": mirrored} for straight, mirrored in zip(*sides, strict=True)]
-        return [row if all(np.isfinite(moments).all() for moments in row.values()) else over for row in rows]
+        return [self._measured(row) if all(np.isfinite(m).all() for m in row.values()) else over for row in rows]
+
+    def _measured(self, row: dict[str, Any]) -> dict[str, Any]:
+        if not self.statistics:
+            return row
+        return row | {"sums": sum(sums_of(moments, self.of.channels) for moments in row.values())}

@@ -36,7 +36,7 @@ class Pixels:
                 data, look = image
                 yield sample, {"image": sample.image if data is None else data}, look
 
-    def spec(self, grey: bool, sizes: list[list[int]]) -> dict[str, Any]:
+    def spec(self, grey: bool, sizes: list[list[int]], sums: list[list[float]]) -> dict[str, Any]:
         square = len(sizes) == 1 and sizes[0][0] == sizes[0][1]
         return {"kind": "pixels", "channels": 1 if grey else 3, "image_size": sizes[0][0] if square else None}
 

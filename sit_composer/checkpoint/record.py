@@ -114,10 +114,10 @@ class Checkpoint:
     ) -> Autoencoder:
         """The autoencoder of the network's latents; raises UserError if the one of that name is another now."""
         known = self.record.autoencoder
-        autoencoder = load_autoencoder(known.name, known.channels, device, dtype, slice_size)
+        autoencoder = load_autoencoder(known.name, known.channels, device, dtype, slice_size, known)
         if autoencoder.spec != known:
-            now = f"but the autoencoder of that name is now {autoencoder.spec.as_dict()}"
-            raise UserError(f"{self.source}: trained on latents of {known.as_dict()}, {now}")
+            now = f"but the autoencoder of that name is now {autoencoder.spec}"
+            raise UserError(f"{self.source}: trained on latents of {known}, {now}")
         return autoencoder
 
     def describe(self) -> dict[str, Any]:

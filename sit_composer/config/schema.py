@@ -65,7 +65,7 @@ class TransportConfig:
 
 @dataclass
 class AutoencoderConfig:
-    name: str | None = key("AutoencoderKL by Hub name or path; null: the network works on pixels", None)
+    name: str | None = key("autoencoder of diffusers by Hub name or path; null: the network works on pixels", None)
 
 
 @dataclass

@@ -9,7 +9,8 @@ from functools import cache
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sit_composer.autoencoder import SLICE_SIZE, find_subfolder
+from sit_composer.autoencoder import SLICE_SIZE, find_autoencoder
+from sit_composer.autoencoder_config import read_layout
 from sit_composer.config.schema import Config, network_arguments
 from sit_composer.config.times import parse_time
 from sit_composer.costs.live_bytes import DTYPES, Ledger, Step, peak
@@ -109,20 +110,23 @@ def encoder_memory(config: Config) -> tuple[int, int]:
 
 @cache
 def _encoder_memory(name: str, latent_side: int) -> tuple[int, int]:
-    from diffusers import AutoencoderKL  # takes seconds to import, and is rarely needed
+    import diffusers  # takes seconds to import, and is rarely needed
 
-    architecture = STABLE_DIFFUSION  # assumed for a name on the Hub
+    kind, architecture = diffusers.AutoencoderKL, STABLE_DIFFUSION  # assumed for a name on the Hub
     if os.path.isdir(name):
         try:
-            architecture = AutoencoderKL.load_config(name, subfolder=find_subfolder(name))
+            where, found = find_autoencoder(name)
+            kind = getattr(diffusers, found)
+            architecture = kind.load_config(name, subfolder=where)
         except ValueError as error:
-            raise UserError(f"autoencoder.name: {name} holds no AutoencoderKL: {error}") from error
+            raise UserError(f"autoencoder.name: {name} holds no autoencoder: {error}") from error
     with FakeTensorMode():
-        vae = AutoencoderKL.from_config(architecture).requires_grad_(False).eval()
+        vae = kind.from_config(architecture).requires_grad_(False).eval()
         weights = sum(p.numel() for p in vae.parameters()) * 4
         with Ledger(list(vae.parameters())) as ledger, torch.no_grad():
-            side = latent_side * 2 ** (len(vae.config.block_out_channels) - 1)  # pixels
-            vae.encode(torch.empty(SLICE_SIZE, vae.config.in_channels, side, side))
+            layout = read_layout(kind.__name__, vae.config)
+            side = latent_side * layout.downsample  # pixels
+            vae.encode(torch.empty(SLICE_SIZE, layout.image_channels, side, side))
     return weights, max(ledger.history)
 
 

@@ -31,7 +31,7 @@ class SitDataset(CheckedDataset):
     A sample has ``index`` (its number in the data set), ``label``, ``key`` (from `randomness`, new in each epoch) and:
 
     * for pixels, ``image``: uint8 (C, H, W), cropped to ``image_size`` if it has another size;
-    * for latents, ``moments``: float16 (2C, H, W), of the image or of its mirror image.
+    * for latents, ``moments``: float16 (2C, H, W), of the image or of its mirror image; (C, H, W) without deviation.
 
     ``dataset[index]`` is a sample. Iterating, as `SitLoader` does, gives the batches of an epoch.
 
@@ -159,7 +159,7 @@ class SitDataset(CheckedDataset):
 
     def _fault(self, shape: tuple[int, ...], other: tuple[int, ...] | None = None) -> str | None:
         """What is wrong with the moments' shape, or None."""
-        if len(shape) != 3 or shape[0] != 2 * self.spec.channels:
+        if len(shape) != 3 or shape[0] != self.spec.stored:
             return f"moments: got {shape}, expected {SPEC_NAME}'s {self.spec.channels} channels"
         return f"moments: got {shape}, expected {other} as of other samples" if other not in (None, shape) else None
 

@@ -5,6 +5,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,11 +23,12 @@ class DataSpec:
 
     Samples of kind ``pixels`` have the columns ``image`` (the original file's bytes, or a cropped PNG or JPEG) and
     ``label`` (int); samples of kind ``latents`` have ``moments`` and ``moments_flip`` (float16, (2·channels, H, W):
-    mean, then standard deviation, of the image and of its mirror image, before scale and shift) and ``label``.
+    mean, then standard deviation, of the image and of its mirror image, before they are standardized; (channels, H, W)
+    of a deterministic autoencoder) and ``label``.
     """
 
     kind: str  # "pixels" or "latents"
-    channels: int  # of an image (1 grey, 3 RGB), or of a latent (half of the moments' channels)
+    channels: int  # of an image (1 grey, 3 RGB), or of a latent
     image_size: int | None  # side in pixels of every image; None if they differ (training then crops them)
     num_classes: int  # labels are 0 .. num_classes - 1
     classes: list[str]  # a name for each label
@@ -34,9 +36,14 @@ class DataSpec:
     samples: int  # in all shards together
     skipped: int = 0  # images that could not be decoded or encoded, and were left out on request
     source: dict[str, Any] = field(default_factory=dict)  # format, path and columns that the samples came from
-    autoencoder: dict[str, Any] | None = None  # {name, scale, shift, channels, downsample} for latents; else None
+    autoencoder: dict[str, Any] | None = None  # an `AutoencoderSpec` for latents; else None
     left_out: dict[str, int] = field(default_factory=dict)  # files and images, by reason, with the skipped ones
     small: dict[str, int] = field(default_factory=dict)  # images of 1x1 pixels, or enlarged very much, by reason
+
+    @property
+    def stored(self) -> int:
+        """The channels of latents' moments."""
+        return self.channels * (1 if (self.autoencoder or {}).get("deterministic") else 2)
 
     def to_json(self) -> str:
         """The text of `spec.json`."""
@@ -85,3 +92,17 @@ class DataSpec:
             value, expected = self.autoencoder.get(name), " or ".join(kind.__name__ for kind in types)
             if type(value) not in types:
                 raise ValueError(f"autoencoder.{name}: got {value!r}, expected {expected}")
+        if self.autoencoder is not None:
+            self._check_statistics(self.autoencoder)
+
+    def _check_statistics(self, autoencoder: dict[str, Any]) -> None:
+        both = [autoencoder[name] for name in ("mean", "std") if autoencoder.get(name) is not None]
+        for values in both:
+            if not isinstance(values, list) or len(values) != self.channels or len(both) != 2:
+                raise ValueError(f"autoencoder.mean and .std: expected {self.channels} numbers each, one per channel")
+            if not all(type(value) in (int, float) and math.isfinite(value) for value in values):
+                raise ValueError("autoencoder.mean and .std: expected finite numbers")
+        if both and min(both[1]) <= 0:
+            raise ValueError("autoencoder.std: expected numbers over 0")
+        if type(autoencoder.get("deterministic", False)) is not bool:
+            raise ValueError("autoencoder.deterministic: expected true or false")

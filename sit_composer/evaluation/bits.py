@@ -1,7 +1,6 @@
 """Bits per dimension of real images: see `sit_composer.bits_per_dim`."""
 
 import argparse
-import json
 import math
 import statistics
 from dataclasses import asdict, replace
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sit_composer.autoencoder import KLAutoencoder, from_uint8
+from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder, from_uint8
 from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.record import Record
 from sit_composer.choices import EXACT_DIMS
@@ -104,9 +103,9 @@ def check_fit(args: argparse.Namespace, record: Record, spec: DataSpec) -> None:
     elif ours != theirs and numbers not in (ours, theirs):
         a, b = next(pair for pair in zip(ours, theirs, strict=True) if pair[0] != pair[1])
         wrong = f"the class {b!r}, expected {a!r}"
-    elif spec.kind == "latents" and spec.autoencoder != autoencoder.as_dict():
-        expected = "pixels" if autoencoder.name is None else f"latents of {json.dumps(autoencoder.as_dict())}"
-        wrong = f"latents of {json.dumps(spec.autoencoder)}, expected {expected}"
+    elif spec.kind == "latents" and AutoencoderSpec(**spec.autoencoder) != autoencoder:
+        expected = "pixels" if autoencoder.name is None else f"latents of {autoencoder}"
+        wrong = f"latents of {AutoencoderSpec(**spec.autoencoder)}, expected {expected}"
     elif autoencoder.name is None and spec.channels != channels:
         wrong = f"images of {spec.channels} channels, expected {channels}"
     elif spec.image_size != record.image_size and not cropped:

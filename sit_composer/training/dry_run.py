@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sit_composer.autoencoder import find_subfolder
+from sit_composer.autoencoder import find_autoencoder
 from sit_composer.checkpoint.folder import checkpoints, newest
 from sit_composer.cli import is_remote
 from sit_composer.config.composer_classes import build
@@ -111,10 +111,10 @@ def _data(config: Config, section: str, specs: dict[str, DataSpec]) -> str:
 
 def _autoencoder(name: str) -> str:
     try:
-        find_subfolder(name)
+        kind = find_autoencoder(name)[1]
     except Exception as error:  # diffusers raises a dozen kinds
-        raise ConfigError(f"{name}: no AutoencoderKL: {error}") from error
-    return f"{name} has an AutoencoderKL's config (its weights are not loaded)"
+        raise ConfigError(f"{name}: no autoencoder: {error}") from error
+    return f"{name} has an {kind}'s config (its weights are not loaded)"
 
 
 def _save_folder(uri: str) -> str:

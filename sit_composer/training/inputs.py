@@ -51,7 +51,7 @@ def open_inputs(config: Config, device: str) -> Inputs:
     """Reads and checks the specs, loads the encoder if images are to be encoded, and builds the loaders."""
     specs = read_specs(config)
     check_specs(config, specs)
-    autoencoder, encoder = _open_autoencoder(config, specs, device)
+    autoencoder, encoder = open_autoencoder(config, specs, device)
     loaders = {}
     for section, spec in specs.items():
         data, training = getattr(config, section), section == "data"
@@ -60,6 +60,8 @@ def open_inputs(config: Config, device: str) -> Inputs:
             image_size = data.image_size or config.model.input_size * autoencoder.downsample
             check_latents(config, autoencoder.channels, autoencoder.downsample, image_size, section)
             if encoder is not None:
+                if fault := encoder.layout.size_fault(image_size):
+                    raise ConfigError(f"{section}.image_size: {fault}")
                 spec = replace(spec, channels=encoder.picture_channels)  # as images are decoded for it
         loaders[section] = build_loader(
             data.remote,
@@ -80,14 +82,14 @@ def open_inputs(config: Config, device: str) -> Inputs:
     return Inputs(specs, autoencoder, encoder, loaders)
 
 
-def _open_autoencoder(config: Config, specs: Specs, device: str) -> tuple[AutoencoderSpec, KLAutoencoder | None]:
+def open_autoencoder(config: Config, specs: Specs, device: str) -> tuple[AutoencoderSpec, KLAutoencoder | None]:
     """The autoencoder of the run's latents, and the loaded one if images are encoded in each step."""
     latents = next((AutoencoderSpec(**spec.autoencoder) for spec in specs.values() if spec.kind == "latents"), None)
     if config.autoencoder.name is None:
         return AutoencoderSpec(name=None, channels=specs["data"].channels), None
     if all(spec.kind == "latents" for spec in specs.values()):
         return latents, None
-    encoder = KLAutoencoder(config.autoencoder.name, device)
+    encoder = KLAutoencoder(config.autoencoder.name, device, latents=latents)
     if latents is not None and encoder.spec != latents:
-        raise ConfigError(f"autoencoder.name: got {encoder.spec}, expected that of the latents, {latents}")
+        raise ConfigError(f"autoencoder.name: got one of {encoder.spec}, expected that of the latents, {latents}")
     return encoder.spec, encoder

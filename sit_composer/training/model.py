@@ -16,7 +16,7 @@ GOLDEN_RATIO = 0.6180339887498949
 class ComposerSiT(ComposerModel):
     """A SiT and its transport loss over batches of `data.loader.build_loader`.
 
-    A batch is a dict of ``label``, ``index`` and ``key`` (each int64 (N,)), and of ``moments`` (N, 2C, H, W) or
+    A batch is a dict of ``label``, ``index`` and ``key`` (each int64 (N,)), and of ``moments`` (N, 2C or C, H, W) or
     ``image`` (N, C, H, W) uint8. The autoencoder turns moments into latents; the encoder, if there is one, encodes
     images in each step. It is kept out of the module tree, and so out of the optimizer, shards and checkpoints.
     The network, and nothing else, computes in ``precision``; see `precision.autocast`.
@@ -42,11 +42,14 @@ class ComposerSiT(ComposerModel):
     def latents(self, batch: dict[str, Tensor], keys: Tensor) -> Tensor:
         """The batch's latents, float32 (N, C, H, W); their random part is drawn by the keys (N,)."""
         if "moments" in batch:
-            return self.autoencoder.latents(batch["moments"].float(), self._normal(keys, randomness.POSTERIOR))
+            return self.autoencoder.latents(batch["moments"].float(), self._posterior_noise(keys))
         images = from_uint8(batch["image"])
         if self.encoder is None:
             return images
-        return self.encoder.encode(images, self._normal(keys, randomness.POSTERIOR))
+        return self.encoder.encode(images, self._posterior_noise(keys))
+
+    def _posterior_noise(self, keys: Tensor) -> Tensor | None:
+        return None if self.autoencoder.deterministic else self._normal(keys, randomness.POSTERIOR)
 
     def _normal(self, keys: Tensor, purpose: int) -> Tensor:
         side = self.network.input_size

@@ -27,7 +27,8 @@ def quality_callbacks(
 ) -> list[Callback]:
     """The callbacks of the sections sample_grid and frechet; ``before_each`` is called before each batch of images."""
     grid, frechet, classes = config.sample_grid, config.frechet, config.model.num_classes
-    autoencoder = inputs.encoder or load_autoencoder(config.autoencoder.name, inputs.autoencoder.channels, device)
+    of, name = inputs.autoencoder, config.autoencoder.name
+    autoencoder = inputs.encoder or load_autoencoder(name, of.channels, device, latents=of)
     folder = config.trainer.get("save_folder")
     folder = None if folder is None or is_remote(folder) else format_name_with_dist(folder, config.run_name)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sit_composer.autoencoder import SLICE_SIZE
+from sit_composer.autoencoder import SLICE_SIZE, KLAutoencoder
 from sit_composer.config.checks import check
 from sit_composer.config.load import load_config
 from sit_composer.config.schema import FSDPConfig, ModelConfig, network_arguments
@@ -125,6 +125,13 @@ def test_cost_is_six_flops_a_forward_mac():
     assert [float(cell) for cell in row.split("|")[3:6]] == pytest.approx([hours, hours, hours / 4], rel=0.01)
 
 
+@pytest.mark.parametrize("kind", ["flux2", "dc", "rae"])  # of images of 16x16
+def test_the_work_of_autoencoders_of_other_classes_is_counted(vae_of_kind, kind):
+    weights, working = estimate.encoder_memory(config_of(f"autoencoder.name={vae_of_kind(kind)}", "model.input_size=4"))
+    assert weights == 4 * sum(p.numel() for p in KLAutoencoder(vae_of_kind(kind)).vae.parameters())
+    assert working > SLICE_SIZE * 3 * 16**2 * 4  # the images alone
+
+
 def test_an_autoencoders_weights_and_work_are_counted(vae_folder):
     config = config_of(f"autoencoder.name={vae_folder}", "model.input_size=32")
     weights, working = estimate.encoder_memory(config)
@@ -151,7 +158,7 @@ def test_the_command_prints_tables_and_tells_mistakes(capsys):
     assert command([*arguments[:2], "--ranks", "8", "fsdp.data_parallel_replicate_degree=2"]) == 0
     assert "| FSDP2 ×8 |" in capsys.readouterr().out
     assert command([arguments[0], "--encode", "autoencoder.name=yamls"]) == 2
-    assert "error: autoencoder.name: yamls holds no AutoencoderKL" in capsys.readouterr().err
+    assert "error: autoencoder.name: yamls holds no autoencoder" in capsys.readouterr().err
 
 
 # --- Real training ---

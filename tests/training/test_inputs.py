@@ -5,10 +5,12 @@ import shutil
 
 import pytest
 
+from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder
 from sit_composer.config.load import load_config
 from sit_composer.config.schema import Config, ConfigError
+from sit_composer.data.spec import DataSpec
 from sit_composer.data.stream import DataError
-from sit_composer.training.inputs import check_specs, open_inputs, read_specs
+from sit_composer.training.inputs import check_specs, open_autoencoder, open_inputs, read_specs
 from tests.helpers.paths import ROOT
 
 
@@ -54,6 +56,48 @@ def test_what_does_not_fit_is_named_by_its_key(config, section, change, message)
     specs[section] = dataclasses.replace(specs[section], **change)
     with pytest.raises(ConfigError, match=message):
         check_specs(config, specs)
+
+
+def test_images_of_a_size_that_the_encoder_would_change_are_refused(config, vae_of_kind):
+    config.eval_data, config.autoencoder.name = None, vae_of_kind("rae")
+    config.model.in_channels, config.model.input_size, config.data.image_size = 64, 4, 16
+    inputs = open_inputs(config, "cpu")
+    assert (inputs.autoencoder.channels, inputs.autoencoder.deterministic) == (64, True)
+    config.model.input_size, config.data.image_size = 5, 20
+    with pytest.raises(ConfigError, match=r"^data\.image_size: got 20, expected 16, the only size of this auto"):
+        open_inputs(config, "cpu")
+
+
+def test_an_encoder_standardizes_as_the_latents_of_the_other_section(config, vae_of_kind):
+    """eval_data holds latents whose statistics were measured; data holds images, which are encoded in each step."""
+    config.autoencoder.name = name = vae_of_kind("dc")
+    config.model.in_channels, config.model.input_size, config.data.image_size = 6, 4, 16
+    of = {**KLAutoencoder(name).spec.as_dict(), "scale": 1.0, "mean": [0.1] * 6, "std": [0.4] * 6, "statistics": "data"}
+    specs = read_specs(config)
+    latents = dataclasses.replace(specs["eval_data"], kind="latents", channels=6, image_size=16, autoencoder=of)
+    specs["eval_data"] = DataSpec.from_json(latents.to_json(), "spec.json")
+    autoencoder, encoder = open_autoencoder(config, specs, "cpu")
+    assert autoencoder == encoder.spec == AutoencoderSpec(**of)
+    specs["eval_data"].autoencoder.pop("statistics")  # so that they would be the autoencoder's own
+    with pytest.raises(ConfigError, match=r"^autoencoder\.name: got .*scale=0\.41407.*expected that of the latents"):
+        open_autoencoder(config, specs, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean": [0.0] * 4}, "expected 4 numbers each"),
+        ({"mean": [0.0] * 3, "std": [1.0] * 3}, "expected 4 numbers each"),
+        ({"mean": [0.0] * 4, "std": [1.0, 0.0, 1.0, 1.0]}, r"autoencoder\.std: expected numbers over 0"),
+        ({"mean": [0.0, float("nan"), 0.0, 0.0], "std": [1.0] * 4}, "expected finite numbers"),
+        ({"deterministic": 1}, r"autoencoder\.deterministic: expected true or false"),
+    ],
+)
+def test_a_spec_with_statistics_that_cannot_be_is_refused(config, change, message):
+    spec = read_specs(config)["data"]
+    broken = dataclasses.replace(spec, kind="latents", channels=4, autoencoder={**LATENTS, **change})
+    with pytest.raises(ValueError, match=message):
+        DataSpec.from_json(broken.to_json(), "spec.json")
 
 
 def test_latents_of_two_scales_do_not_fit_together(config):

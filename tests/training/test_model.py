@@ -166,6 +166,6 @@ def test_autocast_does_not_reach_the_autoencoder(vae_folder):
 
 
 def test_a_folder_without_an_autoencoder_is_refused_in_one_line(tmp_path):
-    with pytest.raises(ValueError, match=r"autoencoder\.name: can't load an AutoencoderKL from") as error:
+    with pytest.raises(ValueError, match=r"autoencoder\.name: can't load an autoencoder from") as error:
         load_autoencoder(str(tmp_path), channels=3)
     assert "\n" not in str(error.value)

@@ -293,7 +293,7 @@ def test_pictures_or_an_autoencoder_that_do_not_fit_are_refused_in_a_line(pictur
         (made(9, 9), vae_folder, [], "--image-size: got 9, expected a multiple of 2"),
         (pictures, vae_folder, ["--image-size", 15], "--image-size: got 15, expected a multiple of 2"),
         (pictures, tmp_path / "nowhere", ["--image-size", 16], "nowhere', expected an existing folder, or a name on"),
-        (pictures, pictures, ["--image-size", 16], "has no AutoencoderKL: No such file"),
+        (pictures, pictures, ["--image-size", 16], "has no autoencoder: No such file"),
     ):
         before = sorted(os.listdir(tmp_path))
         code, stdout, stderr = convert(*latent_options(source, tmp_path / "out", vae), *options)
