@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +18,9 @@ from convert import to_mds
 from sit_composer import evaluate, train
 from sit_composer.config.load import load_config
 from sit_composer.errors import UserError
-from tests.benchmarks import convert, evaluations, loader, sampling, step, time_sampling
+from sit_composer.samplers import Counted, sample_ode
+from sit_composer.transport import Transport
+from tests.benchmarks import convert, evaluations, loader, predictions, sampling, solvers, step, time_sampling
 from tests.benchmarks.time_sampling import read_idx, steps_to, table, threshold
 
 DISTANCES = st.lists(st.floats(0.1, 100), min_size=1, max_size=8)
@@ -97,14 +100,14 @@ def test_the_table_has_means_medians_and_ranges():
     assert lines[3] == "| logit-normal(0, 1) | 7.0 (5.0 – 11.0) | 150 (100 – never) | 0.82 (0.50 – never) |"
 
 
-def test_the_yaml_is_whole_and_every_arm_is_one_of_its_transports():
+@pytest.mark.parametrize("arms", [time_sampling.ARMS, predictions.ARMS])
+def test_the_yaml_is_whole_and_every_arm_is_one_of_its_transports(arms):
     from sit_composer.config.checks import check
-    from sit_composer.transport import Transport
 
     path = str(time_sampling.YAML)
-    transports = {str(vars(load_config(path, overrides).transport)) for _, overrides in time_sampling.ARMS.values()}
-    assert len(transports) == len(time_sampling.ARMS)
-    for _, overrides in time_sampling.ARMS.values():
+    transports = {str(vars(load_config(path, overrides).transport)) for _, overrides in arms.values()}
+    assert len(transports) == len(arms)
+    for _, overrides in arms.values():
         config = load_config(path, [*overrides, "frechet=null"])  # whose files `--prepare` makes
         check(config)
         Transport(**vars(config.transport))
@@ -206,6 +209,14 @@ def test_the_table_of_evaluations_has_shares_only_of_what_is_reached_with_every_
     assert lines[2].endswith("| 250 | 500 | 9.00 (8.00 – 10.00) | 1.00 | farther |")
     assert lines[3].endswith("| 48 | 96 | 8.00 (7.00 – 9.00) | 0.19 | 1.00 |")
     assert lines[4].endswith("| 12 | 24 | 8.25 (7.50 – 9.00) | 0.05 | farther |")
+
+
+@pytest.mark.parametrize("solver", solvers.STAGES)
+def test_a_solvers_stages_are_its_evaluations(solver):
+    model = Counted(lambda x, t: x)
+    points = solvers.points(solver, 25)
+    sample_ode(Transport(), model, torch.zeros(1, 1), sampling_method=solver, num_steps=points)
+    assert model.evaluations == 25 // solvers.STAGES[solver] * solvers.STAGES[solver]
 
 
 def test_our_samplers_are_timed_in_both_precisions(capsys):
