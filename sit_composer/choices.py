@@ -22,21 +22,24 @@ class Bounds:
     above: bool = False  # least itself is excluded
     below: bool = False  # most itself is excluded
     whole: bool = False
+    word: str | None = None  # that is admitted too
 
-    def admit(self, value: float) -> bool:
+    def admit(self, value: float | str) -> bool:
         """Whether the value is within the bounds."""
+        if isinstance(value, str):
+            return value == self.word
         if not math.isfinite(value) or (self.whole and value != int(value)):
             return False
         excluded = (self.above and value == self.least) or (self.below and value == self.most)
         return self.least <= value <= self.most and not excluded
 
-    def check(self, name: str, value: float) -> None:
+    def check(self, name: str, value: float | str) -> None:
         """Raises UserError, naming the option, its value and the bounds, unless the value is within them."""
         if not self.admit(value):
             raise UserError(f"{name}: got {value}, expected {self}")
 
     def __str__(self) -> str:
-        kind = "a whole number" if self.whole else "a number"
+        kind = (f"{self.word} or " if self.word else "") + ("a whole number" if self.whole else "a number")
         if not math.isfinite(self.least):
             return kind
         if not math.isfinite(self.most):
@@ -53,6 +56,8 @@ NOT_NEGATIVE = Bounds(0)
 BELOW_ONE = Bounds(0, 1, below=True)
 INSIDE_UNIT = Bounds(0, 1, above=True, below=True)
 EPS = Bounds(0, 0.5, below=True)
+T_EPS = Bounds(0, 0.5, above=True, below=True)
+SHIFT = Bounds(0, above=True, word="auto")
 TORCH_SEED = Bounds(0, 2**32 - 1, whole=True)
 TIME_POINTS = Bounds(2, whole=True)  # of a solver, both ends included
 
@@ -142,7 +147,8 @@ PATHS = {
 }
 PRECISIONS = ("auto", "fp32", "bf16")  # on every device; auto is bf16 where the device has it
 GPU_PRECISIONS = ("amp_bf16", "amp_fp16")  # Composer's names
-PREDICTIONS = ("velocity", "noise", "score")
+PREDICTIONS = ("velocity", "noise", "score", "x")
+OVER_ALPHA = ("noise", "score")  # predictions whose velocity divides by α, which is 0 at the pole at the noise
 LOSS_WEIGHTS = (None, "velocity", "likelihood")
 TIME_SAMPLINGS = ("uniform", "logit-normal")
 DIFFUSION_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
@@ -155,13 +161,24 @@ def check_poles(transport: Any, prefix: str = "") -> None:
     Training draws times from [0, 1): only the pole at t = 0 matters, which the weights of a noise or score error have.
     Sampling evaluates both ends: a velocity computed from noise or score has a pole at t = 0.
     """
-    path, converted = PATHS[transport.path_type], transport.prediction != "velocity"
+    path, converted = PATHS[transport.path_type], transport.prediction in OVER_ALPHA
     weighted = converted and transport.loss_weight is not None
     what = f"expected a number above 0, as {transport.path_type} with prediction {transport.prediction}"
     if transport.train_eps == 0 and weighted and path.pole_at_noise:
         raise UserError(f"{prefix}train_eps: got 0, {what} and loss_weight {transport.loss_weight} has a pole at t = 0")
     if transport.sample_eps == 0 and (converted or path.pole_at_data):
         raise UserError(f"{prefix}sample_eps: got 0, {what} has a pole at t = {int(path.pole_at_data)}")
+
+
+def check_objective(transport: Any, prefix: str = "") -> None:
+    """Raises UserError for a loss weight, of a Transport or its config, that its prediction doesn't have."""
+    if transport.prediction == "x" and transport.loss_weight == "likelihood":
+        raise UserError(f"{prefix}loss_weight: got likelihood, expected None or velocity with prediction x")
+
+
+def dimension_shift(dims: int) -> float:
+    """√(dims / 4096), the time shift for data of so many dimensions (RAE, arXiv 2510.11690)."""
+    return math.sqrt(dims / 4096)
 
 
 SDE_METHODS = ("Euler", "Heun")

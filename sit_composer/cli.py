@@ -42,10 +42,12 @@ def make_parser(prog: str, doc: str | None, **options: Any) -> argparse.Argument
     return _Parser(prog=prog, description=doc, formatter_class=formatter, **options)
 
 
-def number(bounds: Bounds) -> Callable[[str], int | float]:
-    """The type of an option that takes a number within the bounds."""
+def number(bounds: Bounds) -> Callable[[str], int | float | str]:
+    """The type of an option that takes a number within the bounds, or their word."""
 
-    def parse(text: str) -> int | float:
+    def parse(text: str) -> int | float | str:
+        if text == bounds.word:
+            return text
         with contextlib.suppress(ValueError):
             value = int(text) if bounds.whole else float(text)
             if bounds.admit(value):

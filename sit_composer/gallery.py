@@ -24,7 +24,7 @@ from sit_composer.autoencoder import SLICE_SIZE, AutoencoderSpec, to_uint8
 from sit_composer.captions import Cell, class_caption, draw_grid
 from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.record import Checkpoint, Record
-from sit_composer.choices import Sampling, closest
+from sit_composer.choices import Sampling, closest, dimension_shift
 from sit_composer.errors import UserError
 from sit_composer.generate import earlier_work, generate, mean_work
 from sit_composer.guidance import Guidance
@@ -105,6 +105,10 @@ def complete(args: argparse.Namespace, record: Record) -> None:
         args.cfg_scale = 4.0 if record.has_null_class or args.guide else 1.0
     if args.cfg_channels is None:
         args.cfg_channels = record.cfg_channels
+    if args.time_shift is None:
+        args.time_shift = record.build_transport().sampling_shift
+    elif args.time_shift == "auto":
+        args.time_shift = dimension_shift(math.prod(record.latent_shape))
     for name, default in (("decode_dtype", "float32"), ("decode_batch_size", SLICE_SIZE)):
         value, option = getattr(args, name), f"--{name.replace('_', '-')}"
         if record.autoencoder.name is not None:

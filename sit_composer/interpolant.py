@@ -1,13 +1,18 @@
 """The paths between noise and data: x_t = α_t x₁ + σ_t x₀, eq. (1) of SiT (arXiv 2401.08740).
 
 Time runs from noise, x_0 = x₀ ~ N(0, I), to data, x_1 = x₁: the paper's t is our 1 - t. A path is its α_t, σ_t and
-their derivatives. Velocity v, score s and noise ε describe one field, and are converted into each other here.
+their derivatives. Velocity v, score s, noise ε and data x̂ describe one field, and are converted into each other here.
 
 With the Wronskian W_t = α̇_t σ_t - α_t σ̇_t, solving x = α x₁ + σ ε, v = α̇ x₁ + σ̇ ε for the noise gives
 
     ε = (α̇ x - α v) / W,        s = -ε / σ,        v = (α̇/α) x + (σ W / α) s.
 
-The second is eq. (8) without its removable 0/0, and the third is that equation solved for v.
+The second is eq. (8) without its removable 0/0, and the third is that equation solved for v. Solved for the data,
+
+    x̂ = (σ v - σ̇ x) / W,        v = (σ̇ x + W x̂) / σ,        ε = (x - α x̂) / σ,
+
+which for straight lines are JiT's (arXiv 2511.13720, table 1): v = (x̂ - x) / (1 - t). Its clamp of that denominator is
+`floor` here: σ is taken as at least so much where it divides, so that nothing has a pole at the data.
 
 To add a path, write its class here and add its name and poles to `choices.PATHS`.
 """
@@ -82,6 +87,27 @@ class Interpolant(ABC):
         t = expand(t, x)
         alpha, d_alpha = self.alpha(t)
         return (d_alpha * x - self.wronskian(t) * noise) / alpha
+
+    def data_from_velocity(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """x̂ = (σ v - σ̇ x) / W."""
+        t = expand(t, x)
+        sigma, d_sigma = self.sigma(t)
+        return (sigma * v - d_sigma * x) / self.wronskian(t)
+
+    def velocity_from_data(self, data: Tensor, x: Tensor, t: Tensor, floor: float = 0.0) -> Tensor:
+        """v = (σ̇ x + W x̂) / σ, with a pole at t = 1 without a floor."""
+        t = expand(t, x)
+        sigma, d_sigma = self.sigma(t)
+        return (d_sigma * x + self.wronskian(t) * data) / sigma.clamp(min=floor)
+
+    def noise_from_data(self, data: Tensor, x: Tensor, t: Tensor, floor: float = 0.0) -> Tensor:
+        """ε = (x - α x̂) / σ, with a pole at t = 1 without a floor."""
+        t = expand(t, x)
+        return (x - self.alpha(t)[0] * data) / self.sigma(t)[0].clamp(min=floor)
+
+    def score_from_data(self, data: Tensor, x: Tensor, t: Tensor, floor: float = 0.0) -> Tensor:
+        """s = -ε / σ, with a pole at t = 1 without a floor."""
+        return -self.noise_from_data(data, x, t, floor) / self.sigma(expand(t, x))[0].clamp(min=floor)
 
 
 class Linear(Interpolant):

@@ -17,7 +17,7 @@ from sit_composer.outputs import check_output
 
 # Without defaults on the command line, to notice an option that has no effect; `Sampling` has the defaults.
 SDE_ONLY = ("diffusion_form", "diffusion_norm", "last_step", "last_step_size")
-OPTIONAL = ("time_shift", "cfg_interval", "atol", "rtol", *SDE_ONLY)
+OPTIONAL = ("cfg_interval", "atol", "rtol", *SDE_ONLY)
 
 
 def make_options() -> argparse.ArgumentParser:
@@ -43,8 +43,9 @@ def make_options() -> argparse.ArgumentParser:
     option("--sampling-method", metavar="NAME", help=methods)
     steps = "time points (ODE 50, SDE 250); an adaptive ODE solver chooses its own steps"
     option("--num-steps", type=number(choices.TIME_POINTS), metavar="N", help=steps)
-    shifted = "shorter steps near the noise (above 1) or the data (below 1), of a fixed-step solver (1)"
-    option("--time-shift", type=number(choices.POSITIVE), metavar="S", help=shifted)
+    shifted = "shorter steps near the noise (above 1) or the data (below 1), of a fixed-step solver; "
+    shifted += "auto: √(dimensions / 4096) (auto if the network was trained with auto, else 1)"
+    option("--time-shift", type=number(choices.SHIFT), metavar="S|auto", help=shifted)
     option("--atol", type=not_negative, help="of adaptive ODE solvers (1e-6)")
     option("--rtol", type=not_negative, help="of adaptive ODE solvers (1e-3)")
     option("--diffusion-form", choices=choices.DIFFUSION_FORMS, help="of the SDE (sigma)")
@@ -91,6 +92,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.cfg_interval = tuple(args.cfg_interval)
     args.idle_steps = adaptive and args.num_steps is not None  # only a note: the authors' command allows it, too
     args.num_steps = args.num_steps or steps
+    if ode and adaptive:
+        args.time_shift = 1.0
     args.last_step = None if args.last_step == "None" else args.last_step
     return args
 

@@ -96,7 +96,7 @@ def sample_ode(
     atol: float = 1e-6,
     rtol: float = 1e-3,
     reverse: bool = False,
-    time_shift: float = 1.0,
+    time_shift: float | None = None,
     **model_kwargs,
 ) -> Tensor:
     """Integrates dx = v(x, t) dt from noise z (N, …) at t = 0 to data at t = 1; returns the final batch (N, …).
@@ -104,13 +104,16 @@ def sample_ode(
     An invalid option, or a solver that gives up, raises a UserError.
 
     Args:
-        sampling_method: a solver of torchdiffeq (euler, heun2, heun3, midpoint, rk4, dopri5, dopri8, …), or heun.
+        sampling_method: a solver of torchdiffeq (euler, heun2, heun3, midpoint, rk4, dopri5, dopri8, …), or heun, whose
+            last step of a network that predicts x is Euler's (as in JiT, arXiv 2511.13720).
         num_steps: time points, both ends included: a fixed-step solver takes num_steps - 1 steps. An adaptive one
             chooses its own, by atol and rtol.
         reverse: from data to noise instead; z is then data.
         time_shift: moves a fixed-step solver's times, see `transport.shift_times`: above 1, its steps near the noise
-            are shorter, below 1 those near the data. 1 is uniform. An adaptive solver ends at the same times.
+            are shorter, below 1 those near the data. 1 is uniform; None is the transport's own, which is 1 unless its
+            time_shift is auto. An adaptive solver ends at the same times.
     """
+    time_shift = tr.sampling_shift if time_shift is None else time_shift
     check_solver(sampling_method, num_steps, atol, rtol)
     t0, t1 = tr.interval(eval=True)
     if reverse:
@@ -122,7 +125,11 @@ def sample_ode(
         return tr.velocity(model, x, t.expand(len(x)), **model_kwargs)
 
     if sampling_method in ("euler", "heun", "heun2"):
-        return fixed_steps(drift, x, times, sampling_method != "euler").to(z.dtype)
+        heun = sampling_method != "euler"
+        if heun and tr.prediction == "x" and not reverse:
+            # JiT's last step is Euler's, to the network's own x: Heun's would divide one at the data by t_eps.
+            x, times, heun = fixed_steps(drift, x, times[:-1], heun), times[-2:], False
+        return fixed_steps(drift, x, times, heun).to(z.dtype)
     overstep = not tr.path.facts.pole_at_data  # beyond which there is no path
     return integrate(drift, x, times, sampling_method, atol, rtol, overstep)[-1].to(z.dtype)
 
@@ -155,7 +162,7 @@ def sample_sde(
     last_step: str | None = "Mean",
     last_step_size: float = 0.04,
     num_steps: int = 250,
-    time_shift: float = 1.0,
+    time_shift: float | None = None,
     draw: Callable[[], Tensor] | None = None,
     **model_kwargs,
 ) -> Tensor:
@@ -172,6 +179,7 @@ def sample_sde(
         time_shift: moves these times, as in `sample_ode`.
         draw: returns each step's noise, of z's shape; None is torch.randn.
     """
+    time_shift = tr.sampling_shift if time_shift is None else time_shift
     choices.choose("sampling_method", sampling_method, choices.SDE_METHODS)
     choices.choose("last_step", last_step, choices.LAST_STEPS)
     choices.TIME_POINTS.check("num_steps", num_steps)
@@ -201,7 +209,6 @@ def sample_sde(
         x = x + drift(x, t) * last_step_size
     elif last_step == "Euler":
         x = x + tr.velocity(model, x, t, **model_kwargs) * last_step_size
-    elif last_step == "Tweedie":  # E[x₁ | x] = (x + σ² s) / α
-        alpha, sigma = tr.path.alpha(times[-1])[0], tr.path.sigma(times[-1])[0]
-        x = x / alpha + sigma**2 / alpha * tr.score(model, x, t, **model_kwargs)
+    elif last_step == "Tweedie":
+        x = tr.expected_data(model, x, t, **model_kwargs)
     return x.to(z.dtype)

@@ -19,7 +19,20 @@ from convert import to_mds
 from sit_composer import evaluate, train
 from sit_composer.config.load import load_config
 from sit_composer.errors import UserError
-from tests.benchmarks import convert, evaluations, growth, growth_loader, loader, sampling, step, time_sampling
+from sit_composer.samplers import Counted, sample_ode
+from sit_composer.transport import Transport
+from tests.benchmarks import (
+    convert,
+    evaluations,
+    growth,
+    growth_loader,
+    loader,
+    predictions,
+    sampling,
+    solvers,
+    step,
+    time_sampling,
+)
 from tests.benchmarks.time_sampling import read_idx, steps_to, table, threshold
 
 DISTANCES = st.lists(st.floats(0.1, 100), min_size=1, max_size=8)
@@ -99,14 +112,14 @@ def test_the_table_has_means_medians_and_ranges():
     assert lines[3] == "| logit-normal(0, 1) | 7.0 (5.0 – 11.0) | 150 (100 – never) | 0.82 (0.50 – never) |"
 
 
-def test_the_yaml_is_whole_and_every_arm_is_one_of_its_transports():
+@pytest.mark.parametrize("arms", [time_sampling.ARMS, predictions.ARMS])
+def test_the_yaml_is_whole_and_every_arm_is_one_of_its_transports(arms):
     from sit_composer.config.checks import check
-    from sit_composer.transport import Transport
 
     path = str(time_sampling.YAML)
-    transports = {str(vars(load_config(path, overrides).transport)) for _, overrides in time_sampling.ARMS.values()}
-    assert len(transports) == len(time_sampling.ARMS)
-    for _, overrides in time_sampling.ARMS.values():
+    transports = {str(vars(load_config(path, overrides).transport)) for _, overrides in arms.values()}
+    assert len(transports) == len(arms)
+    for _, overrides in arms.values():
         config = load_config(path, [*overrides, "frechet=null"])  # whose files `--prepare` makes
         check(config)
         Transport(**vars(config.transport))
@@ -242,6 +255,14 @@ def test_ranks_step_together_and_end(tmp_path, kind):
         assert other.is_alive()
     assert multiprocessing.active_children() == []
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("solver", solvers.STAGES)
+def test_a_solvers_stages_are_its_evaluations(solver):
+    model = Counted(lambda x, t: x)
+    points = solvers.points(solver, 25)
+    sample_ode(Transport(), model, torch.zeros(1, 1), sampling_method=solver, num_steps=points)
+    assert model.evaluations == 25 // solvers.STAGES[solver] * solvers.STAGES[solver]
 
 
 def test_our_samplers_are_timed_in_both_precisions(capsys):

@@ -56,6 +56,36 @@ def test_velocity_noise_velocity_is_the_identity(name, t, v, x):
 
 
 @given(paths, times, values, values)
+def test_velocity_data_velocity_is_the_identity_and_noise_and_score_agree(name, t, v, x):
+    path = make_path(name)
+    t, v, x = (torch.tensor(a, dtype=torch.float64).reshape(1, -1) for a in ([t], v, x))
+    t = t[:, 0]
+    data = path.data_from_velocity(v, x, t)
+    close = {"rtol": 1e-8, "atol": 1e-8}
+    torch.testing.assert_close(path.velocity_from_data(data, x, t), v, **close)
+    torch.testing.assert_close(path.noise_from_data(data, x, t), path.noise_from_velocity(v, x, t), **close)
+    torch.testing.assert_close(path.score_from_data(data, x, t), path.score_from_velocity(v, x, t), **close)
+
+
+@given(times, values, values, st.floats(0.01, 0.4))
+def test_the_velocity_of_data_is_jits_on_straight_lines(t, data, x, floor):
+    """Row x of table 1 of arXiv 2511.13720, with the denominator's clamp: v = (x̂ - x) / max(1 - t, t_eps)."""
+    path = make_path("Linear")
+    t, data, x = (torch.tensor(a, dtype=torch.float64).reshape(1, -1) for a in ([t], data, x))
+    expected = (data - x) / max(1 - t.item(), floor)
+    torch.testing.assert_close(path.velocity_from_data(data, x, t[:, 0], floor), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["Linear", "GVP"])
+def test_a_floor_leaves_no_pole_at_the_data(name):
+    path, one = make_path(name), torch.ones(1)
+    data, x = torch.randn(1, 4), torch.randn(1, 4)
+    for convert in (path.velocity_from_data, path.noise_from_data, path.score_from_data):
+        assert convert(data, x, one, 0.05).isfinite().all()
+        assert convert(data, data, one, 0.05).abs().max() < 1e-4 / 0.05  # at the data itself there is nothing left
+
+
+@given(paths, times, values, values)
 def test_noise_and_score_of_a_known_pair_are_recovered(name, t, x0, x1):
     path = make_path(name)
     t, x0, x1 = torch.tensor([t], dtype=torch.float64), *(torch.tensor([a], dtype=torch.float64) for a in (x0, x1))
@@ -64,6 +94,8 @@ def test_noise_and_score_of_a_known_pair_are_recovered(name, t, x0, x1):
     sigma = path.sigma(t)[0]
     torch.testing.assert_close(path.score_from_noise(x0, t), -x0 / sigma, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(path.score_from_velocity(ut, xt, t), -x0 / sigma, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(path.data_from_velocity(ut, xt, t), x1, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(path.noise_from_data(x1, xt, t), x0, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", ["Linear", "GVP"])

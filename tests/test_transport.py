@@ -5,6 +5,7 @@ import torch
 
 from sit_composer.choices import DIFFUSION_FORMS, LOSS_WEIGHTS, PATHS, PREDICTIONS
 from sit_composer.transport import Transport
+from tests.helpers.gaussian import gaussian
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -37,7 +38,7 @@ def test_every_reference_value(reference):
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("weight", [weight for weight in LOSS_WEIGHTS if weight is not None])
-def test_weighted_losses_of_the_three_predictions_of_one_field_agree(path, weight, reference):
+def test_weighted_losses_of_the_predictions_of_one_field_agree(path, weight, reference):
     """A velocity weight makes of every error the velocity's, and a likelihood weight the same part of a bound."""
     ref = reference("transport")
     t, x0, x1, velocity = ref["t"], ref["x0"], ref["x1"], ref["model_output"]
@@ -51,6 +52,34 @@ def test_weighted_losses_of_the_three_predictions_of_one_field_agree(path, weigh
     losses = [Transport(path, p, weight).loss(output, t, x0, x1) for p, output in outputs.items()]
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(losses[2], losses[0], rtol=1e-8, atol=1e-10)
+    if weight == "velocity":
+        data = interpolant.data_from_velocity(velocity, xt, t)
+        loss = Transport(path, "x", weight, t_eps=1e-9).loss(data, t, x0, x1)
+        torch.testing.assert_close(loss, losses[0], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("weight", [None, "velocity"])
+def test_the_loss_of_data_is_jits(weight):
+    """Of data, or of velocities of which both have their denominator clamped (arXiv 2511.13720, table 1)."""
+    t = torch.tensor([0.0, 0.3, 0.94, 0.97, 1.0], dtype=torch.float64)
+    x0, x1, output = torch.randn(3, 5, 1, 2, 2, dtype=torch.float64)
+    te = t.reshape(-1, 1, 1, 1)
+    xt, below = te * x1 + (1 - te) * x0, (1 - te).clamp(min=0.05)
+    errors = output - x1 if weight is None else (output - xt) / below - (x1 - xt) / below
+    loss = Transport("Linear", "x", weight).loss(output, t, x0, x1)
+    torch.testing.assert_close(loss, errors.square().mean((1, 2, 3)), **CLOSE)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_an_x_network_has_no_pole_and_its_output_is_the_expected_data(path):
+    tr = Transport(path, "x", "velocity")
+    assert tr.interval() == Transport(path).interval()  # as a velocity network
+    assert tr.interval(eval=True) == Transport(path).interval(eval=True)
+    x, t = torch.randn(3, 1, 2, 2, dtype=torch.float64), torch.tensor([0.3, 0.6, 0.9], dtype=torch.float64)
+    expected = gaussian(tr)(x, t)
+    for prediction in PREDICTIONS:  # Tweedie's formula of the others
+        other = Transport(path, prediction)
+        torch.testing.assert_close(other.expected_data(gaussian(other), x, t), expected, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -63,6 +92,7 @@ def test_a_perfect_prediction_has_no_loss(path, prediction, reference):
         "velocity": tr.path.interpolate(t, x0, x1)[1],
         "noise": x0,
         "score": tr.path.score_from_noise(x0, t),
+        "x": x1,
     }
     assert tr.loss(outputs[prediction], t, x0, x1).max() < 1e-20
 
@@ -117,6 +147,15 @@ def test_a_time_shift_makes_the_noise_so_many_times_larger(sampling):
         torch.testing.assert_close(shifted, Transport(time_sampling=sampling, time_mean=mean).times(u))
 
 
+def test_a_shift_of_auto_is_that_of_the_dimensions_in_training_and_sampling():
+    u = torch.linspace(0, 1, 101)
+    auto = Transport(time_shift="auto", dims=768 * 16 * 16)
+    assert (auto.shift, auto.sampling_shift) == (pytest.approx(6.9282), pytest.approx(6.9282))  # √48, as RAE's
+    assert torch.equal(auto.times(u), Transport(time_shift=auto.shift).times(u))
+    assert Transport(time_shift="auto", dims=4096).shift == 1
+    assert Transport(time_shift=3.0).sampling_shift == 1  # a number is of training alone
+
+
 def test_training_loss_is_one_number_a_sample_and_matches_its_expectation():
     """For data 0 and output 0 the velocity's target is -x0: the mean square is that of normal noise."""
     torch.manual_seed(0)
@@ -160,7 +199,14 @@ def test_sbdm_keeps_off_the_noise_end_where_it_is_singular():
         ({"time_sampling": "cosine"}, "time_sampling: got 'cosine', expected uniform, logit-normal"),
         ({"time_mean": float("nan")}, "time_mean: got nan, expected a number"),
         ({"time_std": 0.0}, "time_std: got 0.0, expected a number above 0"),
-        ({"time_shift": 0.0}, "time_shift: got 0.0, expected a number above 0"),
+        ({"time_shift": 0.0}, "time_shift: got 0.0, expected auto or a number above 0"),
+        ({"time_shift": "Auto"}, "time_shift: got Auto, expected auto or a number above 0"),
+        ({"time_shift": "auto"}, "dims: got None, expected the dimensions of a sample, as time_shift is auto"),
+        ({"t_eps": 0.0}, "t_eps: got 0.0, expected a number in (0, 0.5)"),
+        (
+            {"prediction": "x", "loss_weight": "likelihood"},
+            "loss_weight: got likelihood, expected None or velocity with prediction x",
+        ),
     ],
 )
 def test_a_wrong_argument_is_named(arguments, named):

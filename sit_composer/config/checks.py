@@ -10,7 +10,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sit_composer.choices import BLOCKS, FIXED_STEP_METHODS, check_blocks, check_poles, check_sizes, choose
+from sit_composer.choices import (
+    BLOCKS,
+    FIXED_STEP_METHODS,
+    check_blocks,
+    check_objective,
+    check_poles,
+    check_sizes,
+    choose,
+)
 from sit_composer.cli import s3_endpoint
 from sit_composer.config import composer_classes
 from sit_composer.config.schema import Config, ConfigError, ModelConfig, TransportConfig, network_arguments
@@ -43,11 +51,7 @@ def check(config: Config, ranks: int | None = None) -> None:
     if not config.run_name.strip():
         raise ConfigError("run_name: no value, expected a name, such as first")
     check_model(config.model)
-    check_poles(config.transport, prefix="transport.")
-    if config.transport.time_sampling == "uniform":
-        for name in ("time_mean", "time_std"):
-            if getattr(config.transport, name) != getattr(TransportConfig(), name):
-                raise ConfigError(f"transport.{name}: needs transport.time_sampling=logit-normal")
+    check_transport(config.transport)
     for name in config.loggers if ranks is None else ():
         composer_classes.check_package("loggers", name)
     ranks = ranks or int(os.environ.get("WORLD_SIZE", 1))
@@ -111,6 +115,25 @@ def check_model(model: ModelConfig) -> None:
     if not least <= model.mlp_ratio * arguments["hidden_size"] < math.inf:
         expected = f"a number of at least {least} / hidden_size"
         raise ConfigError(f"model.mlp_ratio: got {model.mlp_ratio}, expected {expected}")
+
+
+def check_transport(transport: TransportConfig) -> None:
+    """Checks that the objective's values go together."""
+    check_poles(transport, prefix="transport.")
+    check_objective(transport, prefix="transport.")
+    needs = {
+        "time_mean": "time_sampling=logit-normal",
+        "time_std": "time_sampling=logit-normal",
+        "t_eps": "prediction=x",
+    }
+    for name, needed in needs.items():
+        other, _, value = needed.partition("=")
+        if getattr(transport, name) != getattr(TransportConfig(), name) and getattr(transport, other) != value:
+            raise ConfigError(f"transport.{name}: needs transport.{needed}")
+    shift = transport.time_shift
+    for name in ("train_eps", "sample_eps") if shift == "auto" else ("train_eps",) if shift != 1 else ():
+        if (eps := getattr(transport, name)) is not None:  # would move the ends, between which σ/α is shifted
+            raise ConfigError(f"transport.{name}: got {eps}, expected null beside transport.time_shift={shift}")
 
 
 def check_drawing(config: Config, section: str) -> None:

@@ -151,7 +151,8 @@ def _scalar(text: Plain, kind: Any) -> Any:
     is_known = any(plain in types for plain in (bool, int, float, str))
     if word in WORDS and (bool in types or (word in ("true", "false") and not is_known)):
         return WORDS[word]
-    if int in types or re.fullmatch(r"[-+]?\d+", word):
+    either = float in types and str in types  # of which OmegaConf takes no int for the number
+    if int in types or (re.fullmatch(r"[-+]?\d+", word) and not either):
         with suppress(ValueError):
             return int(word)  # 1_000 too, where a number is expected
     if FLOAT.fullmatch(word) and (float in types or not is_known):

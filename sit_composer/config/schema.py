@@ -60,7 +60,10 @@ class TransportConfig:
     time_sampling: str = key("distribution of training times", "uniform", choices=c.TIME_SAMPLINGS)
     time_mean: float = key("logit-normal's mean; above 0: more times near the data", 0.0, c.FINITE)
     time_std: float = key("logit-normal's standard deviation", 1.0, c.POSITIVE)
-    time_shift: float = key("above 1: more training times near the noise", 1.0, c.POSITIVE)
+    time_shift: float | str = key(
+        "above 1: more training times near the noise; auto: √(dimensions / 4096), and in sampling too", 1.0, c.SHIFT
+    )
+    t_eps: float = key("least σ by which an x prediction is divided", 0.05, c.T_EPS)
 
 
 @dataclass
@@ -171,6 +174,12 @@ def network_arguments(model: ModelConfig) -> dict[str, Any]:
     named = {"learn_sigma": True, **c.BLOCKS, **(c.variant(model.name) if model.name is not None else {})}
     found = {name: named.get(name) if value is None else value for name, value in arguments.items()}
     return {name: value for name, value in found.items() if name not in c.BLOCKS or value != c.BLOCKS[name]}
+
+
+def transport_arguments(config: Config) -> dict[str, Any]:
+    """The arguments of `Transport`: its section's, and for a time shift of auto the dimensions of a sample."""
+    dims = config.model.in_channels * config.model.input_size**2
+    return {**vars(config.transport), **({"dims": dims} if config.transport.time_shift == "auto" else {})}
 
 
 def suggest(name: str, known: dict[str, str]) -> str:

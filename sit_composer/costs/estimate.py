@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sit_composer.autoencoder import SLICE_SIZE, find_autoencoder
 from sit_composer.autoencoder_config import read_layout
-from sit_composer.config.schema import Config, network_arguments
+from sit_composer.config.schema import Config, network_arguments, transport_arguments
 from sit_composer.config.times import parse_time
 from sit_composer.costs.live_bytes import DTYPES, Ledger, Step, peak
 from sit_composer.errors import UserError
@@ -72,7 +72,7 @@ def memory(
     trained = sum(part for part, is_trained in parts if is_trained)
     if accumulated is None:
         accumulated = config.data.global_batch_size > ranks * microbatch
-    step = Step(network, tuple(sorted(vars(config.transport).items())), config.precision, cuda=cuda)
+    step = Step(network, tuple(sorted(transport_arguments(config).items())), config.precision, cuda=cuda)
     buffers = 4 * trained if ranks > 1 else 0  # DDP's buckets: in Composer they aren't views of the gradients
     if fsdp is not None:
         gathered = torch.float32 if fsdp.mixed_precision == "FULL" else DTYPES[config.precision]

@@ -18,7 +18,7 @@ from sit_composer.checkpoint.folder import newest
 from sit_composer.checkpoint.record import Record
 from sit_composer.cli import say
 from sit_composer.config.composer_classes import build
-from sit_composer.config.schema import Config, ConfigError, network_arguments
+from sit_composer.config.schema import Config, ConfigError, network_arguments, transport_arguments
 from sit_composer.costs import estimate, gpus
 from sit_composer.costs.room import check_room, too_large
 from sit_composer.errors import one_line
@@ -72,13 +72,13 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
     network = SiT(**network_arguments(config.model))
     if backend is not None:
         compile_blocks(network, backend)
-    transport = Transport(**vars(config.transport))
+    transport = Transport(**transport_arguments(config))
     model = ComposerSiT(network, transport, inputs.autoencoder, inputs.encoder, config.precision)
     ema = EMA(config.ema.decay) if config.ema is not None else None
     weights = ema.weights if ema is not None else None
     record = Record(
         model=network_arguments(config.model),
-        transport=vars(config.transport),
+        transport=transport_arguments(config),
         autoencoder=inputs.autoencoder,
         classes=list(inputs.specs["data"].classes),
         ema_decay=ema.decay if ema is not None else None,

@@ -13,13 +13,14 @@ from sit_composer.callbacks.frechet import FrechetDistance
 from sit_composer.callbacks.sample_grid import SampleGrid
 from sit_composer.choices import Sampling
 from sit_composer.cli import is_remote
-from sit_composer.config.schema import Config, ConfigError, DrawingConfig
+from sit_composer.config.schema import Config, ConfigError, DrawingConfig, transport_arguments
 from sit_composer.errors import UserError
 from sit_composer.evaluation.features import Extractor, load_extractor
 from sit_composer.evaluation.judge import check_statistics
 from sit_composer.evaluation.metrics import STATISTICS
 from sit_composer.evaluation.picture_sets import open_set
 from sit_composer.training.inputs import Inputs
+from sit_composer.transport import Transport
 
 
 def quality_callbacks(
@@ -34,7 +35,8 @@ def quality_callbacks(
 
     def drawing(section: DrawingConfig, labels: list[int]) -> Drawing:
         options = {name: getattr(section, name) for name in ("sampling_method", "num_steps", "cfg_scale", "seed")}
-        return Drawing(labels, Sampling(**options), autoencoder, weights, section.batch_size, before_each)
+        sampling = Sampling(**options, time_shift=Transport(**transport_arguments(config)).sampling_shift)
+        return Drawing(labels, sampling, autoencoder, weights, section.batch_size, before_each)
 
     callbacks = []
     if grid is not None:

@@ -34,17 +34,21 @@ ARMS = {  # file name: title, overrides
     "logit-normal": ("logit-normal(0, 1)", ["transport.time_sampling=logit-normal"]),
     "shifted": (f"uniform, shift {SHIFT:.4f}", [f"transport.time_shift={SHIFT:.4f}"]),
 }
+Arms = dict[str, tuple[str, list[str]]]
 Curve = dict[int, float]  # step -> Fréchet distance
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for a mistake or a command that failed, which it names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None, arms: Arms = ARMS, what: str = "training times", doc: str | None = None) -> int:
+    """Compares arms of another benchmark too, which ``what`` and ``doc`` describe.
+
+    Returns the exit code: 0, or 2 for a mistake or a command that failed, which it names.
+    """
+    parser = argparse.ArgumentParser(description=doc or __doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="where data, runs and measurements go")
     add("--source", type=Path, default=DEBIAN, metavar="DIR", help="the four IDX files, gzipped (%(default)s)")
     add("--yaml", type=Path, default=YAML, metavar="FILE", help="the run that is varied (yamls/fashion_mnist.yaml)")
-    add("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="ways to draw times; the first sets the goal (all)")
+    add("--arms", nargs="+", choices=arms, default=list(arms), help=f"{what}; the first sets the goal (all)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="(0 1 2)")
     add("--plot", type=Path, metavar="FILE.png", help="draw the distances")
     add("--prepare", action="store_true", help="make shards, classifier and reference, and train nothing")
@@ -55,14 +59,14 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         for seed in args.seeds:
             for arm in args.arms:
-                train(args.yaml, args.out, arm, seed)
+                train(args.yaml, args.out, arm, seed, arms[arm][1])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     curves = {arm: [read_curve(args.out, arm, seed) for seed in args.seeds] for arm in args.arms}
-    print("\n".join(table(curves)))
+    print("\n".join(table(curves, arms, what)))
     if args.plot:
-        plot(curves, args.plot)
+        plot(curves, args.plot, arms, what)
     return 0
 
 
@@ -91,7 +95,7 @@ def prepare(source: Path, out: Path) -> None:
         run(sys.executable, "-m", "sit_composer.evaluate", *places, *options)
 
 
-def train(config: Path, out: Path, arm: str, seed: int) -> None:
+def train(config: Path, out: Path, arm: str, seed: int, changes: list[str]) -> None:
     """Trains one arm with one seed, or what is left of it."""
     name = f"{arm}-{seed}"
     duration = str(yaml.safe_load(config.read_text())["trainer"]["max_duration"])
@@ -104,7 +108,7 @@ def train(config: Path, out: Path, arm: str, seed: int) -> None:
         "trainer.save_folder": out / "runs" / name,
     }
     print(name, flush=True)
-    overrides = [f"run_name={name}", f"seed={seed}", *ARMS[arm][1], *(f"{k}={v}" for k, v in places.items())]
+    overrides = [f"run_name={name}", f"seed={seed}", *changes, *(f"{k}={v}" for k, v in places.items())]
     run(Path(sys.executable).parent / "composer", "-n", "1", ROOT / "sit_composer/train.py", config, *overrides)
 
 
@@ -239,12 +243,12 @@ def threshold(curves: dict[str, list[Curve]]) -> float:
     return max(last(curve) for curve in next(iter(curves.values())))
 
 
-def table(curves: dict[str, list[Curve]]) -> list[str]:
+def table(curves: dict[str, list[Curve]], arms: Arms = ARMS, what: str = "training times") -> list[str]:
     """A Markdown row for each arm: mean (range) over seeds of its last distance; median (range) of the steps to the
     goal, and of those as a share of the first arm's with the same seed."""
     goal, (name, first) = threshold(curves), next(iter(curves.items()))
     lines = [
-        f"| training times | distance after {max(first[0])} steps | steps to {goal:.1f} | of {ARMS[name][0]}'s steps |",
+        f"| {what} | distance after {max(first[0])} steps | steps to {goal:.1f} | of {arms[name][0]}'s steps |",
         "| --- | ---: | ---: | ---: |",
     ]
     for arm, runs in curves.items():
@@ -255,7 +259,7 @@ def table(curves: dict[str, list[Curve]]) -> list[str]:
             spread(median(steps), steps, ".0f"),
             spread(median(shares), shares, ".2f"),
         )
-        lines.append(f"| {ARMS[arm][0]} | {' | '.join(cells)} |")
+        lines.append(f"| {arms[arm][0]} | {' | '.join(cells)} |")
     return lines
 
 
@@ -265,7 +269,7 @@ def spread(middle: float, values: list[float], form: str) -> str:
     return shown[0] if len(set(shown)) == 1 else f"{shown[0]} ({shown[1]} – {shown[2]})"
 
 
-def plot(curves: dict[str, list[Curve]], path: Path) -> None:
+def plot(curves: dict[str, list[Curve]], path: Path, arms: Arms, what: str) -> None:
     """Distance against steps: each arm's mean, and between its smallest and its largest a band."""
     import matplotlib
 
@@ -278,7 +282,7 @@ def plot(curves: dict[str, list[Curve]], path: Path) -> None:
     for arm, runs in curves.items():
         steps = sorted(runs[0])
         values = np.array([[curve[step] for step in steps] for curve in runs])
-        (line,) = axes.plot(steps, values.mean(0), marker=".", label=ARMS[arm][0])
+        (line,) = axes.plot(steps, values.mean(0), marker=".", label=arms[arm][0])
         axes.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
     axes.axhline(threshold(curves), color="grey", linewidth=0.8, linestyle="--")
     axes.set(xlabel="training steps", ylabel="Fréchet distance", yscale="log")
@@ -286,7 +290,7 @@ def plot(curves: dict[str, list[Curve]], path: Path) -> None:
     axes.yaxis.set_major_formatter("{x:.4g}")
     axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
-    axes.legend(title="training times (mean and range of the seeds)")
+    axes.legend(title=f"{what} (mean and range of the seeds)")
     figure.savefig(path, dpi=110)
     with Image.open(path) as picture:
         picture.convert("RGB").quantize(64).save(path, optimize=True)  # a third of the bytes

@@ -17,7 +17,7 @@ from sit_composer.config.checks import check
 from sit_composer.config.data_fits import check_classes_agree, check_data, local_spec
 from sit_composer.config.load import load_config, read_yaml
 from sit_composer.config.same_run import check_same_config
-from sit_composer.config.schema import ConfigError, network_arguments
+from sit_composer.config.schema import ConfigError, network_arguments, transport_arguments
 from sit_composer.data.spec import DataSpec
 from sit_composer.errors import UserError
 from sit_composer.sit import build_sit
@@ -31,6 +31,15 @@ def configure(*overrides, path=QUICKSTART):
     config = load_config(path, list(overrides))
     check(config)
     return config
+
+
+def test_a_time_shift_is_a_number_however_it_is_written_or_auto_with_its_dimensions():
+    for text, value in (("2", 2.0), ("0.5", 0.5), ("1e1", 10.0), ("auto", "auto")):
+        config = configure(f"transport.time_shift={text}")
+        assert config.transport.time_shift == value
+        assert type(config.transport.time_shift) is type(value)
+    assert transport_arguments(config)["dims"] == 64
+    assert "dims" not in transport_arguments(configure())
 
 
 def test_the_command_line_goes_over_the_yaml():
@@ -146,7 +155,13 @@ def test_lightningdits_yaml_is_its_repositorys_recipe():
         ("transport={prediction: noise, sample_eps: 0}", "transport.sample_eps: got 0, expected a number above 0"),
         ("transport={prediction: score, loss_weight: velocity, train_eps: 0}", "transport.train_eps: got 0, expected"),
         ("optimizer.lr=.inf", "optimizer.lr: got inf, expected a number above 0"),
-        ("transport.time_shift=0", "transport.time_shift: got 0.0, expected a number above 0"),
+        ("transport.time_shift=0", "transport.time_shift: got 0.0, expected auto or a number above 0"),
+        ("transport.time_shift=atuo", "transport.time_shift: got atuo, expected auto or a number above 0"),
+        ("transport={time_shift: auto, sample_eps: 0.01}", "transport.sample_eps: got 0.01, expected null beside"),
+        ("transport={time_shift: 2, train_eps: 0.01}", "expected null beside transport.time_shift=2.0"),
+        ("transport={prediction: x, loss_weight: likelihood}", "transport.loss_weight: got likelihood"),
+        ("transport={prediction: x, t_eps: 0}", "transport.t_eps: got 0.0, expected a number in (0, 0.5)"),
+        ("transport.t_eps=0.01", "transport.t_eps: needs transport.prediction=x"),
         ("data.global_batch_size=0", "data.global_batch_size: got 0"),
         ("eval_data={local: x, global_batch_size: 0}", "eval_data.global_batch_size: got 0, expected a whole number"),
         ("optimizer.betas=[0.9, 1]", "optimizer.betas: got 1.0, expected a number in [0, 1)"),

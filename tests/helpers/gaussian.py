@@ -17,6 +17,8 @@ def gaussian(tr: Transport):
             return -centred
         if tr.prediction == "noise":
             return sigma * centred
+        if tr.prediction == "x":
+            return MEAN + alpha * STD**2 * centred
         return d_alpha * (MEAN + alpha * STD**2 * centred) + d_sigma * sigma * centred
 
     return model

@@ -18,7 +18,7 @@ from composer.loggers import Logger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sit_composer import evaluate, sample
+from sit_composer import bits_per_dim, evaluate, sample
 from sit_composer.callbacks import drawing
 from sit_composer.callbacks.run_record import RunRecord
 from sit_composer.checkpoint.load import load_checkpoint
@@ -88,6 +88,31 @@ def test_sample_grids_leave_the_training_bits_alone(run, tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert sample.main([str(tmp_path / "run"), "--out", str(out), "--sampling-method", "heun", *options]) == 0
     assert (out / "grid.png").read_bytes() == grids[1].read_bytes()
+
+
+def test_a_shift_of_auto_and_a_prediction_of_x_reach_grids_samples_and_likelihoods(
+    run, tmp_path, digits_shards, capsys
+):
+    objective = "transport={prediction: x, loss_weight: velocity, time_shift: auto}"
+    grid = "sample_grid={interval: 10ba, labels: [3], per_class: 2, num_steps: 4}"
+    assert run("trainer.max_duration=10ba", "optimizer.lr=0.01", "ema.decay=0.1", objective, grid) == 0
+    assert "Linear, x, time shift 0.125 for 64 dimensions; below 4,096 it did harm" in capsys.readouterr().out
+    checkpoint, settings = str(tmp_path / "run"), {}
+    options = ["--classes", "3", "--per-class", "2", "--cfg-scale", "1.5", "--num-steps", "4"]
+    shifts = {"own": [], "auto": ["--time-shift", "auto"], "none": ["--time-shift", "1"]}
+    for name, shift in shifts.items():
+        place = ["--out", str(tmp_path / name), "--sampling-method", "heun"]
+        assert sample.main([checkpoint, *place, *options, *shift]) == 0
+        settings[name] = json.loads((tmp_path / name / "sampling.json").read_text())
+    assert [one["time_shift"] for one in settings.values()] == [0.125, 0.125, 1]  # √(64 / 4096)
+    assert settings["own"]["evaluations"] == 5  # the last of Heun's three steps is Euler's
+    drawn = (tmp_path / "run" / "samples" / "ba0000010.png").read_bytes()
+    assert [(tmp_path / name / "grid.png").read_bytes() == drawn for name in shifts] == [True, True, False]
+    data = ["--data", str(digits_shards), "--num-images", "2"]
+    assert bits_per_dim.main([checkpoint, *data, "--out", str(tmp_path / "bits.json")]) == 0
+    result = json.loads((tmp_path / "bits.json").read_text())
+    assert (result["transport"]["prediction"], result["settings"]["interval"]) == ("x", [0, 1])
+    assert result["bits_per_dim"] > 0
 
 
 def test_tensorboard_gets_one_file_of_events_with_losses_and_grids(run, tmp_path, digits_shards):
