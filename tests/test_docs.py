@@ -42,6 +42,7 @@ SCRIPTS = (
     *("convert/to_mds.py", "convert/verify_mds.py", "sit_composer/train.py", "tests/benchmarks/convert.py"),
     *("tests/benchmarks/crop.py", "tests/benchmarks/loader.py", "tests/benchmarks/step.py"),
     *("tests/benchmarks/startup.py", "tests/benchmarks/time_sampling.py", "tests/benchmarks/growth.py"),
+    *("tests/benchmarks/predictions.py", "tests/benchmarks/solvers.py"),
     *("tests/benchmarks/sampling.py", "tests/benchmarks/evaluations.py"),
 )
 COMMANDS = {f"python -m {module}": module for module in MODULES} | {  # how a command begins: its module
