@@ -39,7 +39,10 @@ class Bounds:
             raise UserError(f"{name}: got {value}, expected {self}")
 
     def __str__(self) -> str:
-        kind = (f"{self.word} or " if self.word else "") + ("a whole number" if self.whole else "a number")
+        return self._numbers() + (f", or {self.word}" if self.word else "")
+
+    def _numbers(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
         if not math.isfinite(self.least):
             return kind
         if not math.isfinite(self.most):

@@ -199,8 +199,8 @@ def test_sbdm_keeps_off_the_noise_end_where_it_is_singular():
         ({"time_sampling": "cosine"}, "time_sampling: got 'cosine', expected uniform, logit-normal"),
         ({"time_mean": float("nan")}, "time_mean: got nan, expected a number"),
         ({"time_std": 0.0}, "time_std: got 0.0, expected a number above 0"),
-        ({"time_shift": 0.0}, "time_shift: got 0.0, expected auto or a number above 0"),
-        ({"time_shift": "Auto"}, "time_shift: got Auto, expected auto or a number above 0"),
+        ({"time_shift": 0.0}, "time_shift: got 0.0, expected a number above 0, or auto"),
+        ({"time_shift": "Auto"}, "time_shift: got Auto, expected a number above 0, or auto"),
         ({"time_shift": "auto"}, "dims: got None, expected the dimensions of a sample, as time_shift is auto"),
         ({"t_eps": 0.0}, "t_eps: got 0.0, expected a number in (0, 0.5)"),
         (
