@@ -214,6 +214,7 @@ def plot(measured: dict[Point, list[Measurement]], path: Path, title: str) -> No
         axis.set_major_formatter("{x:.4g}")
         axis.set_minor_formatter("")
     axes.set_xticks([4, 8, 16, 32, 64, 128, 250])
+    axes.set_yticks([8, 9, 10, 12, 15, 20, 30])
     axes.grid(alpha=0.3)
     axes.legend(title=f"{title}; ★ the authors' defaults")
     figure.savefig(path, dpi=110)
