@@ -57,7 +57,7 @@ def read(loader: SitLoader, count: int) -> None:
 def epoch(kind: str, count: int, each: int, workers: int, folder: Path) -> Iterator[Action]:
     """Reads ``count`` samples in shards of ``each``."""
     row = next(make_rows(kind, 1))
-    bytes_each = sum(len(value) if isinstance(value, bytes) else value.nbytes for value in row.values() if value)
+    bytes_each = sum(memoryview(value).nbytes for name, value in row.items() if name != "label")
     rows = itertools.islice(itertools.cycle(make_rows(kind, min(count, 256))), count)
     rows = ({**row, "label": index % 1000} for index, row in enumerate(rows))
     write(kind, rows, count, folder, size_limit=each * (bytes_each + 12) + 1024)

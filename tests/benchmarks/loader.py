@@ -286,6 +286,7 @@ def limit(kind: str, rows: list[Row], folder: Path, args: argparse.Namespace) ->
 
 
 _files: list[bytes] = []
+_batches: list[np.ndarray] = []  # memory of three, which the first epoch takes
 
 
 def decoding(rows: list[Row], args: argparse.Namespace, batch: int) -> Side:
@@ -307,11 +308,12 @@ def _decode_part(part: tuple[int, int, int]) -> int:
 
 def decode_all(files: list[bytes], batch: int) -> int:
     """Decodes all, as the loader does: into nothing, or into memory that three batches share in turn."""
-    memory = torch.empty(3 * batch, SIDE, SIDE, 3, dtype=torch.uint8).share_memory_().numpy()
+    if batch and not _batches:
+        _batches.append(torch.empty(3 * batch, SIDE, SIDE, 3, dtype=torch.uint8).share_memory_().numpy())
     for place, data in enumerate(files):
         image = decode_image(data, 3)
         if batch:
-            memory[place % len(memory)] = image.permute(1, 2, 0).numpy()
+            _batches[0][place % (3 * batch)] = image.permute(1, 2, 0).numpy()
     return len(files)
 
 
