@@ -194,17 +194,24 @@ def compare_losses(args: argparse.Namespace, samples: int, precision: str) -> st
     theirs = Theirs(deepcopy(network), batch, args.sit, args.model)
     theirs.network.y_embedder.dropout_prob = 0.0  # instead, the labels are dropped as our keys say
     keys = batch["key"]
-    t, x0 = randomness.uniform(keys, randomness.TIME), randomness.normal(keys, randomness.X0, (4, 32, 32))
-    theirs.labels = torch.where(randomness.uniform(keys, randomness.DROP) < 0.1, 1000, batch["label"])
-    theirs.transport.sample = lambda x1: (t, x0, x1)
-    theirs.transport.draw = lambda x1: (t, x0)  # of the plain loop
     pairs: list[list[float]] = [[], []]
-    turns = Turns(batch, lambda: pairs[0].append(theirs.step().item()), args.losses)
-    made = trainer(deepcopy(network), turns, precision)
-    step = made._train_batch
+
+    def draw(x1: Tensor) -> tuple[Tensor, Tensor]:
+        return randomness.uniform(keys, randomness.TIME), randomness.normal(keys, randomness.X0, (4, 32, 32))
+
+    theirs.transport.sample = lambda x1: (*draw(x1), x1)
+    theirs.transport.draw = draw  # of the plain loop
+
+    def step() -> None:
+        keys.add_(1)  # other times, noise and dropped labels
+        theirs.labels = torch.where(randomness.uniform(keys, randomness.DROP) < 0.1, 1000, batch["label"])
+        pairs[0].append(theirs.step().item())
+
+    made = trainer(deepcopy(network), Turns(batch, step, args.losses), precision)
+    train_batch = made._train_batch
 
     def recorded(scaled: bool) -> None:
-        step(scaled)
+        train_batch(scaled)
         pairs[1].append(made.state.total_loss_dict["loss/train/total"].item())
 
     made._train_batch = recorded
