@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -101,8 +100,6 @@ def start(shards: int, remote: bool, folder: Path) -> Iterator[Action]:
         loader = build_loader(*place, spec=load_spec(*place), batch_size=BATCH)
         next(iter(loader))
         loader.stop()
-        if remote:
-            shutil.rmtree(local)
 
     yield once
 
@@ -150,7 +147,11 @@ def main(argv: list[str] | None = None) -> int:
             continue
         points = []
         for size in sizes[: args.points]:
-            with tempfile.TemporaryDirectory() as folder, row(kind, size, Path(folder)) as action:
+            # A thread may still fetch shards.
+            with (
+                tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+                row(kind, size, Path(folder)) as action,
+            ):
                 points.append([size, seconds_of(action, args.seconds)])
         measured[kind] = points
         file.write_text(json.dumps(measured, indent=1))
