@@ -113,7 +113,7 @@ class PixelAutoencoder:
         return latents
 
 
-class KLAutoencoder:
+class DiffusersAutoencoder:
     """A frozen autoencoder of diffusers. It is not a submodule of anything that is trained, sharded or checkpointed.
 
     Its weights are read from safetensors only, so that no code in them runs.
@@ -254,7 +254,7 @@ def _without_initial_weights(kind: str) -> AbstractContextManager:
     return no_init_weights()
 
 
-Autoencoder = PixelAutoencoder | KLAutoencoder
+Autoencoder = PixelAutoencoder | DiffusersAutoencoder
 
 
 def load_autoencoder(
@@ -265,8 +265,10 @@ def load_autoencoder(
     slice_size: int = SLICE_SIZE,
     latents: AutoencoderSpec | None = None,
 ) -> Autoencoder:
-    """The `KLAutoencoder` of that name; for None, the identity on images of so many channels."""
-    return PixelAutoencoder(channels) if name is None else KLAutoencoder(name, device, dtype, slice_size, latents)
+    """The `DiffusersAutoencoder` of that name; for None, the identity on images of so many channels."""
+    return (
+        PixelAutoencoder(channels) if name is None else DiffusersAutoencoder(name, device, dtype, slice_size, latents)
+    )
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder, load_autoencoder
+from sit_composer.autoencoder import AutoencoderSpec, DiffusersAutoencoder, load_autoencoder
 from sit_composer.errors import UserError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -96,12 +96,12 @@ def test_standardization_is_undone(scale, shift):
 def test_a_pipelines_own_is_found_in_its_folder_vae(folders, tmp_path, release):
     shutil.copytree(folders(release), tmp_path / "vae")
     (tmp_path / "model_index.json").write_text('{"_class_name": "SomePipeline"}')
-    found, direct = KLAutoencoder(str(tmp_path)), KLAutoencoder(folders(release))
+    found, direct = DiffusersAutoencoder(str(tmp_path)), DiffusersAutoencoder(folders(release))
     assert found.spec.as_dict() == direct.spec.as_dict() | {"name": str(tmp_path)}
     latents = torch.randn(1, found.spec.channels, 4, 4)
     assert torch.equal(found.decode(latents), direct.decode(latents))
     (tmp_path / "config.json").write_text('{"_class_name": "Transformer2DModel"}')  # something else at the top
-    assert torch.equal(KLAutoencoder(str(tmp_path)).decode(latents), direct.decode(latents))
+    assert torch.equal(DiffusersAutoencoder(str(tmp_path)).decode(latents), direct.decode(latents))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.01)])
@@ -109,7 +109,7 @@ def test_slices_give_what_the_whole_batch_gives(folders, dtype, tolerance):
     """To rounding: a convolution's order of sums depends on the batch."""
     whole = load_autoencoder(folders("flux"), 3, dtype=dtype, slice_size=7)
     slices = load_autoencoder(folders("flux"), 3, dtype=dtype, slice_size=3)
-    exact = KLAutoencoder(folders("flux"))
+    exact = DiffusersAutoencoder(folders("flux"))
     latents, pictures = torch.randn(7, 16, 4, 4), torch.rand(7, 3, 16, 16) * 2 - 1
     for name, batch in (("decode", latents), ("moments", pictures)):
         outputs = [getattr(autoencoder, name)(batch) for autoencoder in (whole, slices, exact)]
@@ -121,7 +121,7 @@ def test_slices_give_what_the_whole_batch_gives(folders, dtype, tolerance):
 
 
 def test_no_more_than_a_slice_is_computed_at_a_time(folders):
-    autoencoder = KLAutoencoder(folders("sd"), slice_size=3)
+    autoencoder = DiffusersAutoencoder(folders("sd"), slice_size=3)
     seen = {"encoder": [], "decoder": []}
     for name, sizes in seen.items():
         getattr(autoencoder.vae, name).register_forward_pre_hook(
@@ -140,19 +140,19 @@ def test_what_overflows_in_float16_is_refused_and_never_a_black_picture(copy):
     folder = copy(overflowing)
     latents = torch.randn(2, 4, 4, 4)
     for dtype in (torch.float32, torch.bfloat16):
-        assert KLAutoencoder(folder, dtype=dtype).decode(latents).isfinite().all()
+        assert DiffusersAutoencoder(folder, dtype=dtype).decode(latents).isfinite().all()
     message = "copy: decodes latents in float16 to NaN or infinite values; use bfloat16 or float32"
     with pytest.raises(UserError, match=message):
-        KLAutoencoder(folder, dtype=torch.float16).decode(latents)
+        DiffusersAutoencoder(folder, dtype=torch.float16).decode(latents)
     with pytest.raises(UserError, match="encodes images in float32 to NaN or infinite values; its weights or its"):
-        KLAutoencoder(folder).moments(torch.full((1, 3, 16, 16), torch.nan))
+        DiffusersAutoencoder(folder).moments(torch.full((1, 3, 16, 16), torch.nan))
 
 
 def test_float16_is_refused_where_the_config_says_that_it_overflows(folders, copy):
     with pytest.raises(UserError, match=r"sdxl: its config\.json has force_upcast, as it overflows in float16; use b"):
-        KLAutoencoder(folders("sdxl"), dtype=torch.float16)
-    KLAutoencoder(folders("sdxl"), dtype=torch.bfloat16)
-    old = KLAutoencoder(copy(force_upcast=None), dtype=torch.float16)  # SD's own, older than the key
+        DiffusersAutoencoder(folders("sdxl"), dtype=torch.float16)
+    DiffusersAutoencoder(folders("sdxl"), dtype=torch.bfloat16)
+    old = DiffusersAutoencoder(copy(force_upcast=None), dtype=torch.float16)  # SD's own, older than the key
     assert old.vae.config.force_upcast
     assert old.vae.dtype == torch.float16
 
@@ -164,13 +164,13 @@ def test_float16_is_refused_where_the_config_says_that_it_overflows(folders, cop
 def test_numbers_per_channel_that_leave_a_doubt_are_refused(copy, keys):
     keys = {"latents_std": [0.9] * 4, "latents_mean": [0.1] * 4} | keys if "shift_factor" in keys else keys
     with pytest.raises(UserError, match=r"expected both for each of its 4 channels, and no shift_factor") as error:
-        KLAutoencoder(copy(**keys))
+        DiffusersAutoencoder(copy(**keys))
     assert "\n" not in str(error.value)
 
 
 def test_the_default_scale_is_not_applied_to_numbers_per_channel(copy):
     """As in GlmImagePipeline, whose autoencoder has it; a scale that somebody chose is applied."""
-    spec = KLAutoencoder(copy(latents_mean=[0.1] * 4, latents_std=[0.9] * 4)).spec
+    spec = DiffusersAutoencoder(copy(latents_mean=[0.1] * 4, latents_std=[0.9] * 4)).spec
     assert (spec.scale, spec.shift, spec.mean, spec.std) == (1.0, 0.0, (0.1,) * 4, (0.9,) * 4)
 
 
@@ -212,7 +212,7 @@ PIPELINES = {  # with image channels, channels, downsample
 @pytest.mark.parametrize("kind", PIPELINES)
 def test_each_class_is_standardized_as_in_its_pipeline(vae_of_kind, kind):
     load, pipeline, sizes = PIPELINES[kind]
-    ours = KLAutoencoder(vae_of_kind(kind))
+    ours = DiffusersAutoencoder(vae_of_kind(kind))
     vae = ours.vae if load is None else load.from_pretrained(vae_of_kind(kind))
     weights, spec = load_file(f"{vae_of_kind(kind)}/{WEIGHTS}"), ours.spec
     assert all(torch.equal(value, weights[name]) for name, value in ours.vae.state_dict().items())
@@ -228,7 +228,7 @@ def test_each_class_is_standardized_as_in_its_pipeline(vae_of_kind, kind):
 
 
 def test_statistics_are_not_rounded_to_the_dtype_that_it_computes_in(vae_of_kind):
-    specs = [KLAutoencoder(vae_of_kind("flux2"), dtype=dtype).spec for dtype in (torch.float32, torch.bfloat16)]
+    specs = [DiffusersAutoencoder(vae_of_kind("flux2"), dtype=dtype).spec for dtype in (torch.float32, torch.bfloat16)]
     assert specs[0] == specs[1]
 
 
@@ -261,7 +261,7 @@ def test_a_spec_without_what_is_new_is_as_before():
 )
 def test_weights_that_are_not_the_configs_are_refused(copy, weights, message):
     with pytest.raises(UserError, match=message):
-        KLAutoencoder(copy(weights))
+        DiffusersAutoencoder(copy(weights))
 
 
 def test_the_old_names_of_attention_are_read(folders, copy):
@@ -277,7 +277,9 @@ def test_the_old_names_of_attention_are_read(folders, copy):
         return renamed
 
     latents = torch.randn(1, 4, 4, 4)
-    assert torch.equal(KLAutoencoder(copy(old)).decode(latents), KLAutoencoder(folders("sd")).decode(latents))
+    assert torch.equal(
+        DiffusersAutoencoder(copy(old)).decode(latents), DiffusersAutoencoder(folders("sd")).decode(latents)
+    )
 
 
 class Planted:
@@ -293,7 +295,7 @@ def test_pickled_weights_are_refused_and_nothing_in_them_runs(copy, tmp_path, mo
     torch.save(weights, f"{folder}/diffusion_pytorch_model.bin", pickle_module=pickle)
     os.unlink(f"{folder}/{WEIGHTS}")
     with pytest.raises(UserError, match=f"can't load an autoencoder from .*{WEIGHTS}") as error:
-        KLAutoencoder(folder)
+        DiffusersAutoencoder(folder)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "planted").exists()
 
@@ -303,5 +305,5 @@ def test_what_is_no_autoencoder_is_told(tmp_path, content):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"can't load an autoencoder from .*config\.json.*in its folder vae") as error:
-        KLAutoencoder(str(tmp_path))
+        DiffusersAutoencoder(str(tmp_path))
     assert "\n" not in str(error.value)

@@ -18,7 +18,7 @@ from convert.kinds import BadPicture
 from convert.kinds.cropping import crop
 from convert.kinds.pixels import decoded, read_file
 from convert.kinds.statistics import doubt, standardized, statistics_of, sums_of
-from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder, to_uint8
+from sit_composer.autoencoder import AutoencoderSpec, DiffusersAutoencoder, to_uint8
 from sit_composer.captions import Cell, class_caption, draw_grid
 from sit_composer.data.pictures import center_crop
 from sit_composer.data.spec import SPEC_NAME, DataSpec
@@ -116,7 +116,7 @@ class LatentCheck(Check):
         self.autoencoder = None
         if vae or grid:
             try:
-                self.autoencoder = KLAutoencoder(vae or self.of.name, latents=self.of)
+                self.autoencoder = DiffusersAutoencoder(vae or self.of.name, latents=self.of)
             except UserError as error:
                 raise UserError(f"--vae: {str(error).removeprefix('autoencoder.name: ')}") from None
             for name in ("channels", "downsample", "scale", "shift", "mean", "std", "deterministic"):

@@ -17,7 +17,7 @@ from convert.kinds import MEASURE, BadPicture, Row
 from convert.kinds.cropping import levels
 from convert.kinds.statistics import doubt, fields, measured, sums_of
 from convert.sources.parts import InputError, Sample
-from sit_composer.autoencoder import KLAutoencoder, from_uint8
+from sit_composer.autoencoder import DiffusersAutoencoder, from_uint8
 from sit_composer.errors import UserError, first_line
 
 GPU_BATCH = 32  # images
@@ -57,7 +57,7 @@ class Latents:
         if batch_size is None:
             batch_size = GPU_BATCH if self.device == "cuda" else min(GPU_BATCH, max(1, CPU_BATCH // image_size**2))
         try:
-            self.encoder = KLAutoencoder(vae, self.device, getattr(torch, dtype), slice_size=batch_size)
+            self.encoder = DiffusersAutoencoder(vae, self.device, getattr(torch, dtype), slice_size=batch_size)
         except UserError as error:
             raise InputError(f"--vae: {str(error).removeprefix('autoencoder.name: ')}") from None
         except RuntimeError as error:  # the GPU's memory is in use by others

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder, from_uint8
+from sit_composer.autoencoder import AutoencoderSpec, DiffusersAutoencoder, from_uint8
 from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.record import Record
 from sit_composer.choices import EXACT_DIMS
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     encoder = None
     if spec.kind == "pixels":
         autoencoder = checkpoint.load_autoencoder(device)
-        if isinstance(autoencoder, KLAutoencoder):
+        if isinstance(autoencoder, DiffusersAutoencoder):
             encoder, spec = autoencoder, replace(spec, channels=autoencoder.picture_channels)
     indices = choose_indices(args, spec)
     size = record.image_size if spec.kind == "pixels" else None
@@ -116,7 +116,7 @@ def check_fit(args: argparse.Namespace, record: Record, spec: DataSpec) -> None:
 
 
 def log_p_of(
-    args: argparse.Namespace, samples: list[dict], record: Record, network: SiT, encoder: KLAutoencoder | None
+    args: argparse.Namespace, samples: list[dict], record: Record, network: SiT, encoder: DiffusersAutoencoder | None
 ) -> tuple[list[float], int]:
     """log p of samples of `data.SitDataset` given their labels, in nats, and the evaluations that the solver took."""
     generators, spec = [np.random.default_rng((args.seed, sample["index"])) for sample in samples], record.autoencoder

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from composer.utils import dist
 
-from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder
+from sit_composer.autoencoder import AutoencoderSpec, DiffusersAutoencoder
 from sit_composer.config.data_fits import check_classes_agree, check_data, check_latents
 from sit_composer.config.schema import Config, ConfigError
 from sit_composer.data.loader import SitLoader, build_loader
@@ -21,7 +21,7 @@ class Inputs:
 
     specs: Specs
     autoencoder: AutoencoderSpec  # of the latents that the network learns
-    encoder: KLAutoencoder | None  # encodes images in each step; None if the shards hold latents, or for pixels
+    encoder: DiffusersAutoencoder | None  # encodes images in each step; None if the shards hold latents, or for pixels
     loaders: dict[str, SitLoader]
 
 
@@ -82,14 +82,14 @@ def open_inputs(config: Config, device: str) -> Inputs:
     return Inputs(specs, autoencoder, encoder, loaders)
 
 
-def open_autoencoder(config: Config, specs: Specs, device: str) -> tuple[AutoencoderSpec, KLAutoencoder | None]:
+def open_autoencoder(config: Config, specs: Specs, device: str) -> tuple[AutoencoderSpec, DiffusersAutoencoder | None]:
     """The autoencoder of the run's latents, and the loaded one if images are encoded in each step."""
     latents = next((AutoencoderSpec(**spec.autoencoder) for spec in specs.values() if spec.kind == "latents"), None)
     if config.autoencoder.name is None:
         return AutoencoderSpec(name=None, channels=specs["data"].channels), None
     if all(spec.kind == "latents" for spec in specs.values()):
         return latents, None
-    encoder = KLAutoencoder(config.autoencoder.name, device, latents=latents)
+    encoder = DiffusersAutoencoder(config.autoencoder.name, device, latents=latents)
     if latents is not None and encoder.spec != latents:
         raise ConfigError(f"autoencoder.name: got one of {encoder.spec}, expected that of the latents, {latents}")
     return encoder.spec, encoder

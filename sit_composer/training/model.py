@@ -5,7 +5,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
 from sit_composer import randomness
-from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder, from_uint8
+from sit_composer.autoencoder import AutoencoderSpec, DiffusersAutoencoder, from_uint8
 from sit_composer.precision import autocast
 from sit_composer.sit import SiT, SiTBlock
 from sit_composer.transport import Transport
@@ -27,14 +27,14 @@ class ComposerSiT(ComposerModel):
         network: SiT,
         transport: Transport,
         autoencoder: AutoencoderSpec,
-        encoder: KLAutoencoder | None = None,
+        encoder: DiffusersAutoencoder | None = None,
         precision: str = "fp32",
     ):
         super().__init__()
         self.network = network
         self.transport = transport
         self.autoencoder = autoencoder
-        self.encoder = encoder  # KLAutoencoder is no nn.Module
+        self.encoder = encoder  # DiffusersAutoencoder is no nn.Module
         self.precision = precision  # of the network alone: fp32, bf16 or amp_bf16
         # Composer asks the network for these: a block is the unit of sharding and of activation checkpointing.
         network.fsdp_wrap_fn = network.activation_checkpointing_fn = lambda module: isinstance(module, SiTBlock)

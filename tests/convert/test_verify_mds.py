@@ -153,10 +153,10 @@ def test_what_to_mds_writes_passes(tmp_path, run, vae_folder):
 
 def test_the_grid_shows_latents_decoded_beside_their_mirror_images(tmp_path, vae_folder):
     from convert.kinds.checks import LatentCheck
-    from sit_composer.autoencoder import KLAutoencoder, from_uint8, to_uint8
+    from sit_composer.autoencoder import DiffusersAutoencoder, from_uint8, to_uint8
     from sit_composer.data.pictures import center_crop, decode_image
 
-    vae = KLAutoencoder(vae_folder)
+    vae = DiffusersAutoencoder(vae_folder)
     levels = from_uint8(decode_image(picture(0), 3))[None]
     straight, mirrored = (vae.moments(side)[0].half().numpy() for side in (levels, levels.flip(-1)))
     spec = DataSpec("latents", 4, 16, 1, ["ant"], [1], 1, autoencoder=vae.spec.as_dict())

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
-from sit_composer.autoencoder import KLAutoencoder
+from sit_composer.autoencoder import DiffusersAutoencoder
 from sit_composer.config.checks import check
 from sit_composer.config.load import load_config
 from sit_composer.costs import estimate
@@ -79,7 +79,7 @@ def microbatch(network: SiT, transport: Transport, samples: int, precision: str 
 
 def encoder(folder: str, samples: int, side: int) -> list[int]:
     """The bytes of an autoencoder's weights, and the peak of encoding images."""
-    vae = KLAutoencoder(folder)
+    vae = DiffusersAutoencoder(folder)
     images = torch.zeros(samples, vae.picture_channels, side, side)
     with torch.no_grad():
         working = peak(lambda: vae.vae.encode(images))

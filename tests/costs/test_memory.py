@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sit_composer.autoencoder import SLICE_SIZE, KLAutoencoder
+from sit_composer.autoencoder import SLICE_SIZE, DiffusersAutoencoder
 from sit_composer.config.checks import check
 from sit_composer.config.load import load_config
 from sit_composer.config.schema import FSDPConfig, ModelConfig, network_arguments
@@ -129,7 +129,7 @@ def test_cost_is_six_flops_a_forward_mac():
 @pytest.mark.parametrize("kind", ["flux2", "dc", "rae"])  # of images of 16x16
 def test_the_work_of_autoencoders_of_other_classes_is_counted(vae_of_kind, kind):
     weights, working = estimate.encoder_memory(config_of(f"autoencoder.name={vae_of_kind(kind)}", "model.input_size=4"))
-    assert weights == 4 * sum(p.numel() for p in KLAutoencoder(vae_of_kind(kind)).vae.parameters())
+    assert weights == 4 * sum(p.numel() for p in DiffusersAutoencoder(vae_of_kind(kind)).vae.parameters())
     assert working > SLICE_SIZE * 3 * 16**2 * 4  # the images alone
 
 

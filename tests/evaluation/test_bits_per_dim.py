@@ -12,7 +12,7 @@ import torch
 from streaming import MDSWriter
 
 from sit_composer import bits_per_dim, train
-from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder, from_uint8
+from sit_composer.autoencoder import AutoencoderSpec, DiffusersAutoencoder, from_uint8
 from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.record import Record
 from sit_composer.data.loader import build_loader
@@ -47,7 +47,7 @@ def latent_checkpoints(digits_shards, vae_folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def latent_shards(digits_shards, vae_folder, tmp_path_factory):
     """The first 40 digits' moments, by the same autoencoder."""
-    vae, pixels = KLAutoencoder(vae_folder), load_spec(None, str(digits_shards))
+    vae, pixels = DiffusersAutoencoder(vae_folder), load_spec(None, str(digits_shards))
     dataset = build_loader(None, str(digits_shards), spec=pixels, batch_size=8, shuffle=False).dataset
     folder = tmp_path_factory.mktemp("moments") / "shards"
     columns = {"moments": "ndarray:float16", "moments_flip": "ndarray:float16", "label": "int"}

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder
+from sit_composer.autoencoder import AutoencoderSpec, DiffusersAutoencoder
 from sit_composer.config.load import load_config
 from sit_composer.config.schema import Config, ConfigError
 from sit_composer.data.spec import DataSpec
@@ -72,7 +72,13 @@ def test_an_encoder_standardizes_as_the_latents_of_the_other_section(config, vae
     """eval_data holds latents whose statistics were measured; data holds images, which are encoded in each step."""
     config.autoencoder.name = name = vae_of_kind("dc")
     config.model.in_channels, config.model.input_size, config.data.image_size = 6, 4, 16
-    of = {**KLAutoencoder(name).spec.as_dict(), "scale": 1.0, "mean": [0.1] * 6, "std": [0.4] * 6, "statistics": "data"}
+    of = {
+        **DiffusersAutoencoder(name).spec.as_dict(),
+        "scale": 1.0,
+        "mean": [0.1] * 6,
+        "std": [0.4] * 6,
+        "statistics": "data",
+    }
     specs = read_specs(config)
     latents = dataclasses.replace(specs["eval_data"], kind="latents", channels=6, image_size=16, autoencoder=of)
     specs["eval_data"] = DataSpec.from_json(latents.to_json(), "spec.json")

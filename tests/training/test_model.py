@@ -3,7 +3,7 @@ import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from sit_composer import randomness
-from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder, from_uint8, load_autoencoder, to_uint8
+from sit_composer.autoencoder import AutoencoderSpec, DiffusersAutoencoder, from_uint8, load_autoencoder, to_uint8
 from sit_composer.randomness import sample_key
 from sit_composer.sit import SiTBlock
 from sit_composer.training.model import ComposerSiT
@@ -142,7 +142,7 @@ def test_an_autoencoder_is_known_by_its_folder(vae_folder):
 
 
 def test_training_on_moments_equals_training_with_the_encoder_in_the_loop(vae_folder):
-    encoder = KLAutoencoder(vae_folder)
+    encoder = DiffusersAutoencoder(vae_folder)
     levels = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
     labels = keys = torch.arange(4)
     network = small_network()
@@ -157,7 +157,7 @@ def test_training_on_moments_equals_training_with_the_encoder_in_the_loop(vae_fo
 
 
 def test_autocast_does_not_reach_the_autoencoder(vae_folder):
-    autoencoder = KLAutoencoder(vae_folder)
+    autoencoder = DiffusersAutoencoder(vae_folder)
     pictures = torch.rand(1, 3, 16, 16) * 2 - 1
     expected = autoencoder.moments(pictures)
     with torch.autocast("cpu", torch.bfloat16):

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from sit_composer.autoencoder import KLAutoencoder, from_uint8
+from sit_composer.autoencoder import DiffusersAutoencoder, from_uint8
 from sit_composer.tiny_autoencoder import main
 from sit_composer.training.tiny_autoencoder import read_images
 from tests.helpers.digits import write
@@ -20,7 +20,7 @@ def test_the_digits_autoencoder_is_one_that_conversion_and_training_take(digits_
     assert [path.name for path in folder.parent.iterdir()] == ["vae"]
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}
     assert f"{folder}: the mean error of a pixel is " in capsys.readouterr().out
-    autoencoder = KLAutoencoder(str(folder))
+    autoencoder = DiffusersAutoencoder(str(folder))
     assert (autoencoder.spec.channels, autoencoder.spec.downsample, autoencoder.picture_channels) == (4, 2, 1)
     images = from_uint8(read_images(str(digits_shards)))
     assert images.shape == (1797, 1, 8, 8)

@@ -42,9 +42,9 @@ def saved(tiny: bool) -> tempfile.TemporaryDirectory:
 
 def measure(setting: Setting, rates: dict[str, float], name: str, dtype: torch.dtype, batch: int) -> Result:
     need("diffusers")
-    from sit_composer.autoencoder import KLAutoencoder  # optional: diffusers
+    from sit_composer.autoencoder import DiffusersAutoencoder  # optional: diffusers
 
-    autoencoder = KLAutoencoder(saved(setting.tiny).name, setting.device, dtype, slice_size=batch)
+    autoencoder = DiffusersAutoencoder(saved(setting.tiny).name, setting.device, dtype, slice_size=batch)
     side, count = (16, batch) if setting.tiny else (256, max(batch, 16))
     images = torch.rand(count, 3, side, side, device=setting.device) * 2 - 1
     times = seconds_of(lambda: autoencoder.moments(images), setting.device, 2 if setting.tiny else 5)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from convert import to_mds
-from sit_composer.autoencoder import KLAutoencoder, from_uint8
+from sit_composer.autoencoder import DiffusersAutoencoder, from_uint8
 from sit_composer.data.loader import build_loader, coin
 from sit_composer.data.pictures import center_crop, decode_image
 from sit_composer.data.stream import load_spec
@@ -65,7 +65,7 @@ def contents(folder):
 
 
 def test_shards_hold_the_moments_of_pictures_and_of_their_mirror_images(pictures, latents, vae_folder):
-    vae, kept = KLAutoencoder(vae_folder), rows(latents)
+    vae, kept = DiffusersAutoencoder(vae_folder), rows(latents)
     assert len(kept) == 10
     for path, row in zip(files(pictures), kept, strict=True):
         assert row["label"] == ("ant", "bee").index(path.parent.name)
@@ -93,7 +93,7 @@ def test_training_on_latents_is_training_with_the_encoder_in_the_loop(pictures, 
     from tests.helpers.networks import small_network
 
     assert to_mds.main([str(pictures), "--out", str(tmp_path / "pixels")]) == 0
-    encoder = KLAutoencoder(vae_folder)
+    encoder = DiffusersAutoencoder(vae_folder)
     network = small_network()
     online = ComposerSiT(network, Transport(), encoder.spec, encoder)
     offline = ComposerSiT(network, Transport(), encoder.spec)
@@ -226,7 +226,7 @@ def scaled(vae_folder, factor, out):
     [("float32", "over 65504, float16's largest number"), ("float16", "in float16 to NaN or infinite values")],
 )
 def test_a_picture_whose_moments_overflow_is_named_or_left_out(pictures, vae_folder, tmp_path, convert, dtype, message):
-    vae, paths = KLAutoencoder(vae_folder), files(pictures)
+    vae, paths = DiffusersAutoencoder(vae_folder), files(pictures)
     levels = from_uint8(torch.stack([cropped(path) for path in paths]))
     means = torch.stack([vae.moments(side)[:, :4] for side in (levels, levels.flip(-1))], dim=1)
     below, above = means.abs().amax((1, 2, 3, 4)).sort().values[-2:].tolist()

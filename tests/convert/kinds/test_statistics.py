@@ -17,7 +17,7 @@ from convert import verify_mds
 from convert.kinds.statistics import read_statistics, statistics_of, sums_of
 from convert.sources import parts
 from convert.sources.parts import InputError
-from sit_composer.autoencoder import AutoencoderSpec, KLAutoencoder
+from sit_composer.autoencoder import AutoencoderSpec, DiffusersAutoencoder
 from sit_composer.config.load import load_config
 from sit_composer.data.loader import build_loader
 from sit_composer.data.stream import load_spec
@@ -69,7 +69,7 @@ def test_shards_of_each_class_are_verified_trained_on_and_sampled(source, vae_of
     vae, out = vae_of_kind(kind), tmp_path / "shards"
     code, _, stderr = convert(*options(source, out, vae, "--skip-bad", "--statistics", "measure"))
     assert code == 0, stderr
-    encoder, spec = KLAutoencoder(vae), load_spec(None, str(out))
+    encoder, spec = DiffusersAutoencoder(vae), load_spec(None, str(out))
     of = AutoencoderSpec(**spec.autoencoder)
     stored, side = encoder.spec.stored, 16 // of.downsample
     assert (spec.channels, of.statistics, of.scale) == (encoder.spec.channels, "data", 1.0)
