@@ -88,13 +88,13 @@ class AutoencoderSpec:
         return replace(self, **{name: getattr(other, name) for name in names}) if other.statistics else self
 
     def doubt(self, mean: float, std: float, what: str = "latents") -> str | None:
-        """What is wrong with latents of this mean and deviation, after shift and scale; None if they are plausible."""
+        """What is wrong with latents of this mean and deviation, once standardized; None if they are plausible."""
         if not LATENT_STD.admit(std):
             found = f"the {what} have a standard deviation of {std:.3g} after scale {self.scale}"
             wrong = "scale is wrong" if self.mean is None else "mean and std are of another autoencoder or other data"
             return f"{found}, expected about 1: the {wrong}, or already applied to the moments"
         if not LATENT_MEAN.admit(mean):
-            return f"the {what} have a mean of {mean:.3g} after shift and scale, expected about 0"
+            return f"the {what} have a mean of {mean:.3g} once standardized, expected about 0"
         return None
 
 
@@ -210,12 +210,15 @@ class DiffusersAutoencoder:
 def find_autoencoder(name: str) -> tuple[str | None, str]:
     """Where a folder or hub repository has an autoencoder, at the top (None) or in ``vae``, and its class; or raises
     ValueError."""
-    from diffusers import AutoencoderKL  # takes seconds to import, and pixels don't need it
+    import diffusers  # takes seconds to import, and pixels don't need it
 
     reasons = []
     for subfolder in (None, "vae"):
         try:
-            kind = AutoencoderKL.load_config(name, subfolder=subfolder).get("_class_name")
+            kind = diffusers.AutoencoderKL.load_config(name, subfolder=subfolder).get("_class_name")
+            if kind in CLASSES and not hasattr(diffusers, kind):
+                installed = f"this is diffusers {diffusers.__version__}"
+                raise ValueError(f"{kind} needs a newer one, {installed}; run pip install -U diffusers")
             if kind in CLASSES:
                 return subfolder, kind
             reasons.append(f"its config.json is of {kind or 'no class'}")

@@ -127,7 +127,7 @@ def sample_ode(
     if sampling_method in ("euler", "heun", "heun2"):
         heun = sampling_method != "euler"
         if heun and tr.prediction == "x" and not reverse:
-            # JiT's last step is Euler's, to the network's own x: Heun's would divide one at the data by t_eps.
+            # JiT's last step is Euler's: Heun's second evaluation, at the data, would divide by t_eps.
             x, times, heun = fixed_steps(drift, x, times[:-1], heun), times[-2:], False
         return fixed_steps(drift, x, times, heun).to(z.dtype)
     overstep = not tr.path.facts.pole_at_data  # beyond which there is no path

@@ -226,7 +226,7 @@ def test_latents_are_decoded_by_the_autoencoder_they_are_of_and_in_no_dtype_it_o
         assert draw("--num-images", "1", checkpoint=latent[0]) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert "trained on latents of" in error
-        assert "'scale': 0.5" in error
+        assert "scale=0.5" in error
     finally:
         (latent[1] / "config.json").write_text(original)
     assert not list((tmp_path / "out").glob("*.png"))

@@ -98,7 +98,7 @@ def _convert(args: argparse.Namespace, source: dict[str, Any], output: Output) -
             for record in results:
                 records[record["part"]] = record
                 if record.get("sums") and sum(record["counts"].values()) >= ENOUGH and args.statistics != MEASURE:
-                    made.spec(False, [], record["sums"])  # wrong statistics are refused before hours of work
+                    made.check_part(record["sums"])  # wrong statistics are refused before hours of work
                 progress.log("part", part=record["part"], pictures=sum(record["counts"].values()))
         ordered = [records[number] for number in sorted(records)]
         spec = _spec(job, Tally.of(ordered))

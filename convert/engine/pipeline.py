@@ -13,8 +13,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from convert.engine.decoders import Decoders, Prepared, ahead
 from convert.engine.output import Output
 from convert.engine.plan import Plan
@@ -69,8 +67,9 @@ class Tally:
 
     def add_sums(self, sums: Any) -> None:
         """Adds an image's or a part's sums, if there are any."""
-        if sums is not None and len(sums):
-            self.sums = np.add(self.sums, sums).tolist() if self.sums else np.array(sums).tolist()
+        if sums:
+            rows = zip(self.sums, sums, strict=True)
+            self.sums = [[a + b for a, b in zip(*row, strict=True)] for row in rows] if self.sums else sums
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from convert.kinds import BadPicture
 from convert.kinds.cropping import crop
 from convert.kinds.pixels import decoded, read_file
-from convert.kinds.statistics import doubt, standardized, statistics_of, sums_of
+from convert.kinds.statistics import doubt, overall, statistics_of, sums_of
 from sit_composer.autoencoder import AutoencoderSpec, DiffusersAutoencoder, to_uint8
 from sit_composer.captions import Cell, class_caption, draw_grid
 from sit_composer.data.pictures import center_crop
@@ -145,9 +145,7 @@ class LatentCheck(Check):
         """Reports mean and standard deviation of standardized latents over all values."""
         if not self.checked:
             return []
-        means, stds = np.array([standardized(self.of, *statistics_of(sums)) for sums in self.sums]).swapaxes(0, 1)
-        mean = means.mean(axis=1)  # over the channels
-        std = np.sqrt((np.square(means) + np.square(stds)).mean(axis=1) - np.square(mean))
+        mean, std = zip(*(overall(self.of, sums) for sums in self.sums), strict=True)  # straight and mirrored
         for i, name in enumerate(("latents", "mirrored latents")):
             if fault := self.of.doubt(mean[i], std[i], name):
                 self.fault(fault)
@@ -160,7 +158,7 @@ class LatentCheck(Check):
             if count > ALIKE * self.checked:
                 self.fault(f"the mirrored moments of {count} samples {what}, expected those of the mirrored images")
         return [
-            f"{self.seen} latents: mean {mean[0]:.3f}, standard deviation {std[0]:.3f} after shift and scale; "
+            f"{self.seen} latents: mean {mean[0]:.3f}, standard deviation {std[0]:.3f} once standardized; "
             f"mirrored: {mean[1]:.3f} and {std[1]:.3f}"
         ]
 

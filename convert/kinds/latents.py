@@ -15,7 +15,7 @@ from torch import Tensor
 
 from convert.kinds import MEASURE, BadPicture, Row
 from convert.kinds.cropping import levels
-from convert.kinds.statistics import doubt, fields, measured, sums_of
+from convert.kinds.statistics import doubt, fields, measured, overall, sums_of
 from convert.sources.parts import InputError, Sample
 from sit_composer.autoencoder import DiffusersAutoencoder, from_uint8
 from sit_composer.errors import UserError, first_line
@@ -117,6 +117,11 @@ class Latents:
             raise InputError(f"--statistics: {fault}; use --statistics {MEASURE}")
         return {"kind": "latents", "channels": of.channels, "image_size": self.image_size, "autoencoder": of.as_dict()}
 
+    def check_part(self, sums: list[list[float]]) -> None:
+        """Raises InputError if a part rules the statistics out, by all channels together: it may hold few classes."""
+        if fault := self.of.doubt(*overall(self.of, sums), "latents of a part"):
+            raise InputError(f"--statistics: {fault}; use --statistics {MEASURE}")
+
     def _begin_thread(self) -> None:
         if self.device == "cuda":
             torch.cuda.set_stream(torch.cuda.Stream())  # else each thread would also wait for the other's batch
@@ -154,4 +159,4 @@ class Latents:
     def _measured(self, row: dict[str, Any]) -> dict[str, Any]:
         if not self.statistics:
             return row
-        return row | {"sums": sum(sums_of(moments, self.of.channels) for moments in row.values())}
+        return row | {"sums": np.sum([sums_of(moments, self.of.channels) for moments in row.values()], axis=0).tolist()}

@@ -52,6 +52,13 @@ def doubt(of: AutoencoderSpec, sums: Any) -> str | None:
     return None
 
 
+def overall(of: AutoencoderSpec, sums: Any) -> tuple[float, float]:
+    """The mean and the deviation of all channels' values together, standardized."""
+    means, stds = standardized(of, *statistics_of(sums))
+    mean = means.mean()
+    return float(mean), float(np.sqrt((np.square(means) + np.square(stds)).mean() - np.square(mean)))
+
+
 def measured(of: AutoencoderSpec, sums: Any) -> dict[str, Any]:
     """The fields of a spec that is standardized by the data's own statistics. Raises InputError if that can't be."""
     mean, std = statistics_of(sums)
@@ -73,9 +80,9 @@ def read_statistics(path: str, channels: int) -> tuple[list[float], list[float]]
             content = json.loads(Path(path).read_text("utf-8"))
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        content = content.get("autoencoder", content)  # of a spec.json
+        content = content.get("autoencoder") or content  # of a spec.json
         names = next(names for names in NAMES if all(content.get(name) is not None for name in names))
-        mean, std = (torch.as_tensor(content[name]).double().flatten() for name in names)
+        mean, std = (torch.as_tensor(content[name], dtype=torch.float64).flatten() for name in names)
     except StopIteration:
         raise InputError(f"--statistics: {path}: got no mean and std, expected numbers per channel") from None
     except Exception as error:  # torch.load raises a dozen kinds

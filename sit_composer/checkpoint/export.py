@@ -137,7 +137,7 @@ def model_card(checkpoint: Checkpoint) -> str:
         channels=channels,
         side=side,
         path_type=transport.path_type,
-        prediction=transport.prediction,
+        prediction={"x": "data"}.get(transport.prediction, transport.prediction),
         guidance=guidance,
         sigma=SIGMA if record.argument("learn_sigma") else "",
         settings=_json({**asdict(Sampling()), "cfg_scale": scale}).strip(),

@@ -118,4 +118,6 @@ def _network_of(file: Path, weights: dict[str, Tensor], args: dict[str, Any]) ->
 def _mlp_ratio(weights: dict[str, Tensor], hidden: int) -> float:
     if "blocks.0.mlp.w12.weight" not in weights:
         return len(weights["blocks.0.mlp.fc1.weight"]) / hidden
-    return round(1.5 * weights["blocks.0.mlp.w3.weight"].shape[1] / hidden, 2)  # SwiGLU's width is rounded down
+    inner = weights["blocks.0.mlp.w3.weight"].shape[1]  # 2 / 3 · hidden · ratio, rounded down twice
+    ratio = round(1.5 * inner / hidden, 2)
+    return ratio if 2 * int(hidden * ratio) // 3 == inner else (-(-3 * inner // 2) + 0.5) / hidden

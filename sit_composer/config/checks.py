@@ -130,10 +130,9 @@ def check_transport(transport: TransportConfig) -> None:
         other, _, value = needed.partition("=")
         if getattr(transport, name) != getattr(TransportConfig(), name) and getattr(transport, other) != value:
             raise ConfigError(f"transport.{name}: needs transport.{needed}")
-    shift = transport.time_shift
-    for name in ("train_eps", "sample_eps") if shift == "auto" else ("train_eps",) if shift != 1 else ():
+    for name in ("train_eps", "sample_eps") if transport.time_shift == "auto" else ():
         if (eps := getattr(transport, name)) is not None:  # would move the ends, between which σ/α is shifted
-            raise ConfigError(f"transport.{name}: got {eps}, expected null beside transport.time_shift={shift}")
+            raise ConfigError(f"transport.{name}: got {eps}, expected null beside transport.time_shift=auto")
 
 
 def check_drawing(config: Config, section: str) -> None:

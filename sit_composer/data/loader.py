@@ -160,7 +160,7 @@ class SitDataset(CheckedDataset):
     def _fault(self, shape: tuple[int, ...], other: tuple[int, ...] | None = None) -> str | None:
         """What is wrong with the moments' shape, or None."""
         if len(shape) != 3 or shape[0] != self.spec.stored:
-            return f"moments: got {shape}, expected {SPEC_NAME}'s {self.spec.channels} channels"
+            return f"moments: got {shape}, expected ({self.spec.stored}, H, W), by {SPEC_NAME}"
         return f"moments: got {shape}, expected {other} as of other samples" if other not in (None, shape) else None
 
     def _threads(self) -> ThreadPoolExecutor | None:

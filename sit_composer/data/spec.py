@@ -15,6 +15,7 @@ SPEC_VERSION = 1
 AUTOENCODER: dict[str, list[type]] = {
     "name": [str], "channels": [int], "downsample": [int], "scale": [int, float], "shift": [int, float],
 }  # fmt: skip
+ADDED = ("mean", "std", "deterministic", "statistics")  # which not every autoencoder has
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,9 @@ class DataSpec:
             raise ValueError(f"channels: got {self.channels}, expected 1 or 3 for pixels")
         if not isinstance(self.source, dict):
             raise ValueError(f"source: got {self.source!r}, expected an object")
+        if unknown := (self.autoencoder or {}).keys() - {*AUTOENCODER, *ADDED}:
+            expected = f"one of {', '.join((*AUTOENCODER, *ADDED))}"
+            raise ValueError(f"autoencoder.{min(unknown)}: unknown, expected {expected}")
         for name, types in AUTOENCODER.items() if self.autoencoder is not None else ():
             value, expected = self.autoencoder.get(name), " or ".join(kind.__name__ for kind in types)
             if type(value) not in types:

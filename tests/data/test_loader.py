@@ -499,7 +499,9 @@ def test_a_bad_sample_raises_one_line_with_its_number_and_shard(tmp_path, worker
 
 def test_moments_of_other_channels_than_the_spec_says_raise(latents):
     spec = DataSpec(**(vars(load_spec(None, str(latents))) | {"channels": 8}))
-    with pytest.raises(DataError, match=r"\.mds: sample \d+: .*moments: got \(8, 4, 4\), expected spec.json's 8"):
+    with pytest.raises(
+        DataError, match=r"\.mds: sample \d+: .*moments: got \(8, 4, 4\), expected \(16, H, W\), by spec"
+    ):
         gather(build_loader(None, str(latents), spec=spec, batch_size=16))
 
 

@@ -131,9 +131,7 @@ def test_composers_own_steps_do_wait():
     watch = Watch()
     with pytest.raises(AssertionError, match="waits for the device"):
         train(ComposerTrainer, callbacks=[watch])
-    watch.refuse.__exit__(
-        None, None, None
-    )  # and not only off the stack: torch.compile does nothing in what was entered
+    watch.refuse.__exit__(None, None, None)  # taken off the stack alone, it would still keep torch.compile off
 
 
 class Count(TorchDispatchMode):

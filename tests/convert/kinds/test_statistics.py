@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 from streaming.base.format import reader_from_json
 
 from convert import verify_mds
+from convert.engine import conversion
 from convert.kinds.statistics import read_statistics, statistics_of, sums_of
 from convert.sources import parts
 from convert.sources.parts import InputError
@@ -135,7 +136,9 @@ def test_verify_sees_statistics_that_are_not_the_datas(source, vae_of_kind, tmp_
     assert "fault: the latents of channel 2 have a standard deviation of 0.1" in capsys.readouterr().out
 
 
-def test_statistics_of_a_file_are_used_and_those_of_another_autoencoder_refused(source, vae_of_kind, tmp_path, convert):
+def test_statistics_of_a_file_are_used_and_those_of_another_autoencoder_refused(
+    source, vae_of_kind, tmp_path, convert, monkeypatch
+):
     """As LightningDiT's latents_stats.pt for VA-VAE: mean and std (1, C, 1, 1)."""
     vae, out = vae_of_kind("per_channel"), tmp_path / "shards"
     measured = tmp_path / "measured"
@@ -149,6 +152,7 @@ def test_statistics_of_a_file_are_used_and_those_of_another_autoencoder_refused(
         used = AutoencoderSpec(**load_spec(None, str(out)).autoencoder)
         assert used.statistics == "file"
         torch.testing.assert_close(torch.tensor([used.mean, used.std]), torch.tensor([spec["mean"], spec["std"]]))
+        assert file.suffix != ".json" or used == AutoencoderSpec(**spec)  # to the bit, as evaluation compares
         assert verify_mds.main([str(out)]) == 0
     for name, content, message in (
         ("other", {"mean": spec["mean"], "std": [value * 20 for value in spec["std"]]}, "of channel 0 have a standard"),
@@ -159,6 +163,10 @@ def test_statistics_of_a_file_are_used_and_those_of_another_autoencoder_refused(
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
         code, _, stderr = convert(*command, tmp_path / f"{name}.json", "--overwrite")
         assert (code, message in stderr, stderr.splitlines()[-1][:19]) == (2, True, "error: --statistics")
+    monkeypatch.setattr(conversion, "ENOUGH", 1)  # images; then the first part is enough
+    early = options(source, tmp_path / "early", vae, "--skip-bad", "--statistics")
+    _, _, stderr = convert(*early, tmp_path / "other.json")
+    assert "the latents of a part have a standard deviation" in stderr
     assert "expected a file of statistics, or 'measure'" in convert(*command, tmp_path / "nowhere.pt")[2]
 
 
