@@ -246,6 +246,8 @@ def test_no_setting_is_chosen_on_the_images_that_are_reported(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
 def test_ranks_step_together_and_end(tmp_path, kind):
+    if torch.distributed.is_initialized():  # by another test's Trainer
+        torch.distributed.destroy_process_group()
     with growth.ranks(kind, 2, tmp_path) as (number, action):
         assert number == 2
         (other,) = multiprocessing.active_children()

@@ -8,14 +8,11 @@ those of `fill`, so that only outputs are kept. The gradients are those of the s
 
 import argparse
 import json
-import os
 import re
 import sys
 import types
 import zlib
 from pathlib import Path
-
-os.environ["TORCHDYNAMO_DISABLE"] = "1"  # their methods are compiled ones
 
 import torch
 from safetensors.torch import save_file
@@ -94,6 +91,7 @@ def main() -> None:
         sys.modules[name] = types.ModuleType(name)
     sys.modules["fairscale.nn.model_parallel"].initialize = sys.modules["fairscale.nn.model_parallel.initialize"]
     torch.Tensor.cuda = lambda self: self  # RiT puts its tables on a GPU
+    torch.compiler.set_stance("force_eager")  # their methods are compiled ones
     sys.path[:0] = [str(args.lightningdit), str(args.rit)]
     from model import RiT
     from models.lightningdit import LightningDiT, LightningDiT_models
