@@ -218,27 +218,35 @@ def plot(measured: dict[str, list[list[float]]], file: Path) -> None:
     figure.savefig(file, dpi=80)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of growth.json and growth.png")
+def measure(argv: list[str] | None, description: str, name: str, rows: dict, row: Callable) -> tuple[Path, dict]:
+    """The folder of a command's --out, and the [size, seconds] of each row; those in its NAME.json are not repeated."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help=f"folder of {name}.json and {name}.png")
     parser.add_argument("--seconds", type=float, default=2, help="for each point (%(default)s)")
     parser.add_argument("--points", type=int, help="of each row, only the first so many")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / "growth.json"
+    file = args.out / f"{name}.json"
     measured = json.loads(file.read_text()) if file.exists() else {}
-    for kind, sizes in ROWS.items():
+    for kind, sizes in rows.items():
         if kind in measured:
             continue
         points = []
         for size in sizes[: args.points]:
-            with tempfile.TemporaryDirectory() as folder, row(kind, size, Path(folder)) as (x, action):
+            # A loader's thread may still write there.
+            place = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+            with place as folder, row(kind, size, Path(folder)) as (x, action):
                 points.append([x, seconds_of(action, args.seconds)])
         measured[kind] = points
         file.write_text(json.dumps(measured, indent=1))
-    plot(measured, args.out / "growth.png")
+    return args.out, measured
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    folder, measured = measure(argv, __doc__, "growth", ROWS, row)
+    plot(measured, folder / "growth.png")
     print("| what | from | to | milliseconds | slope | of the last two |\n| --- | ---: | ---: | ---: | ---: | ---: |")
     for kind, points in measured.items():
         times = f"{1000 * points[0][1]:.3g} – {1000 * points[-1][1]:.3g}"

@@ -9,19 +9,16 @@ start: from nothing but imports to the first batch, against the number of shards
 Writes growth_loader.json after each row, and skips rows that are there; then growth_loader.png, and a Markdown table.
 """
 
-import argparse
 import itertools
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib import pyplot
 from streaming import MDSWriter
 
@@ -30,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # of the package `tests`, wh
 from sit_composer.data.loader import SitLoader, build_loader
 from sit_composer.data.spec import INDEX_NAME, SPEC_NAME
 from sit_composer.data.stream import load_spec
-from tests.benchmarks.growth import seconds_of, slope
+from tests.benchmarks.growth import measure, slope
 from tests.benchmarks.loader import make_rows, write
 
 SAMPLES, PIXELS, BATCH, SMALL = 4096, 1024, 64, (2, 4, 4)
@@ -104,7 +101,7 @@ def start(shards: int, remote: bool, folder: Path) -> Iterator[Action]:
     yield once
 
 
-def row(kind: str, size: int, folder: Path) -> AbstractContextManager[Action]:
+def action(kind: str, size: int, folder: Path) -> AbstractContextManager[Action]:
     what, against = kind.split(", ")
     if what == "start":
         return start(size, against == "shards in a remote", folder)
@@ -113,6 +110,13 @@ def row(kind: str, size: int, folder: Path) -> AbstractContextManager[Action]:
     if what == "latents":
         return epoch("latents", SAMPLES, 256, size, folder)
     return epoch("latents", *((SAMPLES, size) if "samples" in against[:7] else (64 * size, 64)), 0, folder)
+
+
+@contextmanager
+def row(kind: str, size: int, folder: Path) -> Iterator[tuple[int, Action]]:
+    """A point of a row: its size, and what is timed."""
+    with action(kind, size, folder) as timed:
+        yield size, timed
 
 
 def plot(measured: dict[str, list[list[float]]], file: Path) -> None:
@@ -133,29 +137,8 @@ def plot(measured: dict[str, list[list[float]]], file: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of growth_loader.json and growth_loader.png")
-    parser.add_argument("--seconds", type=float, default=2, help="for each point (%(default)s)")
-    parser.add_argument("--points", type=int, help="of each row, only the first so many")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / "growth_loader.json"
-    measured = json.loads(file.read_text()) if file.exists() else {}
-    for kind, sizes in ROWS.items():
-        if kind in measured:
-            continue
-        points = []
-        for size in sizes[: args.points]:
-            # A thread may still fetch shards.
-            with (
-                tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
-                row(kind, size, Path(folder)) as action,
-            ):
-                points.append([size, seconds_of(action, args.seconds)])
-        measured[kind] = points
-        file.write_text(json.dumps(measured, indent=1))
-    plot(measured, args.out / "growth_loader.png")
+    folder, measured = measure(argv, __doc__, "growth_loader", ROWS, row)
+    plot(measured, folder / "growth_loader.png")
     print("| what | sizes | milliseconds | slope of the last two |\n| --- | --- | --- | ---: |")
     for kind, points in measured.items():
         times = ", ".join(f"{1000 * seconds:.3g}" for _, seconds in points)
