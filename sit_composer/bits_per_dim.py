@@ -32,7 +32,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     count, positive, points = map(number, (choices.COUNT, choices.POSITIVE, choices.TIME_POINTS))
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's checkpoint file, or the folder of them")
     parser.add_argument("--data", required=True, metavar="SHARDS", help="a folder of MDS shards")
-    parser.add_argument("--weights", choices=choices.WEIGHTS, default="ema", help="(ema)")
+    parser.add_argument("--weights", default="ema", metavar="NAME", help=choices.WEIGHTS_HELP)
     parser.add_argument("--num-images", type=count, metavar="N", help="N of the images, chosen by the seed (all)")
     methods = f"of {', '.join(choices.ODE_METHODS)} (dopri5)"
     parser.add_argument("--sampling-method", default="dopri5", metavar="NAME", help=methods)
@@ -46,6 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=number(choices.FROM_ZERO), default=0, help="of the noise (0)")
     parser.add_argument("--out", metavar="FILE.json", help="write the result, and everything that it depends on")
     args = parser.parse_args(argv)
+    choices.check_weights("--weights", args.weights)
     choices.choose("--sampling-method", args.sampling_method, choices.ODE_METHODS)
     adaptive = args.sampling_method in choices.ADAPTIVE_METHODS
     refuse_idle(

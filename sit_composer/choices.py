@@ -200,7 +200,20 @@ def check_tolerances(atol: float, rtol: float, prefix: str = "") -> None:
         raise UserError(f"{prefix}atol: got 0, and {prefix}rtol too, expected a number above 0 for one of them")
 
 
-WEIGHTS = ("ema", "training")  # of a checkpoint
+POWER = "power"  # in front of the std, the name of a power function's average; that of an exponential one is its decay
+POWER_STD = Bounds(0, 12**-0.5, above=True, below=True)  # relative to training so far; at 1/√12 all batches count alike
+AVERAGE = re.compile(rf"({POWER})?\d(\.\d+)?(e-\d+)?")
+WEIGHTS = re.compile(rf"training|ema(:{AVERAGE.pattern})?")  # of a checkpoint
+WEIGHTS_HELP = "ema, training, or one of several averages, such as ema:0.999 or ema:power0.05 (ema: the first)"
+
+
+def check_weights(option: str, weights: str) -> None:
+    """Raises UserError unless this can be the name of a checkpoint's weights."""
+    if not WEIGHTS.fullmatch(weights):
+        expected = "ema, training, or one of several averages, such as ema:0.999 or ema:power0.05"
+        raise UserError(f"{option}: got {weights!r}, expected {expected}")
+
+
 LATENT_STD = Bounds(0.3, 3)  # plausible standard deviations of training's latents
 LATENT_MEAN = Bounds(-1.5, 1.5)
 

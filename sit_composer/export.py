@@ -7,6 +7,7 @@ DIR/checkpoint-STEP/ gets
                       builds a network without learn_sigma, and fails on one with it, even on their own train.py's)
   config.json         what the weights mean: network, transport, autoencoder, classes
   trainer_state.json  steps, epochs and samples trained; the hashes of the source and of the files
+If training kept several averages, ema.safetensors and ema.pt have the first, ema-NAME.safetensors the others.
 With --hub, DIR/hub-STEP/ gets a model's folder for the Hugging Face Hub: the average as model.safetensors,
 config.json, trainer_state.json, and README.md, the model card. `huggingface-cli upload OWNER/NAME DIR/hub-STEP`
 uploads it. If training had the autoencoder in a folder, upload that too, and name it by --vae-id. `sit_composer.sample`
@@ -26,8 +27,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--hub", action="store_true", help="write a folder for the Hugging Face Hub as well")
     vae_id = "for the Hub's folder: the autoencoder's name on the Hub, if training had it in a folder"
     parser.add_argument("--vae-id", metavar="OWNER/NAME", help=vae_id)
+    weights = "for the Hub's folder: training, or an average, such as ema:0.999 or ema:power0.05 (the first)"
+    parser.add_argument("--weights", metavar="NAME", help=weights)
     args = parser.parse_args(argv)
-    refuse_idle(parser, args, ("vae_id", args.hub, "without --hub"))
+    refuse_idle(parser, args, ("vae_id weights", args.hub, "without --hub"))
     if args.vae_id is not None and not is_hub_name(args.vae_id):
         parser.error(f"argument --vae-id: got {args.vae_id!r}, expected a name on the Hub, such as OWNER/NAME")
     return run_command(lambda: hand_over("sit_composer.checkpoint.export", check_checkpoint(args), "torch"))

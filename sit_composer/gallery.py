@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> None:
     }
     out = Path(args.out)
     missing = claim_for_all(out, settings, len(labels))
+    if rank == 0 and checkpoint.which != args.weights:
+        print(f"note: --weights {args.weights} is {checkpoint.which}", file=sys.stderr)
     if args.idle_steps and rank == 0:
         print(f"note: {sampling.sampling_method} chooses its own steps; --num-steps has no effect", file=sys.stderr)
     if missing:

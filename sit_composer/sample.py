@@ -32,7 +32,7 @@ def make_options() -> argparse.ArgumentParser:
     policies = "the classes of --num-images: equally often, or random (equal)"
     option("--labels", choices=("equal", "random"), default="equal", help=policies)
     option("--per-class", type=count, metavar="K", help="images of each of --classes (1)")
-    option("--weights", choices=choices.WEIGHTS, default="ema", help="(ema)")
+    option("--weights", default="ema", metavar="NAME", help=choices.WEIGHTS_HELP)
     option("--cfg-scale", type=not_negative, help="guidance; 1 is none (4, or 1 without a null class)")
     option("--cfg-channels", type=count, metavar="C", help="guide only the first C, the release 3 of 4 (all)")
     times = "guide within these times; data is at 1 (0 1)"
@@ -66,6 +66,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options with their defaults; those that depend on the checkpoint are None if not given."""
     parser = make_options()
     args = parser.parse_args(argv)
+    choices.check_weights("--weights", args.weights)
     check_output("--npz", args.npz, "", "arr_0", "labels")
     ode = args.mode == "ODE"
     methods, method, steps = (choices.ODE_METHODS, "dopri5", 50) if ode else (choices.SDE_METHODS, "Euler", 250)

@@ -161,7 +161,8 @@ class SiT(nn.Module):
 
         Args:
             folder_or_hub_id: what `checkpoint.load.load_checkpoint` takes, or a Hub name such as "owner/name".
-            weights: "ema" or "training"; raises a UserError if there are no such weights.
+            weights: "ema", "training", or of several averages one such as "ema:0.999" or "ema:power0.05"; raises a
+                UserError if there are no such weights.
         """
         checkpoints = importlib.import_module("sit_composer.checkpoint.load")  # which itself imports this module
         checkpoint = checkpoints.load_checkpoint(checkpoints.fetch(folder_or_hub_id), weights)

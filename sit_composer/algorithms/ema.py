@@ -6,6 +6,7 @@ How it differs from Composer 0.32's own:
 - The callback `EMAWeights` keeps the average: a sharded checkpoint stores callbacks' state tensor by tensor, but
   algorithms' as one pickled blob of rank 0's.
 - The update is one fused call over the part of each tensor that this rank holds; nothing is gathered.
+- There may be several averages, and each may be exponential or a power function's; see `averages`.
 """
 
 from collections.abc import Iterator
@@ -20,14 +21,20 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from sit_composer.averages import decay_at
+from sit_composer.config.schema import is_plain
+
 
 class EMA(ComposerEMA):
-    """After each batch: average ← decay · average + (1 - decay) · weights, kept by the callback ``ema.weights``."""
+    """After each batch: average ← decay · average + (1 - decay) · weights, kept by the callback ``ema.weights``.
 
-    def __init__(self, decay: float = 0.9999):
-        super().__init__(half_life=None, smoothing=decay, update_interval="1ba")
-        self.decay = decay
-        self.weights = EMAWeights()
+    Each of the averages is a decay such as 0.999, or a name such as "power0.05"; the first is evaluated and sampled.
+    """
+
+    def __init__(self, *averages: float | str):
+        super().__init__(half_life=None, smoothing=0.0, update_interval="1ba")  # Composer's own, which isn't used
+        self.names = [str(average) for average in averages or (0.9999,)]
+        self.weights = EMAWeights(*self.names)
 
     def match(self, event: Event, state: State) -> bool:
         return event in (Event.BEFORE_LOAD, Event.AFTER_LOAD, Event.BATCH_END, Event.EVAL_START, Event.EVAL_END)
@@ -39,26 +46,35 @@ class EMA(ComposerEMA):
             if not self.weights.loaded:  # no checkpoint, or one without an average: start from the weights
                 self.weights.restart()
         elif event == Event.BATCH_END:
-            self.weights.update(self.decay)
+            batch = int(state.timestamp.batch)  # which counts the one that has just ended
+            self.weights.update(*(decay_at(name, batch) for name in self.names))
         else:
             self.weights.swap()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"repr": f"EMA(decay={self.decay})"}  # EMAWeights has the tensors
+        return {"repr": f"EMA(decay={', '.join(self.names)})"}  # EMAWeights has the tensors
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:
         pass
 
 
 class EMAWeights(Callback):
-    """The averaged weights, as Composer checkpoints them: ``params``, a tensor by each trained parameter's name."""
+    """The averaged weights, as Composer checkpoints them: a tensor by each trained parameter's name.
 
-    def __init__(self) -> None:
-        self.params: dict[str, Tensor] = {}  # name -> average, with the parameter's sharding and dtype
+    In a checkpoint they are ``params`` if there is one exponential average, else ``averages``, by their names.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self.averages: dict[str, dict[str, Tensor]] = {name: {} for name in names or ("0.9999",)}
         self.loaded = False
-        self.swapped = False  # whether the model holds the average, and params the weights
+        self.swapped = False  # whether the model holds the first average, and params the weights
         self._state: State | None = None
         self._trained: list[Tensor] = []  # the parameters, in the order of params
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """The first average, which is evaluated and sampled: with each parameter's sharding and dtype."""
+        return next(iter(self.averages.values()))
 
     def start(self, state: State) -> None:
         """Starts from the model's trained parameters as they are."""
@@ -66,33 +82,39 @@ class EMAWeights(Callback):
         self._state = state
         self._trained = [p for _, p in named]
         # Activation checkpointing inserts a module, which is no part of a parameter's name.
-        self.params = {name.replace("_checkpoint_wrapped_module.", ""): p.detach().clone() for name, p in named}
+        named = [(name.replace("_checkpoint_wrapped_module.", ""), p.detach()) for name, p in named]
+        self.averages = {average: {name: p.clone() for name, p in named} for average in self.averages}
         self.loaded = self.swapped = False
 
-    def _local(self) -> tuple[list[Tensor], list[Tensor]]:
-        """This rank's part of the averages, and of the parameters."""
+    def _local(self) -> tuple[list[list[Tensor]], list[Tensor]]:
+        """This rank's part of each average, and of the parameters."""
         # Not kept: FSDP2 moves uneven shards to other storage before its first forward pass.
-        return [_shard(average) for average in self.params.values()], [_shard(p) for p in self._trained]
+        averages = [[_shard(p) for p in params.values()] for params in self.averages.values()]
+        return averages, [_shard(p) for p in self._trained]
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Sets the average to the weights."""
-        torch._foreach_copy_(*self._local())
+        """Sets each average to the weights."""
+        averages, weights = self._local()
+        for average in averages:
+            torch._foreach_copy_(average, weights)
 
     @torch.no_grad()
-    def update(self, decay: float) -> None:
-        """average ← average + (1 - decay)(weights - average)."""
-        average, weights = self._local()
-        torch._foreach_lerp_(average, weights, 1 - decay)
+    def update(self, *decays: float) -> None:
+        """average ← average + (1 - decay)(weights - average), with a decay for each average."""
+        averages, weights = self._local()
+        for average, decay in zip(averages, decays, strict=True):
+            torch._foreach_lerp_(average, weights, 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchanges average and weights in place, one by one; a second call restores every bit."""
+        """Exchanges the first average and the weights in place, one by one; a second call restores every bit."""
         # After a forward pass with no backward pass, FSDP2 keeps the gathered weights, and would use them again.
         for module in self._state.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        for average, weight in zip(*self._local(), strict=True):
+        (first, *_), weights = self._local()
+        for average, weight in zip(first, weights, strict=True):
             copy = weight.clone()  # of one at a time; storages stay, which FSDP2 and compiled graphs hold on to
             weight.copy_(average)
             average.copy_(copy)
@@ -100,7 +122,7 @@ class EMAWeights(Callback):
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
-        """Within it, the model holds the average."""
+        """Within it, the model holds the first average."""
         self.swap()
         try:
             yield
@@ -108,23 +130,38 @@ class EMAWeights(Callback):
             self.swap()
 
     def state_dict(self) -> dict[str, Any]:
-        if self._state is None or self._state.fsdp_sharded_state_dict_enabled:
-            return {"params": self.params}  # each rank stores its shards
-        # All ranks gather; rank 0 writes.
-        return {"params": {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in self.params.items()}}
+        averages = self.averages
+        if self._state is not None and not self._state.fsdp_sharded_state_dict_enabled:
+            averages = {name: _gathered(params) for name, params in averages.items()}  # by all ranks; rank 0 writes
+        return {"params": next(iter(averages.values()))} if is_plain(list(averages)) else {"averages": averages}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        theirs, ours = state["params"].keys(), self.params.keys()
-        if theirs != ours:
-            lacks, has = sorted(ours - theirs)[:3], sorted(theirs - ours)[:3]
-            raise ValueError(f"the checkpoint's EMA is of another model: it lacks {lacks} and has {has}")
-        for name, average in self.params.items():
-            stored = state["params"][name]
-            if isinstance(average, DTensor) and not isinstance(stored, DTensor):  # each rank has read all of it
-                where = average.device_mesh, average.placements
-                stored = distribute_tensor(stored.to(average.device), *where, src_data_rank=None)
-            average.copy_(stored)
+        alike = is_plain(list(self.averages)) and "params" in state  # whatever the decay was
+        stored = dict.fromkeys(self.averages, state["params"]) if alike else state.get("averages", {})
+        if stored.keys() != self.averages.keys():
+            got = ", ".join(stored) or "one with a decay"
+            raise ValueError(f"the checkpoint has other averages: got {got}, expected {', '.join(self.averages)}")
+        for name, average in self.averages.items():
+            _load(average, stored[name])
         self.loaded = True
+
+
+def _gathered(params: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in params.items()}
+
+
+def _load(params: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
+    """Fills an average with a checkpoint's; ValueError if it is of another model."""
+    theirs, ours = stored.keys(), params.keys()
+    if theirs != ours:
+        lacks, has = sorted(ours - theirs)[:3], sorted(theirs - ours)[:3]
+        raise ValueError(f"the checkpoint's EMA is of another model: it lacks {lacks} and has {has}")
+    for name, average in params.items():
+        value = stored[name]
+        if isinstance(average, DTensor) and not isinstance(value, DTensor):  # each rank has read all of it
+            where = average.device_mesh, average.placements
+            value = distribute_tensor(value.to(average.device), *where, src_data_rank=None)
+        average.copy_(value)
 
 
 def _shard(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sit_composer.averages import std_of
 from sit_composer.checkpoint.load import find_checkpoint, load_checkpoint
 from sit_composer.checkpoint.record import CONFIG, EXPORTED, FORMAT, Checkpoint, NoSuchWeights, digest
 from sit_composer.choices import Sampling
@@ -46,11 +47,14 @@ def run(args: argparse.Namespace) -> None:
         raise absent
     for which in EXPORTED.keys() - held.keys():
         print(f"{place}: it has no {which} weights; exporting the others")
-    best = held.get("ema") or held["training"]
+    first = held.get("ema") or held["training"]
+    best = load_checkpoint(place, args.weights) if args.weights else first
     if vae_id and best.record.autoencoder.name is None:
         raise UserError(f"--vae-id: got {vae_id}, but {args.checkpoint} generates pixels, and has no autoencoder")
     files = {EXPORTED[which]: checkpoint for which, checkpoint in held.items()}
-    write_folder(out / f"checkpoint-{best.step}", files, {"ema.pt": best.weights} if "ema" in held else {})
+    for name in (first.record.averages or [])[1:]:
+        files[f"ema-{name}.safetensors"] = load_checkpoint(place, f"ema:{name}")
+    write_folder(out / f"checkpoint-{best.step}", files, {"ema.pt": first.weights} if "ema" in held else {})
     if args.hub:
         name = vae_id or best.record.autoencoder.name
         named = replace(best.record, autoencoder=replace(best.record.autoencoder, name=name))
@@ -62,8 +66,18 @@ def run(args: argparse.Namespace) -> None:
             print(f"warning: hub-{best.step}: {what}; {advice}", file=sys.stderr)
 
 
-def write_folder(folder: Path, weights: dict[str, Checkpoint], others: Mapping[str, Content]) -> None:
-    """Writes files of weights and others, config.json and trainer_state.json, or nothing; an existing one is kept."""
+def write_folder(
+    folder: Path,
+    weights: dict[str, Checkpoint],
+    others: Mapping[str, Content],
+    source: dict[str, str] | None = None,
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes files of weights and others, config.json and trainer_state.json, or nothing; an existing one is kept.
+
+    ``source``: the names and hashes of the files that the weights come from; None: of the checkpoints'. ``notes`` are
+    added to trainer_state.json.
+    """
     held = list(weights.values())
     trained = {name: getattr(held[0], name) for name in ("step", "epoch", "samples")}
     names = {checkpoint.which: name for name, checkpoint in weights.items()}
@@ -71,7 +85,8 @@ def write_folder(folder: Path, weights: dict[str, Checkpoint], others: Mapping[s
     files = {**{name: checkpoint.weights for name, checkpoint in weights.items()}, **others, CONFIG: config}
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        source = {Path(path).name: digest(path) for path in sorted({checkpoint.path for checkpoint in held})}
+        if source is None:
+            source = {Path(path).name: digest(path) for path in sorted({checkpoint.path for checkpoint in held})}
         if folder.exists():
             if not _is_this(folder, config, source, set(files)):
                 raise UserError(f"--out: {folder} exists and is not this export; choose another, or move it away")
@@ -81,7 +96,7 @@ def write_folder(folder: Path, weights: dict[str, Checkpoint], others: Mapping[s
         for name, content in files.items():
             _write(temporary / name, content)
         hashes = {name: digest(temporary / name) for name in files}
-        _write(temporary / STATE, _json({**trained, "source": source, "sha256": hashes}))
+        _write(temporary / STATE, _json({**trained, "source": source, "sha256": hashes, **(notes or {})}))
         temporary.rename(folder)  # fails if the folder exists by now and is not empty
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
         reason = getattr(error, "strerror", None) or first_line(error)
@@ -115,6 +130,17 @@ def _json(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
+def describe(weights: str) -> str:
+    """What weights of that name are, in words."""
+    kind, _, name = weights.partition(":")
+    if kind == "training":
+        return "the training weights, not an average"
+    std = std_of(name)
+    if std is not None:
+        return f"a power-function average (arXiv 2312.02696) with relative standard deviation {std}"
+    return "the exponential moving average" + (f" with decay {name}" if name else "")
+
+
 def model_card(checkpoint: Checkpoint) -> str:
     """The README.md of a model on the Hugging Face Hub: what it is, and how to sample from it."""
     record = checkpoint.record
@@ -132,7 +158,7 @@ def model_card(checkpoint: Checkpoint) -> str:
         classes=", ".join(record.classes[:5]) + (", …" if len(record.classes) > 5 else ""),
         last_label=len(record.classes) - 1,
         step=checkpoint.step,
-        which="the exponential moving average" if checkpoint.which == "ema" else "the training weights, not an average",
+        which=describe(checkpoint.which),
         latents=latents,
         channels=channels,
         side=side,

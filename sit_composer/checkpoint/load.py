@@ -2,7 +2,8 @@
 
 Three kinds are read, all without running code that might be in them: a run's, in which ``state.model`` holds the
 training weights, and the states of the callbacks `EMAWeights` and `RunRecord` their average and the network's record;
-the authors' ``.pt``; and a folder that `sit_composer.export` wrote. Weights are asked for as "ema" or "training".
+the authors' ``.pt``; and a folder that `sit_composer.export` wrote. Weights are asked for as "training" or "ema"; one
+of several averages as "ema:0.999" or "ema:power0.05".
 """
 
 import atexit
@@ -17,10 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from sit_composer.checkpoint.folder import CHECKPOINT, fetch_checkpoint, newest
-from sit_composer.checkpoint.record import CONFIG, EXPORTED, FORMAT, Checkpoint, NoSuchWeights, Record, check_fit
+from sit_composer.checkpoint.record import (
+    CONFIG,
+    EXPORTED,
+    EXPORTED_FILE,
+    FORMAT,
+    Checkpoint,
+    NoSuchWeights,
+    Record,
+    check_fit,
+)
 from sit_composer.checkpoint.released import from_authors, weights_in
 from sit_composer.checkpoint.safe_load import METADATA, CheckpointError, load_file
-from sit_composer.choices import WEIGHTS, choose
+from sit_composer.choices import check_weights
 from sit_composer.cli import is_remote
 from sit_composer.errors import first_line
 from sit_composer.storage import LocalFolder, S3Folder
@@ -30,13 +40,13 @@ FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # names of weights in 
 
 
 def load_checkpoint(path: str, weights: str = "ema") -> Checkpoint:
-    """Reads the weights of that name, "ema" or "training".
+    """Reads the weights of that name: "ema", "training", or of several averages "ema:NAME"; "ema" is the first.
 
     The path is of a run's folder (its newest checkpoint) or one checkpoint, a file or a folder of shards; the authors'
     ``.pt``, or another file of such weights; an exported folder; each on disk or in S3. Raises NoSuchWeights if it has
-    only the others; CheckpointError if it is no checkpoint, is damaged, or holds values that aren't finite.
+    only others; CheckpointError if it is no checkpoint, is damaged, or holds values that aren't finite.
     """
-    choose("weights", weights, WEIGHTS)
+    check_weights("weights", weights)
     place = find_checkpoint(path)
     if _is_sharded(place):
         checkpoint = _from_run(place, None, weights)
@@ -68,7 +78,7 @@ def find_checkpoint(path: str) -> Path:
     if place.is_dir() and not (place / CONFIG).is_file() and not _is_sharded(place):
         return place / _newest(LocalFolder(path))
     place = place.resolve() if place.is_symlink() else place  # "latest" may be changed to another checkpoint
-    if place.name in ("ema.pt", *EXPORTED.values()) and (place.parent / CONFIG).is_file():
+    if (place.name == "ema.pt" or EXPORTED_FILE.fullmatch(place.name)) and (place.parent / CONFIG).is_file():
         raise CheckpointError(f"{place}: part of an exported folder; give the folder, whose {CONFIG} belongs to it")
     return place
 
@@ -89,7 +99,7 @@ def _download(uri: str) -> Path:
         return place / last
     if not CHECKPOINT.fullmatch(last):
         folder = S3Folder(uri)
-        exported = [name for name in folder.listing() if name in (CONFIG, *EXPORTED.values())]
+        exported = [name for name in folder.listing() if name == CONFIG or EXPORTED_FILE.fullmatch(name)]
         if CONFIG in exported:
             for name in exported:
                 folder.download(name, place / name)
@@ -106,7 +116,7 @@ def fetch(folder_or_hub_id: str) -> str:
     from huggingface_hub import snapshot_download  # only a Hub's name needs it
 
     try:
-        return snapshot_download(folder_or_hub_id, allow_patterns=[CONFIG, *EXPORTED.values()])
+        return snapshot_download(folder_or_hub_id, allow_patterns=[CONFIG, "model.safetensors", "ema*.safetensors"])
     except Exception as error:  # huggingface_hub's, its HTTP client's or the system's
         reason = f"no such folder, and not from the Hub either: {first_line(error)}"
         raise CheckpointError(f"{folder_or_hub_id}: {reason}") from error
@@ -115,33 +125,36 @@ def fetch(folder_or_hub_id: str) -> str:
 def _from_run(file: Path, content: dict[str, Any] | None, which: str) -> Checkpoint:
     part = partial(_part, file, content)
     try:
-        record = json.loads(part("callbacks.RunRecord")["record"])
-        time = part("timestamp.Timestamp")
+        written = json.loads(part("callbacks", "RunRecord")["record"])
+        time = part("timestamp", "Timestamp")
         step, epoch, samples = (int(time[name]) for name in ("batch", "epoch", "sample"))
         weights = {name.removeprefix(PREFIX): tensor for name, tensor in part("model").items()}
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CheckpointError(f"{file}: not a checkpoint of sit_composer's (it has no {error})") from None
-    if which == "ema":  # the average lacks the weights that are frozen
+    record = Record.from_dict(written, file)
+    which = record.name_of(which, file)
+    if which != "training":  # an average lacks the weights that are frozen
+        path = ["params"] if record.averages is None else ["averages", which.partition(":")[2]]
         try:
-            weights |= {name.removeprefix(PREFIX): t for name, t in part("callbacks.EMAWeights.params").items()}
+            weights |= {name.removeprefix(PREFIX): t for name, t in part("callbacks", "EMAWeights", *path).items()}
         except KeyError:
             reason = "no EMA weights, as it was trained with `ema: null`; ask for the training weights"
             raise NoSuchWeights(f"{file}: {reason}") from None
-    return Checkpoint(weights, which, Record.from_dict(record, file), step, str(file), epoch, samples)
+    return Checkpoint(weights, which, record, step, str(file), epoch, samples)
 
 
-def _part(place: Path, content: dict[str, Any] | None, path: str) -> dict[str, Any]:
-    """The part of a run's state at a path such as callbacks.RunRecord: of a file's content, or of a sharded folder."""
+def _part(place: Path, content: dict[str, Any] | None, *path: str) -> dict[str, Any]:
+    """The part of a run's state at a path such as callbacks, RunRecord: of a file's content, or of a sharded folder."""
     if content is not None:
-        return reduce(operator.getitem, path.split("."), content["state"])
+        return reduce(operator.getitem, path, content["state"])
     from sit_composer.checkpoint.sharded import load_sharded  # takes seconds to import
 
-    prefix = f"state.{path}."
+    prefix = f"state.{'.'.join(path)}."
     found = load_sharded(place, lambda name: name.startswith(prefix))
     if not found:
-        raise KeyError(path)
+        raise KeyError(".".join(path))
     return {name.removeprefix(prefix): value for name, value in found.items()}
 
 
@@ -159,15 +172,16 @@ def _from_export(folder: Path, which: str) -> Checkpoint:
             raise ValueError(f"got version {content.get('version')}, expected version {FORMAT['version']}")
         files, trained = content["weights"], content["trained"]
         step, epoch, samples = (int(trained[name]) for name in ("step", "epoch", "samples"))
+        record = Record.from_dict(content, config)
+        which = record.name_of(which, folder)
         if which not in files:
             raise NoSuchWeights(f"{folder}: no {which} weights; ask for the {', '.join(files)} ones")
-        if files[which] not in EXPORTED.values():  # nothing outside the folder, and nothing pickled
+        if not EXPORTED_FILE.fullmatch(str(files[which])):  # nothing outside the folder, and nothing pickled
             raise ValueError(f"{which} weights: got {files[which]!r}, expected {' or '.join(EXPORTED.values())}")
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{config}: not an export's: {error}") from None
-    record = Record.from_dict(content, config)
     file = folder / files[which]
     weights = load_file(file)
     check_fit(file, record.model, weights)

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from sit_composer.autoencoder import SLICE_SIZE, Autoencoder, AutoencoderSpec, load_autoencoder
 from sit_composer.checkpoint.safe_load import CheckpointError
+from sit_composer.choices import AVERAGE
 from sit_composer.errors import UserError
 from sit_composer.sit import SiT
 from sit_composer.transport import Transport
@@ -19,11 +21,12 @@ from sit_composer.transport import Transport
 CONFIG = "config.json"  # an exported folder's record
 FORMAT = {"format": "sit_composer", "version": 1}  # of CONFIG
 EXPORTED = {"training": "model.safetensors", "ema": "ema.safetensors"}
+EXPORTED_FILE = re.compile(rf"model\.safetensors|ema(-{AVERAGE.pattern})?\.safetensors")  # more averages by their names
 REFUSALS = (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError)  # of constructors, for wrong arguments
 
 
 class NoSuchWeights(CheckpointError):
-    """The checkpoint is sound, but holds only the other kind of weights."""
+    """The checkpoint is sound, but has no weights of that name."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,9 @@ class Record:
     transport: dict[str, Any]  # Transport's arguments
     autoencoder: AutoencoderSpec
     classes: list[str]  # a name for each label
-    ema_decay: float | None = None  # None without an average
+    ema_decay: float | None = None  # of the first average; None without one, or if it is a power function's
     cfg_channels: int | None = None  # channels that sampling guides by default; None: all
+    averages: list[str] | None = None  # the names of all averages; None: one with ema_decay, or none
 
     @classmethod
     def from_dict(cls, content: dict[str, Any], where: str | Path) -> "Record":
@@ -46,17 +50,34 @@ class Record:
             except REFUSALS as error:
                 reason = f"{error} is missing" if isinstance(error, KeyError) else error
                 raise CheckpointError(f"{where}: {name}: {reason}") from None
-        rest: dict[str, Any] = {name: content.get(name) for name in ("classes", "ema_decay", "cfg_channels")}
+        names = ("classes", "ema_decay", "cfg_channels", "averages")
+        rest: dict[str, Any] = {name: content.get(name) for name in names}
         record = cls(content["model"], content["transport"], AutoencoderSpec(**content["autoencoder"]), **rest)
         count = record.argument("num_classes")
         if not isinstance(record.classes, list) or len(record.classes) != count:
             raise CheckpointError(f"{where}: classes: expected {count} names, one per class of the model")
+        held = record.averages
+        if held is not None and not (isinstance(held, list) and held and all(AVERAGE.fullmatch(str(n)) for n in held)):
+            raise CheckpointError(f"{where}: averages: got {held}, expected names such as 0.999 or power0.05")
         return record
 
     def as_dict(self) -> dict[str, Any]:
         """The record as JSON holds it."""
         guided = {} if self.cfg_channels is None else {"cfg_channels": self.cfg_channels}
-        return {**self.settings(), "classes": self.classes, **guided, "ema_decay": self.ema_decay}
+        several = {} if self.averages is None else {"averages": self.averages}
+        return {**self.settings(), "classes": self.classes, **guided, "ema_decay": self.ema_decay, **several}
+
+    def name_of(self, weights: str, where: str | Path) -> str:
+        """The name of weights as results hold it: "ema" stands for the first of several averages, as ema:NAME.
+
+        Raises NoSuchWeights, with the names of those in the checkpoint ``where``, for an average that it lacks.
+        """
+        kind, _, name = weights.partition(":")
+        held = self.averages or ([] if self.ema_decay is None else [str(self.ema_decay)])
+        if name and name not in held:
+            there = ", ".join([*(f"ema:{one}" for one in held), "training"])
+            raise NoSuchWeights(f"{where}: no average {name}, expected one of its weights, {there}")
+        return kind if kind == "training" or self.averages is None else f"ema:{name or held[0]}"
 
     def settings(self) -> dict[str, Any]:
         """The parts that results hold."""
@@ -95,7 +116,7 @@ class Checkpoint:
     """Weights with the published names, and what they are."""
 
     weights: dict[str, Tensor]  # on the CPU
-    which: str  # "ema" or "training"
+    which: str  # "ema" or "training"; of several averages "ema:NAME"
     record: Record
     step: int  # batches trained; 0 if the file doesn't say, as the released ones
     path: str  # the file that the weights come from

@@ -50,9 +50,9 @@ def from_authors(file: Path, content: dict[str, Any], held: dict[str, dict[str, 
 
     A bare one is assumed to have the path and the prediction of the released ones, Linear and velocity.
     """
-    weights, other = held.get(which), "ema" if which == "training" else "training"
+    weights = held.get(which)
     if weights is None:
-        raise NoSuchWeights(f"{file}: no {which} weights, only the {other} ones; ask for those")
+        raise NoSuchWeights(f"{file}: no {which} weights, only the {' and '.join(held)} ones; ask for those")
     args = content.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else {}
     model = _network_of(file, weights, args)

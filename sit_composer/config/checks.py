@@ -21,7 +21,7 @@ from sit_composer.choices import (
 )
 from sit_composer.cli import s3_endpoint
 from sit_composer.config import composer_classes
-from sit_composer.config.schema import Config, ConfigError, ModelConfig, TransportConfig, network_arguments
+from sit_composer.config.schema import Config, ConfigError, ModelConfig, TransportConfig, averages, network_arguments
 from sit_composer.config.times import ANY, check_time, parse_time
 
 # Trainer arguments that have a key of their own, or that a YAML can't hold.
@@ -64,6 +64,9 @@ def check(config: Config, ranks: int | None = None) -> None:
             raise ConfigError(f"{section}.global_batch_size: got {n}, expected a multiple of {ranks} ({ranks} ranks)")
     if len(config.optimizer.betas) != 2:
         raise ConfigError(f"optimizer.betas: got {config.optimizer.betas}, expected two numbers in [0, 1)")
+    names = averages(config)
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"ema: got the average {twice} twice, expected each once in decay, decays and power")
     for section in ("sample_grid", "frechet"):
         if getattr(config, section) is not None:
             check_drawing(config, section)

@@ -8,7 +8,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sit_composer.choices import BLOCKS
 from sit_composer.cli import is_remote
 from sit_composer.config.load import read_yaml
-from sit_composer.config.schema import Config, ConfigError, network_arguments
+from sit_composer.config.schema import Config, ConfigError, averages, is_plain, network_arguments
 
 CONFIG = "config.yaml"  # the resolved config, beside a run's checkpoints
 
@@ -37,7 +37,9 @@ def check_same_config(config: Config, text: str, where: str) -> None:
 
 def _fixed_keys(config: Config) -> dict[str, object]:
     """The keys that can't change between a run and its resumption."""
-    keys: dict[str, object] = {"seed": config.seed, "ema": None if config.ema is None else "an average"}
+    names = averages(config)  # of which the decay of a single one may change
+    ema = "an average" if names and is_plain(names) else ", ".join(names) or None
+    keys: dict[str, object] = {"seed": config.seed, "ema": ema}
     sections = {name: vars(getattr(config, name)) for name in ("transport", "autoencoder", "optimizer")}
     for section, values in {"model": {**BLOCKS, **network_arguments(config.model)}, **sections}.items():
         keys |= {f"{section}.{name}": value for name, value in values.items()}

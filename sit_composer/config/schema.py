@@ -95,7 +95,11 @@ class OptimizerConfig:
 
 @dataclass
 class EMAConfig:
-    decay: float = key("decay of the averaged weights per batch", 0.9999, c.INSIDE_UNIT)
+    decay: float | None = key(
+        "decay of the averaged weights per batch; null: 0.9999, or none beside the others", None, c.INSIDE_UNIT
+    )
+    decays: list[float] = key("decays of more averages", [], c.INSIDE_UNIT)
+    power: list[float] = key("relative stds of power functions' averages, such as [0.05, 0.1]", [], c.POWER_STD)
 
 
 @dataclass
@@ -174,6 +178,19 @@ def network_arguments(model: ModelConfig) -> dict[str, Any]:
     named = {"learn_sigma": True, **c.BLOCKS, **(c.variant(model.name) if model.name is not None else {})}
     found = {name: named.get(name) if value is None else value for name, value in arguments.items()}
     return {name: value for name, value in found.items() if name not in c.BLOCKS or value != c.BLOCKS[name]}
+
+
+def averages(config: Config) -> list[str]:
+    """The names of a run's averages: a decay, or power and a relative std. The first is used during training."""
+    if config.ema is None:
+        return []
+    given = [*([] if config.ema.decay is None else [config.ema.decay]), *config.ema.decays]
+    return [str(decay) for decay in given] + [f"{c.POWER}{std}" for std in config.ema.power] or ["0.9999"]
+
+
+def is_plain(averages: list[str]) -> bool:
+    """Whether they are one average with a decay, or none, as in the checkpoints and records of earlier versions."""
+    return len(averages) < 2 and not "".join(averages).startswith(c.POWER)
 
 
 def transport_arguments(config: Config) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sit_composer.autoencoder import SLICE_SIZE, find_autoencoder
 from sit_composer.autoencoder_config import read_layout
-from sit_composer.config.schema import Config, network_arguments, transport_arguments
+from sit_composer.config.schema import Config, averages, network_arguments, transport_arguments
 from sit_composer.config.times import parse_time
 from sit_composer.costs.live_bytes import DTYPES, Ledger, Step, peak
 from sit_composer.errors import UserError
@@ -94,7 +94,7 @@ def memory(
     return Memory(
         weights=4 * everything,
         optimizer=8 * trained,
-        ema=4 * trained if config.ema is not None else 0,
+        ema=4 * trained * len(averages(config)),
         buffers=buffers,
         encoder=weights,
         gradients=4 * trained,

@@ -3,6 +3,7 @@
 import argparse
 import math
 import statistics
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ def run(args: argparse.Namespace) -> None:
     spec = load_spec(None, args.data)
     checkpoint = load_checkpoint(args.checkpoint, args.weights)
     record, solve = checkpoint.record, args.solve
+    if checkpoint.which != args.weights:
+        print(f"note: --weights {args.weights} is {checkpoint.which}", file=sys.stderr)
     dims = math.prod(record.latent_shape)
     if solve.exact and dims > EXACT_DIMS:
         raise UserError(f"--exact: got a network of {dims} dimensions, expected at most {EXACT_DIMS}; use --probes")

@@ -57,8 +57,9 @@ def markdown(result: dict[str, Any]) -> str:
     sampling, values = result["samples"]["sampling"] or {}, result["metrics"]
     sampler = " ".join(str(sampling[name]) for name in ("mode", "sampling_method") if name in sampling)
     evaluations = sampling.get("evaluations")
+    weights = str((sampling.get("checkpoint") or {}).get("weights"))  # ema:NAME if it has several averages
     cells = {
-        "model": model_name(sampling.get("model")),
+        "model": model_name(sampling.get("model")) + (f", {weights}" if ":" in weights else ""),
         "sampler": sampler or "–",
         "evals": f"{evaluations:.1f}".removesuffix(".0") if isinstance(evaluations, int | float) else "–",
         "cfg": sampling.get("cfg_scale", "–"),

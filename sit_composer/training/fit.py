@@ -11,6 +11,7 @@ from composer.utils import dist, reproducibility
 from torch.distributed.checkpoint.api import CheckpointException
 
 from sit_composer.algorithms.ema import EMA
+from sit_composer.averages import std_of
 from sit_composer.callbacks.latent_check import LatentCheck
 from sit_composer.callbacks.progress import Progress
 from sit_composer.callbacks.run_record import RunRecord
@@ -18,7 +19,14 @@ from sit_composer.checkpoint.folder import newest
 from sit_composer.checkpoint.record import Record
 from sit_composer.cli import say
 from sit_composer.config.composer_classes import build
-from sit_composer.config.schema import Config, ConfigError, network_arguments, transport_arguments
+from sit_composer.config.schema import (
+    Config,
+    ConfigError,
+    averages,
+    is_plain,
+    network_arguments,
+    transport_arguments,
+)
 from sit_composer.costs import estimate, gpus
 from sit_composer.costs.room import check_room, too_large
 from sit_composer.errors import one_line
@@ -74,14 +82,16 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
         compile_blocks(network, backend)
     transport = Transport(**transport_arguments(config))
     model = ComposerSiT(network, transport, inputs.autoencoder, inputs.encoder, config.precision)
-    ema = EMA(config.ema.decay) if config.ema is not None else None
+    names = averages(config)
+    ema = EMA(*names) if names else None
     weights = ema.weights if ema is not None else None
     record = Record(
         model=network_arguments(config.model),
         transport=transport_arguments(config),
         autoencoder=inputs.autoencoder,
         classes=list(inputs.specs["data"].classes),
-        ema_decay=ema.decay if ema is not None else None,
+        ema_decay=float(names[0]) if names and std_of(names[0]) is None else None,
+        averages=None if is_plain(names) else names,
     )
     # --- Trainer ---
     callbacks = [RunRecord(record, supervision.save_config), *build("callbacks", config.callbacks)]

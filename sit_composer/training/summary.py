@@ -12,7 +12,14 @@ from sit_composer.callbacks.progress import duration
 from sit_composer.checkpoint.folder import CHECKPOINT
 from sit_composer.checkpoint.record import on_meta
 from sit_composer.choices import dimension_shift
-from sit_composer.config.schema import Config, ConfigError, network_arguments, transport_arguments
+from sit_composer.config.schema import (
+    Config,
+    ConfigError,
+    averages,
+    is_plain,
+    network_arguments,
+    transport_arguments,
+)
 from sit_composer.costs import estimate, tables
 from sit_composer.costs.room import room
 from sit_composer.data.spec import DataSpec
@@ -36,6 +43,8 @@ def summary(config: Config, specs: dict[str, DataSpec], checkpoint: str | None) 
         dims = transport_arguments(config)["dims"]
         lines["objective"] += f", time shift {dimension_shift(dims):.3g} for {dims:,} dimensions"
         lines["objective"] += "; below 4,096 it did harm, see docs/performance.md" if dims < 4096 else ""
+    if not is_plain(names := averages(config)):
+        lines["averages"] = f"{', '.join(names)}; evaluation and sampling in training use {names[0]}"
     lines["data"] = config.data.remote or config.data.local
     if spec is not None:
         size = "" if spec.image_size is None else f" of {spec.image_size}²"
