@@ -11,21 +11,24 @@ from torch.utils.data import DataLoader
 from sit_composer.algorithms.ema import EMA
 from sit_composer.callbacks.run_record import RunRecord
 from sit_composer.checkpoint.load import load_checkpoint
-from sit_composer.checkpoint.record import Record
+from sit_composer.checkpoint.record import NoSuchWeights, Record
 from sit_composer.costs.live_bytes import Ledger
 from sit_composer.training.model import ComposerSiT
 from sit_composer.transport import Transport
-from tests.helpers.averages import DECAY, History, closed_form
+from tests.helpers.averages import DECAY, History, closed_form, power_function
 from tests.helpers.networks import SPEC, batch, small_network
 from tests.helpers.paths import ROOT
 
+SEVERAL = (DECAY, 0.5, "power0.1")
 
-def trainer_of(tmp_path=None, **arguments) -> tuple[Trainer, EMA, History]:
+
+def trainer_of(tmp_path=None, averages=(DECAY,), **arguments) -> tuple[Trainer, EMA, History]:
     data = batch(32)
     samples = [{name: column[i] for name, column in data.items()} for i in range(32)]
     model = ComposerSiT(small_network(), Transport(), SPEC)
-    ema, history = EMA(DECAY), History()
-    record = Record(model={}, transport={}, autoencoder=SPEC, classes=[""] * 1000)
+    ema, history = EMA(*averages), History()
+    names = None if averages == (DECAY,) else ema.names
+    record = Record(model={}, transport={}, autoencoder=SPEC, classes=[""] * 1000, averages=names)
     trainer = Trainer(
         model=model, train_dataloader=DataLoader(samples, batch_size=8), eval_dataloader=DataLoader(samples, 8),
         optimizers=torch.optim.AdamW(model.network.parameters(), lr=1e-2), algorithms=[ema], seed=0,
@@ -45,6 +48,60 @@ def test_the_average_is_the_closed_form_from_the_initial_weights():
     for name, average in ema.weights.params.items():
         torch.testing.assert_close(average.double(), expected[name], rtol=1e-5, atol=1e-7)
         assert not torch.equal(average, history.weights[-1][name])
+
+
+def test_each_of_several_averages_is_its_closed_form(tmp_path):
+    trainer, ema, history = trainer_of(tmp_path, SEVERAL)
+    trainer.fit()
+    forms = {"0.9": closed_form(history), "0.5": closed_form(history, 0.5), "power0.1": power_function(history, 0.1)}
+    assert list(ema.weights.averages) == list(forms)
+    for average, form in forms.items():
+        checkpoint = load_checkpoint(str(tmp_path), f"ema:{average}")
+        assert checkpoint.which == f"ema:{average}"
+        for name, expected in form.items():
+            found = ema.weights.averages[average][name]
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7)
+            assert torch.equal(checkpoint.weights[name.removeprefix("network.")], found)
+    first = load_checkpoint(str(tmp_path))  # as "ema"
+    assert first.which == "ema:0.9"
+    assert torch.equal(first.weights["x_embedder.proj.weight"], ema.weights.params["network.x_embedder.proj.weight"])
+    with pytest.raises(
+        NoSuchWeights, match=r"no average 0\.7, expected .* ema:0\.9, ema:0\.5, ema:power0\.1, training"
+    ):
+        load_checkpoint(str(tmp_path), "ema:0.7")
+
+
+def test_evaluation_uses_the_first_of_several_averages():
+    trainer, ema, _ = trainer_of(averages=SEVERAL)
+    trainer.fit()
+    held = copy.deepcopy(ema.weights.averages)
+    with ema.weights.in_model():
+        for name, p in trainer.state.model.named_parameters():
+            assert not p.requires_grad or torch.equal(p, held["0.9"][name])
+    for average, params in held.items():
+        assert all(torch.equal(p, ema.weights.averages[average][name]) for name, p in params.items())
+
+
+def test_one_average_with_a_decay_is_stored_as_ever_and_others_by_name():
+    for averages, stored in (((0.9,), "params"), (("power0.1",), "averages"), (SEVERAL, "averages")):
+        _, ema, _ = trainer_of(averages=averages)
+        assert list(ema.weights.state_dict()) == [stored]
+    assert trainer_of(averages=(0.9,))[1].state_dict() == {"repr": "EMA(decay=0.9)"}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "got"),
+    [
+        (SEVERAL, (DECAY,), "one with a decay"),
+        (("power0.1",), (DECAY,), "one with a decay"),
+        ((DECAY,), ("power0.1",), "power0.1"),
+        (SEVERAL, (0.5, "power0.1"), "0.5, power0.1"),
+    ],
+)
+def test_other_averages_are_refused(ours, theirs, got):
+    state = trainer_of(averages=theirs)[1].weights.state_dict()
+    with pytest.raises(ValueError, match=f"other averages: got {got}, expected {', '.join(map(str, ours))}"):
+        trainer_of(averages=ours)[1].weights.load_state_dict(state)
 
 
 def test_after_training_the_model_holds_the_training_weights(tmp_path):
@@ -79,15 +136,18 @@ def test_evaluation_uses_the_average_and_gives_the_weights_back():
     assert with_average.item() != pytest.approx(with_training.item(), rel=1e-3)
 
 
-def test_a_resumed_average_goes_on_to_the_bit(tmp_path):
-    whole, ema, _ = trainer_of()
+@pytest.mark.parametrize("averages", [(DECAY,), SEVERAL])
+def test_a_resumed_average_goes_on_to_the_bit(tmp_path, averages):
+    whole, ema, _ = trainer_of(averages=averages)
     whole.fit()
-    first, _, _ = trainer_of(tmp_path, max_duration="4ba")  # an epoch's end, where Composer restores the random state
+    # An epoch's end, where Composer restores the random state.
+    first, _, _ = trainer_of(tmp_path, averages, max_duration="4ba")
     first.fit()
-    second, resumed, _ = trainer_of(tmp_path / "again", load_path=str(tmp_path / "latest-rank0.pt"))
+    second, resumed, _ = trainer_of(tmp_path / "again", averages, load_path=str(tmp_path / "latest-rank0.pt"))
     second.fit()
-    for name, average in ema.weights.params.items():
-        assert torch.equal(resumed.weights.params[name], average)
+    for average, params in ema.weights.averages.items():
+        for name, value in params.items():
+            assert torch.equal(resumed.weights.averages[average][name], value)
     for name, p in whole.state.model.state_dict().items():
         assert torch.equal(second.state.model.state_dict()[name], p)
 

@@ -1,4 +1,4 @@
-"""Measures the Fréchet distance by the length of the average:   python tests/benchmarks/averages.py --out DIR --data DIR
+"""Fréchet distances by the length of the average:   python tests/benchmarks/averages.py --out DIR --data DIR
 
 Trains `yamls/fashion_mnist.yaml` once with several averages and a checkpoint every 100 batches, makes more averages
 afterwards by `sit_composer.posthoc_ema`, and compares 1,000 images of each with real ones, from the same noise.

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from sit_composer.config.checks import check
 from sit_composer.config.data_fits import check_classes_agree, check_data, local_spec
 from sit_composer.config.load import load_config, read_yaml
 from sit_composer.config.same_run import check_same_config
-from sit_composer.config.schema import ConfigError, network_arguments, transport_arguments
+from sit_composer.config.schema import ConfigError, averages, network_arguments, transport_arguments
 from sit_composer.data.spec import DataSpec
 from sit_composer.errors import UserError
 from sit_composer.sit import build_sit
@@ -75,6 +76,30 @@ def test_a_resumed_run_keeps_the_options_of_its_blocks(before, now):
     got, expected = now == "true", before == "true"
     with pytest.raises(ConfigError, match=rf"model.rotary: got {got}, expected {expected}, the value of the run in"):
         check_same_config(configure(f"model.rotary={now}"), text, "runs/a/config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ("{decay: 0.9}", "{decay: 0.5}", None),
+        ("{decay: 0.9}", "{decays: [0.5]}", None),
+        ("{decay: 0.9}", "{power: [0.1]}", "ema: got power0.1, expected an average, the value of the run in"),
+        ("{decay: 0.9, power: [0.1]}", "{decay: 0.9}", "ema: got an average, expected 0.9, power0.1, the value"),
+        ("{decays: [0.9, 0.5]}", "{decays: [0.5, 0.9]}", "ema: got 0.5, 0.9, expected 0.9, 0.5, the value"),
+        ("null", "{power: [0.1]}", "ema: got power0.1, expected None"),
+    ],
+)
+def test_a_resumed_run_keeps_its_averages_but_for_a_single_ones_decay(before, now, said):
+    text = OmegaConf.to_yaml(OmegaConf.structured(configure("ema.decay=null", f"ema={before}")))
+    with nullcontext() if said is None else pytest.raises(ConfigError, match=re.escape(said)):
+        check_same_config(configure("ema.decay=null", f"ema={now}"), text, "runs/a/config.yaml")
+
+
+def test_an_average_has_the_papers_decay_unless_others_are_given():
+    assert averages(configure("ema.decay=null")) == ["0.9999"]
+    assert averages(configure("ema.decay=null", "ema.decays=[0.999, 1e-5]")) == ["0.999", "1e-05"]
+    assert averages(configure("ema={decay: 0.99, power: [0.05]}")) == ["0.99", "power0.05"]
+    assert averages(configure("ema=null")) == []
 
 
 def test_a_run_of_before_these_options_can_be_resumed():
@@ -171,6 +196,9 @@ def test_lightningdits_yaml_is_its_repositorys_recipe():
         ("optimizer.lr=0", "optimizer.lr: got 0.0, expected a number above 0"),
         ("optimizer.betas=[0.9]", "optimizer.betas: got [0.9], expected two numbers"),
         ("ema.decay=1", "ema.decay: got 1.0, expected a number in (0, 1)"),
+        ("ema.decays=[0.9, 1]", "ema.decays: got 1.0, expected a number in (0, 1)"),
+        ("ema.power=[0.3]", "ema.power: got 0.3, expected a number in (0, 0.2886751346)"),
+        ("ema={decay: 0.9, decays: [0.5, 0.9]}", "ema: got the average 0.9 twice, expected each once"),
         ("sample_grid={labels: [10]}", "sample_grid.labels: got 10, expected labels from 0 to 9"),
         ("frechet={features: none.pt, reference: none.npz}", "frechet.reference: no file 'none.npz'"),
         ("frechet={interval: 5ba}", "frechet.reference: no value"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sit_composer.autoencoder import SLICE_SIZE, DiffusersAutoencoder
 from sit_composer.config.checks import check
 from sit_composer.config.load import load_config
-from sit_composer.config.schema import FSDPConfig, ModelConfig, network_arguments
+from sit_composer.config.schema import EMAConfig, FSDPConfig, ModelConfig, network_arguments
 from sit_composer.costs import estimate, live_bytes, tables
 from sit_composer.memory import UNIMPORTANT
 from sit_composer.memory import main as command
@@ -104,6 +104,8 @@ def test_ddp_keeps_20_bytes_a_parameter_and_4_of_buckets():
     kept = alone.weights + alone.gradients + alone.optimizer + alone.ema
     assert kept == pytest.approx(20 * trained, rel=1e-3)
     assert (alone.buffers, eight.buffers) == (0, 4 * trained)
+    config.ema = EMAConfig(decays=[0.9], power=[0.05, 0.1])
+    assert estimate.memory(config, 1, 4).total == alone.total + 2 * 4 * trained
     config.ema = None
     assert estimate.memory(config, 1, 4).total == alone.total - 4 * trained
 

@@ -1,7 +1,9 @@
-"""The exponential moving average in closed form, to compare with."""
+"""Averages in closed form, to compare with."""
 
 import torch
 from composer.core import Callback
+
+from sit_composer.averages import exponent
 
 DECAY = 0.9
 
@@ -19,10 +21,19 @@ class History(Callback):
     fit_start = batch_end = _note
 
 
-def closed_form(history: History) -> dict[str, torch.Tensor]:
+def closed_form(history: History, decay: float = DECAY) -> dict[str, torch.Tensor]:
     """d^n w_0 + (1 - d) Σ d^(n-i) w_i, in float64."""
     n = len(history.weights) - 1
-    factors = [DECAY**n, *((1 - DECAY) * DECAY ** (n - i) for i in range(1, n + 1))]
+    return weighted(history, [decay**n, *((1 - decay) * decay ** (n - i) for i in range(1, n + 1))])
+
+
+def power_function(history: History, std: float) -> dict[str, torch.Tensor]:
+    """Σ ((i/n)^a - ((i-1)/n)^a) w_i with a = γ + 1, in float64: the profile's integrals over the batches."""
+    n, a = len(history.weights) - 1, exponent(std) + 1
+    return weighted(history, [0.0, *((i / n) ** a - ((i - 1) / n) ** a for i in range(1, n + 1))])
+
+
+def weighted(history: History, factors: list[float]) -> dict[str, torch.Tensor]:
     return {
         k: sum(f * w[k].double() for f, w in zip(factors, history.weights, strict=True)) for k in history.weights[0]
     }

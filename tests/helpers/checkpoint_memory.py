@@ -58,7 +58,8 @@ def local(tensor: Any) -> int:
 
 def held(state: Any) -> dict[str, int]:
     """The bytes of this rank's weights, optimizer and average."""
-    averages = [c.params.values() for c in state.callbacks if type(c).__name__ == "EMAWeights"]
+    kept = [c.averages for c in state.callbacks if type(c).__name__ == "EMAWeights"]
+    averages = [params.values() for averages in kept for params in averages.values()]
     moments = [
         value for optimizer in state.optimizers for values in optimizer.state.values() for value in values.values()
     ]

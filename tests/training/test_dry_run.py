@@ -1,5 +1,7 @@
 """`--dry-run` tells what a run would be and what is missing, and leaves nothing behind."""
 
+import re
+
 import pytest
 
 from sit_composer.config.checks import check
@@ -42,6 +44,15 @@ def test_a_run_that_could_start_is_told_and_nothing_is_left(dry, tmp_path):
     assert "ok" in line(out, "trainer.save_folder")
     assert "failed" not in out
     assert not (tmp_path / "runs").exists()
+
+
+def test_several_averages_are_named_and_counted(dry):
+    _, plain = dry()
+    _, out = dry("ema.power=[0.05, 0.1]")
+    assert "averages:    0.99, power0.05, power0.1; evaluation and sampling in training use 0.99" in out
+    assert "averages:" not in plain
+    sizes = [float(re.search(r"^checkpoints: (\S+) GB", text, re.MULTILINE)[1]) for text in (plain, out)]
+    assert sizes[1] == pytest.approx(sizes[0] * 6 / 4, rel=1e-2)  # weights, two moments, and one or three averages
 
 
 def test_all_faults_are_told_at_once(dry, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
+from sit_composer import posthoc_ema
 from sit_composer.checkpoint.folder import newest
 from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.safe_load import METADATA, load_file
@@ -100,6 +101,23 @@ def test_two_ranks_resume_to_the_bit_after_a_sigterm_to_one_in_an_evaluation(two
 def test_compiled_runs_and_newer_blocks_resume_to_the_bit(digits_shards, tmp_path, ranks, way):
     launch(ranks, digits_shards, tmp_path, *interruptions(way, ["evaluation"]))
     same_bits(tmp_path, way, "evaluation")
+
+
+def test_several_averages_resume_to_the_bit_in_shards_and_combine_to_others(digits_shards, tmp_path):
+    way = "fsdp-averages"
+    launch(2, digits_shards, tmp_path, *interruptions(way, ["evaluation"]))
+    same_bits(tmp_path, way, "evaluation")
+    run = tmp_path / way / "evaluation"
+    entries = load_metadata((run / "ep1-ba14" / METADATA).read_bytes(), "").state_dict_metadata
+    for name in ("0.5", "0.9", "power0.05", "power0.1"):
+        prefix = f"state.callbacks.EMAWeights.averages.{name}.network."
+        parts = [len(entry.chunks) for entry_name, entry in entries.items() if entry_name.startswith(prefix)]
+        assert len(parts) > 20
+        assert set(parts) == {2}
+    assert posthoc_ema.main([str(run), "--std", "0.1", "--out", str(tmp_path / "made")]) == 0
+    made = load_checkpoint(str(tmp_path / "made" / "power0.1-14")).weights
+    for name, value in load_checkpoint(str(run), "ema:power0.1").weights.items():
+        torch.testing.assert_close(made[name], value, rtol=0, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("weights", ["training", "ema"])
