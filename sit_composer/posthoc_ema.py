@@ -18,6 +18,7 @@ import sys
 from sit_composer.choices import COUNT, POWER_STD
 from sit_composer.cli import hand_over, is_remote, make_parser, number, run_command
 from sit_composer.errors import UserError
+from sit_composer.outputs import check_output
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -31,6 +32,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for path in args.checkpoints:
         if not is_remote(path) and not os.path.exists(path):
             raise UserError(f"{path}: no checkpoint here")
+    check_output("--out", os.path.join(args.out, "power"), "")
     return args
 
 

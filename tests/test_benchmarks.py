@@ -22,6 +22,7 @@ from sit_composer.errors import UserError
 from sit_composer.samplers import Counted, sample_ode
 from sit_composer.transport import Transport
 from tests.benchmarks import (
+    averages,
     convert,
     evaluations,
     growth,
@@ -161,6 +162,21 @@ def test_a_whole_run_and_what_is_done_is_skipped(tmp_path, monkeypatch, capsys):
     assert "logit-normal-0" in outputs[0].splitlines()
     assert "logit-normal-0" not in outputs[1].splitlines()
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_lengths_of_averages_are_compared(tmp_path, monkeypatch, capsys):
+    make_source(tmp_path / "source")
+    monkeypatch.setattr(time_sampling, "run", run_here)
+    monkeypatch.setattr(averages, "SAMPLING", ["--num-images", "20", "--sampling-method", "heun", "--num-steps", "2"])
+    data, out = str(tmp_path / "data"), str(tmp_path / "out")
+    assert time_sampling.main(["--source", str(tmp_path / "source"), "--out", data, "--prepare"]) == 0
+    options = ["--stds", "0.1", "0.15", "--batches", "4", "--every", "2"]
+    assert averages.main(["--out", out, "--data", data, *options]) == 0
+    rows = capsys.readouterr().out.splitlines()[-8:]
+    assert [row.split(" | ")[1] != "–" for row in rows] == [False] * 6 + [True] * 2
+    tracked, made = (rows[i].split(" | ")[2] for i in (5, 6))
+    assert tracked == made  # of the std 0.1
 
 
 def test_a_command_that_fails_is_named():

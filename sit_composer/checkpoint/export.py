@@ -57,8 +57,8 @@ def run(args: argparse.Namespace) -> None:
     write_folder(out / f"checkpoint-{best.step}", files, {"ema.pt": first.weights} if "ema" in held else {})
     if args.hub:
         name = vae_id or best.record.autoencoder.name
-        named = replace(best.record, autoencoder=replace(best.record.autoencoder, name=name))
-        best = replace(best, record=named)
+        record = replace(best.record, autoencoder=replace(best.record.autoencoder, name=name))
+        best = replace(best, record=record.with_only(best.which))
         write_folder(out / f"hub-{best.step}", {"model.safetensors": best}, {"README.md": model_card(best)})
         if name and not is_hub_name(name):
             what = f"its autoencoder is {name}, a folder here, so that nobody else can decode what it generates"

@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sit_composer.autoencoder import SLICE_SIZE, Autoencoder, AutoencoderSpec, load_autoencoder
+from sit_composer.averages import std_of
 from sit_composer.checkpoint.safe_load import CheckpointError
 from sit_composer.choices import AVERAGE
 from sit_composer.errors import UserError
@@ -57,7 +58,7 @@ class Record:
         if not isinstance(record.classes, list) or len(record.classes) != count:
             raise CheckpointError(f"{where}: classes: expected {count} names, one per class of the model")
         held = record.averages
-        if held is not None and not (isinstance(held, list) and held and all(AVERAGE.fullmatch(str(n)) for n in held)):
+        if held is not None and (not isinstance(held, list) or not held or any(not is_average(name) for name in held)):
             raise CheckpointError(f"{where}: averages: got {held}, expected names such as 0.999 or power0.05")
         return record
 
@@ -78,6 +79,13 @@ class Record:
             there = ", ".join([*(f"ema:{one}" for one in held), "training"])
             raise NoSuchWeights(f"{where}: no average {name}, expected one of its weights, {there}")
         return kind if kind == "training" or self.averages is None else f"ema:{name or held[0]}"
+
+    def with_only(self, weights: str) -> "Record":
+        """The record of a folder that has no other average than ema:NAME; of other weights, itself."""
+        name = weights.partition(":")[2]
+        if not name:
+            return self
+        return replace(self, averages=[name], ema_decay=float(name) if std_of(name) is None else None)
 
     def settings(self) -> dict[str, Any]:
         """The parts that results hold."""
@@ -144,6 +152,10 @@ class Checkpoint:
     def describe(self) -> dict[str, Any]:
         """What identifies the weights, as results record it."""
         return {"path": self.source, "step": self.step, "sha256": digest(self.path), "weights": self.which}
+
+
+def is_average(name: Any) -> bool:
+    return isinstance(name, str) and AVERAGE.fullmatch(name) is not None
 
 
 def digest(place: str | Path) -> str:

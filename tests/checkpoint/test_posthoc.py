@@ -123,7 +123,8 @@ def test_an_export_has_all_averages_and_the_hubs_folder_the_one_named(run, tmp_p
         assert difference(before.weights, after.weights) == 0
     average = load_checkpoint(str(run), "ema:power0.05").weights
     assert difference(load_file(folder / "ema-power0.05.safetensors"), average) == 0
-    assert difference(SiT.from_pretrained(str(tmp_path / "hub-8"), "ema:power0.05").state_dict(), average) == 0
+    for name in ("ema", "ema:power0.05"):
+        assert difference(SiT.from_pretrained(str(tmp_path / "hub-8"), name).state_dict(), average) == 0
     assert "relative standard deviation 0.05" in (tmp_path / "hub-8" / "README.md").read_text()
     assert export.main([str(folder), "--out", str(tmp_path / "again")]) == 0
     assert {path.name for path in (tmp_path / "again" / "checkpoint-8").iterdir()} == {p.name for p in folder.iterdir()}
@@ -141,6 +142,12 @@ def test_what_is_missing_is_said_in_a_line(run, tmp_path, capsys, options, messa
     error = capsys.readouterr().err.strip()
     assert message in error.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(run, tmp_path, capsys):
+    (tmp_path / "out").write_text("a file")
+    assert main([str(run), "--std", "0.1", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"error: --out: {tmp_path}/out/power can't be written in {tmp_path}/out\n"
 
 
 def test_a_run_without_power_functions_and_two_runs_are_refused(train_tiny, run, tmp_path, capsys):
