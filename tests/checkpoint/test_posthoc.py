@@ -178,7 +178,7 @@ def test_a_std_of_no_power_function_is_refused(run, tmp_path, capsys, std):
 @pytest.mark.parametrize("averages", [[], "0.9", [0.9], ["../x"], ["power"]])
 def test_a_record_with_names_of_no_averages_is_refused(run, averages):
     content = load_checkpoint(str(run), "training").record.as_dict()
-    with pytest.raises(CheckpointError, match="here: averages: got .*, expected names such as"):
+    with pytest.raises(CheckpointError, match=r"here: averages: got .*, expected names such as"):
         Record.from_dict({**content, "averages": averages}, "here")
 
 
