@@ -21,7 +21,15 @@ from sit_composer.choices import (
 )
 from sit_composer.cli import s3_endpoint
 from sit_composer.config import composer_classes
-from sit_composer.config.schema import Config, ConfigError, ModelConfig, TransportConfig, averages, network_arguments
+from sit_composer.config.schema import (
+    Config,
+    ConfigError,
+    ModelConfig,
+    OptimizerConfig,
+    TransportConfig,
+    averages,
+    network_arguments,
+)
 from sit_composer.config.times import ANY, check_time, parse_time
 
 # Trainer arguments that have a key of their own, or that a YAML can't hold.
@@ -67,6 +75,8 @@ def check(config: Config, ranks: int | None = None) -> None:
     names = averages(config)
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ConfigError(f"ema: got the average {twice} twice, expected each once in decay, decays and power")
+    if config.optimizer.name != "muon" and config.optimizer.momentum != OptimizerConfig().momentum:
+        raise ConfigError("optimizer.momentum: needs optimizer.name=muon")
     for section in ("sample_grid", "frechet"):
         if getattr(config, section) is not None:
             check_drawing(config, section)
