@@ -26,6 +26,10 @@ STATE = "trainer_state.json"
 Content = str | dict[str, Tensor]  # of a file: text, or tensors
 
 CARD = Path(__file__).with_name("model_card.md").read_text("utf-8")
+SHIFT = """
+It was trained with a time shift of {:.4g}, by which fixed-step solvers shift their steps unless `--time-shift` is given.
+The adaptive default chooses its own.
+"""
 SIGMA = """`learn_sigma` is true: the last layer has the second half of output channels of the released networks. It is
 never trained, and the network drops its output. In the authors' code, build the network with `learn_sigma=True`.
 
@@ -139,6 +143,7 @@ def model_card(checkpoint: Checkpoint) -> str:
         path_type=transport.path_type,
         prediction={"x": "data"}.get(transport.prediction, transport.prediction),
         guidance=guidance,
+        shift=SHIFT.format(transport.sampling_shift) if transport.sampling_shift != 1 else "",
         sigma=SIGMA if record.argument("learn_sigma") else "",
         settings=_json({**asdict(Sampling()), "cfg_scale": scale}).strip(),
     )
