@@ -93,5 +93,7 @@ def open_autoencoder(config: Config, specs: Specs, device: str) -> tuple[Autoenc
     encoder = DiffusersAutoencoder(config.autoencoder.name, device, latents=latents.get("data"))
     for section, theirs in latents.items():
         if theirs != encoder.spec:
-            raise ConfigError(f"{section}.local: got latents of {theirs}, expected {encoder.spec}, as images are encoded")
+            raise ConfigError(
+                f"{section}.local: got latents of {theirs}, expected {encoder.spec}, as images are encoded"
+            )
     return encoder.spec, encoder
