@@ -29,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--vae-id", metavar="OWNER/NAME", help=vae_id)
     weights = "for the Hub's folder: training, or an average, such as ema:0.999 or ema:power0.05 (the first)"
     parser.add_argument("--weights", metavar="NAME", help=weights)
+    spec = "of released weights for other latents than the authors', as LightningDiT's: spec.json of shards of those"
+    parser.add_argument("--spec", metavar="FILE", help=spec)
     args = parser.parse_args(argv)
     refuse_idle(parser, args, ("vae_id weights", args.hub, "without --hub"))
     if args.vae_id is not None and not is_hub_name(args.vae_id):

@@ -88,12 +88,6 @@ class Interpolant(ABC):
         alpha, d_alpha = self.alpha(t)
         return (d_alpha * x - self.wronskian(t) * noise) / alpha
 
-    def data_from_velocity(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """x̂ = (σ v - σ̇ x) / W."""
-        t = expand(t, x)
-        sigma, d_sigma = self.sigma(t)
-        return (sigma * v - d_sigma * x) / self.wronskian(t)
-
     def velocity_from_data(self, data: Tensor, x: Tensor, t: Tensor, floor: float = 0.0) -> Tensor:
         """v = (σ̇ x + W x̂) / σ, with a pole at t = 1 without a floor."""
         t = expand(t, x)

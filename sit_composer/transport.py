@@ -79,6 +79,7 @@ class Transport:
         choices.FINITE.check("time_mean", self.time_mean)
         choices.POSITIVE.check("time_std", self.time_std)
         choices.SHIFT.check("time_shift", self.time_shift)
+        choices.check_shift(self)
         choices.T_EPS.check("t_eps", self.t_eps)
         self.path = make_path(self.path_type)
         if isinstance(self.time_shift, str):
