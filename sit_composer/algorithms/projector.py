@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from sit_composer import randomness
+from sit_composer.config.schema import AlignmentConfig
 from sit_composer.sit import SiT
+
+
+def build_projector(alignment: AlignmentConfig, width: int) -> nn.Sequential:
+    """The projector of a network's tokens of that width: SRA's is the head of two maps that its authors released."""
+    return mlp(width, 2 * width, width)
 
 
 def mlp(*widths: int) -> nn.Sequential:
