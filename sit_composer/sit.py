@@ -208,12 +208,12 @@ class SiT(nn.Module):
         x = x.reshape(-1, grid, grid, p, p, c)  # (N, H/p, W/p, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, c, grid * p, grid * p)  # (N, C, H, W)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, draws: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, draws: Tensor | None = None, stop: int | None = None) -> Tensor:
         """The field at x (N, C, H, W) and times t (N,), for labels y (N,): (N, C, H, W).
 
         A solver that calls this often may embed its labels once: y is then what y_embedder gives, (N, D), as it is.
         In training, a label whose draw, of draws (N,) in [0, 1), is below class_dropout_prob becomes the null class.
-        None uses torch's own generator.
+        None uses torch's own generator. With ``stop``, the tokens after that many blocks are returned: (N, T, D).
         """
         x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         t = self.t_embedder(t)  # (N, D)
@@ -226,6 +226,8 @@ class SiT(nn.Module):
                 x = torch.cat([y.unsqueeze(1) + self.in_context_posemb, x], dim=1)  # (N, class_tokens + T, D)
                 rotation = None if self.feat_rope is None else self.feat_rope(self.class_tokens)
             x = block(x, condition, rotation)
+            if i + 1 == stop:
+                return x[:, -self.num_patches :]  # (N, T, D)
         if self.class_tokens:
             x = x[:, self.class_tokens :]  # (N, T, D)
         x = self.unpatchify(self.final_layer(x, c))  # (N, out_channels, H, W)
@@ -242,8 +244,8 @@ class SiT(nn.Module):
         guided = unconditional + cfg_scale * (conditional - unconditional)
         return torch.cat([torch.cat([guided, guided]), out[:, 3:]], dim=1)
 
-    def forward_macs(self) -> int:
-        """Multiply-accumulates of one forward pass over one sample (FLOPs are twice that).
+    def forward_macs(self, stop: int | None = None) -> int:
+        """Multiply-accumulates of one forward pass over one sample, see `forward` (FLOPs are twice that).
 
         As usual, only matrix products are counted: T·D² for every D×D map over the tokens, 2·T²·D for attention.
         """
@@ -252,12 +254,13 @@ class SiT(nn.Module):
         maps = 4 * d * d + sum(
             layer.in_features * layer.out_features for layer in first if isinstance(layer, nn.Linear)
         )
-        joined = len(self.blocks) - self.class_tokens_start if self.class_tokens else 0
-        lengths = ((tokens, len(self.blocks) - joined), (tokens + self.class_tokens, joined))  # and the blocks of each
+        depth = len(self.blocks) if stop is None else stop
+        joined = max(depth - self.class_tokens_start, 0) if self.class_tokens else 0
+        lengths = ((tokens, depth - joined), (tokens + self.class_tokens, joined))  # and the blocks of each
         blocks = sum(count * (length * maps + 2 * length * length * d) for length, count in lengths)
-        modulations = len(self.blocks) if self.adaLN_modulation is None else 1
+        modulations = depth if self.adaLN_modulation is None else 1
         embed = tokens * p * p * self.in_channels * d + TimestepEmbedder.frequency_size * d + d * d
-        final = tokens * d * p * p * self.out_channels + 2 * d * d
+        final = tokens * d * p * p * self.out_channels + 2 * d * d if stop is None else 0
         return blocks + modulations * 6 * d * d + embed + final
 
 

@@ -77,8 +77,8 @@ class EMAWeights(Callback):
         return next(iter(self.averages.values()))
 
     def start(self, state: State) -> None:
-        """Starts from the model's trained parameters as they are."""
-        named = [(name, p) for name, p in state.model.named_parameters() if p.requires_grad]
+        """Starts from the network's trained parameters as they are."""
+        named = [(name, p) for name, p in state.model.named_parameters() if p.requires_grad and _is_networks(name)]
         self._state = state
         self._trained = [p for _, p in named]
         # Activation checkpointing inserts a module, which is no part of a parameter's name.
@@ -162,6 +162,10 @@ def _load(params: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
             where = average.device_mesh, average.placements
             value = distribute_tensor(value.to(average.device), *where, src_data_rank=None)
         average.copy_(value)
+
+
+def _is_networks(name: str) -> bool:
+    return not name.startswith("projector.")  # which only training has, see `algorithms.alignment`
 
 
 def _shard(tensor: Tensor) -> Tensor:

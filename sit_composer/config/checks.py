@@ -13,6 +13,7 @@ from typing import Any
 from sit_composer.choices import (
     BLOCKS,
     FIXED_STEP_METHODS,
+    Bounds,
     check_blocks,
     check_objective,
     check_poles,
@@ -78,6 +79,8 @@ def check(config: Config, ranks: int | None = None) -> None:
         raise ConfigError(f"ema: got the average {twice} twice, expected each once in decay, decays and power")
     if config.optimizer.name != "muon" and config.optimizer.momentum != OptimizerConfig().momentum:
         raise ConfigError("optimizer.momentum: needs optimizer.name=muon")
+    if config.alignment is not None:
+        check_alignment(config)
     for section in ("sample_grid", "frechet"):
         if getattr(config, section) is not None:
             check_drawing(config, section)
@@ -145,6 +148,15 @@ def check_transport(transport: TransportConfig) -> None:
         other, _, value = needed.partition("=")
         if getattr(transport, name) != getattr(TransportConfig(), name) and getattr(transport, other) != value:
             raise ConfigError(f"transport.{name}: needs transport.{needed}")
+
+
+def check_alignment(config: Config) -> None:
+    """Checks that the network has the blocks that are aligned, and a teacher."""
+    alignment, depth = config.alignment, network_arguments(config.model)["depth"]
+    for name in ("block", "teacher_block"):
+        Bounds(1, depth, whole=True).check(f"alignment.{name}", getattr(alignment, name))
+    if config.ema is None:
+        raise ConfigError("ema: got null, expected an average, which alignment.name=sra has as its teacher")
 
 
 def check_drawing(config: Config, section: str) -> None:

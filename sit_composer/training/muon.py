@@ -21,10 +21,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
-from sit_composer.sit import SiT, token_map
+from sit_composer.sit import token_map
 
 STEPS = 5
 QUINTIC = (3.4445, -4.7750, 2.0315)  # of the published iteration: singular values come near 1, to about 0.7 to 1.2
@@ -32,12 +32,12 @@ RMS = 0.2  # of AdamW's usual step, per lr
 
 
 class Muon(torch.optim.Optimizer):
-    """Trains a network's parameters; ``dtype`` is that of the orthogonalization, and ``adamw`` are AdamW's arguments.
+    """Trains a module's parameters; ``dtype`` is that of the orthogonalization, and ``adamw`` are AdamW's arguments.
 
     Each kind of matrix is a group of parameters, and what AdamW trains is one. Momenta are sharded as the weights are.
     """
 
-    def __init__(self, network: SiT, *, momentum: float = 0.95, dtype: torch.dtype = torch.float32, **adamw: Any):
+    def __init__(self, network: nn.Module, *, momentum: float = 0.95, dtype: torch.dtype = torch.float32, **adamw: Any):
         matrices: defaultdict[tuple[str, int], list[Tensor]] = defaultdict(list)
         rest: list[Tensor] = []
         for name, p in network.named_parameters():

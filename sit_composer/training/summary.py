@@ -4,7 +4,6 @@ import math
 import os
 import time
 from dataclasses import replace
-from functools import cache
 
 import torch
 
@@ -20,7 +19,7 @@ from sit_composer.config.schema import (
     network_arguments,
     transport_arguments,
 )
-from sit_composer.costs import estimate, tables
+from sit_composer.costs import estimate, flops, tables
 from sit_composer.costs.room import room
 from sit_composer.data.spec import DataSpec
 from sit_composer.precision import DTYPES, for_gpu
@@ -79,14 +78,9 @@ def microbatch(config: Config) -> int | str:
     return given or config.data.global_batch_size // int(os.environ.get("WORLD_SIZE", 1))
 
 
-@cache
-def _macs(network: tuple) -> int:
-    return on_meta(**dict(network)).forward_macs()
-
-
 def sample_flops(config: Config) -> int:
-    """FLOPs of a sample's training step: 2 per multiply-accumulate; a backward pass is two forward passes."""
-    return 6 * _macs(tuple(sorted(network_arguments(config.model).items())))
+    """FLOPs of a sample's training step."""
+    return flops.sample_flops(on_meta(**network_arguments(config.model)), config.alignment, estimate.projector(config))
 
 
 def device_flops(config: Config) -> float:

@@ -2,9 +2,9 @@
 
     composer -n N -m tests.helpers.resume_bits SHARDS TOP WAY:NAME:BATCHES …
 
-WAY is ddp, fsdp or hsdp, with -compiled, -newer (every option of the blocks), -averages (several), -muon or without.
-Each run resumes from TOP/WAY/NAME, trains to BATCHES and saves there; an epoch has 7 batches, and every fifth batch is
-evaluated and sampled. With ``:told`` appended, the last rank gets a SIGTERM in the first evaluation.
+WAY is ddp, fsdp or hsdp, with -compiled, -newer (every option of the blocks), -averages (several), -muon, -sra or
+without. Each run resumes from TOP/WAY/NAME, trains to BATCHES and saves there; an epoch has 7 batches, and every fifth
+batch is evaluated and sampled. With ``:told`` appended, the last rank gets a SIGTERM in the first evaluation.
 """
 
 import os
@@ -41,6 +41,8 @@ def run(shards: str, folder: Path, way: str, batches: int, told: bool) -> None:
         overrides += ["ema.decay=0.5", "ema.decays=[0.9]", "ema.power=[0.05, 0.1]"]
     if way.endswith("muon"):
         overrides.append("optimizer.name=muon")
+    if way.endswith("sra"):
+        overrides.append("alignment={name: sra, block: 1, teacher_block: 2}")
     if way.endswith("compiled"):
         # The default backend compiles C++ for a minute; this one tests the parts that both share.
         overrides.append(f"compile={'aot_eager' if way.startswith('fsdp') else 'true'}")
