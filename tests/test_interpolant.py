@@ -70,7 +70,7 @@ def test_velocity_data_velocity_is_the_identity_and_noise_and_score_agree(name, 
 
 @given(times, values, values, st.floats(0.01, 0.4))
 def test_the_velocity_of_data_is_jits_on_straight_lines(t, data, x, floor):
-    """Row x of table 1 of arXiv 2511.13720, with the denominator's clamp: v = (x̂ - x) / max(1 - t, t_eps)."""
+    """As in denoiser.py of JiT (arXiv 2511.13720), with the denominator's clamp: v = (x̂ - x) / max(1 - t, t_eps)."""
     path = make_path("Linear")
     t, data, x = (torch.tensor(a, dtype=torch.float64).reshape(1, -1) for a in ([t], data, x))
     expected = (data - x) / max(1 - t.item(), floor)

@@ -63,7 +63,7 @@ def test_weighted_losses_of_the_predictions_of_one_field_agree(path, weight, ref
 
 @pytest.mark.parametrize("weight", [None, "velocity"])
 def test_the_loss_of_data_is_jits(weight):
-    """Of data, or of velocities of which both have their denominator clamped (arXiv 2511.13720, table 1)."""
+    """Of data, or of velocities of which both have their denominator clamped (arXiv 2511.13720)."""
     t = torch.tensor([0.0, 0.3, 0.94, 0.97, 1.0], dtype=torch.float64)
     x0, x1, output = torch.randn(3, 5, 1, 2, 2, dtype=torch.float64)
     te = t.reshape(-1, 1, 1, 1)

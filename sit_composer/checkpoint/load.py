@@ -65,7 +65,7 @@ def load_checkpoint(path: str, weights: str = "ema", latents: DataSpec | None = 
             from_authors(place, content, held, weights, latents) if held else _from_run(place, content, weights)
         )
     if latents is not None and not held:
-        raise CheckpointError(f"{place}: got --spec for a checkpoint that has its own, expected none; leave it out")
+        raise CheckpointError(f"{place}: it names its own latents; leave out --spec, which is for released weights")
     for name, values in checkpoint.weights.items():
         if not values.isfinite().all():
             what = f"{name} has values that are NaN or infinite"

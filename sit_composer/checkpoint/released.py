@@ -65,31 +65,14 @@ def from_authors(
     args = vars(args) if isinstance(args, argparse.Namespace) else {}
     model = _network_of(file, weights, args)
     check_fit(file, model, weights)
-    channels = 4 if latents is None else latents.channels
-    if model["in_channels"] != channels:
-        whose = "the authors' autoencoder" if latents is None else "the spec's latents"
-        what = f"got {model['in_channels']} channels, expected the {channels} of {whose}"
-        advice = (
-            "give the spec.json of shards of its latents to sit_composer.export --spec, and use the exported folder"
-        )
-        raise CheckpointError(f"{file}: {what}; {advice}")
     transport = {"path_type": args.get("path_type", "Linear"), "prediction": args.get("prediction", "velocity")}
     transport |= {name: args.get(name) for name in ("loss_weight", "train_eps", "sample_eps")}
     if transport["prediction"] == "velocity" and transport["path_type"] != "VP":
         transport |= {"train_eps": None, "sample_eps": None}  # their code uses 0 then, whatever the arguments
-    name = f"stabilityai/sd-vae-ft-{args.get('vae', 'ema')}"
-    autoencoder = {"name": name, "channels": 4, "downsample": 8, "scale": 0.18215}
-    classes = [str(label) for label in range(model["num_classes"])]
-    if latents is not None:
-        autoencoder, classes = latents.autoencoder, latents.classes
-        if (side := model["input_size"] * autoencoder["downsample"]) != latents.image_size:
-            what = f"expected {side}, as these weights are for latents of {model['input_size']}²"
-            raise CheckpointError(f"{file}: the spec has images of {latents.image_size}, {what}")
     record = {
         "model": model,
         "transport": transport,
-        "autoencoder": autoencoder,
-        "classes": classes,
+        **_latents_of(file, model, args, latents),
         "cfg_channels": 3,  # as their sampling guides
         "ema_decay": 0.9999,  # fixed in their train.py
     }
@@ -98,6 +81,24 @@ def from_authors(
     except (KeyError, TypeError, StopIteration):
         step = 0
     return Checkpoint(weights, which, Record.from_dict(record, file), step, str(file))
+
+
+def _latents_of(file: Path, model: dict[str, Any], args: dict[str, Any], latents: DataSpec | None) -> dict[str, Any]:
+    """The record's autoencoder and classes: those of the spec, which has to fit, or the authors'."""
+    channels = 4 if latents is None else latents.channels
+    if model["in_channels"] != channels:
+        whose = "the authors' autoencoder" if latents is None else "the spec's latents"
+        what = f"got {model['in_channels']} channels, expected the {channels} of {whose}"
+        advice = "give the spec.json of shards of its latents to sit_composer.export --spec, or the exported folder"
+        raise CheckpointError(f"{file}: {what}; {advice}")
+    if latents is None:
+        name = f"stabilityai/sd-vae-ft-{args.get('vae', 'ema')}"
+        autoencoder = {"name": name, "channels": 4, "downsample": 8, "scale": 0.18215}
+        return {"autoencoder": autoencoder, "classes": [str(label) for label in range(model["num_classes"])]}
+    if (side := model["input_size"] * latents.autoencoder["downsample"]) != latents.image_size:
+        what = f"expected {side}, as these weights are for latents of {model['input_size']}²"
+        raise CheckpointError(f"{file}: the spec has images of {latents.image_size}, {what}")
+    return {"autoencoder": latents.autoencoder, "classes": latents.classes}
 
 
 def _network_of(file: Path, weights: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Any]:
