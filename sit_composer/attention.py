@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn.functional import scaled_dot_product_attention
 
-TILE = 3 * 2**19  # bytes of scores at a time and thread: they stay in its cache, and bound the memory
+TILE = 3 * 2**19 * torch.get_num_threads()  # bytes of scores at a time: they stay in the caches, and bound the memory
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class Products(torch.autograd.Function):
 
 def _tiles(q: Tensor) -> list[slice]:
     """Slices of the first axis of q (N·heads, T, d)."""
-    each = max(1, TILE * torch.get_num_threads() // (q.itemsize * q.shape[1] ** 2))
+    each = max(1, TILE // (q.itemsize * q.shape[1] ** 2))
     return [slice(start, start + each) for start in range(0, len(q), each)]
 
 

@@ -30,7 +30,6 @@ def passes(attention, tensors, dtype) -> list[torch.Tensor]:
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_products_are_about_as_close_to_float32_as_the_kernel(monkeypatch, tile, scale):
     monkeypatch.setattr(attention, "TILE", tile)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     tensors = inputs(2, 50, 2, 24, scale=scale)
     exact = passes(scaled_dot_product_attention, tensors, torch.float64)
     products, kernel = (passes(f, tensors, torch.bfloat16) for f in (attend, scaled_dot_product_attention))
@@ -56,7 +55,6 @@ def test_a_network_in_bfloat16_is_as_close_to_float32_as_with_the_kernel(monkeyp
 
 def test_memory_does_not_grow_with_the_square_of_the_tokens(monkeypatch):
     monkeypatch.setattr(attention, "TILE", 2 * 256**2)  # the scores of one head
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     *qkv, g = (x.bfloat16() for x in inputs(4, 256, 3, 8))
     qkv = [x.detach().requires_grad_() for x in qkv]
     kept = []
