@@ -117,7 +117,7 @@ def _network(step: Step) -> SiT:
             if isinstance(module, nn.LayerNorm):  # CUDA's autocast computes it in float32, the CPU's does not
                 module.register_forward_pre_hook(_caster(torch.float32))
     for i, block in enumerate(network.blocks):
-        block.attn.attend = scaled_dot_product_attention  # a CPU holds as much, and a tile of scores
+        block.attn.attend = scaled_dot_product_attention  # as on a GPU; a CPU in bfloat16 holds a little less
         if step.checkpointing:
             network.blocks[i] = block = checkpoint_wrapper(block, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
         if step.offload:
