@@ -12,8 +12,8 @@ import re
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
+from sit_composer.attention import attend
 from sit_composer.blocks import BlockModulation, FinalLayer, SwiGLU, block_norm, head_norm, mlp, modulate, modulation
 from sit_composer.choices import VARIANTS, check_blocks, check_sizes, variant
 from sit_composer.embedders import LabelEmbedder, PatchEmbed, Rotations, TimestepEmbedder, rotate, sincos_positions
@@ -39,6 +39,8 @@ def build_sit(name: str, **overrides) -> "SiT":
 class Attention(nn.Module):
     """Self-attention of the tokens (N, T, D)."""
 
+    attend = staticmethod(attend)
+
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False, rms_norm: bool = False):
         super().__init__()
         self.num_heads = num_heads
@@ -56,7 +58,7 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        return self.proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, d))
+        return self.proj(self.attend(q, k, v).transpose(1, 2).reshape(n, tokens, d))
 
 
 class SiTBlock(nn.Module):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
-from torch.nn.functional import smooth_l1_loss
+from torch.nn.functional import scaled_dot_product_attention, smooth_l1_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -124,6 +124,7 @@ def _network(step: Step) -> SiT:
             if isinstance(module, nn.LayerNorm):  # CUDA's autocast computes it in float32, the CPU's does not
                 module.register_forward_pre_hook(_caster(torch.float32))
     for i, block in enumerate(network.blocks):
+        block.attn.attend = scaled_dot_product_attention  # as on a GPU; a CPU in bfloat16 holds a little less
         if step.checkpointing:
             network.blocks[i] = block = checkpoint_wrapper(block, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
         if step.offload:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from torch.nn.functional import scaled_dot_product_attention
 
 from sit_composer.autoencoder import DiffusersAutoencoder
 from sit_composer.config.checks import check
@@ -60,6 +61,7 @@ def passes(sizes: dict, samples: int, cases: list) -> list[list[int]]:
     for precision, checkpointing in cases:
         network, transport = SiT(**sizes).train(), Transport()
         for i, block in enumerate(network.blocks):
+            block.attn.attend = scaled_dot_product_attention  # as the estimate has it; see `sit_composer.attention`
             if checkpointing:
                 network.blocks[i] = checkpoint_wrapper(block, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
         step = partial(microbatch, network, transport, samples, precision)

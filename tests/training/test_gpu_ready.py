@@ -42,7 +42,7 @@ def test_attention_has_what_the_flash_kernel_takes(monkeypatch, name):
         seen.append((q, k, v))
         return q
 
-    monkeypatch.setattr(sit, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(sit.Attention, "attend", staticmethod(attention))
     model = ComposerSiT(build_sit(name, depth=1, input_size=8), Transport(), SPEC, precision="bf16")
     model(batch())
     ((q, k, v),) = seen
