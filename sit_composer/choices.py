@@ -5,6 +5,7 @@ Torch is not imported, so that a command can refuse a wrong value at once.
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -198,6 +199,18 @@ def check_tolerances(atol: float, rtol: float, prefix: str = "") -> None:
     NOT_NEGATIVE.check(f"{prefix}rtol", rtol)
     if atol == rtol == 0:
         raise UserError(f"{prefix}atol: got 0, and {prefix}rtol too, expected a number above 0 for one of them")
+
+
+TEACHERS = ("timm", "transformers")  # libraries that have vision transformers
+
+
+def teacher_name(name: str) -> str:
+    """A teacher's name, such as transformers:facebook/dinov2-base, with a folder's whole path; UserError for another."""
+    library, _, model = name.partition(":")
+    if library not in TEACHERS or not model:
+        raise UserError(f"got {name!r}, expected timm:NAME or transformers:NAME, of a model or its folder")
+    folder = os.path.expanduser(model)
+    return f"{library}:{os.path.realpath(folder)}" if os.path.isdir(folder) else name
 
 
 WEIGHTS = ("ema", "training")  # of a checkpoint

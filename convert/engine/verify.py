@@ -64,7 +64,7 @@ class Verification:
         remote, local = (self.uri, "") if self.store else (None, self.uri)
         try:
             spec = load_spec(remote, local)
-            shards = safe_shards(*read_text(remote, local, INDEX_NAME), local, spec.kind)
+            shards = safe_shards(*read_text(remote, local, INDEX_NAME), local, spec)
         except DataError as error:
             self.fault(error)
             return []
