@@ -58,6 +58,7 @@ FINITE = Bounds()
 POSITIVE = Bounds(0, above=True)
 NOT_NEGATIVE = Bounds(0)
 BELOW_ONE = Bounds(0, 1, below=True)
+UNIT = Bounds(0, 1)
 INSIDE_UNIT = Bounds(0, 1, above=True, below=True)
 EPS = Bounds(0, 0.5, below=True)
 T_EPS = Bounds(0, 0.5, above=True, below=True)
@@ -153,6 +154,7 @@ PRECISIONS = ("auto", "fp32", "bf16")  # on every device; auto is bf16 where the
 GPU_PRECISIONS = ("amp_bf16", "amp_fp16")  # Composer's names
 PREDICTIONS = ("velocity", "noise", "score", "x")
 OVER_ALPHA = ("noise", "score")  # predictions whose velocity divides by α, which is 0 at the pole at the noise
+ALIGNMENTS = {"sra": 0.2}  # and the weight of each, as published
 LOSS_WEIGHTS = (None, "velocity", "likelihood")
 TIME_SAMPLINGS = ("uniform", "logit-normal")
 DIFFUSION_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")

@@ -14,7 +14,8 @@ MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
 MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 # The purposes of the numbers. Each has 2**40 of a key's counters.
-X0, TIME, DROP, POSTERIOR = range(4)
+X0, TIME, DROP, POSTERIOR, TEACHER_TIME = range(5)
+PROJECTOR = -1  # for `sample_key` with a seed, where others have an epoch
 
 
 def sample_key(*words: int) -> int:

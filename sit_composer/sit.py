@@ -197,12 +197,12 @@ class SiT(nn.Module):
         x = x.reshape(-1, grid, grid, p, p, c)  # (N, H/p, W/p, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, c, grid * p, grid * p)  # (N, C, H, W)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, draws: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, draws: Tensor | None = None, stop: int | None = None) -> Tensor:
         """The field at x (N, C, H, W) and times t (N,), for labels y (N,): (N, C, H, W).
 
         A solver that calls this often may embed its labels once: y is then what y_embedder gives, (N, D), as it is.
         In training, a label whose draw, of draws (N,) in [0, 1), is below class_dropout_prob becomes the null class.
-        None uses torch's own generator.
+        None uses torch's own generator. With ``stop``, the tokens after that many blocks are returned: (N, T, D).
         """
         x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         t = self.t_embedder(t)  # (N, D)
@@ -215,6 +215,8 @@ class SiT(nn.Module):
                 x = torch.cat([y.unsqueeze(1) + self.in_context_posemb, x], dim=1)  # (N, class_tokens + T, D)
                 rotation = None if self.feat_rope is None else self.feat_rope(self.class_tokens)
             x = block(x, condition, rotation)
+            if i + 1 == stop:
+                return x[:, -self.num_patches :]  # (N, T, D)
         if self.class_tokens:
             x = x[:, self.class_tokens :]  # (N, T, D)
         x = self.unpatchify(self.final_layer(x, c))  # (N, out_channels, H, W)

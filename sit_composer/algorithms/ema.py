@@ -61,8 +61,8 @@ class EMAWeights(Callback):
         self._trained: list[Tensor] = []  # the parameters, in the order of params
 
     def start(self, state: State) -> None:
-        """Starts from the model's trained parameters as they are."""
-        named = [(name, p) for name, p in state.model.named_parameters() if p.requires_grad]
+        """Starts from the network's trained parameters as they are."""
+        named = [(name, p) for name, p in state.model.named_parameters() if p.requires_grad and _is_networks(name)]
         self._state = state
         self._trained = [p for _, p in named]
         # Activation checkpointing inserts a module, which is no part of a parameter's name.
@@ -125,6 +125,10 @@ class EMAWeights(Callback):
                 stored = distribute_tensor(stored.to(average.device), *where, src_data_rank=None)
             average.copy_(stored)
         self.loaded = True
+
+
+def _is_networks(name: str) -> bool:
+    return not name.startswith("projector.")  # which only training has, see `algorithms.alignment`
 
 
 def _shard(tensor: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from sit_composer.errors import first_line
 from sit_composer.storage import LocalFolder, S3Folder
 
 PREFIX = "network."  # of ComposerSiT's parameters
+TRAINING_ONLY = "projector."  # of those that the network has not
 FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # names of weights in one file
 
 
@@ -118,7 +119,8 @@ def _from_run(file: Path, content: dict[str, Any] | None, which: str) -> Checkpo
         record = json.loads(part("callbacks.RunRecord")["record"])
         time = part("timestamp.Timestamp")
         step, epoch, samples = (int(time[name]) for name in ("batch", "epoch", "sample"))
-        weights = {name.removeprefix(PREFIX): tensor for name, tensor in part("model").items()}
+        held = {name: tensor for name, tensor in part("model").items() if not name.startswith(TRAINING_ONLY)}
+        weights = {name.removeprefix(PREFIX): tensor for name, tensor in held.items()}
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:

@@ -13,6 +13,7 @@ from typing import Any
 from sit_composer.choices import (
     BLOCKS,
     FIXED_STEP_METHODS,
+    Bounds,
     check_blocks,
     check_objective,
     check_poles,
@@ -64,6 +65,8 @@ def check(config: Config, ranks: int | None = None) -> None:
             raise ConfigError(f"{section}.global_batch_size: got {n}, expected a multiple of {ranks} ({ranks} ranks)")
     if len(config.optimizer.betas) != 2:
         raise ConfigError(f"optimizer.betas: got {config.optimizer.betas}, expected two numbers in [0, 1)")
+    if config.alignment is not None:
+        check_alignment(config)
     for section in ("sample_grid", "frechet"):
         if getattr(config, section) is not None:
             check_drawing(config, section)
@@ -133,6 +136,15 @@ def check_transport(transport: TransportConfig) -> None:
     for name in ("train_eps", "sample_eps") if transport.time_shift == "auto" else ():
         if (eps := getattr(transport, name)) is not None:  # would move the ends, between which σ/α is shifted
             raise ConfigError(f"transport.{name}: got {eps}, expected null beside transport.time_shift=auto")
+
+
+def check_alignment(config: Config) -> None:
+    """Checks that the network has the blocks that are aligned, and a teacher."""
+    alignment, depth = config.alignment, network_arguments(config.model)["depth"]
+    for name in ("block", "teacher_block"):
+        Bounds(1, depth, whole=True).check(f"alignment.{name}", getattr(alignment, name))
+    if config.ema is None:
+        raise ConfigError("ema: got null, expected an average, which alignment.name=sra has as its teacher")
 
 
 def check_drawing(config: Config, section: str) -> None:

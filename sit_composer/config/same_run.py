@@ -30,14 +30,16 @@ def check_same_config(config: Config, text: str, where: str) -> None:
     folder = where.rpartition("/")[0]
     old, new = _fixed_keys(before), _fixed_keys(config)
     for name, value in new.items():
-        if old[name] != value:
-            expected = f"{old[name]}, the value of the run in {folder}, which this one would resume"
+        if old.get(name) != value:
+            expected = f"{old.get(name)}, the value of the run in {folder}, which this one would resume"
             raise ConfigError(f"{name}: got {value}, expected {expected}; choose another run_name or save_folder")
 
 
 def _fixed_keys(config: Config) -> dict[str, object]:
     """The keys that can't change between a run and its resumption."""
     keys: dict[str, object] = {"seed": config.seed, "ema": None if config.ema is None else "an average"}
+    alignment = {} if config.alignment is None else vars(config.alignment)
+    keys |= {"alignment": alignment.get("name"), **{f"alignment.{name}": value for name, value in alignment.items()}}
     sections = {name: vars(getattr(config, name)) for name in ("transport", "autoencoder", "optimizer")}
     for section, values in {"model": {**BLOCKS, **network_arguments(config.model)}, **sections}.items():
         keys |= {f"{section}.{name}": value for name, value in values.items()}

@@ -99,6 +99,15 @@ class EMAConfig:
 
 
 @dataclass
+class AlignmentConfig:
+    name: str = key("the teacher; sra: the averaged network, at a time nearer to the data", choices=c.ALIGNMENTS)
+    block: int = key("the block, from 1, whose tokens are aligned with the teacher's", 8, c.COUNT)
+    weight: float | None = key("weight of the alignment; null: as published, 0.2 for sra", None, c.POSITIVE)
+    teacher_block: int = key("sra: the averaged network's block, from 1", 20, c.COUNT)
+    time_offset: float = key("sra: the most by which the teacher's time is nearer to the data", 0.2, c.UNIT)
+
+
+@dataclass
 class FSDPConfig:
     data_parallel_replicate_degree: int = key("copies of the sharded weights (HSDP), such as one per node", 1, c.COUNT)
     reshard_after_forward: bool = key("free gathered weights between forward and backward pass", True)
@@ -152,6 +161,7 @@ class Config:
     optimizer: OptimizerConfig = key("AdamW", OptimizerConfig())
     scheduler: dict[str, Any] = key("one of Composer's schedulers: {name: arguments}; none: a constant rate", {})
     ema: EMAConfig | None = key("averaged weights; null: none", EMAConfig())
+    alignment: AlignmentConfig | None = key("a second loss, of tokens towards a teacher's; null: none", None)
     sample_grid: SampleGridConfig | None = key("images generated during training; null: none", None)
     frechet: FrechetConfig | None = key("Fréchet distance (FID) during training; null: none", None)
     precision: str = key("precision of the network", "fp32", choices=(*c.PRECISIONS, *c.GPU_PRECISIONS))

@@ -11,6 +11,7 @@ from composer.utils import dist, reproducibility
 from torch.distributed.checkpoint.api import CheckpointException
 
 from sit_composer.algorithms.ema import EMA
+from sit_composer.algorithms.sra import SRA
 from sit_composer.callbacks.latent_check import LatentCheck
 from sit_composer.callbacks.progress import Progress
 from sit_composer.callbacks.run_record import RunRecord
@@ -73,9 +74,12 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
     if backend is not None:
         compile_blocks(network, backend)
     transport = Transport(**transport_arguments(config))
-    model = ComposerSiT(network, transport, inputs.autoencoder, inputs.encoder, config.precision)
     ema = EMA(config.ema.decay) if config.ema is not None else None
     weights = ema.weights if ema is not None else None
+    alignment = None
+    if config.alignment is not None:
+        alignment = SRA(config.alignment, network, transport, weights, config.precision, config.seed)
+    model = ComposerSiT(network, transport, inputs.autoencoder, inputs.encoder, config.precision, alignment)
     record = Record(
         model=network_arguments(config.model),
         transport=transport_arguments(config),
@@ -90,6 +94,8 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
         callbacks.append(LatentCheck(config.data.remote or config.data.local))
     if ema is not None:
         callbacks, algorithms = [weights, *callbacks], [ema, *algorithms]
+    if alignment is not None:
+        algorithms.append(alignment)
     loggers = build("loggers", config.loggers)
     (scheduler,) = build("scheduler", config.scheduler or {"constant": {}})
     if config.sample_grid is not None or config.frechet is not None:
@@ -100,7 +106,7 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
         config,
         resumption,
         model=model,
-        optimizers=make_optimizer(network, config),
+        optimizers=make_optimizer(model, config),
         schedulers=scheduler,
         train_dataloader=inputs.loaders["data"],
         eval_dataloader=inputs.loaders.get("eval_data"),
@@ -110,7 +116,7 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
         host_timeout=supervision.eviction.timeout,
     )
     if config.fsdp is not None:
-        prefetch(trainer.state.model)
+        prefetch(trainer.state.model.network)
     # --- Run ---
     try:
         supervision.attach(trainer)
@@ -128,12 +134,12 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
         trainer.engine.close()  # trainer.close() would then wait for all ranks, and maybe only this one failed
 
 
-def make_optimizer(network: SiT, config: Config) -> torch.optim.AdamW:
+def make_optimizer(model: ComposerSiT, config: Config) -> torch.optim.AdamW:
     """AdamW over the weights that are trained."""
     # One fused pass over the weights, except with amp_fp16's scaler, which would have it divide the gradients too. None
     # lets torch choose foreach or a for-loop. A checkpoint holds the choice, so a run goes on as it began, to the bit.
     fused = config.precision != "amp_fp16" or None
-    trained = [p for p in network.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(trained, **vars(config.optimizer), fused=fused)
 
 

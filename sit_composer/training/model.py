@@ -5,6 +5,8 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
 from sit_composer import randomness
+from sit_composer.algorithms.alignment import Alignment, Noised
+from sit_composer.algorithms.projector import tokens_after
 from sit_composer.autoencoder import AutoencoderSpec, DiffusersAutoencoder, from_uint8
 from sit_composer.precision import autocast
 from sit_composer.sit import SiT, SiTBlock
@@ -19,7 +21,8 @@ class ComposerSiT(ComposerModel):
     A batch is a dict of ``label``, ``index`` and ``key`` (each int64 (N,)), and of ``moments`` (N, 2C or C, H, W) or
     ``image`` (N, C, H, W) uint8. The autoencoder turns moments into latents; the encoder, if there is one, encodes
     images in each step. It is kept out of the module tree, and so out of the optimizer, shards and checkpoints.
-    The network, and nothing else, computes in ``precision``; see `precision.autocast`.
+    The network, and nothing else, computes in ``precision``; see `precision.autocast`. An alignment's projector is
+    taken as a part of the network here, and is one of no checkpoint's network.
     """
 
     def __init__(
@@ -29,6 +32,7 @@ class ComposerSiT(ComposerModel):
         autoencoder: AutoencoderSpec,
         encoder: DiffusersAutoencoder | None = None,
         precision: str = "fp32",
+        alignment: Alignment | None = None,
     ):
         super().__init__()
         self.network = network
@@ -36,6 +40,8 @@ class ComposerSiT(ComposerModel):
         self.autoencoder = autoencoder
         self.encoder = encoder  # DiffusersAutoencoder is no nn.Module
         self.precision = precision  # of the network alone: fp32, bf16 or amp_bf16
+        self.alignment = alignment
+        self.projector = alignment.projector if alignment is not None else None
         # Composer asks the network for these: a block is the unit of sharding and of activation checkpointing.
         network.fsdp_wrap_fn = network.activation_checkpointing_fn = lambda module: isinstance(module, SiTBlock)
 
@@ -60,16 +66,31 @@ class ComposerSiT(ComposerModel):
         with autocast(self.precision, x.device.type):
             return self.network(x, t, y, draws)
 
-    def _losses(self, batch: dict[str, Tensor], t: Tensor, keys: Tensor) -> Tensor:
-        # x1, t and x0 are float32, and so is the loss.
+    def _noised(self, batch: dict[str, Tensor], t: Tensor, keys: Tensor) -> Noised:
+        # All float32.
         x1, x0 = self.latents(batch, keys), self._normal(keys, randomness.X0)  # (N, C, H, W)
-        draws = randomness.uniform(keys, randomness.DROP)  # whose label is dropped
-        return self.transport.loss_at(self.field, t, x0, x1, y=batch["label"], draws=draws)
+        return Noised(t, x0, x1, randomness.uniform(keys, randomness.DROP))
+
+    def _losses(self, noised: Noised, y: Tensor) -> Tensor:
+        t, x0, x1, draws = noised
+        return self.transport.loss_at(self.field, t, x0, x1, y=y, draws=draws)  # float32 too
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """The loss per sample: (N,). A sample's key determines its noise, time and label dropout: see `randomness`."""
-        keys = batch["key"]
-        return self._losses(batch, self.transport.times(randomness.uniform(keys, randomness.TIME)), keys)
+        """The loss per sample: (N,). A sample's key determines its noise, time and label dropout: see `randomness`.
+
+        An alignment gets its distances, (N,), and adds them itself.
+        """
+        keys, alignment = batch["key"], self.alignment
+        noised = self._noised(batch, self.transport.times(randomness.uniform(keys, randomness.TIME)), keys)
+        if alignment is None:
+            return self._losses(noised, batch["label"])
+        target = alignment.teach(batch, noised)  # first, while no pass is under way that a backward pass will follow
+        with tokens_after(self.network, alignment.config.block) as tokens:
+            losses = self._losses(noised, batch["label"])
+        with autocast(self.precision, losses.device.type):
+            projected = self.projector(tokens[0])
+        alignment.distances = alignment.distance(projected.float(), target.float())
+        return losses
 
     def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """The mean over the samples."""
@@ -83,7 +104,7 @@ class ComposerSiT(ComposerModel):
         """
         t0, t1 = self.transport.interval()
         t = ((batch["index"].double() * GOLDEN_RATIO + 0.5) % 1 * (t1 - t0) + t0).float()
-        return self._losses(batch, t, batch["index"])
+        return self._losses(self._noised(batch, t, batch["index"]), batch["label"])
 
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:
         return {} if is_train else {"loss": MeanMetric()}

@@ -28,9 +28,9 @@ class ShardingConfig(FSDP2Config):
         return self.replicas if self.replicas > 1 else None
 
 
-def prefetch(model: nn.Module) -> None:
+def prefetch(network: nn.Module) -> None:
     """Gathers each block's weights while the block before it computes; backward passes do so by themselves."""
-    _, *blocks = [module for module in model.modules() if isinstance(module, FSDPModule)]  # after the root
+    _, *blocks = [module for module in network.modules() if isinstance(module, FSDPModule)]  # after the root
     for block, following in pairwise(blocks):
         block.set_modules_to_forward_prefetch([following])
 

@@ -82,7 +82,7 @@ def test_each_block_is_gathered_while_the_one_before_computes():
     dist.initialize_dist("cpu")
     model = ComposerSiT(small_network(depth=3), Transport(), SPEC)
     shard(model, FSDPConfig())
-    prefetch(model)
+    prefetch(model.network)
     gathered = []
     for number, block in enumerate(model.network.blocks):
         group = block._get_fsdp_state()._fsdp_param_group

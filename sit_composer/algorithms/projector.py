@@ -1,0 +1,49 @@
+"""What alignment has of modules: the projector, and how a block's tokens are had. Light, as the costs use it too."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from sit_composer import randomness
+from sit_composer.sit import SiT
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear maps from width to width, with SiLU between them."""
+    maps = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.SiLU())]
+    return nn.Sequential(*maps[:-1])
+
+
+def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A projector whose weights (Xavier's uniform numbers; biases are 0) the seed alone determines.
+
+    Torch's own generator, which the network and others draw from, stays as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        projector = make()
+    generator = torch.Generator().manual_seed(randomness.sample_key(seed, randomness.PROJECTOR))
+    for p in projector.parameters():
+        if p.ndim > 1:
+            nn.init.xavier_uniform_(p, generator=generator)
+        else:
+            nn.init.zeros_(p)
+    return projector
+
+
+@contextmanager
+def tokens_after(network: SiT, block: int) -> Iterator[list[Tensor]]:
+    """Within it, each forward pass of the network appends what its block of that number, from 1, gives: (N, T, D).
+
+    The hook lies around activation checkpointing's wrapper, so that a recomputation appends nothing, and outside of a
+    compiled block's graph. Tokens of the class are left out.
+    """
+    found: list[Tensor] = []
+    hook = network.blocks[block - 1].register_forward_hook(lambda _, args, out: found.append(out))
+    try:
+        yield found
+    finally:
+        hook.remove()
+        found[:] = [tokens[:, -network.num_patches :] for tokens in found]
