@@ -154,7 +154,8 @@ PRECISIONS = ("auto", "fp32", "bf16")  # on every device; auto is bf16 where the
 GPU_PRECISIONS = ("amp_bf16", "amp_fp16")  # Composer's names
 PREDICTIONS = ("velocity", "noise", "score", "x")
 OVER_ALPHA = ("noise", "score")  # predictions whose velocity divides by α, which is 0 at the pole at the noise
-ALIGNMENTS = {"sra": 0.2}  # and the weight of each, as published
+ALIGNMENTS = {"sra": 0.2, "repa": 0.5}  # and the weight of each, as published
+PROJECTORS = ("mlp", "conv")
 LOSS_WEIGHTS = (None, "velocity", "likelihood")
 TIME_SAMPLINGS = ("uniform", "logit-normal")
 DIFFUSION_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
@@ -207,7 +208,7 @@ TEACHERS = ("timm", "transformers")  # libraries that have vision transformers
 
 
 def teacher_name(name: str) -> str:
-    """A teacher's name, such as transformers:facebook/dinov2-base, with a folder's whole path; UserError for another."""
+    """A teacher's name, such as transformers:facebook/dinov2-base, with a folder whole; UserError if it is none."""
     library, _, model = name.partition(":")
     if library not in TEACHERS or not model:
         raise UserError(f"got {name!r}, expected timm:NAME or transformers:NAME, of a model or its folder")

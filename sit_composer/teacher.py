@@ -1,5 +1,5 @@
-"""A frozen vision transformer, whose features of an image's patches a network's tokens are aligned with: a model of timm
-or transformers. Its weights are read without running code in them.
+"""A frozen vision transformer of timm or transformers, with whose features of an image's patches a network's tokens are
+aligned. Its weights are read without running code in them.
 """
 
 import hashlib
@@ -36,8 +36,8 @@ class Teacher:
     """A frozen vision transformer. It is not a submodule of anything that is trained, sharded or checkpointed.
 
     Images are resized to ``grid`` of its patches along a side, so that it has as many tokens as the network: for
-    DINOv2's patches of 14 pixels and 16 tokens, to 224 pixels; to 448 for 32. That and the steps before (ImageNet's
-    mean and deviation, then bicubic without antialiasing) are those of REPA's `preprocess_raw_image` (arXiv 2410.06940).
+    DINOv2's patches of 14 pixels and 16 tokens, to 224 pixels; to 448 for 32. That and the steps before (the teacher's
+    mean and deviation, then bicubic without antialiasing) are as in `preprocess_raw_image` of REPA (arXiv 2410.06940).
 
     Args:
         name: ``timm:`` and a model's name, or a folder that timm's `save_for_hf` wrote; or ``transformers:`` and a name

@@ -19,11 +19,13 @@ from sit_composer.choices import (
     check_poles,
     check_sizes,
     choose,
+    teacher_name,
 )
 from sit_composer.cli import s3_endpoint
 from sit_composer.config import composer_classes
 from sit_composer.config.schema import Config, ConfigError, ModelConfig, TransportConfig, network_arguments
 from sit_composer.config.times import ANY, check_time, parse_time
+from sit_composer.errors import UserError
 
 # Trainer arguments that have a key of their own, or that a YAML can't hold.
 TRAINER_KEYS_ELSEWHERE = {
@@ -141,9 +143,18 @@ def check_transport(transport: TransportConfig) -> None:
 def check_alignment(config: Config) -> None:
     """Checks that the network has the blocks that are aligned, and a teacher."""
     alignment, depth = config.alignment, network_arguments(config.model)["depth"]
-    for name in ("block", "teacher_block"):
+    for name in ("block", "teacher_block") if alignment.name == "sra" else ("block",):
         Bounds(1, depth, whole=True).check(f"alignment.{name}", getattr(alignment, name))
-    if config.ema is None:
+    others = ("teacher", "projector", "spatial_norm") if alignment.name == "sra" else ("teacher_block", "time_offset")
+    for f in dataclasses.fields(alignment):
+        if f.name in others and getattr(alignment, f.name) != f.default_factory():  # type: ignore[misc]
+            raise ConfigError(f"alignment.{f.name}: has no effect with alignment.name={alignment.name}; leave it out")
+    if alignment.name == "repa":
+        try:
+            teacher_name(alignment.teacher or "")
+        except UserError as error:
+            raise ConfigError(f"alignment.teacher: {error}") from None
+    elif config.ema is None:
         raise ConfigError("ema: got null, expected an average, which alignment.name=sra has as its teacher")
 
 

@@ -31,7 +31,7 @@ COLUMNS: dict[
     "features": {
         "features": ("ndarray:float16:",),
         "features_flip": ("ndarray:float16:",),
-    },  # of a teacher, of one size
+    },  # of one size
 }
 
 
