@@ -233,8 +233,8 @@ class SiT(nn.Module):
         guided = unconditional + cfg_scale * (conditional - unconditional)
         return torch.cat([torch.cat([guided, guided]), out[:, 3:]], dim=1)
 
-    def forward_macs(self) -> int:
-        """Multiply-accumulates of one forward pass over one sample (FLOPs are twice that).
+    def forward_macs(self, stop: int | None = None) -> int:
+        """Multiply-accumulates of one forward pass over one sample, see `forward` (FLOPs are twice that).
 
         As usual, only matrix products are counted: T·D² for every D×D map over the tokens, 2·T²·D for attention.
         """
@@ -243,12 +243,13 @@ class SiT(nn.Module):
         maps = 4 * d * d + sum(
             layer.in_features * layer.out_features for layer in first if isinstance(layer, nn.Linear)
         )
-        joined = len(self.blocks) - self.class_tokens_start if self.class_tokens else 0
-        lengths = ((tokens, len(self.blocks) - joined), (tokens + self.class_tokens, joined))  # and the blocks of each
+        depth = len(self.blocks) if stop is None else stop
+        joined = max(depth - self.class_tokens_start, 0) if self.class_tokens else 0
+        lengths = ((tokens, depth - joined), (tokens + self.class_tokens, joined))  # and the blocks of each
         blocks = sum(count * (length * maps + 2 * length * length * d) for length, count in lengths)
-        modulations = len(self.blocks) if self.adaLN_modulation is None else 1
+        modulations = depth if self.adaLN_modulation is None else 1
         embed = tokens * p * p * self.in_channels * d + TimestepEmbedder.frequency_size * d + d * d
-        final = tokens * d * p * p * self.out_channels + 2 * d * d
+        final = tokens * d * p * p * self.out_channels + 2 * d * d if stop is None else 0
         return blocks + modulations * 6 * d * d + embed + final
 
 

@@ -5,16 +5,14 @@ The network's tokens after an early block are aligned with the teacher's feature
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from sit_composer.algorithms.alignment import Alignment, Noised
-from sit_composer.algorithms.projector import mlp, seeded
+from sit_composer.algorithms.projector import build_projector, seeded
 from sit_composer.autoencoder import from_uint8
 from sit_composer.config.schema import AlignmentConfig
 from sit_composer.teacher import Teacher
-
-HIDDEN = 2048  # the width of REPA's projector
 
 
 class REPA(Alignment):
@@ -32,7 +30,7 @@ class REPA(Alignment):
     def __init__(
         self, config: AlignmentConfig, network_width: int, width: int, teacher: Teacher | None = None, seed: int = 0
     ):
-        super().__init__(config, seeded(lambda: make_projector(config.projector, network_width, width), seed))
+        super().__init__(config, seeded(lambda: build_projector(config, network_width, width), seed))
         self.teacher = teacher
 
     @torch.no_grad()
@@ -48,21 +46,3 @@ class REPA(Alignment):
 def spatial_norm(features: Tensor, gamma: float, eps: float = 1e-6) -> Tensor:
     """iREPA's: (y - gamma · mean) / (std + eps), over the places (N, T, D) of an image; std divides by T - 1."""
     return (features - gamma * features.mean(1, keepdim=True)) / (features.std(1, keepdim=True) + eps)
-
-
-def make_projector(kind: str, network_width: int, width: int) -> nn.Module:
-    """REPA's ``mlp`` of three layers, or iREPA's ``conv``."""
-    return mlp(network_width, HIDDEN, HIDDEN, width) if kind == "mlp" else ConvProjector(network_width, width)
-
-
-class ConvProjector(nn.Module):
-    """A convolution of 3×3 tokens, with zeros around the image."""
-
-    def __init__(self, network_width: int, width: int):
-        super().__init__()
-        self.conv = nn.Conv2d(network_width, width, kernel_size=3, padding=1)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        side = round(tokens.shape[1] ** 0.5)
-        maps = tokens.transpose(1, 2).unflatten(2, (side, side))  # (N, D, side, side)
-        return self.conv(maps).flatten(2).transpose(1, 2)  # (N, T, D')

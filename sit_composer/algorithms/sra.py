@@ -5,7 +5,7 @@ latents, noise and label at a time nearer to the data.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 from torch.nn.functional import smooth_l1_loss
@@ -13,7 +13,7 @@ from torch.nn.functional import smooth_l1_loss
 from sit_composer import randomness
 from sit_composer.algorithms.alignment import Alignment, Noised
 from sit_composer.algorithms.ema import EMAWeights
-from sit_composer.algorithms.projector import mlp, seeded, tokens_after
+from sit_composer.algorithms.projector import build_projector, seeded, tokens_after
 from sit_composer.config.schema import AlignmentConfig
 from sit_composer.precision import autocast
 from sit_composer.sit import SiT
@@ -38,7 +38,7 @@ class SRA(Alignment):
         precision: str = "fp32",
         seed: int = 0,
     ):
-        super().__init__(config, seeded(lambda: projector(network.hidden_size), seed))
+        super().__init__(config, seeded(lambda: build_projector(config, network.hidden_size), seed))
         self.network = network
         self.transport = transport
         self.weights = weights
@@ -67,8 +67,3 @@ class SRA(Alignment):
 
     def distance(self, projected: Tensor, target: Tensor) -> Tensor:
         return smooth_l1_loss(projected, target, reduction="none", beta=BETA).flatten(1).mean(1)
-
-
-def projector(width: int) -> nn.Module:
-    """SRA's, which its authors release as a head of two layers."""
-    return mlp(width, 2 * width, width)

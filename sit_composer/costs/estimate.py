@@ -7,8 +7,10 @@ from dataclasses import astuple, dataclass, replace
 from functools import cache
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sit_composer.algorithms.projector import build_projector
 from sit_composer.autoencoder import SLICE_SIZE, find_autoencoder
 from sit_composer.autoencoder_config import read_layout
 from sit_composer.config.schema import Config, network_arguments, transport_arguments
@@ -50,6 +52,14 @@ def parameters(network: tuple) -> tuple[tuple[str, torch.Size, bool], ...]:
         return tuple((name, p.shape, p.requires_grad) for name, p in SiT(**dict(network)).named_parameters())
 
 
+def projector(config: Config) -> nn.Module | None:
+    """An alignment's projector, if there is one, without memory for its weights."""
+    if config.alignment is None:
+        return None
+    with FakeTensorMode():
+        return build_projector(config.alignment, network_arguments(config.model)["hidden_size"])
+
+
 def memory(
     config: Config,
     ranks: int,
@@ -67,19 +77,24 @@ def memory(
     network = tuple(sorted(network_arguments(config.model).items()))
     shards = ranks // fsdp.data_parallel_replicate_degree if fsdp is not None else 1
     # FSDP2 splits the first axis, and pads.
-    parts = [(math.ceil(p[0] / shards) * math.prod(p[1:]), is_trained) for _, p, is_trained in parameters(network)]
+    extra = () if config.alignment is None else projector(config).named_parameters(prefix="projector")
+    everywhere = (*parameters(network), *((name, p.shape, True) for name, p in extra))
+    parts = [(math.ceil(p[0] / shards) * math.prod(p[1:]), is_trained) for _, p, is_trained in everywhere]
     everything, largest = sum(part for part, _ in parts), max(part for part, _ in parts)
     trained = sum(part for part, is_trained in parts if is_trained)
     if accumulated is None:
         accumulated = config.data.global_batch_size > ranks * microbatch
+    averaged = sum(part for part, is_trained in parts[: len(parameters(network))] if is_trained)
     step = Step(network, tuple(sorted(transport_arguments(config).items())), config.precision, cuda=cuda)
+    if config.alignment is not None:
+        step = replace(step, alignment=tuple(vars(config.alignment).items()))
     buffers = 4 * trained if ranks > 1 else 0  # DDP's buckets: in Composer they aren't views of the gradients
     if fsdp is not None:
         gathered = torch.float32 if fsdp.mixed_precision == "FULL" else DTYPES[config.precision]
         checkpointing, offload = fsdp.activation_checkpointing, fsdp.activation_cpu_offload
         step = replace(step, sharded=gathered, checkpointing=checkpointing, offload=offload)
         block = sum(p.numel() for name, p, _ in parameters(network) if name.startswith("blocks.0."))
-        rest = sum(p.numel() for name, p, _ in parameters(network) if not name.startswith("blocks."))
+        rest = sum(p.numel() for name, p, _ in everywhere if not name.startswith("blocks."))
         depth = dict(network)["depth"]
         # Gathered: the root, which stays, and a block in use, the next one and its buffer; or all blocks. Then the
         # gradients of the root and of a block, and the reduction's input, of this block and of the one before.
@@ -94,7 +109,7 @@ def memory(
     return Memory(
         weights=4 * everything,
         optimizer=8 * trained,
-        ema=4 * trained if config.ema is not None else 0,
+        ema=4 * averaged if config.ema is not None else 0,
         buffers=buffers,
         encoder=weights,
         gradients=4 * trained,

@@ -10,16 +10,19 @@ import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from torch.nn.functional import cosine_similarity, smooth_l1_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from sit_composer.algorithms.projector import build_projector, tokens_after
+from sit_composer.config.schema import AlignmentConfig
 from sit_composer.precision import DTYPES
 from sit_composer.sit import SiT
 from sit_composer.transport import Transport
@@ -65,6 +68,7 @@ class Step:
     sharded: torch.dtype | None = None  # FSDP2's dtype of gathered weights; None for DDP
     checkpointing: bool = False  # as in FSDPConfig
     offload: bool = False  # as in FSDPConfig
+    alignment: tuple | None = None  # `AlignmentConfig`'s pairs
     cuda: bool = True  # autocast follows CUDA's rules; else the CPU's
 
 
@@ -89,11 +93,15 @@ def _histories(step: Step, samples: int, accumulated: bool) -> list[list[int]]:
     try:
         with FakeTensorMode(), torch.random.fork_rng(devices=[]):
             network, transport = _network(step), Transport(**dict(step.transport))
-            with Ledger([*network.parameters(), *network.buffers()]) as ledger:
-                _microbatch(network, transport, step.precision, samples)
+            alignment = None if step.alignment is None else AlignmentConfig(**dict(step.alignment))
+            projector = None if alignment is None else build_projector(alignment, network.hidden_size)
+            microbatch = partial(_microbatch, network, transport, step.precision, samples, alignment, projector)
+            known = [] if projector is None else [*projector.parameters()]
+            with Ledger([*network.parameters(), *network.buffers(), *known]) as ledger:
+                microbatch()
                 first = len(ledger.history)
                 if accumulated and step.sharded is None:
-                    _microbatch(network, transport, step.precision, samples)
+                    microbatch()
         parts = [ledger.history[:first], ledger.history[first:]]
         return [part for part in parts if part]
     finally:
@@ -123,14 +131,32 @@ def _network(step: Step) -> SiT:
     return network
 
 
-def _microbatch(network: SiT, transport: Transport, precision: str, samples: int) -> None:
+def _microbatch(
+    network: SiT,
+    transport: Transport,
+    precision: str,
+    samples: int,
+    alignment: AlignmentConfig | None,
+    projector: nn.Module | None,
+) -> None:
     """Forward and backward, as the Trainer does them."""
     shape = (samples, network.in_channels, network.input_size, network.input_size)
     x1, x0, t, draws = torch.empty(shape), torch.empty(shape), torch.empty(samples), torch.empty(samples)
     labels = torch.zeros(samples, dtype=torch.long)
     with nullcontext() if precision == "fp32" else torch.autocast("cpu", DTYPES[precision]):
         xt = transport.path.interpolate(t, x0, x1)[0]
-        loss = transport.loss(network(xt, t, labels, draws).float(), t, x0, x1).mean()
+        if alignment is not None and alignment.name == "sra":
+            with torch.no_grad():
+                target = network(xt, t, labels, draws, alignment.teacher_block).float()
+        with tokens_after(network, alignment.block) if alignment is not None else nullcontext() as tokens:
+            out = network(xt, t, labels, draws)
+        loss = transport.loss(out.float(), t, x0, x1).mean()
+        if alignment is not None:
+            projected = projector(tokens[0]).float()
+            if alignment.name == "sra":
+                loss = loss + smooth_l1_loss(projected, target, reduction="none").mean()
+            else:  # the features, from the shards
+                loss = loss - cosine_similarity(projected, torch.empty_like(projected), dim=-1).mean()
     loss.backward()
 
 

@@ -8,7 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sit_composer.choices import LIGHTNING, VARIANTS, choose
 from sit_composer.config.schema import Config, FSDPConfig, network_arguments
-from sit_composer.costs.estimate import GIB, RESERVE_TEXT, fits, memory, parameters, steps
+from sit_composer.costs.estimate import GIB, RESERVE_TEXT, fits, memory, parameters, projector, steps
+from sit_composer.costs.flops import sample_flops
 from sit_composer.costs.gpus import GPUS
 from sit_composer.sit import SiT
 
@@ -94,7 +95,8 @@ def _largest(name: str, gpu: str, columns: Iterable[tuple[Config, int]], encoder
 def cost_table(config: Config, ranks: Sequence[int], mfu: float, samples: int | None = None) -> str:
     """The cost of max_duration: hours by GPU and ranks, at a fraction ``mfu`` of the peak FLOP/s."""
     with FakeTensorMode():
-        flops = 6 * SiT(**network_arguments(config.model)).forward_macs() * config.data.global_batch_size
+        network = SiT(**network_arguments(config.model))
+    flops = sample_flops(network, config.alignment, projector(config)) * config.data.global_batch_size
     count = steps(config, samples)
     text = f"{flops / 1e12:.4g} TFLOPs per step"
     if count is None:

@@ -8,6 +8,7 @@ from sit_composer import randomness
 from sit_composer.algorithms.alignment import Alignment, Noised
 from sit_composer.algorithms.projector import tokens_after
 from sit_composer.autoencoder import AutoencoderSpec, DiffusersAutoencoder, from_uint8
+from sit_composer.costs.flops import sample_flops
 from sit_composer.precision import autocast
 from sit_composer.sit import SiT, SiTBlock
 from sit_composer.transport import Transport
@@ -113,5 +114,6 @@ class ComposerSiT(ComposerModel):
         metric.update(outputs)
 
     def flops_per_batch(self, batch: dict[str, Tensor]) -> int:
-        """FLOPs of a training step on this batch: 2 per multiply-accumulate; a backward pass is two forward passes."""
-        return 6 * self.network.forward_macs() * len(batch["label"])
+        """FLOPs of a training step on this batch."""
+        alignment = None if self.alignment is None else self.alignment.config
+        return sample_flops(self.network, alignment, self.projector) * len(batch["label"])

@@ -4,7 +4,6 @@ import math
 import os
 import time
 from dataclasses import replace
-from functools import cache
 
 import torch
 
@@ -13,7 +12,7 @@ from sit_composer.checkpoint.folder import CHECKPOINT
 from sit_composer.checkpoint.record import on_meta
 from sit_composer.choices import dimension_shift
 from sit_composer.config.schema import Config, ConfigError, network_arguments, transport_arguments
-from sit_composer.costs import estimate, tables
+from sit_composer.costs import estimate, flops, tables
 from sit_composer.costs.room import room
 from sit_composer.data.spec import DataSpec
 from sit_composer.precision import DTYPES, for_gpu
@@ -70,14 +69,9 @@ def microbatch(config: Config) -> int | str:
     return given or config.data.global_batch_size // int(os.environ.get("WORLD_SIZE", 1))
 
 
-@cache
-def _macs(network: tuple) -> int:
-    return on_meta(**dict(network)).forward_macs()
-
-
 def sample_flops(config: Config) -> int:
-    """FLOPs of a sample's training step: 2 per multiply-accumulate; a backward pass is two forward passes."""
-    return 6 * _macs(tuple(sorted(network_arguments(config.model).items())))
+    """FLOPs of a sample's training step."""
+    return flops.sample_flops(on_meta(**network_arguments(config.model)), config.alignment, estimate.projector(config))
 
 
 def device_flops(config: Config) -> float:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sit_composer.algorithms.repa import REPA, make_projector, spatial_norm
+from sit_composer.algorithms.projector import build_projector
+from sit_composer.algorithms.repa import REPA, spatial_norm
 from sit_composer.autoencoder import DiffusersAutoencoder, from_uint8
 from sit_composer.config.schema import AlignmentConfig
 from sit_composer.data.loader import build_loader
@@ -58,7 +59,7 @@ def test_losses_are_those_of_the_authors_code(reference):
 
 @pytest.mark.parametrize("kind", ["mlp", "conv"])
 def test_projectors_are_those_of_the_authors_code(reference, kind):
-    projector = make_projector(kind, WIDTH, FEATURES)
+    projector = build_projector(AlignmentConfig(name="repa", projector=kind), WIDTH, FEATURES)
     fill_network(projector.conv if kind == "conv" else projector)
     torch.testing.assert_close(projector(inputs()["tokens"]), reference("repa")[kind], rtol=1e-5, atol=1e-6)
 
