@@ -12,7 +12,6 @@ from convert.sources.class_names import read_class_names
 from convert.sources.registry import FORMATS, InputError
 from sit_composer.choices import COUNT, FROM_ZERO, Bounds, teacher_name
 from sit_composer.cli import make_parser, number, require
-from sit_composer.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUALITY = Bounds(1, 100, whole=True)  # of a JPEG
@@ -94,10 +93,7 @@ def _check_features(args: argparse.Namespace) -> None:
         if args.features_grid is not None:
             raise InputError("--features-grid: only for --features")
         return
-    try:
-        args.features = teacher_name(args.features)
-    except UserError as error:
-        raise InputError(f"--features: {error}") from None
+    args.features = teacher_name(args.features, "--features")
     if args.features_grid is None:
         if args.image_size is None or args.image_size % 16:
             size = "none" if args.image_size is None else str(args.image_size)

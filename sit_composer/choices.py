@@ -207,11 +207,11 @@ def check_tolerances(atol: float, rtol: float, prefix: str = "") -> None:
 TEACHERS = ("timm", "transformers")  # libraries that have vision transformers
 
 
-def teacher_name(name: str) -> str:
-    """A teacher's name, such as transformers:facebook/dinov2-base, with a folder whole; UserError if it is none."""
+def teacher_name(name: str, option: str = "alignment.teacher") -> str:
+    """A teacher's name, such as transformers:facebook/dinov2-base; a folder's in full. UserError for no such name."""
     library, _, model = name.partition(":")
     if library not in TEACHERS or not model:
-        raise UserError(f"got {name!r}, expected timm:NAME or transformers:NAME, of a model or its folder")
+        raise UserError(f"{option}: got {name!r}, expected timm:NAME or transformers:NAME, of a model or its folder")
     folder = os.path.expanduser(model)
     return f"{library}:{os.path.realpath(folder)}" if os.path.isdir(folder) else name
 

@@ -52,7 +52,7 @@ class Teacher:
     def __init__(
         self, name: str, grid: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
-        library, _, model = teacher_name(name).partition(":")
+        library, _, model = teacher_name(name, "teacher").partition(":")
         try:
             loaded = (_from_timm if library == "timm" else _from_transformers)(model, grid)
         except UserError:

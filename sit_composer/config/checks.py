@@ -25,7 +25,6 @@ from sit_composer.cli import s3_endpoint
 from sit_composer.config import composer_classes
 from sit_composer.config.schema import Config, ConfigError, ModelConfig, TransportConfig, network_arguments
 from sit_composer.config.times import ANY, check_time, parse_time
-from sit_composer.errors import UserError
 
 # Trainer arguments that have a key of their own, or that a YAML can't hold.
 TRAINER_KEYS_ELSEWHERE = {
@@ -150,10 +149,7 @@ def check_alignment(config: Config) -> None:
         if f.name in others and getattr(alignment, f.name) != f.default_factory():  # type: ignore[misc]
             raise ConfigError(f"alignment.{f.name}: has no effect with alignment.name={alignment.name}; leave it out")
     if alignment.name == "repa":
-        try:
-            teacher_name(alignment.teacher or "")
-        except UserError as error:
-            raise ConfigError(f"alignment.teacher: {error}") from None
+        teacher_name(alignment.teacher or "")
     elif config.ema is None:
         raise ConfigError("ema: got null, expected an average, which alignment.name=sra has as its teacher")
 

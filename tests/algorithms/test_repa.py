@@ -6,16 +6,21 @@ import pytest
 import torch
 from PIL import Image
 
+from convert import to_mds
+from sit_composer import export
 from sit_composer.algorithms.projector import build_projector
 from sit_composer.algorithms.repa import REPA, spatial_norm
 from sit_composer.autoencoder import DiffusersAutoencoder, from_uint8
+from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.config.schema import AlignmentConfig
 from sit_composer.data.loader import build_loader
 from sit_composer.data.stream import load_spec
+from sit_composer.sit import SiT
 from sit_composer.teacher import Teacher
 from sit_composer.training.model import ComposerSiT
 from sit_composer.transport import Transport
 from tests.helpers.networks import small_network
+from tests.helpers.runs import bits, differences, state_of
 from tests.helpers.teachers import write_timm
 from tests.reference.blocks import fill_network
 from tests.reference.repa import FEATURES, WIDTH, inputs
@@ -112,3 +117,54 @@ def test_gradients_reach_projector_and_early_blocks_alone(source, vae_folder, te
     teachers = {id(p) for p in model.alignment.teacher.network.parameters()}
     assert not teachers & {id(p) for p in model.parameters()}
     assert not [name for name in model.state_dict() if "teacher" in name]
+
+
+ALIGNED = "alignment={{name: repa, block: 1, teacher: '{}', projector: conv, spatial_norm: 0.6}}"
+COARSE = "model.patch_size=2"  # the digits' 8 pixels as 4x4 tokens
+
+
+def test_a_run_on_images_resumes_to_the_bit_and_its_projector_is_in_no_export(run, teacher_name, tmp_path):
+    aligned = [ALIGNED.format(teacher_name), COARSE, "trainer.device_train_microbatch_size=24"]
+    assert run("trainer.max_duration=4ba", *aligned, folder="whole") == 0
+    assert run("trainer.max_duration=2ba", *aligned) == 0
+    assert run("trainer.max_duration=4ba", *aligned) == 0
+    assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
+    held = [name for name in state_of(tmp_path / "run")["model"] if not name.startswith("network.")]
+    assert held == ["projector.conv.weight", "projector.conv.bias"]
+    assert export.main([str(tmp_path / "run"), "--out", str(tmp_path / "export")]) == 0
+    loaded = load_checkpoint(str(tmp_path / "run"), "ema").build_network()  # strictly
+    exported = SiT.from_pretrained(str(tmp_path / "export" / "checkpoint-4"), "ema")
+    assert differences(loaded.state_dict(), exported.state_dict()) == []
+
+
+def test_runs_on_latents_need_the_features_of_their_teacher_and_grid(run, teacher_name, vae_folder, tmp_path, capsys):
+    def train(shards, *overrides):
+        capsys.readouterr()
+        latents = ["model.in_channels=4", "model.input_size=4", f"autoencoder.name={vae_folder}", "eval_data=null"]
+        places = [f"data.local={shards}", "data.global_batch_size=16", "trainer.max_duration=1ba", "data.num_workers=0"]
+        code = run(*latents, *places, "sample_grid=null", *overrides, folder=f"run-{shards.name}")
+        return code, capsys.readouterr().err
+
+    options = ["--latents", "--vae", vae_folder, "--limit", "200", "--workers", "0"]
+    for name, features in (("none", []), ("two", ["--features", teacher_name, "--features-grid", "2"])):
+        assert to_mds.main(["digits", "--out", str(tmp_path / name), *options, *features]) == 0
+    code, stderr = train(tmp_path / "two", ALIGNED.format(teacher_name), "model.patch_size=2")
+    assert code == 0, stderr
+    other = write_timm(tmp_path / "other")
+    cases = (
+        ("none", teacher_name, 2, "none has latents without features; convert with --features timm:"),
+        ("two", other, 2, f"got {other}, expected {teacher_name}, whose features are in"),
+        ("two", teacher_name, 1, "two are of 2x2 tokens, expected the network's 4x4; convert with --features"),
+    )
+    for shards, teacher, patch, message in cases:
+        code, stderr = train(tmp_path / shards, ALIGNED.format(teacher), f"model.patch_size={patch}")
+        assert code == 2
+        (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
+        assert line.startswith("error: alignment.teacher: ")
+        assert message in line
+
+
+def test_a_teacher_that_cannot_be_loaded_ends_the_run_in_a_line(run, tmp_path, capsys):
+    assert run(ALIGNED.format(f"transformers:{tmp_path}"), COARSE) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: alignment.teacher: transformers:{tmp_path}: can't be loaded: ")
