@@ -138,17 +138,17 @@ def test_a_run_on_images_resumes_to_the_bit_and_its_projector_is_in_no_export(ru
 
 
 def test_runs_on_latents_need_the_features_of_their_teacher_and_grid(run, teacher_name, vae_folder, tmp_path, capsys):
-    def train(shards, *overrides):
+    def train(shards, *overrides, folder):
         capsys.readouterr()
         latents = ["model.in_channels=4", "model.input_size=4", f"autoencoder.name={vae_folder}", "eval_data=null"]
         places = [f"data.local={shards}", "data.global_batch_size=16", "trainer.max_duration=1ba", "data.num_workers=0"]
-        code = run(*latents, *places, "sample_grid=null", *overrides, folder=f"run-{shards.name}")
+        code = run(*latents, *places, "sample_grid=null", *overrides, folder=folder)
         return code, capsys.readouterr().err
 
     options = ["--latents", "--vae", vae_folder, "--limit", "200", "--workers", "0"]
     for name, features in (("none", []), ("two", ["--features", teacher_name, "--features-grid", "2"])):
         assert to_mds.main(["digits", "--out", str(tmp_path / name), *options, *features]) == 0
-    code, stderr = train(tmp_path / "two", ALIGNED.format(teacher_name), "model.patch_size=2")
+    code, stderr = train(tmp_path / "two", ALIGNED.format(teacher_name), "model.patch_size=2", folder="trained")
     assert code == 0, stderr
     other = write_timm(tmp_path / "other")
     cases = (
@@ -157,7 +157,8 @@ def test_runs_on_latents_need_the_features_of_their_teacher_and_grid(run, teache
         ("two", teacher_name, 1, "two are of 2x2 tokens, expected the network's 4x4; convert with --features"),
     )
     for shards, teacher, patch, message in cases:
-        code, stderr = train(tmp_path / shards, ALIGNED.format(teacher), f"model.patch_size={patch}")
+        overrides = [ALIGNED.format(teacher), f"model.patch_size={patch}"]
+        code, stderr = train(tmp_path / shards, *overrides, folder="refused")
         assert code == 2
         (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
         assert line.startswith("error: alignment.teacher: ")
