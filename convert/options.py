@@ -10,7 +10,7 @@ from convert.engine.vae import check_vae
 from convert.kinds import MEASURE
 from convert.sources.class_names import read_class_names
 from convert.sources.registry import FORMATS, InputError
-from sit_composer.choices import COUNT, FROM_ZERO, Bounds
+from sit_composer.choices import COUNT, FROM_ZERO, Bounds, teacher_name
 from sit_composer.cli import make_parser, number, require
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -37,7 +37,10 @@ def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
     add("--vae", metavar="NAME", type=_given, help="the autoencoder: its name on the Hub, or a folder")
     what = "standardize latents by each channel's mean and deviation: 'measure' those of the data, or read them in FILE"
     add("--statistics", metavar="FILE", type=_given, help=f"{what} (default: as the autoencoder's config says)")
-    add("--encode-dtype", choices=DTYPES, help="its dtype (default: bfloat16 on a GPU, else float32)")
+    what = "store a teacher's features of the images and of their mirror images, for alignment"
+    add("--features", metavar="TEACHER", type=_given, help=f"{what}: timm:NAME or transformers:NAME, or a folder there")
+    add("--features-grid", metavar="N", type=number(COUNT), help="its tokens along a side (default: image size / 16)")
+    add("--encode-dtype", choices=DTYPES, help="their dtype (default: bfloat16 on a GPU, else float32)")
     add("--batch-size", metavar="N", type=number(COUNT), help="images encoded at a time (default: 32, fewer on a CPU)")
     check = "for images that keep their bytes: decode each (default), or only read its header, many times as fast"
     add("--check", choices=("decode", "header"), help=check)
@@ -55,7 +58,7 @@ def what_is_made(args: argparse.Namespace) -> dict[str, Any]:
     """The options that decide what is made of images, of those given, as the spec's source records them."""
     if args.latents != (args.vae is not None):
         raise InputError("--latents and --vae: each needs the other")
-    for name in ("encode_dtype", "batch_size", "statistics"):
+    for name in ("encode_dtype", "batch_size", "statistics", "features"):
         if getattr(args, name) is not None and not args.latents:
             raise InputError(f"--{name.replace('_', '-')}: only for --latents")
     if args.quality is not None and (args.latents or args.image_size is None):
@@ -70,7 +73,8 @@ def what_is_made(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError("--class-names: only for labelled images, not with --label-column none")
     if args.latents:
         check_vae(args.vae, args.image_size)
-    names = ("image_size", "quality", "vae", "encode_dtype", "batch_size")
+    _check_features(args)
+    names = ("image_size", "quality", "vae", "encode_dtype", "batch_size", "features", "features_grid")
     made = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.statistics not in (None, MEASURE):
         made["statistics"] = f"{args.statistics} {_hash_of(args.statistics)}"
@@ -81,6 +85,21 @@ def what_is_made(args: argparse.Namespace) -> dict[str, Any]:
         content = digest({id_: name.name for id_, name in args.names.items()})
         made["class_names"] = f"{args.class_names} {content}"
     return made | ({"check": "header"} if args.check == "header" else {})  # it decides which images are left out
+
+
+def _check_features(args: argparse.Namespace) -> None:
+    """Checks the teacher's name, and gives its grid a value: with SiT's patches of 2 latents, a token is 16 pixels."""
+    if args.features is None:
+        if args.features_grid is not None:
+            raise InputError("--features-grid: only for --features")
+        return
+    args.features = teacher_name(args.features, "--features")
+    if args.features_grid is None:
+        if args.image_size is None or args.image_size % 16:
+            size = "none" if args.image_size is None else str(args.image_size)
+            expected = "expected a multiple of 16; or give --features-grid, the network's tokens along a side"
+            raise InputError(f"--image-size: got {size}, {expected}")
+        args.features_grid = args.image_size // 16
 
 
 def _hash_of(path: str) -> str:

@@ -7,7 +7,7 @@ shards are fetched one at a time. The command checks that the index and the spec
 there with its size and its hash, and no other shard; that samples and classes are as many as the spec says, and as in
 the source, with --source; that every image decodes and has its size; and that latents are finite, with positive
 deviations, and have about the expected mean and deviation once standardized, for images and mirror images alike; and
-that measured statistics are those of the latents.
+that measured statistics are those of the latents, and a teacher's features are finite, and as many as the spec says.
 What was left out is reported by reason; with --source also what the source leaves out now.
 
 The exit code is 0 if all is well; 1 if not, with one line per fault (the first 20 of them); 2 for a mistaken command.

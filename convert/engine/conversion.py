@@ -69,6 +69,9 @@ def _convert(args: argparse.Namespace, source: dict[str, Any], output: Output) -
         source["files"] = identity(reading.files)
     if vae:
         source |= vae.identity()
+    if args.features:
+        features = args.features, args.features_grid, source["encode_dtype"]
+        source["teacher_digest"] = _torch_kinds()[1].open_teacher(*features).digest
     names = None
     if args.class_names:
         classes, source["class_ids"], names = name_classes(args.class_names, args.names, reading.classes)
@@ -130,6 +133,7 @@ def _kind(args: argparse.Namespace, plan: Plan, vae: VaeConfig | None) -> tuple[
         "batch_size": args.batch_size,
         "cores": 1 if args.engine == "ray" else len(os.sched_getaffinity(0)),  # ray starts an actor per core
         "statistics": args.statistics,
+        "features": (args.features, args.features_grid) if args.features else None,
     }
 
 

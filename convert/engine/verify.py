@@ -64,7 +64,7 @@ class Verification:
         remote, local = (self.uri, "") if self.store else (None, self.uri)
         try:
             spec = load_spec(remote, local)
-            shards = safe_shards(*read_text(remote, local, INDEX_NAME), local, spec.kind)
+            shards = safe_shards(*read_text(remote, local, INDEX_NAME), local, spec)
         except DataError as error:
             self.fault(error)
             return []
@@ -79,7 +79,9 @@ class Verification:
         each = f"{min(per_class)} to {max(per_class)} samples" if per_class else "none"
         total = f"{len(shards)} shard{'' if len(shards) == 1 else 's'}, {size:.1f} MB"
         classes = f"{spec.num_classes} classes of {each}"
-        report = [f"{spec.samples} samples ({spec.kind}) in {total}; {classes}; {spec.skipped} skipped"]
+        of = spec.features
+        report = [f"features of {of['teacher']}: {of['grid']}x{of['grid']} tokens of {of['width']}"] if of else []
+        report += [f"{spec.samples} samples ({spec.kind}) in {total}; {classes}; {spec.skipped} skipped"]
         report += [f"left out: {in_words(spec.left_out)}"] if spec.left_out else []
         report += [f"small images: {in_words(spec.small)}"] if spec.small else []
         if counts is not None:

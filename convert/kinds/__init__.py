@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from convert.sources.parts import Sample
 
@@ -21,9 +21,12 @@ Row = tuple[Sample, dict[str, Any] | BadPicture, Look | None]  # with a column "
 class Kind(Protocol):
     """A kind of data, which makes the columns of a shard from images."""
 
-    columns: ClassVar[dict[str, str]]  # names and MDS encodings
     prepare: Callable[[bytes | Path | None], Any]  # `Sample.image` to what `rows` takes; it may run in another process
     preload: list[str]  # the modules that `prepare` needs
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Names and MDS encodings."""
 
     def rows(self, images: Iterable[tuple[Sample, Any]]) -> Iterator[Row]:
         """Each sample with its columns except the label, or with what is wrong with its image; in order."""

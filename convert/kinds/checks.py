@@ -126,7 +126,7 @@ class LatentCheck(Check):
         side = (spec.image_size or 0) // self.of.downsample
         self.shape = (self.of.stored, side, side)
         self.sums = np.zeros((2, 3, self.of.channels))  # straight and mirrored, see `statistics`
-        self.checked = self.same = self.turned = 0
+        self.checked = self.same = self.turned = self.copied = 0
 
     def check(self, rows: Rows) -> None:
         for where, row in rows:
@@ -139,6 +139,8 @@ class LatentCheck(Check):
             self.checked += 1
             self.same += np.array_equal(row["moments"], row["moments_flip"])
             self.turned += np.array_equal(row["moments"][..., ::-1], row["moments_flip"])
+            if self.spec.features is not None:
+                self.copied += np.array_equal(row["features"], row["features_flip"])
             self.keep(row)
 
     def finish(self) -> list[str]:
@@ -157,6 +159,9 @@ class LatentCheck(Check):
         for count, what in ((self.same, "equal the straight moments"), (self.turned, "are the straight ones flipped")):
             if count > ALIKE * self.checked:
                 self.fault(f"the mirrored moments of {count} samples {what}, expected those of the mirrored images")
+        if self.copied > ALIKE * self.checked:
+            what = f"the mirrored features of {self.copied} samples equal the straight ones"
+            self.fault(f"{what}, expected those of the mirrored images")
         return [
             f"{self.seen} latents: mean {mean[0]:.3f}, standard deviation {std[0]:.3f} once standardized; "
             f"mirrored: {mean[1]:.3f} and {std[1]:.3f}"
@@ -187,6 +192,18 @@ class LatentCheck(Check):
                 return f"{column} have values that are NaN or infinite"
             if not (moments[self.of.channels :] > 0).all():  # there are none if it is deterministic
                 return f"{column} have standard deviations that are not over 0"
+        return None if self.spec.features is None else self._features_fault(row, self.spec.features)
+
+    @staticmethod
+    def _features_fault(row: Row, of: dict[str, Any]) -> str | None:
+        expected = (of["grid"] ** 2, of["width"])
+        for column in ("features", "features_flip"):
+            if row[column].shape != expected:
+                return f"{column} are {row[column].shape}; {SPEC_NAME} says {expected}"
+            if not np.isfinite(row[column]).all():
+                return f"{column} have values that are NaN or infinite"
+            if not row[column].any(axis=1).all():
+                return f"{column} have a token whose values are all 0, which has no direction"
         return None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +19,11 @@ from convert.kinds.statistics import doubt, fields, measured, overall, sums_of
 from convert.sources.parts import InputError, Sample
 from sit_composer.autoencoder import DiffusersAutoencoder, from_uint8
 from sit_composer.errors import UserError, first_line
+from sit_composer.teacher import Teacher, load_teacher
 
 GPU_BATCH = 32  # images
 BYTES_PER_PIXEL = 6 * 4 * 128  # memory of an encoder of 128 channels, about
+SIDES = ("", "_flip")  # how the columns of an image and of its mirror image end
 CPU_BATCH = 32 * 32 * 32  # pixels: more at a time would not fit the caches
 
 
@@ -32,14 +34,13 @@ def default_device() -> str:
 class Latents:
     """Samples of kind ``latents``: ``moments`` and ``moments_flip``, float16 (2C, H, W), mean before deviation; or
     (C, H, W), if the autoencoder is deterministic. ``statistics``: None for the autoencoder's own, MEASURE for those of
-    the data, or means and deviations.
+    the data, or means and deviations. ``features``: a teacher's name and grid, whose features are stored too, as
+    ``features`` and ``features_flip``, float16 (T, D).
 
     The same images, options, kind of processor and libraries give the same bits; so a CPU encodes each batch on one
     thread, and as many batches at a time as it has cores. A GPU encodes one while the next is transferred. Another
     ``batch_size`` may change the last bits.
     """
-
-    columns: ClassVar[dict[str, str]] = dict.fromkeys(("moments", "moments_flip"), "ndarray:float16") | {"label": "int"}
 
     def __init__(
         self,
@@ -50,6 +51,7 @@ class Latents:
         batch_size: int | None,
         cores: int,
         statistics: str | tuple[list[float], list[float]] | None = None,
+        features: tuple[str, int] | None = None,
     ) -> None:
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.allow_tf32 = False  # float32 is to be float32; bfloat16 is as fast as ever
@@ -63,6 +65,7 @@ class Latents:
         except RuntimeError as error:  # the GPU's memory is in use by others
             raise MemoryError(f"--vae: can't be moved to the {self.device}: {first_line(error)}") from None
         self.encoder.vae.to(memory_format=torch.channels_last)  # faster convolutions
+        self.teacher = open_teacher(*features, dtype) if features else None
         if self.device == "cuda":
             torch.cuda.synchronize()  # before other streams read the weights
         self.batch_size, self.image_size, self.statistics = batch_size, image_size, statistics
@@ -77,6 +80,15 @@ class Latents:
             raise InputError(f"--vae: {vae!r} is for images of {channels} channels, expected 1 or 3")
         self.prepare = partial(levels, channels=channels, image_size=image_size if crop else None)
         self.preload = ["convert.kinds.cropping"]
+
+    @property
+    def columns(self) -> dict[str, str]:
+        if self.teacher is None:
+            return dict.fromkeys(("moments", "moments_flip"), "ndarray:float16") | {"label": "int"}
+        side, teacher = self.image_size // self.of.downsample, self.teacher
+        shapes = {"moments": f"{self.of.stored},{side},{side}", "features": f"{teacher.grid**2},{teacher.width}"}
+        # With sizes, so that rows have one size, and a loader reads only what a run asks for.
+        return {name + end: f"ndarray:float16:{s}" for name, s in shapes.items() for end in SIDES} | {"label": "int"}
 
     def rows(self, images: Iterable[tuple[Sample, Any]]) -> Iterator[Row]:
         encoding: deque[Future[list[Row]]] = deque()
@@ -115,7 +127,9 @@ class Latents:
             of = replace(of, **measured(of, sums))
         elif sums and (fault := doubt(of, sums)):
             raise InputError(f"--statistics: {fault}; use --statistics {MEASURE}")
-        return {"kind": "latents", "channels": of.channels, "image_size": self.image_size, "autoencoder": of.as_dict()}
+        features = {"features": self.teacher.as_dict()} if self.teacher is not None else {}
+        known = {"kind": "latents", "channels": of.channels, "image_size": self.image_size}
+        return {**known, "autoencoder": of.as_dict(), **features}
 
     def check_part(self, sums: list[list[float]]) -> None:
         """Raises InputError if a part rules the statistics out, by all channels together: it may hold few classes."""
@@ -143,7 +157,7 @@ class Latents:
             return []
         try:
             levels = torch.stack(images).to(self.device)
-            sides = [self.encoder.moments(from_uint8(side)).half().cpu().numpy() for side in (levels, levels.flip(-1))]
+            columns = self._encoded(levels)
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
@@ -152,11 +166,38 @@ class Latents:
             if len(images) == 1:
                 return [BadPicture(f"its latents are not finite: {error}")]
             return [row for image in images for row in self._moments([image])]
-        over = BadPicture("its latents are over 65504, float16's largest number: the autoencoder does not suit it")
-        rows = [{"moments": straight, "moments_flip": mirrored} for straight, mirrored in zip(*sides, strict=True)]
-        return [self._measured(row) if all(np.isfinite(m).all() for m in row.values()) else over for row in rows]
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return [overflow(row) or self._measured(row) for row in rows]
+
+    def _encoded(self, levels: Tensor) -> dict[str, np.ndarray]:
+        """The columns of images, uint8 (N, C, H, W)."""
+        columns = {}
+        for end, side in zip(SIDES, (levels, levels.flip(-1)), strict=True):
+            images = from_uint8(side)
+            columns[f"moments{end}"] = self.encoder.moments(images)
+            if self.teacher is not None:
+                columns[f"features{end}"] = self.teacher.features(images)
+        return {name: values.half().cpu().numpy() for name, values in columns.items()}
 
     def _measured(self, row: dict[str, Any]) -> dict[str, Any]:
         if not self.statistics:
             return row
-        return row | {"sums": np.sum([sums_of(moments, self.of.channels) for moments in row.values()], axis=0).tolist()}
+        sums = [sums_of(row[f"moments{end}"], self.of.channels) for end in SIDES]
+        return row | {"sums": np.sum(sums, axis=0).tolist()}
+
+
+def overflow(row: dict[str, np.ndarray]) -> BadPicture | None:
+    """What is wrong with columns of which one is not finite as float16; None if all are."""
+    for name, values in row.items():
+        if not np.isfinite(values).all():
+            what, maker = ("latents", "autoencoder") if name.startswith("moments") else ("features", "teacher")
+            return BadPicture(f"its {what} are over 65504, float16's largest number: the {maker} does not suit it")
+    return None
+
+
+def open_teacher(name: str, grid: int, dtype: str) -> Teacher:
+    """The teacher of --features, loaded once. Raises InputError if it can't be."""
+    try:
+        return load_teacher(name, grid, default_device(), getattr(torch, dtype))
+    except UserError as error:
+        raise InputError(f"--features: {error}") from None

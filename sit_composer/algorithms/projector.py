@@ -11,10 +11,29 @@ from sit_composer import randomness
 from sit_composer.config.schema import AlignmentConfig
 from sit_composer.sit import SiT
 
+HIDDEN = 2048  # the width of REPA's projector
+FEATURES = 768  # the width of a vision transformer's features, for estimates: DINOv2-B's
 
-def build_projector(alignment: AlignmentConfig, width: int) -> nn.Sequential:
-    """The projector of a network's tokens of that width: SRA's is the head of two maps that its authors released."""
-    return mlp(width, 2 * width, width)
+
+def build_projector(alignment: AlignmentConfig, width: int, features: int = FEATURES) -> nn.Module:
+    """The projector of a network's tokens of that width: SRA's is the head of two maps that its authors released. To a
+    teacher's features, it is REPA's of three maps, or iREPA's convolution."""
+    if alignment.name == "sra":
+        return mlp(width, 2 * width, width)
+    return mlp(width, HIDDEN, HIDDEN, features) if alignment.projector == "mlp" else Convolution(width, features)
+
+
+class Convolution(nn.Module):
+    """A convolution of 3×3 tokens, with zeros around the image."""
+
+    def __init__(self, width: int, features: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, features, kernel_size=3, padding=1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        side = round(tokens.shape[1] ** 0.5)
+        maps = tokens.transpose(1, 2).unflatten(2, (side, side))  # (N, D, side, side)
+        return self.conv(maps).flatten(2).transpose(1, 2)  # (N, T, D')
 
 
 def mlp(*widths: int) -> nn.Sequential:

@@ -20,10 +20,12 @@ from sit_composer.choices import (
     check_shift,
     check_sizes,
     choose,
+    teacher_name,
 )
 from sit_composer.cli import s3_endpoint
 from sit_composer.config import composer_classes
 from sit_composer.config.schema import (
+    AlignmentConfig,
     Config,
     ConfigError,
     ModelConfig,
@@ -153,9 +155,15 @@ def check_transport(transport: TransportConfig) -> None:
 def check_alignment(config: Config) -> None:
     """Checks that the network has the blocks that are aligned, and a teacher."""
     alignment, depth = config.alignment, network_arguments(config.model)["depth"]
-    for name in ("block", "teacher_block"):
+    for name in ("block", "teacher_block") if alignment.name == "sra" else ("block",):
         Bounds(1, depth, whole=True).check(f"alignment.{name}", getattr(alignment, name))
-    if config.ema is None:
+    others = ("teacher", "projector", "spatial_norm") if alignment.name == "sra" else ("teacher_block", "time_offset")
+    for name in others:
+        if getattr(alignment, name) != getattr(AlignmentConfig(), name):
+            raise ConfigError(f"alignment.{name}: has no effect with alignment.name={alignment.name}; leave it out")
+    if alignment.name == "repa":
+        teacher_name(alignment.teacher or "")
+    elif config.ema is None:
         raise ConfigError("ema: got null, expected an average, which alignment.name=sra has as its teacher")
 
 

@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-from sit_composer.config.schema import Config, ConfigError, DataConfig
+from sit_composer.choices import teacher_name
+from sit_composer.config.schema import Config, ConfigError, DataConfig, network_arguments
 from sit_composer.data.spec import SPEC_NAME, DataSpec
 from sit_composer.errors import first_line
 
@@ -34,6 +35,8 @@ def check_data(config: Config, spec: DataSpec, section: str = "data") -> None:
     if spec.samples < batch and section == "data":
         expected = f"at most {spec.samples}, the samples of {where}"
         raise ConfigError(f"{section}.global_batch_size: got {batch}, expected {expected}")
+    if config.alignment is not None and config.alignment.name == "repa" and section == "data":
+        check_features(config, spec)
     if spec.kind == "latents":
         maker = spec.autoencoder["name"]
         # A folder may have two names, relative and absolute.
@@ -45,6 +48,28 @@ def check_data(config: Config, spec: DataSpec, section: str = "data") -> None:
         check_latents(config, spec.channels, spec.autoencoder["downsample"], spec.image_size, section)
     elif name is None:  # images are enlarged only if data.image_size is given
         check_latents(config, spec.channels, 1, data.image_size or spec.image_size or config.model.input_size, section)
+
+
+def token_grid(config: Config) -> int:
+    """The network's tokens along a side of an image."""
+    return config.model.input_size // network_arguments(config.model)["patch_size"]
+
+
+def check_features(config: Config, spec: DataSpec) -> None:
+    """Checks that latents have the features of the run's teacher, for the network's tokens; images need none."""
+    if spec.kind == "pixels":
+        return
+    where, grid = config.data.remote or config.data.local, token_grid(config)
+    teacher = teacher_name(config.alignment.teacher)
+    convert = f"convert with --features {teacher} --features-grid {grid}"
+    if spec.features is None:
+        raise ConfigError(f"alignment.teacher: {where} has latents without features; {convert}, or train from images")
+    if spec.features["teacher"] != teacher:
+        expected = f"expected {spec.features['teacher']}, whose features are in {where}"
+        raise ConfigError(f"alignment.teacher: got {teacher}, {expected}; or {convert}")
+    if (found := spec.features["grid"]) != grid:
+        what = f"the features in {where} are of {found}x{found} tokens, expected the network's {grid}x{grid}"
+        raise ConfigError(f"alignment.teacher: {what}; {convert}")
 
 
 def check_classes_agree(specs: dict[str, DataSpec]) -> None:

@@ -108,11 +108,20 @@ class EMAConfig:
 
 @dataclass
 class AlignmentConfig:
-    name: str = key("the teacher; sra: the averaged network, at a time nearer to the data", choices=c.ALIGNMENTS)
+    name: str = key("the teacher; sra: the averaged network; repa: a vision transformer", choices=c.ALIGNMENTS)
     block: int = key("the block, from 1, whose tokens are aligned with the teacher's", 8, c.COUNT)
-    weight: float | None = key("weight of the alignment; null: as published, 0.2 for sra", None, c.POSITIVE)
+    weight: float | None = key(
+        "weight of the alignment; null: as published, 0.2 for sra, 0.5 for repa", None, c.POSITIVE
+    )
     teacher_block: int = key("sra: the averaged network's block, from 1", 20, c.COUNT)
     time_offset: float = key("sra: the most by which the teacher's time is nearer to the data", 0.2, c.UNIT)
+    teacher: str | None = key(
+        "repa: timm:NAME or transformers:NAME, or a folder there; of latents, their shards'", None
+    )
+    projector: str = key("repa: REPA's mlp, or iREPA's conv", "mlp", choices=c.PROJECTORS)
+    spatial_norm: float | None = key(
+        "repa: iREPA's γ, the part of the mean that is taken away; null: off", None, c.UNIT
+    )
 
 
 @dataclass

@@ -7,10 +7,10 @@ from sit_composer.sit import SiT
 
 
 def sample_flops(network: SiT, alignment: AlignmentConfig | None = None, projector: nn.Module | None = None) -> int:
-    """FLOPs of a sample's step, with those of an alignment's projector and of its teacher's forward pass."""
+    """FLOPs of a sample's step, with those of an alignment's projector, and of SRA's teacher's forward pass."""
     flops = 6 * network.forward_macs()
     if alignment is None:
         return flops
-    maps = [layer for layer in projector.modules() if isinstance(layer, nn.Linear)]
-    projection = network.num_patches * sum(layer.in_features * layer.out_features for layer in maps)
-    return flops + 6 * projection + 2 * network.forward_macs(alignment.teacher_block)
+    maps = [layer for layer in projector.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    flops += 6 * network.num_patches * sum(layer.weight.numel() for layer in maps)
+    return flops + (2 * network.forward_macs(alignment.teacher_block) if alignment.name == "sra" else 0)

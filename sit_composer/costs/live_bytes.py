@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
-from torch.nn.functional import scaled_dot_product_attention, smooth_l1_loss
+from torch.nn.functional import cosine_similarity, scaled_dot_product_attention, smooth_l1_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -146,14 +146,18 @@ def _microbatch(
     labels = torch.zeros(samples, dtype=torch.long)
     with nullcontext() if precision == "fp32" else torch.autocast("cpu", DTYPES[precision]):
         xt = transport.path.interpolate(t, x0, x1)[0]
-        if alignment is not None:
+        if alignment is not None and alignment.name == "sra":
             with torch.no_grad():
                 target = network(xt, t, labels, draws, alignment.teacher_block).float()
         with tokens_after(network, alignment.block) if alignment is not None else nullcontext() as tokens:
             out = network(xt, t, labels, draws)
         loss = transport.loss(out.float(), t, x0, x1).mean()
         if alignment is not None:
-            loss = loss + smooth_l1_loss(projector(tokens[0]).float(), target, reduction="none").mean()
+            projected = projector(tokens[0]).float()
+            if alignment.name == "sra":
+                loss = loss + smooth_l1_loss(projected, target, reduction="none").mean()
+            else:  # the features, from the shards
+                loss = loss - cosine_similarity(projected, torch.empty_like(projected), dim=-1).mean()
     loss.backward()
 
 

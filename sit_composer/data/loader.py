@@ -22,7 +22,8 @@ from sit_composer.randomness import sample_keys
 
 AHEAD = 2  # batches that are read before they are asked for, in all or by each worker
 MOST_THREADS = 8  # that decode images in a process without workers
-Batch = tuple[Tensor, np.ndarray]  # images or moments; and label, index and key, int64 (3, N)
+# Images or moments, and features if they are asked for, by name; and label, index and key, int64 (3, N).
+Batch = tuple[dict[str, Tensor], np.ndarray]
 
 
 class SitDataset(CheckedDataset):
@@ -31,7 +32,8 @@ class SitDataset(CheckedDataset):
     A sample has ``index`` (its number in the data set), ``label``, ``key`` (from `randomness`, new in each epoch) and:
 
     * for pixels, ``image``: uint8 (C, H, W), cropped to ``image_size`` if it has another size;
-    * for latents, ``moments``: float16 (2C, H, W), of the image or of its mirror image; (C, H, W) without deviation.
+    * for latents, ``moments``: float16 (2C, H, W), of the image or of its mirror image; (C, H, W) without deviation;
+      and with ``features`` a teacher's features of the same one: float16 (T, D).
 
     ``dataset[index]`` is a sample. Iterating, as `SitLoader` does, gives the batches of an epoch.
 
@@ -39,6 +41,7 @@ class SitDataset(CheckedDataset):
         image_size: Side in pixels to which images are cropped; None for the spec's. Ignored for latents.
         flip: Mirror half of the samples. Which half depends only on seed, epoch and index.
         shuffle: A new order in each epoch. It depends on ``seed`` and epoch, not on the number of workers and ranks.
+        features: Read the features of the spec's teacher, which are many times as large as latents.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class SitDataset(CheckedDataset):
         flip: bool = False,
         shuffle: bool = True,
         seed: int = 0,
+        features: bool = False,
         **options: Any,
     ) -> None:
         self.image_size = image_size or spec.image_size or 0
@@ -58,60 +62,64 @@ class SitDataset(CheckedDataset):
         self.flip = flip
         self.epoch = 0
         super().__init__(spec=spec, shuffle=shuffle, shuffle_seed=seed, **options)
-        self.slots: Slots | None = None  # shared with the workers that a loader has started
+        self.slots: dict[str, Slots] = {}  # of each tensor, shared with the workers that a loader has started
         self._decoders: ThreadPoolExecutor | None = None
         self._fill = self._decode
+        self.fields = ("image",) if spec.kind == "pixels" else ("moments", "features") if features else ("moments",)
         if spec.kind == "latents":
             same = self.layout is not None and self._fault(self.layout["moments"].shape) is None
             self._fill = self._gather if same else self._stack
+        if features:
+            expected = (spec.features["grid"] ** 2, spec.features["width"])
+            found = self.layout["features"].shape if self._fill == self._gather else "columns of several sizes"
+            if found != expected:
+                where = options["remote"] or options["local"]
+                raise DataError(f"{where}: features: got {found}, expected {expected}, by {SPEC_NAME}")
 
     def get_item(self, sample_id: int, retry: int = 0) -> dict[str, Any]:
         """The sample of that number. Fetches its shard first if it is not here."""
         if not 0 <= sample_id < self.size:
             raise IndexError(f"got sample {sample_id} of {self.size}")
-        tensor, numbers = self.read(np.array([sample_id], np.int64))
+        tensors, numbers = self.read(np.array([sample_id], np.int64))
         label, index, key = numbers[:, 0].tolist()
-        return {self.field: tensor[0], "label": label, "index": index, "key": key}
+        return {name: tensor[0] for name, tensor in tensors.items()} | {"label": label, "index": index, "key": key}
 
     @property
-    def batch_bytes(self) -> int:
-        """The bytes of a batch's tensor; 0 if they are not known."""
-        each = self.spec.channels * self.image_size**2 if self.spec.kind == "pixels" else 0
-        if self.layout is not None and self.spec.kind == "latents":
-            each = self.layout["moments"].itemsize
-        return self.batch_size * each
-
-    @property
-    def field(self) -> str:
-        """The name of a batch's tensor."""
-        return "image" if self.spec.kind == "pixels" else "moments"
+    def batch_bytes(self) -> dict[str, int]:
+        """The bytes of each of a batch's tensors whose size is known."""
+        if self.spec.kind == "pixels":
+            return {"image": self.batch_size * self.spec.channels * self.image_size**2}
+        return {name: self.batch_size * self.layout[name].itemsize for name in self.fields if self.layout is not None}
 
     def read(self, indices: np.ndarray) -> Batch:
         """The batch of the samples of those numbers, int64 (N,). In memory, images are (N, H, W, C)."""
         key = sample_keys(self.shuffle_seed, self.epoch, torch.from_numpy(indices))
         flips = coin(key).tolist() if self.flip else [0] * len(indices)
         label = np.empty(len(indices), np.int64)
-        tensor = self._fill(indices, flips, label)
+        tensors = self._fill(indices, flips, label)
         strange = np.flatnonzero((label < 0) | (label >= self.spec.num_classes))
         if len(strange):
             got, classes = label[strange[0]], self.spec.num_classes
             text = f"label: got {got}, expected one of {SPEC_NAME}'s {classes} classes"
             raise self.error(indices[strange[0]], ValueError(text))
-        return tensor, np.stack([label, indices, key.numpy()])
+        return tensors, np.stack([label, indices, key.numpy()])
 
-    def _gather(self, indices: np.ndarray, flips: list[int], label: np.ndarray) -> Tensor:
-        """Moments (N, 2C, H, W), each copied once. Fills in the labels."""
-        tensor = self._empty((len(indices), *self.layout["moments"].shape), torch.float16)
-        out = tensor.numpy()
+    def _gather(self, indices: np.ndarray, flips: list[int], label: np.ndarray) -> dict[str, Tensor]:
+        """Moments (N, 2C, H, W) and features (N, T, D), each copied once. Fills in the labels."""
+        shapes = {name: (len(indices), *self.layout[name].shape) for name in self.fields}
+        tensors = {name: self._empty(name, shape, torch.float16) for name, shape in shapes.items()}
+        outs = [(tensor.numpy(), (name, f"{name}_flip")) for name, tensor in tensors.items()]
         for place, shard, row in self.locate(indices):
-            out[place] = shard.columns["moments_flip" if flips[place] else "moments"][row]
+            for out, sides in outs:
+                out[place] = shard.columns[sides[flips[place]]][row]
             label[place] = shard.columns["label"][row]
-        return tensor
+        return tensors
 
-    def _decode(self, indices: np.ndarray, flips: list[int], label: np.ndarray) -> Tensor:
+    def _decode(self, indices: np.ndarray, flips: list[int], label: np.ndarray) -> dict[str, Tensor]:
         """Images (N, C, H, W), decoded into one tensor, by several threads if there are no workers. Fills in labels."""
         size, channels = self.image_size, self.spec.channels
-        tensor = self._empty((len(indices), size, size, channels), torch.uint8)  # as decoders write, so rows copy fast
+        shape = (len(indices), size, size, channels)
+        tensor = self._empty("image", shape, torch.uint8)  # as decoders write, so rows copy fast
         out, rows = tensor.numpy(), self._rows(indices, label)
 
         def decode(place: int) -> None:
@@ -124,16 +132,16 @@ class SitDataset(CheckedDataset):
         threads = self._threads() if len(indices) > 1 else None
         for _ in (threads.map if threads else map)(decode, range(len(indices))):
             pass
-        return tensor.permute(0, 3, 1, 2)
+        return {"image": tensor.permute(0, 3, 1, 2)}
 
-    def _stack(self, indices: np.ndarray, flips: list[int], label: np.ndarray) -> Tensor:
+    def _stack(self, indices: np.ndarray, flips: list[int], label: np.ndarray) -> dict[str, Tensor]:
         """Moments (N, 2C, H, W) of shards whose rows have sizes of their own. Fills in the labels."""
         rows = self._rows(indices, label)
         moments = [row["moments_flip" if flip else "moments"] for row, flip in zip(rows, flips, strict=True)]
         for index, array in zip(indices, moments, strict=True):
             if fault := self._fault(array.shape, moments[0].shape):
                 raise self.error(index, ValueError(fault))
-        return torch.from_numpy(np.stack(moments))
+        return {"moments": torch.from_numpy(np.stack(moments))}
 
     def _rows(self, indices: np.ndarray, label: np.ndarray) -> list[dict[str, Any]]:
         """The samples' columns. Fills in the labels."""
@@ -146,16 +154,17 @@ class SitDataset(CheckedDataset):
                 raise self.error(indices[place], error) from error
         return rows
 
-    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def _empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         worker = get_worker_info()
-        if worker is None or self.slots is None:
+        if worker is None or name not in self.slots:
             return torch.empty(shape, dtype=dtype)
-        return self.slots.empty(worker.id, shape, dtype)
+        return self.slots[name].empty(worker.id, shape, dtype)
 
     def hand_over(self, batch: Batch) -> tuple[Any, np.ndarray]:
         """A batch as a worker sends it."""
-        tensor, numbers = batch
-        return tensor if self.slots is None else self.slots.handed(tensor), numbers
+        tensors, numbers = batch
+        slots = self.slots
+        return {name: slots[name].handed(t) if name in slots else t for name, t in tensors.items()}, numbers
 
     def _fault(self, shape: tuple[int, ...], other: tuple[int, ...] | None = None) -> str | None:
         """What is wrong with the moments' shape, or None."""
@@ -206,18 +215,18 @@ class SitLoader(StreamingDataLoader):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         self.num_samples_yielded = 0
         if self.num_workers and self._iterator is None:  # each worker makes AHEAD batches; the reader may hold two
-            size = self.dataset.batch_bytes
-            self.dataset.slots = Slots(self.num_workers, AHEAD + 2, size) if size else None
+            sizes = self.dataset.batch_bytes
+            self.dataset.slots = {name: Slots(self.num_workers, AHEAD + 2, size) for name, size in sizes.items()}
         batches = DataLoader.__iter__(self)
         if self.num_workers == 0:
             batches = self._ahead = ahead(batches, AHEAD)
         try:
-            for tensor, numbers in batches:
+            for tensors, numbers in batches:
                 # The small ones have no part in the tensor's memory, as a list of labels would keep all of it.
                 small = torch.from_numpy(numbers)
                 label, index, key = small.pin_memory() if self.pin_memory else small
-                self.num_samples_yielded += len(tensor)
-                yield {self.dataset.field: tensor, "label": label, "index": index, "key": key}
+                self.num_samples_yielded += len(label)
+                yield {**tensors, "label": label, "index": index, "key": key}
         except Exception:
             self.stop()  # the garbage collector would wait five seconds for each worker
             raise

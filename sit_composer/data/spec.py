@@ -18,6 +18,8 @@ AUTOENCODER: dict[str, list[type]] = {
     "name": [str], "channels": [int], "downsample": [int], "scale": [int, float], "shift": [int, float],
 }  # fmt: skip
 ADDED = ("mean", "std", "deterministic", "statistics")  # which not every autoencoder has
+FEATURES: dict[str, type] = {"teacher": str, "digest": str, "image_size": int, "grid": int, "width": int}
+OPTIONAL = ("left_out", "small", "features")  # left out if there are none
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class DataSpec:
     Samples of kind ``pixels`` have the columns ``image`` (the original file's bytes, or a cropped PNG or JPEG) and
     ``label`` (int); samples of kind ``latents`` have ``moments`` and ``moments_flip`` (float16, (2·channels, H, W):
     mean, then standard deviation, of the image and of its mirror image, before they are standardized; (channels, H, W)
-    of a deterministic autoencoder) and ``label``.
+    of a deterministic autoencoder) and ``label``; and, with a teacher, ``features`` and ``features_flip`` (float16,
+    (grid², width)).
     """
 
     kind: str  # "pixels" or "latents"
@@ -42,6 +45,7 @@ class DataSpec:
     autoencoder: dict[str, Any] | None = None  # an `AutoencoderSpec` for latents; else None
     left_out: dict[str, int] = field(default_factory=dict)  # files and images, by reason, with the skipped ones
     small: dict[str, int] = field(default_factory=dict)  # images of 1x1 pixels, or enlarged very much, by reason
+    features: dict[str, Any] | None = None  # beside latents: `Teacher.as_dict` of the teacher whose features they are
 
     @property
     def stored(self) -> int:
@@ -51,7 +55,7 @@ class DataSpec:
     def to_json(self) -> str:
         """The text of `spec.json`."""
         content = dataclasses.asdict(self)
-        content = {name: value for name, value in content.items() if value or name not in ("left_out", "small")}
+        content = {name: value for name, value in content.items() if value or name not in OPTIONAL}
         return json.dumps({"version": SPEC_VERSION, **content}, indent=1) + "\n"
 
     @classmethod
@@ -100,6 +104,17 @@ class DataSpec:
                 raise ValueError(f"autoencoder.{name}: got {value!r}, expected {expected}")
         if self.autoencoder is not None:
             self._check_statistics(self.autoencoder)
+        if self.features is not None:
+            self._check_features(self.features)
+
+    def _check_features(self, features: dict[str, Any]) -> None:
+        if self.kind != "latents":
+            raise ValueError(f"features: got those of a teacher beside {self.kind}, expected latents")
+        for name in {**features, **FEATURES}:
+            kind, value = FEATURES.get(name), features.get(name)
+            if type(value) is not kind or value == 0:
+                expected = "nothing" if kind is None else "text" if kind is str else "a whole number of at least 1"
+                raise ValueError(f"features.{name}: got {value!r}, expected {expected}")
 
     def _check_statistics(self, autoencoder: dict[str, Any]) -> None:
         both = [autoencoder[name] for name in ("mean", "std") if autoencoder.get(name) is not None]

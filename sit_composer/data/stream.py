@@ -23,9 +23,15 @@ from sit_composer.errors import UserError
 from sit_composer.storage import NO_CREDENTIALS, S3Folder, StorageError, is_disk_full
 
 OUTAGE = 300  # seconds after which a failed attempt to fetch a shard is the last
-COLUMNS = {  # for each kind of data: the columns, and how their encodings may begin
+COLUMNS: dict[
+    str, dict[str, tuple[str, ...]]
+] = {  # for each kind of data: the columns, and how their encodings may begin
     "pixels": {"image": ("bytes",), "label": ("int", "uint")},
     "latents": {"moments": ("ndarray:float16",), "moments_flip": ("ndarray:float16",), "label": ("int", "uint")},
+    "features": {
+        "features": ("ndarray:float16:",),
+        "features_flip": ("ndarray:float16:",),
+    },  # of one size
 }
 
 
@@ -96,7 +102,7 @@ class CheckedStream(Stream):
         """The shards that the index lists. A DataError names what is missing, unsafe or contradicts the spec."""
         text, uri = read_text(self.remote, self.local, INDEX_NAME, self.download_timeout, min(2, self.attempts))
         self.index_size = len(text)
-        shards = safe_shards(text, uri, self.local, self.spec.kind, allow_unsafe_types)
+        shards = safe_shards(text, uri, self.local, self.spec, allow_unsafe_types)
         for shard in shards:
             if self.remote is None and (fault := self.fault(shard, hashes=False)):
                 raise DataError(fault)
@@ -177,9 +183,10 @@ def is_outage(error: Exception) -> bool:
     return isinstance(error, BotoCoreError | Boto3Error | HTTPError | ConnectionError | TimeoutError)
 
 
-def safe_shards(text: str, uri: str, folder: str, kind: str, allow_unsafe_types: bool = False) -> list[Reader]:
+def safe_shards(text: str, uri: str, folder: str, spec: DataSpec, allow_unsafe_types: bool = False) -> list[Reader]:
     """The shards that the text of an index lists, in ``folder``. A DataError names the index's ``uri``."""
     shards = []
+    needed = COLUMNS[spec.kind] | (COLUMNS["features"] if spec.features else {})
     try:
         for info in json.loads(text)["shards"]:
             if info["format"] != "mds":
@@ -193,10 +200,10 @@ def safe_shards(text: str, uri: str, folder: str, kind: str, allow_unsafe_types:
                 if type(file.bytes) is not int:
                     raise ValueError(f"the number of {file.basename}'s bytes is {file.bytes!r}")
             columns = dict(zip(shard.column_names, shard.column_encodings, strict=True))
-            for name, encodings in COLUMNS[kind].items():
+            for name, encodings in needed.items():
                 if not columns.get(name, "").startswith(encodings):
                     wanted = f"a column {name!r} encoded as {' or '.join(encodings)}"
-                    raise DataError(f"{uri}: {kind} need {wanted}; the columns there are {columns}")
+                    raise DataError(f"{uri}: {spec.kind} need {wanted}; the columns there are {columns}")
             if not isinstance(shard.samples, int):
                 raise ValueError(f"the number of samples is {shard.samples!r}")
             shards.append(shard)

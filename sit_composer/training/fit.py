@@ -10,7 +10,9 @@ import torch
 from composer.utils import dist, reproducibility
 from torch.distributed.checkpoint.api import CheckpointException
 
-from sit_composer.algorithms.ema import EMA
+from sit_composer.algorithms.alignment import Alignment
+from sit_composer.algorithms.ema import EMA, EMAWeights
+from sit_composer.algorithms.repa import REPA
 from sit_composer.algorithms.sra import SRA
 from sit_composer.averages import std_of
 from sit_composer.callbacks.latent_check import LatentCheck
@@ -86,9 +88,7 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
     names = averages(config)
     ema = EMA(*names) if names else None
     weights = ema.weights if ema is not None else None
-    alignment = None
-    if config.alignment is not None:
-        alignment = SRA(config.alignment, network, transport, weights, config.precision, config.seed)
+    alignment = make_alignment(config, network, transport, weights, inputs)
     model = ComposerSiT(network, transport, inputs.autoencoder, inputs.encoder, config.precision, alignment)
     record = Record(
         model=network_arguments(config.model),
@@ -143,6 +143,18 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
         for loader in inputs.loaders.values():
             loader.stop()  # Composer stops the training's only
         trainer.engine.close()  # trainer.close() would then wait for all ranks, and maybe only this one failed
+
+
+def make_alignment(
+    config: Config, network: SiT, transport: Transport, weights: EMAWeights | None, inputs: Inputs
+) -> Alignment | None:
+    """The algorithm of the alignment section, if there is one."""
+    if config.alignment is None:
+        return None
+    if config.alignment.name == "sra":
+        return SRA(config.alignment, network, transport, weights, config.precision, config.seed)
+    width = inputs.teacher.width if inputs.teacher is not None else inputs.specs["data"].features["width"]
+    return REPA(config.alignment, network.hidden_size, width, inputs.teacher, config.seed)
 
 
 def make_optimizer(model: ComposerSiT, config: Config) -> torch.optim.Optimizer:

@@ -5,11 +5,15 @@ from dataclasses import dataclass, replace
 from composer.utils import dist
 
 from sit_composer.autoencoder import AutoencoderSpec, DiffusersAutoencoder
-from sit_composer.config.data_fits import check_classes_agree, check_data, check_latents
+from sit_composer.choices import teacher_name
+from sit_composer.config.data_fits import check_classes_agree, check_data, check_latents, token_grid
 from sit_composer.config.schema import Config, ConfigError
 from sit_composer.data.loader import SitLoader, build_loader
 from sit_composer.data.spec import DataSpec
 from sit_composer.data.stream import load_spec
+from sit_composer.errors import UserError
+from sit_composer.precision import DTYPES
+from sit_composer.teacher import Teacher
 
 SECTIONS = ("data", "eval_data")
 Specs = dict[str, DataSpec]  # by section
@@ -23,6 +27,7 @@ class Inputs:
     autoencoder: AutoencoderSpec  # of the latents that the network learns
     encoder: DiffusersAutoencoder | None  # encodes images in each step; None if the shards hold latents, or for pixels
     loaders: dict[str, SitLoader]
+    teacher: Teacher | None = None  # computes features of images in each step, for REPA; None if the shards hold them
 
 
 def read_specs(config: Config) -> Specs:
@@ -52,6 +57,8 @@ def open_inputs(config: Config, device: str) -> Inputs:
     specs = read_specs(config)
     check_specs(config, specs)
     autoencoder, encoder = open_autoencoder(config, specs, device)
+    teacher = open_teacher(config, specs, device)
+    aligned = config.alignment is not None and config.alignment.name == "repa"
     loaders = {}
     for section, spec in specs.items():
         data, training = getattr(config, section), section == "data"
@@ -78,8 +85,20 @@ def open_inputs(config: Config, device: str) -> Inputs:
             cache_limit=data.cache_limit,
             # Streaming's default is the number of nodes that a run starts on, so another order on every cluster.
             num_canonical_nodes=data.num_canonical_nodes,
+            features=aligned and training and teacher is None,
         )
-    return Inputs(specs, autoencoder, encoder, loaders)
+    return Inputs(specs, autoencoder, encoder, loaders, teacher)
+
+
+def open_teacher(config: Config, specs: Specs, device: str) -> Teacher | None:
+    """REPA's teacher, loaded, if images are at hand in each step."""
+    alignment = config.alignment
+    if alignment is None or alignment.name != "repa" or specs["data"].kind != "pixels":
+        return None
+    try:
+        return Teacher(teacher_name(alignment.teacher), token_grid(config), device, DTYPES[config.precision])
+    except UserError as error:
+        raise ConfigError(f"alignment.teacher: {error}") from error
 
 
 def open_autoencoder(config: Config, specs: Specs, device: str) -> tuple[AutoencoderSpec, DiffusersAutoencoder | None]:
