@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from sit_composer import export, sample, train
 from sit_composer.averages import combine
 from sit_composer.checkpoint.load import load_checkpoint
+from sit_composer.checkpoint.record import Record
+from sit_composer.checkpoint.safe_load import CheckpointError
 from sit_composer.choices import check_weights
 from sit_composer.errors import UserError
 from sit_composer.posthoc_ema import main
@@ -171,6 +173,13 @@ def test_a_std_of_no_power_function_is_refused(run, tmp_path, capsys, std):
         main([str(run), "--std", std, "--out", str(tmp_path)])
     assert error.value.code == 2
     assert f"argument --std: got '{std}', expected a number in (0, 0.2886751346)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("averages", [[], "0.9", [0.9], ["../x"], ["power"]])
+def test_a_record_with_names_of_no_averages_is_refused(run, averages):
+    content = load_checkpoint(str(run), "training").record.as_dict()
+    with pytest.raises(CheckpointError, match=r"here: averages: got .*, expected names such as"):
+        Record.from_dict({**content, "averages": averages}, "here")
 
 
 def test_names_of_weights():
