@@ -50,6 +50,7 @@ bench: install # the benchmarks that need no clone of another repository, no oth
 	$(PYTHON) tests/benchmarks/convert.py --latents 0
 	$(PYTHON) tests/benchmarks/loader.py --workers 2
 	$(PYTHON) tests/benchmarks/step.py
+	$(PYTHON) tests/benchmarks/optimizers.py
 	$(PYTHON) tests/benchmarks/sampling.py --bf16 --solvers "ODE heun" "SDE Euler"
 	$(PYTHON) tests/benchmarks/growth.py --out runs/growth
 lint: install

@@ -28,6 +28,7 @@ from tests.benchmarks import (
     growth,
     growth_loader,
     loader,
+    optimizers,
     predictions,
     sampling,
     solvers,
@@ -292,3 +293,11 @@ def test_our_samplers_are_timed_in_both_precisions(capsys):
     with pytest.raises(SystemExit):
         sampling.main(options)  # without the authors' repository
     assert "expected PATH, or --bf16" in capsys.readouterr().err
+
+
+def test_the_optimizers_steps_are_measured_and_their_flops_counted(capsys):
+    assert optimizers.main(["--depth", "1", "--rounds", "1", "--batch", "1"]) == 0
+    out = capsys.readouterr().out
+    assert len(re.findall(r"^\| (?:AdamW|Muon), \w+ \| \d+ \(\d+ – \d+\) \| [\d.]+ \|$", out, re.MULTILINE)) == 3
+    d = 384  # four maps D × D of 3 D³ an iteration, and two D × 4D of 9 D³
+    assert f"{2 * 5 * 30 * d**3 / 1e9:.4g} GFLOPs" in out

@@ -16,7 +16,7 @@ from sit_composer.config.schema import EMAConfig, FSDPConfig, ModelConfig, netwo
 from sit_composer.costs import estimate, live_bytes, tables
 from sit_composer.memory import UNIMPORTANT
 from sit_composer.memory import main as command
-from sit_composer.sit import SiT
+from sit_composer.sit import SiT, token_map
 from tests.costs.measure import measure
 from tests.helpers.networks import NEWER
 from tests.helpers.paths import ROOT
@@ -108,6 +108,17 @@ def test_ddp_keeps_20_bytes_a_parameter_and_4_of_buckets():
     assert estimate.memory(config, 1, 4).total == alone.total + 2 * 4 * trained
     config.ema = None
     assert estimate.memory(config, 1, 4).total == alone.total - 4 * trained
+
+
+def test_muon_keeps_one_number_of_a_matrix_and_adamw_two():
+    config = config_of("model.name=SiT-B/4", "optimizer.name=muon")
+    named = [(name, p) for name, p in SiT(**network_arguments(config.model)).named_parameters() if p.requires_grad]
+    matrices = sum(p.numel() for name, p in named if token_map(name) is not None)
+    assert matrices == 12 * 12 * 768**2
+    got = estimate.memory(config, 1, 4)
+    assert got.optimizer == 8 * sum(p.numel() for _, p in named) - 4 * matrices
+    config.fsdp = FSDPConfig()
+    assert estimate.memory(config, 8, 4).optimizer == pytest.approx(got.optimizer / 8, rel=0.01)
 
 
 def test_the_largest_microbatch_fits_and_the_next_does_not():
