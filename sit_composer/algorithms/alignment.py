@@ -9,7 +9,7 @@ so that averages, exports and samples are as without it.
 """
 
 from abc import abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
@@ -44,6 +44,9 @@ class Alignment(Algorithm):
     @abstractmethod
     def distance(self, projected: Tensor, target: Tensor) -> Tensor:
         """d of each sample, (N,), for tokens (N, T, D') in float32."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"repr": type(self).__name__}  # Composer's own has an address, other in each process
 
     def match(self, event: Event, state: State) -> bool:
         return event == Event.AFTER_LOSS  # of training; evaluation has events of its own

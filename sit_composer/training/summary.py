@@ -44,6 +44,8 @@ def summary(config: Config, specs: dict[str, DataSpec], checkpoint: str | None) 
         lines["objective"] += "; below 4,096 it did harm, see docs/performance.md" if dims < 4096 else ""
     if not is_plain(names := averages(config)):
         lines["averages"] = f"{', '.join(names)}; evaluation and sampling in training use {names[0]}"
+    if config.alignment is not None:
+        lines["objective"] += f", and {config.alignment.name} of block {config.alignment.block}"
     lines["data"] = config.data.remote or config.data.local
     if spec is not None:
         size = "" if spec.image_size is None else f" of {spec.image_size}²"

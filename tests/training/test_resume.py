@@ -134,6 +134,21 @@ def test_muon_trains_alike_on_any_ranks_and_resumes_to_the_bit(digits_shards, tm
             torch.testing.assert_close(got[name], value, rtol=0, atol=1e-6, msg=f"{way} {name}")
 
 
+def test_aligned_runs_resume_to_the_bit_and_any_ranks_train_what_one_does(digits_shards, tmp_path):
+    """The teacher of replicated weights is the average itself; sharded, both are exchanged for its pass."""
+    ways = ("ddp-sra", "fsdp-sra")
+    launch(1, digits_shards, tmp_path / "one", "ddp-sra:whole:14")
+    launch(2, digits_shards, tmp_path, *(step for way in ways for step in interruptions(way, ["evaluation"])))
+    one = tmp_path / "one" / "ddp-sra" / "whole"
+    for way in ways:
+        same_bits(tmp_path, way, "evaluation")
+        assert losses(tmp_path / way / "whole", 14) == pytest.approx(losses(one, 14), abs=2e-4)
+        for weights in ("training", "ema"):
+            expected, got = (load_checkpoint(str(run), weights).weights for run in (one, tmp_path / way / "whole"))
+            for name, value in expected.items():
+                torch.testing.assert_close(got[name], value, rtol=0, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize("weights", ["training", "ema"])
 @pytest.mark.parametrize("way", ["ddp/whole", "fsdp/whole", "hsdp/whole", "ddp/up", "fsdp/down"])
 def test_any_ranks_train_what_one_process_does(one, two, way, weights):
