@@ -30,7 +30,7 @@ class Products(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, ...]:
-        q, k, v = ctx.saved_tensors  # type: ignore[attr-defined]
+        q, k, v = ctx.saved_tensors
         g, scale = gradients[0].flatten(0, 1), q.shape[-1] ** -0.5
         parts = []
         for i in _tiles(q):
