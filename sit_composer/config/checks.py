@@ -146,7 +146,7 @@ def check_alignment(config: Config) -> None:
         Bounds(1, depth, whole=True).check(f"alignment.{name}", getattr(alignment, name))
     others = ("teacher", "projector", "spatial_norm") if alignment.name == "sra" else ("teacher_block", "time_offset")
     for f in dataclasses.fields(alignment):
-        if f.name in others and getattr(alignment, f.name) != f.default_factory():  # type: ignore[misc]
+        if f.name in others and getattr(alignment, f.name) != f.default_factory():  # type: ignore[operator]
             raise ConfigError(f"alignment.{f.name}: has no effect with alignment.name={alignment.name}; leave it out")
     if alignment.name == "repa":
         teacher_name(alignment.teacher or "")
