@@ -65,12 +65,12 @@ class OneByOne(SitDataset):
         shard, place = self.spanner[sample_id]
         row, key = self.shards[shard][place], sample_key(self.shuffle_seed, self.epoch, int(sample_id))
         flip = self.flip and coin(key)
-        if self.field == "image":
+        if self.fields == ("image",):
             tensor = decode_image(row["image"], self.spec.channels)
             tensor = tensor.flip(-1) if flip else tensor
         else:
             tensor = torch.from_numpy(row["moments_flip" if flip else "moments"].copy())
-        return {self.field: tensor, "label": row["label"], "index": int(sample_id), "key": key}
+        return {self.fields[0]: tensor, "label": row["label"], "index": int(sample_id), "key": key}
 
 
 def one_by_one(folder: Path, workers: int, drop_last: bool) -> StreamingDataLoader:
