@@ -222,8 +222,7 @@ WEIGHTS_HELP = "ema, training, or one of several averages, such as ema:0.999 or 
 def check_weights(option: str, weights: str) -> None:
     """Raises UserError unless this can be the name of a checkpoint's weights."""
     if not WEIGHTS.fullmatch(weights):
-        expected = "ema, training, or one of several averages, such as ema:0.999 or ema:power0.05"
-        raise UserError(f"{option}: got {weights!r}, expected {expected}")
+        raise UserError(f"{option}: got {weights!r}, expected {WEIGHTS_HELP.partition(' (')[0]}")
 
 
 TEACHERS = ("timm", "transformers")  # libraries that have vision transformers

@@ -27,6 +27,7 @@ Features = Callable[[Tensor], Tensor]  # of images (N, 3, H, W): tokens (N, T, D
 class _Model(NamedTuple):
     network: nn.Module
     patch: int  # pixels along a side
+    digest: str  # of its weights
     mean: list[float]  # of the images that it was trained on, in [0, 1]
     std: list[float]
     tokens: Features  # of the patches alone, in rows from the top
@@ -61,12 +62,15 @@ class Teacher:
             raise UserError(f"{name}: can't be loaded: {first_line(error).rstrip('.')}; {EXPECTED}") from error
         self.name, self.grid, self.device, self.dtype = name, grid, torch.device(device), dtype
         self.image_size = grid * loaded.patch
-        self.digest = _digest(loaded.network)
-        self.network = loaded.network.to(device).eval().requires_grad_(False)
+        self.digest = loaded.digest
+        self.network = loaded.network.eval().requires_grad_(False)
         self._tokens = loaded.tokens
         self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (loaded.mean, loaded.std))
         try:
+            self.network.to(device)
             shape = self.features(torch.zeros(1, 3, self.image_size, self.image_size)).shape
+        except torch.OutOfMemoryError:
+            raise UserError(f"{name}: doesn't fit into the memory of {device}, expected a smaller teacher") from None
         except Exception as error:
             what = f"can't take images of {self.image_size} pixels, for {grid}x{grid} tokens"
             raise UserError(f"{name}: {what}: {first_line(error)}; choose another teacher") from error
@@ -104,10 +108,16 @@ def _from_timm(model: str, grid: int) -> _Model:
     if not hasattr(network, "set_input_size") or not hasattr(network, "num_prefix_tokens"):
         raise ValueError("it has no tokens")
     patch, prefix = network.patch_embed.patch_size[0], network.num_prefix_tokens
+    digest = _digest(network)  # before the positions are resized for this grid
     network.set_input_size(img_size=(grid * patch, grid * patch))  # resizes the positions once
     config = network.pretrained_cfg
     return _Model(
-        network, patch, config["mean"], config["std"], lambda images: network.forward_features(images)[:, prefix:]
+        network,
+        patch,
+        digest,
+        config["mean"],
+        config["std"],
+        lambda images: network.forward_features(images)[:, prefix:],
     )
 
 
@@ -115,7 +125,8 @@ def _from_transformers(model: str, grid: int) -> _Model:
     from huggingface_hub import hf_hub_download  # takes long to import, and is needed for this alone
     from transformers import AutoModel  # takes seconds to import
 
-    options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+    # None, transformers' default, asks on the terminal whether to run code.
+    options = {"trust_remote_code": False, "use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
     network, loading = AutoModel.from_pretrained(model, **options)
     network = getattr(network, "vision_model", network)  # CLIP and SigLIP have another one for text
     # transformers makes up what is missing at random. A pooler makes no tokens.
@@ -132,7 +143,8 @@ def _from_transformers(model: str, grid: int) -> _Model:
         known = found.shape[1] - grid**2 in (0, 1, 1 + getattr(network.config, "num_register_tokens", 0))
         return found[:, -(grid**2) :] if known else found
 
-    return _Model(network, network.config.patch_size, images["image_mean"], images["image_std"], tokens)
+    patch = network.config.patch_size
+    return _Model(network, patch, _digest(network), images["image_mean"], images["image_std"], tokens)
 
 
 def _digest(network: nn.Module) -> str:

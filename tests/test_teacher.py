@@ -58,6 +58,30 @@ def no_weights(folder: Path) -> str:
     return name
 
 
+def pickled(folder: Path) -> str:
+    name = write_timm(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(Planted(folder / "ran"), folder / "pytorch_model.bin")
+    return name
+
+
+class Planted:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def with_code(folder: Path) -> str:
+    name = write_transformers(folder)
+    config = json.loads((folder / "config.json").read_text())
+    added = {"model_type": "planted", "auto_map": {"AutoConfig": "planted.Config", "AutoModel": "planted.Model"}}
+    (folder / "config.json").write_text(json.dumps({**config, **added}))
+    (folder / "planted.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
+    return name
+
+
 def no_statistics(folder: Path) -> str:
     name = write_transformers(folder)
     (folder / "preprocessor_config.json").unlink()
@@ -89,6 +113,8 @@ def lacking(folder: Path) -> str:
         (lambda _: "timm:no_such_model", "can't be loaded: Unknown model"),
         (lambda folder: f"timm:{folder}", "can't be loaded: "),
         (lambda folder: f"transformers:{folder}", "can't be loaded: "),
+        (pickled, "can't be loaded: "),
+        (with_code, "can't be loaded: "),
         (no_weights, "no file named model.safetensors"),
         (no_statistics, "preprocessor_config.json"),
         (no_tokens, "it has no tokens; expected a vision transformer"),
@@ -99,6 +125,7 @@ def test_what_is_no_teacher_is_refused_in_a_line(make, message, tmp_path):
     with pytest.raises(UserError, match=message.replace("(", r"\(")) as error:
         Teacher(make(tmp_path), 4)
     assert len(str(error.value).splitlines()) == 1
+    assert not (tmp_path / "ran").exists()
 
 
 def test_without_timm_the_command_that_installs_it_is_named(tmp_path, monkeypatch):

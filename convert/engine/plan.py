@@ -12,14 +12,8 @@ from typing import Any
 from convert.sources.parts import SourcePlan
 
 PLAN_NAME = "plan.json"
-LATE = (
-    "device",
-    "encode_dtype",
-    "files",
-    "vae_digest",
-    "vae_commit",
-    "teacher_digest",
-)  # keys that a source gets after the first checks
+# Keys that a source gets after the first checks.
+LATE = ("device", "encode_dtype", "files", "vae_digest", "vae_commit", "teacher_digest")
 FILES_NAMED = 1000  # of more files, a plan keeps only their number, bytes and digest
 
 

@@ -43,18 +43,21 @@ def mlp(*widths: int) -> nn.Sequential:
 
 
 def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A projector whose weights (Xavier's uniform numbers; biases are 0) the seed alone determines.
+    """A projector whose weights the seed alone determines; torch's own generator stays as it was.
 
-    Torch's own generator, which the network and others draw from, stays as it was.
+    Linear maps get Xavier's uniform numbers and biases of 0, a convolution torch's usual ones, as in the authors' code.
     """
     with torch.random.fork_rng(devices=[]):
         projector = make()
     generator = torch.Generator().manual_seed(randomness.sample_key(seed, randomness.PROJECTOR))
-    for p in projector.parameters():
-        if p.ndim > 1:
-            nn.init.xavier_uniform_(p, generator=generator)
-        else:
-            nn.init.zeros_(p)
+    for layer in projector.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight, generator=generator)
+            nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_uniform_(layer.weight, a=5**0.5, generator=generator)
+            bound = layer.weight[0].numel() ** -0.5
+            nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
     return projector
 
 

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     for which in EXPORTED.keys() - held.keys():
         print(f"{place}: it has no {which} weights; exporting the others")
     first = held.get("ema") or held["training"]
-    best = load_checkpoint(place, args.weights) if args.weights else first
+    best = load_checkpoint(place, args.weights, latents) if args.weights else first
     if vae_id and best.record.autoencoder.name is None:
         raise UserError(f"--vae-id: got {vae_id}, but {args.checkpoint} generates pixels, and has no autoencoder")
     files = {EXPORTED[which]: checkpoint for which, checkpoint in held.items()}

@@ -162,7 +162,9 @@ def check_alignment(config: Config) -> None:
         if getattr(alignment, name) != getattr(AlignmentConfig(), name):
             raise ConfigError(f"alignment.{name}: has no effect with alignment.name={alignment.name}; leave it out")
     if alignment.name == "repa":
-        teacher_name(alignment.teacher or "")
+        if alignment.teacher is None:
+            raise ConfigError("alignment.teacher: no value, expected timm:NAME or transformers:NAME of a model")
+        teacher_name(alignment.teacher)
     elif config.ema is None:
         raise ConfigError("ema: got null, expected an average, which alignment.name=sra has as its teacher")
 

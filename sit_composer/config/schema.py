@@ -116,7 +116,8 @@ class AlignmentConfig:
     teacher_block: int = key("sra: the averaged network's block, from 1", 20, c.COUNT)
     time_offset: float = key("sra: the most by which the teacher's time is nearer to the data", 0.2, c.UNIT)
     teacher: str | None = key(
-        "repa: timm:NAME or transformers:NAME, or a folder there; of latents, their shards'", None
+        "repa: timm:NAME or transformers:NAME, or a folder there; for shards of latents, the one in their spec.json",
+        None,
     )
     projector: str = key("repa: REPA's mlp, or iREPA's conv", "mlp", choices=c.PROJECTORS)
     spatial_norm: float | None = key(

@@ -81,9 +81,11 @@ def size_table(config: Config, ranks: int) -> str:
     rows = []
     for kind, fsdp in kinds.items():
         models = [replace(config.model, name=name, hidden_size=None, depth=None, num_heads=None) for name in names]
-        columns = [(replace(config, model=model, fsdp=fsdp), ranks) for model in models]
+        # Without an alignment, whose blocks are of one depth.
+        columns = [(replace(config, model=model, fsdp=fsdp, alignment=None), ranks) for model in models]
         rows += [_largest(f"{gpu}, {kind}", gpu, columns, (0, 0)) for gpu in GPUS]
-    title = f"Largest microbatch on {ranks} GPUs, {config.precision} ({RESERVE_TEXT}):"
+    without = ", without alignment" if config.alignment is not None else ""
+    title = f"Largest microbatch on {ranks} GPUs, {config.precision}{without} ({RESERVE_TEXT}):"
     return f"{title}\n\n{markdown(['GPU', *names], rows)}"
 
 

@@ -23,15 +23,11 @@ from sit_composer.errors import UserError
 from sit_composer.storage import NO_CREDENTIALS, S3Folder, StorageError, is_disk_full
 
 OUTAGE = 300  # seconds after which a failed attempt to fetch a shard is the last
-COLUMNS: dict[
-    str, dict[str, tuple[str, ...]]
-] = {  # for each kind of data: the columns, and how their encodings may begin
+# For each kind of data: the columns, and how their encodings may begin; those of features, which are of one size.
+COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
     "pixels": {"image": ("bytes",), "label": ("int", "uint")},
     "latents": {"moments": ("ndarray:float16",), "moments_flip": ("ndarray:float16",), "label": ("int", "uint")},
-    "features": {
-        "features": ("ndarray:float16:",),
-        "features_flip": ("ndarray:float16:",),
-    },  # of one size
+    "features": {"features": ("ndarray:float16:",), "features_flip": ("ndarray:float16:",)},
 }
 
 

@@ -26,7 +26,7 @@ from sit_composer.errors import USAGE, UserError, one_line
 from sit_composer.precision import for_gpu, resolve
 from sit_composer.storage import open_run_folder
 from sit_composer.training.compiling import find_backend
-from sit_composer.training.inputs import SECTIONS, check_specs, read_specs
+from sit_composer.training.inputs import SECTIONS, check_specs, open_teacher, read_specs
 from sit_composer.training.summary import microbatch, save_folder, summary
 
 PROBE = ".sit_composer-dry-run-"
@@ -64,6 +64,8 @@ def run(config: Config) -> int:
     generates = config.sample_grid is not None or config.frechet is not None
     if config.autoencoder.name is not None and (pixels or generates):  # to encode images, or to decode them
         make("autoencoder.name", _autoencoder, config.autoencoder.name)
+    if "data" in specs and config.alignment is not None and config.alignment.name == "repa":
+        make("alignment.teacher", _teacher, config, specs)
     if config.trainer.get("save_folder"):
         make("trainer.save_folder", lambda: _save_folder(save_folder(config)))
         make("earlier checkpoints", lambda: _earlier(config, found))
@@ -115,6 +117,13 @@ def _autoencoder(name: str) -> str:
     except Exception as error:  # diffusers raises a dozen kinds
         raise ConfigError(f"{name}: no autoencoder: {error}") from error
     return f"{name} has an {kind}'s config (its weights are not loaded)"
+
+
+def _teacher(config: Config, specs: dict[str, DataSpec]) -> str:
+    teacher = open_teacher(config, specs, "cpu")
+    if teacher is None:
+        return f"the shards hold features of {specs['data'].features['teacher']}"
+    return f"{teacher.name} gives {teacher.grid}x{teacher.grid} tokens of width {teacher.width}"
 
 
 def _save_folder(uri: str) -> str:

@@ -22,8 +22,8 @@ class ComposerSiT(ComposerModel):
     A batch is a dict of ``label``, ``index`` and ``key`` (each int64 (N,)), and of ``moments`` (N, 2C or C, H, W) or
     ``image`` (N, C, H, W) uint8. The autoencoder turns moments into latents; the encoder, if there is one, encodes
     images in each step. It is kept out of the module tree, and so out of the optimizer, shards and checkpoints.
-    The network, and nothing else, computes in ``precision``; see `precision.autocast`. An alignment's projector is
-    taken as a part of the network here, and is one of no checkpoint's network.
+    The network, and nothing else, computes in ``precision``; see `precision.autocast`. An alignment's projector
+    counts as network there; it is trained and checkpointed with the network, and is not a part of exports.
     """
 
     def __init__(

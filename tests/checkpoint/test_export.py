@@ -231,7 +231,9 @@ def test_weights_of_other_latents_than_the_authors_are_exported_with_a_spec_of_t
     command = [str(tmp_path / "lightning.pt"), "--out", str(tmp_path / "out")]
     assert main(command) == 2
     assert "got 6 channels, expected the 4 of the authors' autoencoder; give the spec.json" in capsys.readouterr().err
-    assert main([*command, "--spec", str(tmp_path / "spec.json")]) == 0
+    hub = ["--hub", "--weights", "ema", "--vae-id", "owner/autoencoder"]
+    assert main([*command, "--spec", str(tmp_path / "spec.json"), *hub]) == 0
+    assert load_checkpoint(str(tmp_path / "out" / "hub-0")).record.classes == ["a", "b", "c"]
     folder = str(tmp_path / "out" / "checkpoint-0")
     read = load_checkpoint(folder)
     assert all(torch.equal(tensor, read.weights[name]) for name, tensor in network.state_dict().items())

@@ -5,8 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
+from streaming import StreamingDataset
 
 from convert import to_mds, verify_mds
+from convert.kinds.checks import LatentCheck
 from sit_composer.data.loader import build_loader
 from sit_composer.data.stream import load_spec
 from tests.helpers.shards import contents
@@ -96,6 +98,28 @@ def test_verify_checks_features(tmp_path, table, options, convert, capsys):
         (broken / "spec.json").write_text(json.dumps(content))
         assert verify_mds.main([str(broken)]) == 1
         assert message in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda row: {"features_flip": row["features"]}, "the mirrored features of 8 samples equal the straight ones"),
+        (
+            lambda row: {"features": row["features"] * np.float16("nan")},
+            "features have values that are NaN or infinite",
+        ),
+        (lambda row: {"features_flip": row["features_flip"] * [[1], [0], [1], [1]]}, "a token whose values are all 0"),
+    ],
+)
+def test_verify_doubts_features_that_no_teacher_gives(tmp_path, table, options, convert, change, message):
+    assert convert(table, "--out", tmp_path / "out", *options)[0] == 0
+    spec, faults = load_spec(None, str(tmp_path / "out")), []
+    check = LatentCheck(spec, faults.append, None, grid=False)
+    dataset = StreamingDataset(local=str(tmp_path / "out"), batch_size=1)
+    rows = [dataset[i] for i in range(8)]
+    check.check((f"sample {i}", {**row, **change(row)}) for i, row in enumerate(rows))
+    check.finish()
+    assert message in " ".join(faults)
 
 
 @pytest.mark.parametrize(
