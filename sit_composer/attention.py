@@ -6,6 +6,7 @@ from torch.autograd.function import FunctionCtx
 from torch.nn.functional import scaled_dot_product_attention
 
 TILE = 3 * 2**19 * torch.get_num_threads()  # bytes of scores at a time: they stay in the caches, and bound the memory
+COMPILED = 8  # tiles at most in a compiled graph, which takes longer to compile with each
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -23,14 +24,14 @@ class Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, *inputs: Tensor) -> Tensor:
-        q, k, v = (x.flatten(0, 1) for x in inputs)  # each (N·heads, T, d), contiguous
-        ctx.save_for_backward(q, k, v)
+        ctx.save_for_backward(*inputs)  # themselves, or second derivatives would miss them
+        q, k, v = (x.flatten(0, 1) for x in inputs)  # each (N·heads, T, d)
         parts = [torch.bmm(_probabilities(q[i], k[i]), v[i]) for i in _tiles(q)]
         return torch.cat(parts).view(inputs[0].shape)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, ...]:
-        q, k, v = ctx.saved_tensors
+        q, k, v = (x.flatten(0, 1) for x in ctx.saved_tensors)
         g, scale = gradients[0].flatten(0, 1), q.shape[-1] ** -0.5
         parts = []
         for i in _tiles(q):
@@ -44,7 +45,9 @@ class Products(torch.autograd.Function):
 def _tiles(q: Tensor) -> list[slice]:
     """Slices of the first axis of q (N·heads, T, d)."""
     each = max(1, TILE // (q.itemsize * q.shape[1] ** 2))
-    return [slice(start, start + each) for start in range(0, len(q), each)]
+    if torch.compiler.is_compiling():  # each tile is written out in the graph
+        each = max(each, -(-len(q) // COMPILED))
+    return [slice(start, start + each) for start in range(0, max(len(q), 1), each)]
 
 
 def _probabilities(q: Tensor, k: Tensor) -> Tensor:

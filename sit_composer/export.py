@@ -14,8 +14,10 @@ uploads it. If training had the autoencoder in a folder, upload that too, and na
 and `SiT.from_pretrained` take either folder. Existing folders are left unchanged.
 """
 
+import argparse
 import sys
 
+from sit_composer.choices import check_weights
 from sit_composer.cli import check_checkpoint, hand_over, is_hub_name, make_parser, refuse_idle, run_command
 
 
@@ -35,7 +37,14 @@ def main(argv: list[str] | None = None) -> int:
     refuse_idle(parser, args, ("vae_id weights", args.hub, "without --hub"))
     if args.vae_id is not None and not is_hub_name(args.vae_id):
         parser.error(f"argument --vae-id: got {args.vae_id!r}, expected a name on the Hub, such as OWNER/NAME")
-    return run_command(lambda: hand_over("sit_composer.checkpoint.export", check_checkpoint(args), "torch"))
+    return run_command(lambda: hand_over("sit_composer.checkpoint.export", checked(args), "torch"))
+
+
+def checked(args: argparse.Namespace) -> argparse.Namespace:
+    """The options, of which the checkpoint is on disk, and the weights' name can be one."""
+    if args.weights is not None:
+        check_weights("--weights", args.weights)
+    return check_checkpoint(args)
 
 
 if __name__ == "__main__":

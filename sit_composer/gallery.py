@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     precision = resolve(args.precision, device.partition(":")[0])
     checkpoint = load_checkpoint(args.checkpoint, args.weights)
-    weaker = load_checkpoint(args.guide, args.weights) if args.guide else None
+    weaker = load_checkpoint(args.guide, args.guide_weights) if args.guide else None
     if weaker:
         check_guide(args, checkpoint.record, weaker.record)
     complete(args, checkpoint.record)

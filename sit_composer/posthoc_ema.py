@@ -32,7 +32,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for path in args.checkpoints:
         if not is_remote(path) and not os.path.exists(path):
             raise UserError(f"{path}: no checkpoint here")
-    check_output("--out", os.path.join(args.out, "power"), "")
+    check_output("--out", os.path.join(args.out, "power…-…"), "")
     return args
 
 

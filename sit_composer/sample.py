@@ -38,6 +38,7 @@ def make_options() -> argparse.ArgumentParser:
     times = "guide within these times; data is at 1 (0 1)"
     option("--cfg-interval", type=float, nargs=2, metavar=("FROM", "TO"), help=times)
     option("--guide", metavar="CHECKPOINT", help="guide away from this weaker network, not from the null class")
+    option("--guide-weights", metavar="NAME", help="the guide's (training if --weights is, else ema)")
     option("--mode", choices=("ODE", "SDE"), default="ODE", help="(ODE)")
     methods = f"ODE: {', '.join(choices.ODE_METHODS)} (dopri5); SDE: {', '.join(choices.SDE_METHODS)} (Euler)"
     option("--sampling-method", metavar="NAME", help=methods)
@@ -67,6 +68,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = make_options()
     args = parser.parse_args(argv)
     choices.check_weights("--weights", args.weights)
+    choices.check_weights("--guide-weights", args.guide_weights or "ema")
     check_output("--npz", args.npz, "", "arr_0", "labels")
     ode = args.mode == "ODE"
     methods, method, steps = (choices.ODE_METHODS, "dopri5", 50) if ode else (choices.SDE_METHODS, "Euler", 250)
@@ -81,6 +83,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         ("atol rtol", adaptive, f"without an adaptive ODE solver ({', '.join(choices.ADAPTIVE_METHODS)})"),
         ("time_shift", not ode or not adaptive, f"with {args.sampling_method}, which chooses its own steps"),
         ("last_step_size", args.last_step != "None", "without a --last-step"),
+        ("guide_weights", args.guide is not None, "without --guide"),
         ("guide cfg_interval cfg_channels", args.cfg_scale != 1, "with --cfg-scale 1"),
     )
     if args.labels == "random" and args.classes is not None:
@@ -89,6 +92,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, getattr(Sampling, name))
     args.per_class = args.per_class or 1
+    args.guide_weights = args.guide_weights or ("training" if args.weights == "training" else "ema")
     choices.check_tolerances(args.atol, args.rtol, "--")
     args.cfg_interval = tuple(args.cfg_interval)
     args.idle_steps = adaptive and args.num_steps is not None  # only a note: the authors' command allows it, too

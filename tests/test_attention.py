@@ -53,6 +53,23 @@ def test_a_network_in_bfloat16_is_as_close_to_float32_as_with_the_kernel(monkeyp
     assert (products - right).norm() < 1.2 * (kernel - right).norm()
 
 
+def test_second_derivatives_are_those_of_the_formula():
+    def second(attention, dtype) -> list[torch.Tensor]:
+        *qkv, g = (x.to(dtype).requires_grad_() for x in inputs(2, 20, 2, 8))
+        first = torch.autograd.grad(attention(*qkv), qkv, g, create_graph=True)
+        return list(torch.autograd.grad(sum(x.square().sum() for x in first), [*qkv, g]))
+
+    def formula(q, k, v):
+        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+    for ours, right in zip(second(attend, torch.bfloat16), second(formula, torch.float64), strict=True):
+        assert (ours - right).norm() < 0.05 * right.norm()
+
+
+def test_no_samples_have_no_attention():
+    assert attend(*torch.empty(3, 0, 2, 4, 8, dtype=torch.bfloat16)).shape == (0, 2, 4, 8)
+
+
 def test_memory_does_not_grow_with_the_square_of_the_tokens(monkeypatch):
     monkeypatch.setattr(attention, "TILE", 2 * 256**2)  # the scores of one head
     *qkv, g = (x.bfloat16() for x in inputs(4, 256, 3, 8))

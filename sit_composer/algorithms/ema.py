@@ -139,8 +139,8 @@ class EMAWeights(Callback):
         alike = is_plain(list(self.averages)) and "params" in state  # whatever the decay was
         stored = dict.fromkeys(self.averages, state["params"]) if alike else state.get("averages", {})
         if stored.keys() != self.averages.keys():
-            got = ", ".join(stored) or "one with a decay"
-            raise ValueError(f"the checkpoint has other averages: got {got}, expected {', '.join(self.averages)}")
+            got = ", ".join(stored) or "one exponential average"
+            raise ValueError(f"ema: got {', '.join(self.averages)}, expected the checkpoint's averages: {got}")
         for name, average in self.averages.items():
             _load(average, stored[name])
         self.loaded = True

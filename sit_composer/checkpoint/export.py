@@ -176,6 +176,8 @@ def model_card(checkpoint: Checkpoint) -> str:
         last_label=len(record.classes) - 1,
         step=checkpoint.step,
         which=describe(checkpoint.which),
+        option=" --weights training" if checkpoint.which == "training" else "",
+        weights=', "training"' if checkpoint.which == "training" else "",
         latents=latents,
         channels=channels,
         side=side,

@@ -1,6 +1,7 @@
 """Makes averages of any length from those in a run's checkpoints: see `sit_composer.posthoc_ema` and `averages`."""
 
 import argparse
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
                 source[Path(one).name] = digest(one)
                 for name, of_stds in zip(names, of_names, strict=True):
                     part = load_checkpoint(one, f"ema:{name}")
-                    if (part.step, part.record.model) != (batch, newest.record.model):
+                    if (part.step, part.record) != (batch, newest.record):
                         raise CheckpointError(f"{place}: of another run than {found[last]}, expected one of the same")
                     for total, share in zip(sums, of_stds, strict=True):
                         add(total, part.weights, float(share))
@@ -56,7 +57,11 @@ def run(args: argparse.Namespace) -> None:
 
 def choose(args: argparse.Namespace) -> dict[int, str]:
     """The checkpoints to use, by their batches, in order: all until ``args.at``, or until the last one."""
-    found = {batch_of(path): path for place in args.checkpoints for path in snapshots(place)}
+    found: dict[int, str] = {}
+    for path in (path for place in args.checkpoints for path in snapshots(place)):
+        other = found.setdefault(batch_of(path), path)
+        if os.path.abspath(other) != os.path.abspath(path):
+            raise UserError(f"{path}: of the same batch as {other}, expected the checkpoints of one run")
     last = args.at or max(found, default=0)
     if found and last not in found:
         raise UserError(f"--at: got {last}, expected a checkpoint's batch, {', '.join(map(str, sorted(found)))}")

@@ -81,8 +81,10 @@ class Record:
         return kind if kind == "training" or self.averages is None else f"ema:{name or held[0]}"
 
     def with_only(self, weights: str) -> "Record":
-        """The record of a folder that has no other average than ema:NAME; of other weights, itself."""
+        """The record of a folder that has no others than these weights."""
         name = weights.partition(":")[2]
+        if weights == "training":
+            return replace(self, averages=None, ema_decay=None)
         if not name:
             return self
         return replace(self, averages=[name], ema_decay=float(name) if std_of(name) is None else None)

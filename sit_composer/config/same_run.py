@@ -38,7 +38,7 @@ def check_same_config(config: Config, text: str, where: str) -> None:
 def _fixed_keys(config: Config) -> dict[str, object]:
     """The keys that can't change between a run and its resumption."""
     names = averages(config)  # of which the decay of a single one may change
-    ema = "an average" if names and is_plain(names) else ", ".join(names) or None
+    ema = "one exponential average" if names and is_plain(names) else ", ".join(names) or None
     keys: dict[str, object] = {"seed": config.seed, "ema": ema}
     alignment = {} if config.alignment is None else vars(config.alignment)
     keys |= {"alignment": alignment.get("name"), **{f"alignment.{name}": value for name, value in alignment.items()}}

@@ -112,7 +112,7 @@ class DataSpec:
             raise ValueError(f"features: got those of a teacher beside {self.kind}, expected latents")
         for name in {**features, **FEATURES}:
             kind, value = FEATURES.get(name), features.get(name)
-            if type(value) is not kind or (not value if kind is str else value < 1):
+            if type(value) is not kind or not value or (isinstance(value, int) and value < 1):
                 expected = "nothing" if kind is None else "text" if kind is str else "a whole number of at least 1"
                 raise ValueError(f"features.{name}: got {value!r}, expected {expected}")
 

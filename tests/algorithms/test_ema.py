@@ -92,15 +92,17 @@ def test_one_average_with_a_decay_is_stored_as_ever_and_others_by_name():
 @pytest.mark.parametrize(
     ("ours", "theirs", "got"),
     [
-        (SEVERAL, (DECAY,), "one with a decay"),
-        (("power0.1",), (DECAY,), "one with a decay"),
+        (SEVERAL, (DECAY,), "one exponential average"),
+        (("power0.1",), (DECAY,), "one exponential average"),
         ((DECAY,), ("power0.1",), "power0.1"),
         (SEVERAL, (0.5, "power0.1"), "0.5, power0.1"),
     ],
 )
 def test_other_averages_are_refused(ours, theirs, got):
     state = trainer_of(averages=theirs)[1].weights.state_dict()
-    with pytest.raises(ValueError, match=f"other averages: got {got}, expected {', '.join(map(str, ours))}"):
+    with pytest.raises(
+        ValueError, match=f"ema: got {', '.join(map(str, ours))}, expected the checkpoint's averages: {got}"
+    ):
         trainer_of(averages=ours)[1].weights.load_state_dict(state)
 
 

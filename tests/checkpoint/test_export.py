@@ -197,8 +197,11 @@ def test_a_run_without_an_average_exports_what_it_has_and_says_so(train_tiny, tm
     assert main([str(train_tiny("ema=null")), "--out", str(tmp_path), "--hub"]) == 0
     assert "it has no ema weights; exporting the others" in capsys.readouterr().out
     assert sorted(content(tmp_path / "checkpoint-2")) == ["config.json", "model.safetensors", "trainer_state.json"]
-    SiT.from_pretrained(str(tmp_path / "hub-2"), "training")
-    assert "the training weights, not an average" in (tmp_path / "hub-2" / "README.md").read_text()
+    card = (tmp_path / "hub-2" / "README.md").read_text()
+    assert "the training weights, not an average" in card
+    assert "--num-images 16 --weights training\n" in card
+    snippet = card.rpartition("```python\n")[2].partition("```")[0]
+    exec(snippet.replace("OWNER/NAME", str(tmp_path / "hub-2")), {})
 
 
 def test_a_released_file_is_exported_as_the_average_that_it_is(tmp_path, capsys):

@@ -73,7 +73,7 @@ def test_a_released_file_is_read_and_its_network_is_told_from_its_shapes(tmp_pat
 def test_a_lightningdit_of_its_own_autoencoder_is_told_how_to_load_it(tmp_path):
     network = build_sit("LightningDiT-B/1", depth=1, input_size=4, in_channels=32)
     file = save({"ema": network.state_dict(), "config": {}}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match=r"got 32 channels.*; a LightningDiT's weights load in Python, see docs/"):
+    with pytest.raises(CheckpointError, match=r"got 32 channels.*; give the spec.json of shards of its latents"):
         load_checkpoint(file)
 
 

@@ -149,7 +149,7 @@ def test_what_is_missing_is_said_in_a_line(run, tmp_path, capsys, options, messa
 def test_a_place_that_cannot_be_written_is_told_before_the_work(run, tmp_path, capsys):
     (tmp_path / "out").write_text("a file")
     assert main([str(run), "--std", "0.1", "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err == f"error: --out: {tmp_path}/out/power can't be written in {tmp_path}/out\n"
+    assert capsys.readouterr().err == f"error: --out: {tmp_path}/out/power…-… can't be written in {tmp_path}/out\n"
 
 
 def test_a_run_without_power_functions_and_two_runs_are_refused(train_tiny, run, tmp_path, capsys):

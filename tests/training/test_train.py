@@ -501,6 +501,13 @@ def test_grey_images_are_encoded_by_an_autoencoder_of_three_channels(run, vae_fo
     assert load_checkpoint(str(tmp_path / "run")).record.autoencoder.name == vae_folder
 
 
+def test_the_state_of_another_optimizer_is_left_out_with_a_word(run, tmp_path):
+    assert run("trainer.max_duration=1ba", folder="other") == 0
+    weights = f"trainer.load_path={tmp_path / 'other' / 'latest-rank0.pt'}"
+    with pytest.warns(UserWarning, match="Muon is not in the state_dict. Its state will not be restored"):
+        assert run("trainer.max_duration=2ba", "trainer.autoresume=false", weights, "optimizer.name=muon") == 0
+
+
 def test_weights_without_an_option_of_the_blocks_are_refused_in_one_line(run, tmp_path, capsys):
     assert run("trainer.max_duration=1ba") == 0
     weights = f"trainer.load_path={tmp_path / 'run' / 'latest-rank0.pt'}"
