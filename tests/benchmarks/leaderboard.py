@@ -1,0 +1,241 @@
+"""A leaderboard of recipes on a CPU:   python tests/benchmarks/leaderboard.py --out DIR
+
+Trains `yamls/fashion_mnist.yaml` by each recipe of ROWS, and reads off in how many steps the Fréchet distance of the
+averaged weights comes down to GOAL. Data, classifier and distance are those of `time_sampling.py`, whose folder DIR may
+be used too. Network width, depth and patches, batch size, evaluation and seeds are the same for all rows; a row's title
+and overrides say all that differs.
+
+A finished run is stored in docs/leaderboard/ROW.json, and what is there isn't trained again: if interrupted, rerun the
+same command. `--rows` and `--seeds` select. `--seconds` measures the processor time of a step of all rows, in turn; run
+it on an idle machine. Each call writes the tables of docs/leaderboard.md and README.md and the plot anew from what is
+stored; `--render` does no more than that. To add a recipe, add a line to ROWS.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, median
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder stands there instead
+from sit_composer.errors import UserError
+from sit_composer.outputs import write_json
+from tests.benchmarks.time_sampling import DEBIAN, ROOT, YAML, Curve, last, plot, prepare, read_curve, spread, train
+from tests.benchmarks.time_sampling import steps_to as steps_on
+from tests.reference.earlier.common import processor
+from tests.reference.earlier.common import train as train_here
+
+STORE, PAGE, PLOT = ROOT / "docs" / "leaderboard", ROOT / "docs" / "leaderboard.md", "docs/images/leaderboard.png"
+README = ROOT / "README.md"
+GOAL = 40.0  # the Fréchet distance to come down to; it stays, so that later rows compare
+EVERY = ["frechet.interval=100ba"]  # for all rows
+SEEDS = [0, 1, 2]
+TOP = 3  # rows of the README, besides row 0
+STEPS, SKIPPED, ROUNDS = 24, 4, 3  # of --seconds: a run's steps, those not measured, runs of each row
+
+LOGIT_NORMAL = ["transport.time_sampling=logit-normal"]
+TO_ZERO = ["scheduler={linear_with_warmup: {t_warmup: 50ba, alpha_f: 0.0}}"]
+SHORT = ["trainer.max_duration=600ba"]
+ROWS: dict[str, tuple[str, list[str]]] = {  # file name: title, overrides
+    "paper": ("the paper's recipe: uniform times, velocity, AdamW, constant rate", []),
+    "paper-lr-1e-3": ("half the rate", ["optimizer.lr=1e-3"]),
+    "paper-lr-4e-3": ("twice the rate", ["optimizer.lr=4e-3"]),
+    "logit-normal": ("logit-normal times", LOGIT_NORMAL),
+    "decay": ("600 steps, rate to 0", [*TO_ZERO, *SHORT]),
+    "logit-normal-decay": ("logit-normal times; 600 steps, rate to 0", [*LOGIT_NORMAL, *TO_ZERO, *SHORT]),
+}
+
+
+@dataclass
+class Row:
+    """A recipe, and what was measured of it."""
+
+    name: str
+    title: str
+    changes: list[str]
+    runs: dict[int, dict] = field(default_factory=dict)  # seed: commit, machine, curve
+    seconds: float | None = None  # of processor time per step
+
+    @property
+    def curves(self) -> dict[int, Curve]:
+        return {s: {int(step): d for step, d in run["curve"].items()} for s, run in sorted(self.runs.items())}
+
+    @property
+    def steps(self) -> dict[int, float]:
+        """Steps to the goal, by seed."""
+        return {seed: steps_on(curve, GOAL) for seed, curve in self.curves.items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 for a mistake or a command that failed, which it names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, metavar="DIR", help="where data, checkpoints and the classifier go")
+    add("--source", type=Path, default=DEBIAN, metavar="DIR", help="Fashion-MNIST's four files, gzipped (%(default)s)")
+    add("--yaml", type=Path, default=YAML, metavar="FILE", help="the run that is varied (yamls/fashion_mnist.yaml)")
+    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=f"of {', '.join(ROWS)} (all)")
+    add("--seeds", nargs="+", type=int, default=SEEDS, metavar="N", help="(0 1 2)")
+    add("--seconds", action="store_true", help="measure the processor time of steps instead of training")
+    add("--render", action="store_true", help="write page, README and plot from what is stored, and train nothing")
+    args = parser.parse_args(argv)
+    if args.out is None and not args.render:
+        parser.error("expected --out DIR, or --render")
+    try:
+        if not args.render:
+            prepare(args.source, args.out)
+            if args.seconds:
+                measure_seconds(args)
+            else:
+                train_missing(args)
+        render()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# What is stored
+
+
+def load(name: str) -> Row:
+    """A row with its stored runs.
+
+    Raises:
+        UserError: if they are of another recipe.
+    """
+    title, changes = ROWS[name]
+    row = Row(name, title, changes)
+    path = STORE / f"{name}.json"
+    if path.exists():
+        stored = json.loads(path.read_text())
+        if stored.pop("changes") != changes:
+            raise UserError(f"{path}: its runs are of other overrides than row {name}; delete it, or rename the row")
+        row.runs = {int(seed): run for seed, run in stored.items()}
+    seconds = STORE / "seconds.json"
+    if seconds.exists():
+        row.seconds = json.loads(seconds.read_text())["per_step"].get(name)
+    return row
+
+
+def train_missing(args: argparse.Namespace) -> None:
+    """Trains the selected rows by the selected seeds, where they aren't stored, and stores each at its end."""
+    for name in args.rows:
+        for seed in args.seeds:
+            row = load(name)
+            if seed in row.runs:
+                continue
+            commit = code()
+            train(args.yaml, args.out, name, seed, [*EVERY, *row.changes])
+            curve = {step: round(distance, 2) for step, distance in read_curve(args.out, name, seed).items()}
+            row.runs[seed] = {"commit": commit, "machine": machine(), "curve": curve}
+            write_json({"changes": row.changes, **dict(sorted(row.runs.items()))}, STORE / f"{name}.json")
+            render()
+
+
+def measure_seconds(args: argparse.Namespace) -> None:
+    """Stores the median processor seconds of a step of each row, trained in turn in this process, without distances."""
+    found: dict[str, list[float]] = {name: [] for name in args.rows}
+    for _ in range(ROUNDS):
+        for name in args.rows:
+            with tempfile.TemporaryDirectory() as folder:
+                places = [f"data.local={args.out / 'train'}", f"trainer.save_folder={folder}", "frechet=null"]
+                rest = ["callbacks={}", "trainer.progress_bar=false", f"trainer.max_duration={STEPS}ba"]
+                options = [*load(name).changes, "run_name=seconds", *places, *rest]
+                ends = train_here([str(args.yaml), *options], lambda _: time.process_time())
+            steps = [after - before for before, after in pairwise(ends)]
+            found[name].append(median(steps[SKIPPED:]))
+    seconds = {name: round(median(values), 5) for name, values in found.items()}
+    write_json({"commit": code(), "machine": machine(), "per_step": seconds}, STORE / "seconds.json")
+
+
+def code() -> str:
+    """The commit of the code that trains, with + if it was changed since."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    changed = git("diff", "--name-only", "HEAD", "--", "sit_composer", "yamls")
+    return git("rev-parse", "--short=7", "HEAD") + ("+" if changed else "")
+
+
+def machine() -> str:
+    return f"{processor().removeprefix('model name ')}; {os.cpu_count()} cores"
+
+
+# The page
+
+
+def render() -> None:
+    """Writes the tables of page and README, and the plot, from what is stored."""
+    rows = [row for row in map(load, ROWS) if row.runs]
+    if not rows or rows[0].name != next(iter(ROWS)):
+        return
+    first, whole, others = rows[0], *split(rows)
+    fill(PAGE, "rows", table([first, *whole], first))
+    fill(PAGE, "others", table(others, first))
+    fill(README, "leaderboard", table([first, *whole[:TOP]], first, short=True))
+    numbers = {row.name: f"{number}  {row.title}" for number, row in enumerate([first, *whole])}
+    curves = {row.name: list(row.curves.values()) for row in [first, *whole]}
+    plot(curves, ROOT / PLOT, numbers, "recipe", GOAL)
+
+
+def split(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """The rows but the first: those with all seeds, by their steps; and the others, as ROWS has them."""
+    whole = [row for row in rows[1:] if set(row.runs) >= set(SEEDS)]
+    return sorted(whole, key=lambda row: median(row.steps.values())), [row for row in rows[1:] if row not in whole]
+
+
+def table(rows: list[Row], first: Row, short: bool = False) -> list[str]:
+    """Markdown; each number is the median of the seeds, with their range, and the distance at the end their mean."""
+    heads = ["| | recipe |", f" steps to {GOAL:g} | of row 0's | seconds |"]
+    marks = ["| ---: | --- |", " ---: | ---: | ---: |"]
+    if not short:
+        heads += [" distance at the end | seeds | commit | machine |"]
+        marks += [" ---: | ---: | --- | --- |"]
+    lines = ["".join(heads), "".join(marks)]
+    numbered = first in rows
+    for number, row in enumerate(rows):
+        steps = row.steps
+        shares = [found / first.steps[seed] for seed, found in steps.items() if seed in first.steps]
+        middle = median(steps.values())
+        cells = [str(number) if numbered else "", title(row, short)]
+        cells += [spread(middle, list(steps.values()), ".0f"), spread(median(shares), shares, ".2f")]
+        cells += ["" if row.seconds is None else f"{middle * row.seconds:.0f}"]
+        if not short:
+            ends = [last(curve) for curve in row.curves.values()]
+            cells += [f"{spread(mean(ends), ends, '.1f')}, {max(next(iter(row.curves.values())))} steps"]
+            cells += [str(len(row.runs))]
+            cells += [
+                ", ".join(sorted({str(run[what]) for run in row.runs.values()})) for what in ("commit", "machine")
+            ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def title(row: Row, short: bool) -> str:
+    """What the recipe is; on the page with its name and overrides."""
+    changes = " ".join(f"`{change}`" for change in row.changes)
+    return row.title if short else f"**{row.name}**: {row.title}{changes and f' {changes}'}"
+
+
+def fill(path: Path, name: str, lines: list[str]) -> None:
+    """Writes lines into a page, between the comments ``<!-- name -->`` and ``<!-- end -->``."""
+    path.write_text(filled(path.read_text(), name, lines))
+
+
+def filled(page: str, name: str, lines: list[str]) -> str:
+    block = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", re.DOTALL)
+    if len(block.findall(page)) != 1:
+        raise UserError(f"<!-- {name} -->: not in the page once, expected it before <!-- end -->")
+    return block.sub(lambda _: "\n".join(["", *lines, "", ""]), page)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
