@@ -48,7 +48,6 @@ ROWS: dict[str, tuple[str, list[str]]] = {  # file name: title, overrides
     "paper-lr-1e-3": ("half the rate", ["optimizer.lr=1e-3"]),
     "paper-lr-4e-3": ("twice the rate", ["optimizer.lr=4e-3"]),
     "logit-normal": ("logit-normal times", LOGIT_NORMAL),
-    "decay": ("600 steps, rate to 0", [*TO_ZERO, *SHORT]),
     "logit-normal-decay": ("logit-normal times; 600 steps, rate to 0", [*LOGIT_NORMAL, *TO_ZERO, *SHORT]),
 }
 
@@ -135,7 +134,8 @@ def train_missing(args: argparse.Namespace) -> None:
             train(args.yaml, args.out, name, seed, [*EVERY, *row.changes])
             curve = {step: round(distance, 2) for step, distance in read_curve(args.out, name, seed).items()}
             row.runs[seed] = {"commit": commit, "machine": machine(), "curve": curve}
-            write_json({"changes": row.changes, **dict(sorted(row.runs.items()))}, STORE / f"{name}.json")
+            runs = {str(seed): run for seed, run in sorted(row.runs.items())}
+            write_json({"changes": row.changes, **runs}, STORE / f"{name}.json")
             render()
 
 
