@@ -14,7 +14,6 @@ stored; `--render` does no more than that. To add a recipe, add a line to ROWS.
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -231,10 +230,11 @@ def fill(path: Path, name: str, lines: list[str]) -> None:
 
 
 def filled(page: str, name: str, lines: list[str]) -> str:
-    block = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", re.DOTALL)
-    if len(block.findall(page)) != 1:
-        raise UserError(f"<!-- {name} -->: not in the page once, expected it before <!-- end -->")
-    return block.sub(lambda _: "\n".join(["", *lines, "", ""]), page)
+    start, end = f"<!-- {name} -->\n", "<!-- end -->"
+    if page.count(start) != 1:
+        raise UserError(f"{start.strip()}: got {page.count(start)} of it in the page, expected 1")
+    head, _, rest = page.partition(start)
+    return "\n".join([head + start, *lines, "", end]) + rest.partition(end)[2]
 
 
 if __name__ == "__main__":
