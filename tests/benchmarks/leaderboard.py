@@ -31,24 +31,37 @@ from tests.benchmarks.time_sampling import steps_to as steps_on
 from tests.reference.earlier.common import processor
 from tests.reference.earlier.common import train as train_here
 
-STORE, PAGE, PLOT = ROOT / "docs" / "leaderboard", ROOT / "docs" / "leaderboard.md", "docs/images/leaderboard.png"
-README = ROOT / "README.md"
+STORE, PLOT = ROOT / "docs" / "leaderboard", ROOT / "docs" / "images" / "leaderboard.png"
+PAGE, README = ROOT / "docs" / "leaderboard.md", ROOT / "README.md"
 GOAL = 40.0  # the Fréchet distance to come down to; it stays, so that later rows compare
-EVERY = ["frechet.interval=100ba"]  # for all rows
+EVERY = ["frechet.interval=100ba", "trainer.max_duration=1000ba"]  # for all rows that don't say otherwise
 SEEDS = [0, 1, 2]
+ORIGIN = ["seeds", "commit", "machine"]  # columns
 TOP = 3  # rows of the README, besides row 0
 STEPS, SKIPPED, ROUNDS = 24, 4, 3  # of --seconds: a run's steps, those not measured, runs of each row
 
+RATE = ["optimizer.lr=4e-3"]  # of row 0, as the best of four, and of all rows that name no other
 LOGIT_NORMAL = ["transport.time_sampling=logit-normal"]
 TO_ZERO = ["scheduler={linear_with_warmup: {t_warmup: 50ba, alpha_f: 0.0}}"]
-SHORT = ["trainer.max_duration=600ba"]
+BRIEF = ["trainer.max_duration=500ba"]  # for a first look at one change
 ROWS: dict[str, tuple[str, list[str]]] = {  # file name: title, overrides
-    "paper": ("the paper's recipe: uniform times, velocity, AdamW, constant rate", []),
-    "paper-lr-1e-3": ("half the rate", ["optimizer.lr=1e-3"]),
-    "paper-lr-4e-3": ("twice the rate", ["optimizer.lr=4e-3"]),
-    "logit-normal": ("logit-normal times", LOGIT_NORMAL),
-    "logit-normal-decay": ("logit-normal times; 600 steps, rate to 0", [*LOGIT_NORMAL, *TO_ZERO, *SHORT]),
-}
+    "paper": ("the paper's recipe: uniform times, velocity, AdamW, a constant rate", RATE),
+    "logit-normal": ("logit-normal times", [*RATE, *LOGIT_NORMAL]),
+    "rate-1e-3": ("a quarter of the rate", ["optimizer.lr=1e-3"]),
+    "rate-2e-3": ("half of the rate", ["optimizer.lr=2e-3"]),
+    "rate-8e-3": ("twice the rate", ["optimizer.lr=8e-3", *BRIEF]),
+    "decay": ("logit-normal times, half of the rate, which falls to 0",
+              ["optimizer.lr=2e-3", *LOGIT_NORMAL, *TO_ZERO, "trainer.max_duration=600ba"]),
+    "betas": ("a shorter second moment", [*RATE, "optimizer.betas=[0.9,0.95]", *BRIEF]),
+    "ema": ("an average of 20 steps", [*RATE, "ema.decay=0.95", *BRIEF]),
+    "x": ("x predicted, loss as velocity", [*RATE, "transport.prediction=x", "transport.loss_weight=velocity", *BRIEF]),
+    "qk-norm": ("normalized queries and keys", [*RATE, "model.qk_norm=true", *BRIEF]),
+    "rms-norm": ("RMSNorm", [*RATE, "model.rms_norm=true", *BRIEF]),
+    "swiglu": ("SwiGLU", [*RATE, "model.swiglu=true", *BRIEF]),
+    "rotary": ("rotary positions", [*RATE, "model.rotary=true", *BRIEF]),
+    "class-tokens": ("four class tokens", [*RATE, "model.class_tokens=4", *BRIEF]),
+    "shared-adaln": ("one modulation for all blocks", [*RATE, "model.shared_adaln=true", *BRIEF]),
+}  # fmt: skip
 
 
 @dataclass
@@ -173,55 +186,89 @@ def machine() -> str:
 
 def render() -> None:
     """Writes the tables of page and README, and the plot, from what is stored."""
-    rows = [row for row in map(load, ROWS) if row.runs]
-    if not rows or rows[0].name != next(iter(ROWS)):
-        return
-    first, whole, others = rows[0], *split(rows)
-    fill(PAGE, "rows", table([first, *whole], first))
-    fill(PAGE, "others", table(others, first))
-    fill(README, "leaderboard", table([first, *whole[:TOP]], first, short=True))
-    numbers = {row.name: f"{number}  {row.title}" for number, row in enumerate([first, *whole])}
+    first, whole, others = ranked()
+    for (path, name), lines in blocks(first, whole, others).items():
+        fill(path, name, lines)
+    titles = {row.name: f"{number}  {row.title}" for number, row in enumerate([first, *whole])}
     curves = {row.name: list(row.curves.values()) for row in [first, *whole]}
-    plot(curves, ROOT / PLOT, numbers, "recipe", GOAL)
+    plot(curves, PLOT, titles, "recipe", GOAL)
 
 
-def split(rows: list[Row]) -> tuple[list[Row], list[Row]]:
-    """The rows but the first: those with all seeds, by their steps; and the others, as ROWS has them."""
-    whole = [row for row in rows[1:] if set(row.runs) >= set(SEEDS)]
-    return sorted(whole, key=lambda row: median(row.steps.values())), [row for row in rows[1:] if row not in whole]
+def ranked() -> tuple[Row, list[Row], list[Row]]:
+    """Row 0; the rows with all seeds, by their steps; and the others, as ROWS has them.
+
+    Raises:
+        UserError: if row 0 has no run.
+    """
+    first, *rows = map(load, ROWS)
+    if not first.runs:
+        raise UserError(f"{STORE / first.name}.json: not there, expected runs of row 0; train it first")
+    whole = [row for row in rows if set(row.runs) >= set(SEEDS)]
+    others = [row for row in rows if row.runs and row not in whole]
+    return first, sorted(whole, key=lambda row: median(row.steps.values())), others
+
+
+def blocks(first: Row, whole: list[Row], others: list[Row]) -> dict[tuple[Path, str], list[str]]:
+    """The tables, by page and name of the block."""
+    return {
+        (PAGE, "rows"): table([first, *whole], first),
+        (PAGE, "others"): compared(others, first),
+        (README, "leaderboard"): table([first, *whole[:TOP]], first, short=True),
+    }
 
 
 def table(rows: list[Row], first: Row, short: bool = False) -> list[str]:
     """Markdown; each number is the median of the seeds, with their range, and the distance at the end their mean."""
-    heads = ["| | recipe |", f" steps to {GOAL:g} | of row 0's | seconds |"]
-    marks = ["| ---: | --- |", " ---: | ---: | ---: |"]
-    if not short:
-        heads += [" distance at the end | seeds | commit | machine |"]
-        marks += [" ---: | ---: | --- | --- |"]
-    lines = ["".join(heads), "".join(marks)]
-    numbered = first in rows
+    heads = ["", "recipe", f"steps to {GOAL:g}", "of row 0's", "seconds"]
+    heads += [] if short else ["distance at the end", *ORIGIN]
+    lines = headed(heads, right=(0, 2, 3, 4, 5))
     for number, row in enumerate(rows):
         steps = row.steps
         shares = [found / first.steps[seed] for seed, found in steps.items() if seed in first.steps]
         middle = median(steps.values())
-        cells = [str(number) if numbered else "", title(row, short)]
+        cells = [str(number), row.title if short else title(row)]
         cells += [spread(middle, list(steps.values()), ".0f"), spread(median(shares), shares, ".2f")]
-        cells += ["" if row.seconds is None else f"{middle * row.seconds:.0f}"]
+        cells += ["" if row.seconds is None else spread(middle * row.seconds, [middle * row.seconds], ".0f")]
         if not short:
             ends = [last(curve) for curve in row.curves.values()]
-            cells += [f"{spread(mean(ends), ends, '.1f')}, {max(next(iter(row.curves.values())))} steps"]
-            cells += [str(len(row.runs))]
-            cells += [
-                ", ".join(sorted({str(run[what]) for run in row.runs.values()})) for what in ("commit", "machine")
-            ]
+            cells += [f"{spread(mean(ends), ends, '.1f')}, {end(row)} steps", *origin(row)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def title(row: Row, short: bool) -> str:
-    """What the recipe is; on the page with its name and overrides."""
-    changes = " ".join(f"`{change}`" for change in row.changes)
-    return row.title if short else f"**{row.name}**: {row.title}{changes and f' {changes}'}"
+def compared(rows: list[Row], first: Row) -> list[str]:
+    """Markdown of rows that have few seeds, or steps: where row 0 with the same seeds is then, and when it is there."""
+    lines = headed(["recipe", "steps", "distance", "row 0's", "row 0 is there after", *ORIGIN], right=(1, 2, 3, 4))
+    for row in rows:
+        curves = {seed: curve for seed, curve in row.curves.items() if seed in first.runs}
+        ends, step = {seed: last(curve) for seed, curve in curves.items()}, end(row)
+        theirs = [first.curves[seed][step] for seed in curves if step in first.curves[seed]]
+        steps = [steps_on(first.curves[seed], distance) for seed, distance in ends.items()]
+        cells = [title(row), str(step), spread(mean(ends.values()), list(ends.values()), ".1f")]
+        cells += [spread(mean(theirs), theirs, ".1f") if theirs else "", spread(median(steps), steps, ".0f")]
+        lines.append(f"| {' | '.join([*cells, *origin(row)])} |")
+    return lines
+
+
+def headed(heads: list[str], right: tuple[int, ...]) -> list[str]:
+    marks = ("---:" if column in right else "---" for column in range(len(heads)))
+    return [f"| {' | '.join(heads)} |", f"| {' | '.join(marks)} |"]
+
+
+def end(row: Row) -> int:
+    """The last step that all seeds measured."""
+    return min(max(curve) for curve in row.curves.values())
+
+
+def origin(row: Row) -> list[str]:
+    """The cells of ORIGIN."""
+    found = (sorted({str(run[what]) for run in row.runs.values()}) for what in ("commit", "machine"))
+    return [str(len(row.runs)), *map(", ".join, found)]
+
+
+def title(row: Row) -> str:
+    """Name, title and overrides."""
+    return f"**{row.name}**: {row.title} {' '.join(f'`{change}`' for change in row.changes)}"
 
 
 def fill(path: Path, name: str, lines: list[str]) -> None:

@@ -23,7 +23,7 @@ from sit_composer.config.schema import Config, network_arguments
 from sit_composer.errors import UserError
 from sit_composer.outputs import write_json
 from tests.benchmarks.leaderboard import code, fill, machine
-from tests.benchmarks.time_sampling import ROOT, run
+from tests.benchmarks.time_sampling import ROOT, plotted, run
 from tests.reference.earlier.common import train
 
 YAMLS = sorted((ROOT / "yamls").glob("*.yaml"))
@@ -165,19 +165,11 @@ def table() -> list[str]:
 
 def render() -> None:
     """Writes the table of the page, and the plot."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
     fill(PAGE, "losses", table())
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for names, curve in groups().items():
-        axes.plot(range(EACH, STEPS + 1, EACH), curve["losses"], label=names.replace(", ", ",\n"))
-    axes.set(xlabel="training steps", ylabel="loss, mean of 10 steps", yscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend(title="small sibling of", fontsize="small")
-    figure.savefig(PLOT, dpi=110)
+    with plotted(PLOT, xlabel="training steps", ylabel=f"loss, mean of {EACH} steps") as axes:
+        for names, curve in groups().items():
+            axes.plot(range(EACH, STEPS + 1, EACH), curve["losses"], label=names.replace(", ", ",\n"))
+        axes.legend(title="small sibling of", fontsize="small")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,11 @@ import math
 import subprocess
 import sys
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 import numpy as np
 
@@ -271,6 +274,19 @@ def spread(middle: float, values: list[float], form: str) -> str:
 
 def plot(curves: dict[str, list[Curve]], path: Path, titles: dict[str, str], what: str, goal: float) -> None:
     """Distance against steps: each arm's mean, and between its smallest and its largest a band; and the goal."""
+    with plotted(path, xlabel="training steps", ylabel="Fréchet distance") as axes:
+        for arm, runs in curves.items():
+            steps = sorted(runs[0])
+            values = np.array([[curve[step] for step in steps] for curve in runs])
+            (line,) = axes.plot(steps, values.mean(0), marker=".", label=titles[arm])
+            axes.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
+        axes.axhline(goal, color="grey", linewidth=0.8, linestyle="--")
+        axes.legend(title=f"{what} (mean and range of the seeds)")
+
+
+@contextmanager
+def plotted(path: Path, **labels: str) -> Iterator[Any]:
+    """Axes with a logarithmic ordinate, which are saved as a PNG."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -279,19 +295,14 @@ def plot(curves: dict[str, list[Curve]], path: Path, titles: dict[str, str], wha
     from PIL import Image
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for arm, runs in curves.items():
-        steps = sorted(runs[0])
-        values = np.array([[curve[step] for step in steps] for curve in runs])
-        (line,) = axes.plot(steps, values.mean(0), marker=".", label=titles[arm])
-        axes.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
-    axes.axhline(goal, color="grey", linewidth=0.8, linestyle="--")
-    axes.set(xlabel="training steps", ylabel="Fréchet distance", yscale="log")
+    yield axes
+    axes.set(yscale="log", **labels)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axes.yaxis.set_major_formatter("{x:.4g}")
     axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
-    axes.legend(title=f"{what} (mean and range of the seeds)")
     figure.savefig(path, dpi=110)
+    plt.close(figure)
     with Image.open(path) as picture:
         picture.convert("RGB").quantize(64).save(path, optimize=True)  # a third of the bytes
 
