@@ -26,7 +26,7 @@ from statistics import mean, median
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder stands there instead
 from sit_composer.errors import UserError
 from sit_composer.outputs import write_json
-from tests.benchmarks.time_sampling import DEBIAN, ROOT, YAML, Curve, last, plot, prepare, read_curve, spread, train
+from tests.benchmarks.time_sampling import DEBIAN, ROOT, YAML, Curve, plot, prepare, read_curve, spread, train
 from tests.benchmarks.time_sampling import steps_to as steps_on
 from tests.reference.earlier.common import processor
 from tests.reference.earlier.common import train as train_here
@@ -230,7 +230,7 @@ def table(rows: list[Row], first: Row, short: bool = False) -> list[str]:
         cells += [spread(middle, list(steps.values()), ".0f"), spread(median(shares), shares, ".2f")]
         cells += ["" if row.seconds is None else spread(middle * row.seconds, [middle * row.seconds], ".0f")]
         if not short:
-            ends = [last(curve) for curve in row.curves.values()]
+            ends = [curve[end(row)] for curve in row.curves.values()]
             cells += [f"{spread(mean(ends), ends, '.1f')}, {end(row)} steps", *origin(row)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -241,7 +241,8 @@ def compared(rows: list[Row], first: Row) -> list[str]:
     lines = headed(["recipe", "steps", "distance", "row 0's", "row 0 is there after", *ORIGIN], right=(1, 2, 3, 4))
     for row in rows:
         curves = {seed: curve for seed, curve in row.curves.items() if seed in first.runs}
-        ends, step = {seed: last(curve) for seed, curve in curves.items()}, end(row)
+        step = end(row)
+        ends = {seed: curve[step] for seed, curve in curves.items()}
         theirs = [first.curves[seed][step] for seed in curves if step in first.curves[seed]]
         steps = [steps_on(first.curves[seed], distance) for seed, distance in ends.items()]
         cells = [title(row), str(step), spread(mean(ends.values()), list(ends.values()), ".1f")]

@@ -276,7 +276,7 @@ def plot(curves: dict[str, list[Curve]], path: Path, titles: dict[str, str], wha
     """Distance against steps: each arm's mean, and between its smallest and its largest a band; and the goal."""
     with plotted(path, xlabel="training steps", ylabel="Fréchet distance") as axes:
         for arm, runs in curves.items():
-            steps = sorted(runs[0])
+            steps = sorted(set(runs[0]).intersection(*runs))
             values = np.array([[curve[step] for step in steps] for curve in runs])
             (line,) = axes.plot(steps, values.mean(0), marker=".", label=titles[arm])
             axes.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
