@@ -246,7 +246,17 @@ def test_runs_of_other_overrides_are_refused(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_leaderboard_is_trained_row_by_row_stored_and_drawn(tmp_path, monkeypatch, capsys):
-    options = [*make_small(tmp_path), "--out", str(tmp_path / "out"), "--seeds", "0", "--every", "2ba"]
+    options = [
+        *make_small(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
+        "--seeds",
+        "0",
+        "--every",
+        "2ba",
+        "--length",
+        "4ba",
+    ]
     pages = {
         "PAGE": "<!-- rows -->\n<!-- end -->\n<!-- others -->\n<!-- end -->",
         "README": "<!-- leaderboard -->\n<!-- end -->",
@@ -255,7 +265,7 @@ def test_a_leaderboard_is_trained_row_by_row_stored_and_drawn(tmp_path, monkeypa
         (tmp_path / name).write_text(content)
         monkeypatch.setattr(leaderboard, name, tmp_path / name)
     (tmp_path / "store").mkdir()
-    places = {"STORE": tmp_path / "store", "PLOT": tmp_path / "plot.png", "SEEDS": [0], "STEPS": [], "TIMED": 8}
+    places = {"STORE": tmp_path / "store", "PLOT": tmp_path / "plot.png", "SEEDS": [0], "TIMED": 8}
     for name, value in {**places, "ROWS": {name: leaderboard.ROWS[name] for name in ("paper", "logit-normal")}}.items():
         monkeypatch.setattr(leaderboard, name, value)
     monkeypatch.setattr(time_sampling, "run", run_here)
