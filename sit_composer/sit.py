@@ -8,6 +8,7 @@ tokens, and D the hidden size.
 """
 
 import importlib
+import re
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from sit_composer.blocks import BlockModulation, FinalLayer, SwiGLU, block_norm, head_norm, mlp, modulate, modulation
 from sit_composer.choices import VARIANTS, check_blocks, check_sizes, variant
 from sit_composer.embedders import LabelEmbedder, PatchEmbed, Rotations, TimestepEmbedder, rotate, sincos_positions
+
+# The weights of a block that map tokens, and how many maps each stacks: q, k and v; SwiGLU's gate and value.
+TOKEN_MAPS = {"attn.qkv": 3, "attn.proj": 1, "mlp.fc1": 1, "mlp.fc2": 1, "mlp.w12": 2, "mlp.w3": 1}
+
+
+def token_map(name: str) -> tuple[str, int] | None:
+    """The kind of a block's map over the tokens, and how many it stacks, by a parameter's name; None for others."""
+    match = re.fullmatch(r"(?:.+\.)?blocks\.\d+\.(.+)\.weight", name)
+    return (match[1], TOKEN_MAPS[match[1]]) if match and match[1] in TOKEN_MAPS else None
 
 
 def build_sit(name: str, **overrides) -> "SiT":

@@ -21,7 +21,14 @@ from sit_composer.choices import (
 )
 from sit_composer.cli import s3_endpoint
 from sit_composer.config import composer_classes
-from sit_composer.config.schema import Config, ConfigError, ModelConfig, TransportConfig, network_arguments
+from sit_composer.config.schema import (
+    Config,
+    ConfigError,
+    ModelConfig,
+    OptimizerConfig,
+    TransportConfig,
+    network_arguments,
+)
 from sit_composer.config.times import ANY, check_time, parse_time
 
 # Trainer arguments that have a key of their own, or that a YAML can't hold.
@@ -64,6 +71,8 @@ def check(config: Config, ranks: int | None = None) -> None:
             raise ConfigError(f"{section}.global_batch_size: got {n}, expected a multiple of {ranks} ({ranks} ranks)")
     if len(config.optimizer.betas) != 2:
         raise ConfigError(f"optimizer.betas: got {config.optimizer.betas}, expected two numbers in [0, 1)")
+    if config.optimizer.name != "muon" and config.optimizer.momentum != OptimizerConfig().momentum:
+        raise ConfigError("optimizer.momentum: needs optimizer.name=muon")
     for section in ("sample_grid", "frechet"):
         if getattr(config, section) is not None:
             check_drawing(config, section)

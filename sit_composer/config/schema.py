@@ -87,10 +87,14 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    lr: float = key("AdamW's learning rate", 1e-4, c.POSITIVE)
+    name: str = key(
+        "adamw; or muon: Muon for the matrices of blocks, AdamW for the rest", "adamw", choices=c.OPTIMIZERS
+    )
+    lr: float = key("learning rate", 1e-4, c.POSITIVE)
     betas: list[float] = key("AdamW's two decay rates", [0.9, 0.999], c.BELOW_ONE)
     eps: float = key("AdamW's epsilon", 1e-8, c.NOT_NEGATIVE)
-    weight_decay: float = key("AdamW's weight decay", 0.0, c.NOT_NEGATIVE)
+    weight_decay: float = key("weight decay", 0.0, c.NOT_NEGATIVE)
+    momentum: float = key("Muon's momentum", 0.95, c.BELOW_ONE)
 
 
 @dataclass
@@ -149,7 +153,7 @@ class Config:
     autoencoder: AutoencoderConfig = key("the autoencoder between images and latents", AutoencoderConfig())
     data: DataConfig = key("the training data", DataConfig())
     eval_data: DataConfig | None = key("the evaluation data, with data's keys; null: no evaluation", None)
-    optimizer: OptimizerConfig = key("AdamW", OptimizerConfig())
+    optimizer: OptimizerConfig = key("AdamW, or Muon", OptimizerConfig())
     scheduler: dict[str, Any] = key("one of Composer's schedulers: {name: arguments}; none: a constant rate", {})
     ema: EMAConfig | None = key("averaged weights; null: none", EMAConfig())
     sample_grid: SampleGridConfig | None = key("images generated during training; null: none", None)

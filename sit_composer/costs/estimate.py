@@ -3,6 +3,7 @@
 import math
 import os
 from bisect import bisect
+from collections import defaultdict
 from dataclasses import astuple, dataclass, replace
 from functools import cache
 
@@ -15,7 +16,7 @@ from sit_composer.config.schema import Config, network_arguments, transport_argu
 from sit_composer.config.times import parse_time
 from sit_composer.costs.live_bytes import DTYPES, Ledger, Step, peak
 from sit_composer.errors import UserError
-from sit_composer.sit import SiT
+from sit_composer.sit import SiT, token_map
 
 GIB = 2**30
 RESERVE = (0.08, 1.0)  # of a GPU's memory: a part of it, and GiB
@@ -31,7 +32,7 @@ class Memory:
     """Bytes per rank at the larger peak, of the passes or of the optimizer's step."""
 
     weights: int
-    optimizer: int  # AdamW's two moments
+    optimizer: int  # AdamW's two moments, or Muon's momentum of a matrix
     ema: int
     buffers: int  # DDP's buckets, or what FSDP2 gathers and reduces
     encoder: int  # the autoencoder's weights, if images are encoded in the step
@@ -89,17 +90,38 @@ def memory(
     passes = peak(step, microbatch, accumulated) + (0 if fsdp is None else 4 * trained)  # the gradients' shards
     fused = fsdp is None and config.precision != "amp_fp16"  # AdamW on a GPU; else it makes temporaries
     temporaries = 8 * largest if not cuda else 0 if fused else 4 * trained
+    matrices, orthogonalization = _muon(config, network, ranks, shards) if config.optimizer.name == "muon" else (0, 0)
+    temporaries = max(temporaries, orthogonalization)
     weights, working = encoder
     encoding = working + 4 * trained * (accumulated or fsdp is not None)
     return Memory(
         weights=4 * everything,
-        optimizer=8 * trained,
+        optimizer=8 * trained - 4 * matrices,
         ema=4 * trained if config.ema is not None else 0,
         buffers=buffers,
         encoder=weights,
         gradients=4 * trained,
         activations=max(passes, encoding, 4 * trained + temporaries) - 4 * trained,
     )
+
+
+def _muon(config: Config, network: tuple, ranks: int, shards: int) -> tuple[int, int]:
+    """The elements of a rank's matrices that Muon trains, and the most bytes that a step of one kind of them holds."""
+    kinds = defaultdict(list)
+    for name, shape, _ in parameters(network):
+        kinds[token_map(name)].append(shape)
+    size, total, most = 2 if config.precision.endswith("bf16") else 4, 0, 0
+    for (_, maps), shapes in ((kind, shapes) for kind, shapes in kinds.items() if kind is not None):
+        n, (rows, columns) = len(shapes), shapes[0]
+        own = n * math.ceil(rows / shards) * columns
+        whole = (
+            math.ceil(n / (ranks if config.fsdp is None else shards)) * rows * columns
+        )  # this rank's part of the work
+        sides = sorted((rows // maps, columns))
+        copies = 2 if ranks == 1 else 3 if config.fsdp is None else 4  # the iteration's, and those that ranks exchange
+        held = size * (own + copies * whole + 2 * whole * sides[0] // sides[1])
+        total, most = total + own, max(most, held, 8 * own)
+    return total, most
 
 
 def encoder_memory(config: Config) -> tuple[int, int]:

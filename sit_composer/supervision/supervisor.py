@@ -213,12 +213,15 @@ def guard_composer() -> None:
 
 
 def start_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Gives AdamW the state that a checkpoint is loaded into, if it has none.
+    """Gives AdamW, or Muon, the state that a checkpoint is loaded into, if it has none.
 
     Torch makes a step for that, whose gradients and temporaries are as large as the weights, and counts it.
     """
     for group in [] if optimizer.state else optimizer.param_groups:
         for weight in filter(lambda weight: weight.requires_grad, group["params"]):
+            if "momentum" in group:  # Muon's matrices
+                optimizer.state[weight] = {"momentum_buffer": torch.zeros_like(weight, requires_grad=False)}
+                continue
             place = weight.device if group["fused"] or group["capturable"] else "cpu"
             optimizer.state[weight] = {
                 "step": torch.zeros((), dtype=torch.float32, device=place),

@@ -30,6 +30,7 @@ from sit_composer.supervision.supervisor import Supervision, excluded_algorithms
 from sit_composer.training.compiling import compile_blocks, find_backend
 from sit_composer.training.inputs import Inputs, open_inputs
 from sit_composer.training.model import ComposerSiT
+from sit_composer.training.muon import Muon
 from sit_composer.training.quiet import silence
 from sit_composer.training.sharding import parallelism, prefetch
 from sit_composer.training.summary import microbatch, sample_flops, save_every, summary
@@ -128,13 +129,17 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
         trainer.engine.close()  # trainer.close() would then wait for all ranks, and maybe only this one failed
 
 
-def make_optimizer(network: SiT, config: Config) -> torch.optim.AdamW:
-    """AdamW over the weights that are trained."""
+def make_optimizer(network: SiT, config: Config) -> torch.optim.Optimizer:
+    """AdamW over the weights that are trained, or Muon with it."""
     # One fused pass over the weights, except with amp_fp16's scaler, which would have it divide the gradients too. None
     # lets torch choose foreach or a for-loop. A checkpoint holds the choice, so a run goes on as it began, to the bit.
     fused = config.precision != "amp_fp16" or None
-    trained = [p for p in network.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, **vars(config.optimizer), fused=fused)
+    options = {"fused": fused, **vars(config.optimizer)}
+    name, momentum = options.pop("name"), options.pop("momentum")
+    if name == "muon":
+        dtype = torch.bfloat16 if config.precision.endswith("bf16") else torch.float32
+        return Muon(network, momentum=momentum, dtype=dtype, **options)
+    return torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], **options)
 
 
 def build_trainer(config: Config, resumption: dict[str, Any], **parts: Any) -> Trainer:

@@ -15,7 +15,7 @@ def test_the_page_of_keys_is_current():
 
 
 def test_help_and_page_tell_default_meaning_and_bounds_of_a_key():
-    row = "| `lr` | `0.0001` | AdamW's learning rate | a number above 0 |"
+    row = "| `lr` | `0.0001` | learning rate | a number above 0 |"
     assert row in PAGE.read_text().splitlines()
-    line = "  optimizer.lr                 AdamW's learning rate (a number above 0) [0.0001]"
+    line = "  optimizer.lr                 learning rate (a number above 0) [0.0001]"
     assert line in documentation().splitlines()

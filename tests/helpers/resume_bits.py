@@ -2,7 +2,7 @@
 
     composer -n N -m tests.helpers.resume_bits SHARDS TOP WAY:NAME:BATCHES …
 
-WAY is ddp, fsdp or hsdp, with -compiled, -newer (every option of the blocks) or without. Each run resumes from
+WAY is ddp, fsdp or hsdp, with -compiled, -newer (every option of the blocks), -muon or without. Each run resumes from
 TOP/WAY/NAME, trains to BATCHES and saves there; an epoch has 7 batches, and every fifth batch is evaluated and sampled.
 With ``:told`` appended, the last rank gets a SIGTERM in the first evaluation.
 """
@@ -32,11 +32,13 @@ def run(shards: str, folder: Path, way: str, batches: int, told: bool) -> None:
     ]  # fmt: skip
     if way.startswith("fsdp"):
         overrides.append("fsdp={}")
-    if way == "hsdp":
+    if way.startswith("hsdp"):
         overrides.append("fsdp={data_parallel_replicate_degree: 2, activation_checkpointing: true}")
         overrides.append("trainer.device_train_microbatch_size=48")  # of 128: in three parts
     if way.endswith("newer"):
         overrides += ["model.hidden_size=40", *(f"model.{name}={value}" for name, value in NEWER.items())]
+    if way.endswith("muon"):
+        overrides.append("optimizer.name=muon")
     if way.endswith("compiled"):
         # The default backend compiles C++ for a minute; this one tests the parts that both share.
         overrides.append(f"compile={'aot_eager' if way.startswith('fsdp') else 'true'}")

@@ -95,11 +95,25 @@ def test_two_ranks_resume_to_the_bit_after_a_sigterm_to_one_in_an_evaluation(two
         pytest.param(1, "ddp-compiled", marks=pytest.mark.nightly),  # minutes of C++ compiler
         (2, "fsdp-compiled"),
         (2, "fsdp-newer"),
+        (1, "ddp-muon"),
     ],
 )
 def test_compiled_runs_and_newer_blocks_resume_to_the_bit(digits_shards, tmp_path, ranks, way):
     launch(ranks, digits_shards, tmp_path, *interruptions(way, ["evaluation"]))
     same_bits(tmp_path, way, "evaluation")
+
+
+def test_muon_trains_alike_on_any_ranks_and_resumes_to_the_bit(digits_shards, tmp_path):
+    launch(1, digits_shards, tmp_path / "one", "ddp-muon:whole:14")
+    launch(
+        2, digits_shards, tmp_path, *interruptions("fsdp-muon", ["middle"]), "ddp-muon:whole:14", "hsdp-muon:whole:14"
+    )
+    same_bits(tmp_path, "fsdp-muon", "middle")
+    expected = load_checkpoint(str(tmp_path / "one" / "ddp-muon" / "whole"), "training").weights
+    for way in ("ddp-muon", "fsdp-muon", "hsdp-muon"):
+        got = load_checkpoint(str(tmp_path / way / "whole"), "training").weights
+        for name, value in expected.items():
+            torch.testing.assert_close(got[name], value, rtol=0, atol=1e-6, msg=f"{way} {name}")
 
 
 @pytest.mark.parametrize("weights", ["training", "ema"])

@@ -412,7 +412,7 @@ def test_a_broken_checkpoint_is_named_and_not_a_traceback(run, tmp_path, capsys,
     assert str(file) in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("override", ["optimizer.lr=1e-6", "seed=3"])
+@pytest.mark.parametrize("override", ["optimizer.lr=1e-6", "optimizer.name=muon", "seed=3"])
 def test_what_a_resumed_run_could_not_change_is_refused(run, tmp_path, capsys, override):
     assert run("trainer.max_duration=1ba") == 0
     before = (tmp_path / "run" / "config.yaml").read_text()
