@@ -46,7 +46,8 @@ TO_ZERO = ["scheduler={linear_with_warmup: {t_warmup: 50ba, alpha_f: 0.0}}"]
 FALLING = [*LOGIT_NORMAL, *TO_ZERO, "trainer.max_duration=520ba", "ema.decay=0.95"]
 ROWS: dict[str, tuple[str, list[str]]] = {  # file name: title, overrides
     "paper": ("the paper's recipe: uniform times, velocity, AdamW, a constant rate", RATE),
-    "muon-fast": ("Muon, twice the rate, a warmup of 20 steps, then falling to 0 at step 450, logit-normal times, an average of 20 steps",
+    "muon-fast": ("Muon, twice the rate, after 20 steps falling to 0 at step 450, logit-normal times, "
+                  "an average of 20 steps",
                   ["optimizer.name=muon", "optimizer.lr=1.6e-2", *LOGIT_NORMAL, "ema.decay=0.95",
                    "scheduler={linear_with_warmup: {t_warmup: 20ba, alpha_f: 0.0}}", "trainer.max_duration=450ba"]),
     "muon-decay": ("Muon, twice the rate, falling to 0 at step 520, logit-normal times, an average of 20 steps",
