@@ -194,13 +194,15 @@ def test_recipes_are_ranked_by_the_median_of_their_steps_and_compared_seed_by_se
     assert leaderboard.table([first], first, short=True)[2] == "| 0 | title of paper | 150 (150 – 167) | 1.00 | 15 |"
 
 
-def test_a_first_look_is_compared_with_row_0_at_the_same_step():
+def test_a_first_look_is_compared_with_its_row_at_the_same_step():
     first = stored_row("paper", [{100: 60, 200: 20}, {100: 80, 200: 20}])
-    look = stored_row("look", [{50: 70, 100: 40}])
-    late = stored_row("late", [{100: 9}])
-    lines = leaderboard.compared([look, late], first)
-    assert lines[2] == "| **look**: title of look `a=1` | 100 | 40.0 | 60.0 | 150 | 1 | 1234567 | a |"
-    assert "| 100 | 9.0 | 60.0 | never | 1 |" in lines[3]
+    slow = stored_row("slow", [{100: 80, 200: 40}])
+    late = stored_row("late", [{50: 70, 100: 9}])
+    look = stored_row("look", [{100: 60}])
+    look.changes = [*leaderboard.LOOK, "b=2"]
+    lines = leaderboard.compared([late, look], first, slow)
+    assert lines[2] == "| **late**: title of late `a=1` | 100 | 9.0 | paper | 60.0 | never | 1 | 1234567 | a |"
+    assert lines[3].endswith(" `b=2` | 100 | 60.0 | slow | 80.0 | 150 | 1 | 1234567 | a |")
 
 
 def test_a_block_of_a_page_is_replaced_and_nothing_else():
@@ -266,11 +268,13 @@ def test_a_leaderboard_is_trained_row_by_row_stored_and_drawn(tmp_path, monkeypa
         monkeypatch.setattr(leaderboard, name, tmp_path / name)
     (tmp_path / "store").mkdir()
     places = {"STORE": tmp_path / "store", "PLOT": tmp_path / "plot.png", "SEEDS": [0], "TIMED": 8}
-    for name, value in {**places, "ROWS": {name: leaderboard.ROWS[name] for name in ("paper", "logit-normal")}}.items():
+    rows = {name: leaderboard.ROWS[name] for name in ("paper", "logit-normal", "rate-4e-3")}
+    for name, value in {**places, "ROWS": rows}.items():
         monkeypatch.setattr(leaderboard, name, value)
     monkeypatch.setattr(time_sampling, "run", run_here)
     assert leaderboard.main([*options, "--rows", "paper"]) == 0
     assert list((tmp_path / "store").iterdir()) == [tmp_path / "store" / "paper.json"]
+    options += ["--rows", "paper", "logit-normal"]
     assert leaderboard.main([*options, "--seconds"]) == 0
     assert "paper-0" in capsys.readouterr().out.splitlines()
     assert leaderboard.main(options) == 0

@@ -13,6 +13,7 @@ stored; `--render` does no more than that. To add a recipe, add a line to ROWS.
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -223,7 +224,7 @@ def blocks(first: Row, whole: list[Row], others: list[Row]) -> dict[tuple[Path, 
     """The tables, by page and name of the block."""
     return {
         (PAGE, "rows"): table([first, *whole], first),
-        (PAGE, "others"): compared(others, first),
+        (PAGE, "others"): compared(others, first, load("rate-4e-3")),
         (README, "leaderboard"): table([first, *whole[:TOP]], first, short=True),
     }
 
@@ -247,17 +248,19 @@ def table(rows: list[Row], first: Row, short: bool = False) -> list[str]:
     return lines
 
 
-def compared(rows: list[Row], first: Row) -> list[str]:
-    """Markdown of rows that have few seeds, or steps: where row 0 with the same seeds is then, and when it is there."""
-    lines = headed(["recipe", "steps", "distance", "row 0's", "row 0 is there after", *ORIGIN], right=(1, 2, 3, 4))
+def compared(rows: list[Row], first: Row, look: Row) -> list[str]:
+    """Markdown of rows that have few seeds, or steps: where another row with the same seeds is then, and when there.
+
+    That is ``look`` for those that begin with LOOK, and row 0 for others.
+    """
+    lines = headed(["recipe", "steps", "distance", "beside", "its distance", "is there after", *ORIGIN], (1, 2, 4, 5))
     for row in rows:
-        curves = {seed: curve for seed, curve in row.curves.items() if seed in first.runs}
-        step = end(row)
-        ends = {seed: curve[step] for seed, curve in curves.items()}
-        theirs = [first.curves[seed][step] for seed in curves if step in first.curves[seed]]
-        steps = [steps_on(first.curves[seed], distance) for seed, distance in ends.items()]
-        cells = [title(row), str(step), spread(mean(ends.values()), list(ends.values()), ".1f")]
-        cells += [spread(mean(theirs), theirs, ".1f") if theirs else "", spread(median(steps), steps, ".0f")]
+        other, step = look if row.changes[: len(LOOK)] == LOOK else first, end(row)
+        ends = {seed: curve[step] for seed, curve in row.curves.items() if seed in other.runs}
+        theirs = [other.curves[seed].get(step, math.nan) for seed in ends]
+        steps = [steps_on(other.curves[seed], distance) for seed, distance in ends.items()]
+        cells = [title(row), str(step), spread(mean(ends.values()), list(ends.values()), ".1f"), other.name]
+        cells += [spread(mean(theirs), theirs, ".1f").replace("nan", ""), spread(median(steps), steps, ".0f")]
         lines.append(f"| {' | '.join([*cells, *origin(row)])} |")
     return lines
 
