@@ -201,7 +201,7 @@ def render() -> None:
     first, whole, others = ranked()
     for (path, name), lines in blocks(first, whole, others).items():
         fill(path, name, lines)
-    titles = {row.name: f"{number}  {row.title}" for number, row in enumerate([first, *whole])}
+    titles = {row.name: f"{number}  {row.name}" for number, row in enumerate([first, *whole])}
     curves = {row.name: list(row.curves.values()) for row in [first, *whole]}
     plot(curves, PLOT, titles, "recipe", GOAL)
 
