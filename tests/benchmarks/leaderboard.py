@@ -53,6 +53,8 @@ ROWS: dict[str, tuple[str, list[str]]] = {  # file name: title, overrides
                    "scheduler={linear_with_warmup: {t_warmup: 20ba, alpha_f: 0.0}}", "trainer.max_duration=450ba"]),
     "muon-decay": ("Muon, twice the rate, falling to 0 at step 520, logit-normal times, an average of 20 steps",
                    ["optimizer.name=muon", "optimizer.lr=1.6e-2", *FALLING]),
+    "muon-tokens": ("as muon-decay, and four class tokens",
+                    ["optimizer.name=muon", "optimizer.lr=1.6e-2", *FALLING, "model.class_tokens=4"]),
     "adamw-decay": ("the rate falling to 0 at step 520, logit-normal times, an average of 20 steps",
                     ["optimizer.lr=8e-3", *FALLING]),
     "logit-normal": ("logit-normal times", [*RATE, *LOGIT_NORMAL]),
