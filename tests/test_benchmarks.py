@@ -7,6 +7,7 @@ import re
 import struct
 import sys
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.datasets import load_digits
 
 from convert import to_mds
 from sit_composer import evaluate, train
@@ -27,7 +29,9 @@ from tests.benchmarks import (
     evaluations,
     growth,
     growth_loader,
+    leaderboard,
     loader,
+    loss_curves,
     optimizers,
     predictions,
     sampling,
@@ -143,20 +147,25 @@ def run_here(*command: object) -> None:
     assert mains[names[at]](words[at + 1 :]) == 0
 
 
-@pytest.mark.slow
-def test_a_whole_run_and_what_is_done_is_skipped(tmp_path, monkeypatch, capsys):
-    make_source(tmp_path / "source")
+def make_small(folder):
+    """A source of images, and the YAML with a tiny network and few steps: options for the commands, but --out."""
+    make_source(folder / "source")
     config = yaml.safe_load(time_sampling.YAML.read_text())
     config["model"] |= {"hidden_size": 16, "depth": 1}
     config["trainer"] |= {"max_duration": "4ba", "save_interval": "4ba"}
     config["frechet"] |= {"interval": "2ba", "num_images": 20, "num_steps": 2}
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
-    places = ["--source", tmp_path / "source", "--out", tmp_path / "out", "--yaml", tmp_path / "small.yaml"]
-    options = ["--arms", "uniform", "logit-normal", "--seeds", "0", "--plot", tmp_path / "plot.png"]
+    (folder / "small.yaml").write_text(yaml.safe_dump(config))
+    return ["--source", str(folder / "source"), "--yaml", str(folder / "small.yaml")]
+
+
+@pytest.mark.slow
+def test_a_whole_run_and_what_is_done_is_skipped(tmp_path, monkeypatch, capsys):
+    places = [*make_small(tmp_path), "--out", str(tmp_path / "out")]
+    options = ["--arms", "uniform", "logit-normal", "--seeds", "0", "--plot", str(tmp_path / "plot.png")]
     monkeypatch.setattr(time_sampling, "run", run_here)
     outputs = []
     for _ in range(2):
-        assert time_sampling.main([str(word) for word in [*places, *options]]) == 0
+        assert time_sampling.main([*places, *options]) == 0
         outputs.append(capsys.readouterr().out)
     assert "| logit-normal(0, 1) |" in outputs[0]
     assert outputs[0].splitlines()[-4:] == outputs[1].splitlines()[-4:]
@@ -178,6 +187,145 @@ def test_lengths_of_averages_are_compared(tmp_path, monkeypatch, capsys):
     assert [row.split(" | ")[1] != "–" for row in rows] == [False] * 6 + [True] * 2
     tracked, made = (float(rows[i].split(" | ")[2].strip("| ")) for i in (5, 6))  # of the std 0.1
     assert tracked == pytest.approx(made, rel=0.02)
+
+
+# --- The leaderboard ---
+
+
+def stored_row(name, curves, commit="1234567"):
+    runs = {seed: {"commit": commit, "machine": "a", "curve": curve} for seed, curve in enumerate(curves)}
+    return leaderboard.Row(name, f"title of {name}", ["a=1"], runs, seconds=0.1)
+
+
+def test_recipes_are_ranked_by_the_median_of_their_steps_and_compared_seed_by_seed():
+    first = stored_row("paper", [{100: 60, 200: 20}, {100: 80, 200: 20}, {100: 50, 200: 30}])  # 150, 166.7, 150
+    fast = stored_row("fast", [{100: 20, 200: 10}, {100: 50, 200: 30}, {100: 30, 200: 10}])  # 100, 150, 100
+    never = stored_row("never", [{100: 90, 200: 41}] * 3)
+    lines = leaderboard.table([first, fast, never], first)
+    assert lines[2].startswith(
+        "| 0 | **paper**: title of paper `a=1` | 150 (150 – 167) | 1.00 | 15 | 23.3 (20.0 – 30.0)"
+    )
+    assert lines[3].startswith("| 1 | **fast**: title of fast `a=1` | 100 (100 – 150) | 0.67 (0.67 – 0.90) | 10 |")
+    assert lines[3].endswith("| 16.7 (10.0 – 30.0), 200 steps | 3 | 1234567 | a |")
+    assert "| never | never | never | 41.0, 200 steps |" in lines[4]
+    assert leaderboard.table([first], first, short=True)[2] == "| 0 | title of paper | 150 (150 – 167) | 1.00 | 15 |"
+
+
+def test_a_first_look_is_compared_with_its_row_at_the_same_step():
+    first = stored_row("paper", [{100: 60, 200: 20}, {100: 80, 200: 20}])
+    slow = stored_row("slow", [{100: 80, 200: 40}])
+    late = stored_row("late", [{50: 70, 100: 9}])
+    look = stored_row("look", [{100: 60}])
+    look.changes = [*leaderboard.LOOK, "b=2"]
+    lines = leaderboard.compared([late, look], first, slow)
+    assert lines[2] == "| **late**: title of late `a=1` | 100 | 9.0 | paper | 60.0 | never | 1 | 1234567 | a |"
+    assert lines[3].endswith(" `b=2` | 100 | 60.0 | slow | 80.0 | 150 | 1 | 1234567 | a |")
+
+
+def test_a_block_of_a_page_is_replaced_and_nothing_else():
+    page = "a\n<!-- rows -->\nold\n<!-- end -->\nb\n<!-- others -->\n<!-- end -->\n"
+    filled = leaderboard.filled(page, "rows", ["| new |"])
+    assert filled == "a\n<!-- rows -->\n\n| new |\n\n<!-- end -->\nb\n<!-- others -->\n<!-- end -->\n"
+    assert leaderboard.filled(filled, "rows", ["| new |"]) == filled
+    with pytest.raises(UserError, match="<!-- rest -->: got 0 of it"):
+        leaderboard.filled(page, "rest", [])
+
+
+def test_every_recipe_is_another_run_that_can_start():
+    from sit_composer.config.checks import check
+
+    configs = []
+    for _, changes in leaderboard.ROWS.values():
+        configs.append(load_config(str(leaderboard.YAML), [*changes, "frechet=null"]))
+        check(configs[-1])
+    assert all(config not in configs[:number] for number, config in enumerate(configs))
+
+
+def test_pages_show_what_is_stored():
+    assert {path.stem for path in leaderboard.STORE.glob("*.json")} - {"seconds"} <= set(leaderboard.ROWS)
+    for (page, name), lines in leaderboard.blocks(*leaderboard.ranked()).items():
+        assert leaderboard.filled(page.read_text(), name, lines) == page.read_text()
+    losses = loss_curves.PAGE.read_text()
+    assert leaderboard.filled(losses, "losses", loss_curves.table()) == losses
+
+
+def test_a_recipe_needs_half_of_the_papers_steps():
+    first, whole, _ = leaderboard.ranked()
+    assert set(first.runs) == {0, 1, 2}
+    shares = [median(row.steps[seed] / first.steps[seed] for seed in first.steps) for row in whole]
+    assert min(shares) <= 0.5
+
+
+def test_runs_of_other_overrides_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(leaderboard, "STORE", tmp_path)
+    (tmp_path / "paper.json").write_text('{"changes": ["ema.decay=0.9"]}')
+    assert leaderboard.main(["--render"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/paper.json: its runs are of other overrides")
+
+
+@pytest.mark.slow
+def test_a_leaderboard_is_trained_row_by_row_stored_and_drawn(tmp_path, monkeypatch, capsys):
+    options = [
+        *make_small(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
+        "--seeds",
+        "0",
+        "--every",
+        "2ba",
+        "--length",
+        "4ba",
+    ]
+    pages = {
+        "PAGE": "<!-- rows -->\n<!-- end -->\n<!-- others -->\n<!-- end -->",
+        "README": "<!-- leaderboard -->\n<!-- end -->",
+    }
+    for name, content in pages.items():
+        (tmp_path / name).write_text(content)
+        monkeypatch.setattr(leaderboard, name, tmp_path / name)
+    (tmp_path / "store").mkdir()
+    places = {"STORE": tmp_path / "store", "PLOT": tmp_path / "plot.png", "SEEDS": [0], "TIMED": 8}
+    rows = {name: leaderboard.ROWS[name] for name in ("paper", "logit-normal", "rate-4e-3")}
+    for name, value in {**places, "ROWS": rows}.items():
+        monkeypatch.setattr(leaderboard, name, value)
+    monkeypatch.setattr(time_sampling, "run", run_here)
+    assert leaderboard.main([*options, "--rows", "paper"]) == 0
+    assert list((tmp_path / "store").iterdir()) == [tmp_path / "store" / "paper.json"]
+    options += ["--rows", "paper", "logit-normal"]
+    assert leaderboard.main([*options, "--seconds"]) == 0
+    assert "paper-0" in capsys.readouterr().out.splitlines()
+    assert leaderboard.main(options) == 0
+    assert not {"paper-0", "seconds"} & set(capsys.readouterr().out.splitlines())
+    curve = time_sampling.read_curve(tmp_path / "out", "logit-normal", 0)
+    row = leaderboard.load("logit-normal")
+    assert row.curves == {0: {step: round(distance, 2) for step, distance in curve.items()}}
+    assert list(curve) == [2, 4]
+    assert 0 < row.seconds < 10
+    assert "logit-normal times" in (tmp_path / "README").read_text()
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+# --- Reference losses ---
+
+
+@pytest.mark.parametrize("path", loss_curves.YAMLS, ids=lambda path: path.stem)
+def test_every_yaml_has_the_losses_of_its_recipe(path):
+    curve = loss_curves.stored_curves()[path.stem]
+    again = "the recipe has changed: run python tests/benchmarks/loss_curves.py --out runs/digits"
+    assert curve["recipe"] == loss_curves.recipe(path), again
+    assert len(curve["losses"]) == loss_curves.STEPS // loss_curves.EACH
+    if "prediction" not in curve["recipe"]["transport"]:  # a velocity x1 - x0, and the first output is 0
+        square = float(np.mean((load_digits().images / 16 * 2 - 1) ** 2))
+        assert curve["first"] == pytest.approx(square + 1, rel=0.05)
+    assert curve["losses"][-1] < 0.6 * curve["first"]
+
+
+@pytest.mark.slow
+def test_the_stored_losses_come_again(tmp_path):
+    path = loss_curves.ROOT / "yamls" / "lightningdit_xl_1.yaml"  # a constant rate: the end changes no step
+    assert to_mds.main(["digits", "--out", str(tmp_path / "digits")]) == 0
+    found = loss_curves.means(loss_curves.losses(path, tmp_path / "digits", steps=20))
+    assert found == pytest.approx(loss_curves.stored_curves()[path.stem]["losses"][:2], rel=2e-4)
 
 
 def test_a_command_that_fails_is_named():

@@ -17,12 +17,15 @@ import math
 import subprocess
 import sys
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 import numpy as np
-import yaml
 
+from sit_composer.config.load import load_config
 from sit_composer.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +69,7 @@ def main(argv: list[str] | None = None, arms: Arms = ARMS, what: str = "training
     curves = {arm: [read_curve(args.out, arm, seed) for seed in args.seeds] for arm in args.arms}
     print("\n".join(table(curves, arms, what)))
     if args.plot:
-        plot(curves, args.plot, arms, what)
+        plot(curves, args.plot, {arm: arms[arm][0] for arm in curves}, what, threshold(curves))
     return 0
 
 
@@ -98,7 +101,7 @@ def prepare(source: Path, out: Path) -> None:
 def train(config: Path, out: Path, arm: str, seed: int, changes: list[str]) -> None:
     """Trains one arm with one seed, or what is left of it."""
     name = f"{arm}-{seed}"
-    duration = str(yaml.safe_load(config.read_text())["trainer"]["max_duration"])
+    duration = load_config(str(config), changes).trainer["max_duration"]
     if (out / "runs" / name / "frechet.json").exists() and f"{max(read_curve(out, arm, seed))}ba" == duration:
         return
     places = {
@@ -269,8 +272,21 @@ def spread(middle: float, values: list[float], form: str) -> str:
     return shown[0] if len(set(shown)) == 1 else f"{shown[0]} ({shown[1]} – {shown[2]})"
 
 
-def plot(curves: dict[str, list[Curve]], path: Path, arms: Arms, what: str) -> None:
-    """Distance against steps: each arm's mean, and between its smallest and its largest a band."""
+def plot(curves: dict[str, list[Curve]], path: Path, titles: dict[str, str], what: str, goal: float) -> None:
+    """Distance against steps: each arm's mean, and between its smallest and its largest a band; and the goal."""
+    with plotted(path, xlabel="training steps", ylabel="Fréchet distance") as axes:
+        for arm, runs in curves.items():
+            steps = sorted(set(runs[0]).intersection(*runs))
+            values = np.array([[curve[step] for step in steps] for curve in runs])
+            (line,) = axes.plot(steps, values.mean(0), marker=".", label=titles[arm])
+            axes.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
+        axes.axhline(goal, color="grey", linewidth=0.8, linestyle="--")
+        axes.legend(title=f"{what} (mean and range of the seeds)")
+
+
+@contextmanager
+def plotted(path: Path, **labels: str) -> Iterator[Any]:
+    """Axes with a logarithmic ordinate, which are saved as a PNG."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -279,19 +295,14 @@ def plot(curves: dict[str, list[Curve]], path: Path, arms: Arms, what: str) -> N
     from PIL import Image
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for arm, runs in curves.items():
-        steps = sorted(runs[0])
-        values = np.array([[curve[step] for step in steps] for curve in runs])
-        (line,) = axes.plot(steps, values.mean(0), marker=".", label=arms[arm][0])
-        axes.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
-    axes.axhline(threshold(curves), color="grey", linewidth=0.8, linestyle="--")
-    axes.set(xlabel="training steps", ylabel="Fréchet distance", yscale="log")
+    yield axes
+    axes.set(yscale="log", **labels)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axes.yaxis.set_major_formatter("{x:.4g}")
     axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
-    axes.legend(title=f"{what} (mean and range of the seeds)")
     figure.savefig(path, dpi=110)
+    plt.close(figure)
     with Image.open(path) as picture:
         picture.convert("RGB").quantize(64).save(path, optimize=True)  # a third of the bytes
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,8 +31,11 @@ def training(folder: str, stop: int, save: int, of: list[str] = TRAINING) -> lis
     return [*of, f"trainer.save_folder={folder}", f"trainer.max_duration={stop}ba", f"trainer.save_interval={save}ba"]
 
 
-def train(arguments: list[str]) -> list[float]:
-    """Runs the training command in this process. Gives each batch's loss, which Composer's files of them round."""
+def train(arguments: list[str], note: Callable[[float], float] = float) -> list[float]:
+    """Runs the training command in this process. Gives each batch's loss, which Composer's files of them round.
+
+    ``note`` gives something else for each batch, from its loss.
+    """
     from composer.loggers import InMemoryLogger
 
     from sit_composer.train import main
@@ -39,7 +43,7 @@ def train(arguments: list[str]) -> list[float]:
     found = []
 
     def log_metrics(self: Any, metrics: dict[str, Any], step: int | None = None) -> None:
-        found.extend([float(metrics["loss/train/total"])] if "loss/train/total" in metrics else [])
+        found.extend([note(float(metrics["loss/train/total"]))] if "loss/train/total" in metrics else [])
 
     with patch.object(InMemoryLogger, "log_metrics", log_metrics):
         if main([*arguments, "loggers={in_memory: {}}"]):
