@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from sit_composer.autoencoder_config import CLASSES, EXPECTED, read_layout
+from sit_composer.autoencoder_config import CLASSES, EXPECTED, read_layout, stored_channels
 from sit_composer.choices import LATENT_MEAN, LATENT_STD
 from sit_composer.errors import UserError, first_line, one_line
 
@@ -59,7 +59,7 @@ class AutoencoderSpec:
     @property
     def stored(self) -> int:
         """The channels of moments."""
-        return self.channels * (1 if self.deterministic else 2)
+        return stored_channels(self.channels, self.deterministic)
 
     def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         """Samples latents from moments (N, 2c, h, w) with noise (N, c, h, w) ~ N(0, I), unless deterministic."""

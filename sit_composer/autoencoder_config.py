@@ -29,6 +29,11 @@ class Layout:
         return None
 
 
+def stored_channels(channels: int, deterministic: bool) -> int:
+    """The channels of moments: a mean and a deviation for each of the latent's, or the latent itself."""
+    return channels * (1 if deterministic else 2)
+
+
 def read_layout(name: str, config: Config) -> Layout:
     """The layout of the diffusers class of that name, one of `CLASSES`."""
     return CLASSES[name](config)

@@ -180,6 +180,13 @@ def check_objective(transport: Any, prefix: str = "") -> None:
         raise UserError(f"{prefix}loss_weight: got likelihood, expected None or velocity with prediction x")
 
 
+def check_shift(transport: Any, prefix: str = "") -> None:
+    """Raises UserError for an eps beside a time shift of auto: it would move the ends, between which σ/α is shifted."""
+    for name in ("train_eps", "sample_eps") if transport.time_shift == "auto" else ():
+        if (eps := getattr(transport, name)) is not None:
+            raise UserError(f"{prefix}{name}: got {eps}, expected null beside {prefix}time_shift=auto")
+
+
 def dimension_shift(dims: int) -> float:
     """√(dims / 4096), the time shift for data of so many dimensions (RAE, arXiv 2510.11690)."""
     return math.sqrt(dims / 4096)

@@ -26,6 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--hub", action="store_true", help="write a folder for the Hugging Face Hub as well")
     vae_id = "for the Hub's folder: the autoencoder's name on the Hub, if training had it in a folder"
     parser.add_argument("--vae-id", metavar="OWNER/NAME", help=vae_id)
+    spec = "of released weights for other latents than the authors', as LightningDiT's: spec.json of shards of those"
+    parser.add_argument("--spec", metavar="FILE", help=spec)
     args = parser.parse_args(argv)
     refuse_idle(parser, args, ("vae_id", args.hub, "without --hub"))
     if args.vae_id is not None and not is_hub_name(args.vae_id):

@@ -11,7 +11,7 @@ The second is eq. (8) without its removable 0/0, and the third is that equation 
 
     x̂ = (σ v - σ̇ x) / W,        v = (σ̇ x + W x̂) / σ,        ε = (x - α x̂) / σ,
 
-which for straight lines are JiT's (arXiv 2511.13720, table 1): v = (x̂ - x) / (1 - t). Its clamp of that denominator is
+which for straight lines are JiT's (arXiv 2511.13720): v = (x̂ - x) / (1 - t). Its clamp of that denominator is
 `floor` here: σ is taken as at least so much where it divides, so that nothing has a pole at the data.
 
 To add a path, write its class here and add its name and poles to `choices.PATHS`.
@@ -87,12 +87,6 @@ class Interpolant(ABC):
         t = expand(t, x)
         alpha, d_alpha = self.alpha(t)
         return (d_alpha * x - self.wronskian(t) * noise) / alpha
-
-    def data_from_velocity(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """x̂ = (σ v - σ̇ x) / W."""
-        t = expand(t, x)
-        sigma, d_sigma = self.sigma(t)
-        return (sigma * v - d_sigma * x) / self.wronskian(t)
 
     def velocity_from_data(self, data: Tensor, x: Tensor, t: Tensor, floor: float = 0.0) -> Tensor:
         """v = (σ̇ x + W x̂) / σ, with a pole at t = 1 without a floor."""

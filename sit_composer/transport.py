@@ -79,6 +79,7 @@ class Transport:
         choices.FINITE.check("time_mean", self.time_mean)
         choices.POSITIVE.check("time_std", self.time_std)
         choices.SHIFT.check("time_shift", self.time_shift)
+        choices.check_shift(self)
         choices.T_EPS.check("t_eps", self.t_eps)
         self.path = make_path(self.path_type)
         if isinstance(self.time_shift, str):
@@ -115,7 +116,7 @@ class Transport:
 
         L_v and L_s of eqs. (6) and (7). Since v = (α̇/α) x + λ s with λ = σW/α, λ² turns a squared score error into
         the velocity's, and λ is the likelihood's weight; a noise error is σ times the score's. As v = (σ̇ x + W x̂) / σ,
-        W / σ turns a data error into the velocity's: JiT's loss (arXiv 2511.13720, table 1), clamped by t_eps.
+        W / σ turns a data error into the velocity's: JiT's loss (arXiv 2511.13720), clamped by t_eps.
         """
         model_output = model_output.to(at_least_float32(model_output))
         if self.prediction == "x":

@@ -60,7 +60,8 @@ def test_velocity_data_velocity_is_the_identity_and_noise_and_score_agree(name, 
     path = make_path(name)
     t, v, x = (torch.tensor(a, dtype=torch.float64).reshape(1, -1) for a in ([t], v, x))
     t = t[:, 0]
-    data = path.data_from_velocity(v, x, t)
+    sigma, d_sigma = path.sigma(t)
+    data = (sigma * v - d_sigma * x) / path.wronskian(t)
     close = {"rtol": 1e-8, "atol": 1e-8}
     torch.testing.assert_close(path.velocity_from_data(data, x, t), v, **close)
     torch.testing.assert_close(path.noise_from_data(data, x, t), path.noise_from_velocity(v, x, t), **close)
@@ -69,7 +70,7 @@ def test_velocity_data_velocity_is_the_identity_and_noise_and_score_agree(name, 
 
 @given(times, values, values, st.floats(0.01, 0.4))
 def test_the_velocity_of_data_is_jits_on_straight_lines(t, data, x, floor):
-    """Row x of table 1 of arXiv 2511.13720, with the denominator's clamp: v = (x̂ - x) / max(1 - t, t_eps)."""
+    """As in denoiser.py of JiT (arXiv 2511.13720), with the denominator's clamp: v = (x̂ - x) / max(1 - t, t_eps)."""
     path = make_path("Linear")
     t, data, x = (torch.tensor(a, dtype=torch.float64).reshape(1, -1) for a in ([t], data, x))
     expected = (data - x) / max(1 - t.item(), floor)
@@ -94,7 +95,7 @@ def test_noise_and_score_of_a_known_pair_are_recovered(name, t, x0, x1):
     sigma = path.sigma(t)[0]
     torch.testing.assert_close(path.score_from_noise(x0, t), -x0 / sigma, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(path.score_from_velocity(ut, xt, t), -x0 / sigma, rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(path.data_from_velocity(ut, xt, t), x1, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(path.velocity_from_data(x1, xt, t), ut, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(path.noise_from_data(x1, xt, t), x0, rtol=1e-8, atol=1e-8)
 
 

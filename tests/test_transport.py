@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sit_composer.choices import DIFFUSION_FORMS, LOSS_WEIGHTS, PATHS, PREDICTIONS
+from sit_composer.interpolant import expand
 from sit_composer.transport import Transport
 from tests.helpers.gaussian import gaussian
 
@@ -53,14 +54,16 @@ def test_weighted_losses_of_the_predictions_of_one_field_agree(path, weight, ref
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(losses[2], losses[0], rtol=1e-8, atol=1e-10)
     if weight == "velocity":
-        data = interpolant.data_from_velocity(velocity, xt, t)
+        te = expand(t, xt)  # x̂ = (σ v - σ̇ x) / W
+        sigma, d_sigma = interpolant.sigma(te)
+        data = (sigma * velocity - d_sigma * xt) / interpolant.wronskian(te)
         loss = Transport(path, "x", weight, t_eps=1e-9).loss(data, t, x0, x1)
         torch.testing.assert_close(loss, losses[0], rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("weight", [None, "velocity"])
 def test_the_loss_of_data_is_jits(weight):
-    """Of data, or of velocities of which both have their denominator clamped (arXiv 2511.13720, table 1)."""
+    """Of data, or of velocities of which both have their denominator clamped (arXiv 2511.13720)."""
     t = torch.tensor([0.0, 0.3, 0.94, 0.97, 1.0], dtype=torch.float64)
     x0, x1, output = torch.randn(3, 5, 1, 2, 2, dtype=torch.float64)
     te = t.reshape(-1, 1, 1, 1)
@@ -184,6 +187,7 @@ def test_sbdm_keeps_off_the_noise_end_where_it_is_singular():
         ({"loss_weight": "snr"}, "loss_weight: got 'snr'"),
         ({"train_eps": 0.5}, "train_eps: got 0.5, expected a number in [0, 0.5)"),
         ({"sample_eps": -0.1}, "sample_eps: got -0.1"),
+        ({"time_shift": "auto", "dims": 64, "sample_eps": 0.1}, "sample_eps: got 0.1, expected null beside time_shift"),
         (
             {"sample_eps": 0.0, "prediction": "noise"},
             "sample_eps: got 0, expected a number above 0, as Linear with prediction noise has a pole at t = 0",

@@ -19,6 +19,7 @@ from sit_composer.checkpoint.load import find_checkpoint, load_checkpoint
 from sit_composer.checkpoint.record import CONFIG, EXPORTED, FORMAT, Checkpoint, NoSuchWeights, digest
 from sit_composer.choices import Sampling
 from sit_composer.cli import is_hub_name
+from sit_composer.data.spec import DataSpec
 from sit_composer.errors import UserError, first_line
 from sit_composer.outputs import mode_of_umask
 
@@ -26,6 +27,10 @@ STATE = "trainer_state.json"
 Content = str | dict[str, Tensor]  # of a file: text, or tensors
 
 CARD = Path(__file__).with_name("model_card.md").read_text("utf-8")
+SHIFT = """
+It was trained with a time shift of {:.4g}, by which fixed-step solvers shift their steps, too, unless `--time-shift` is
+given. The adaptive default chooses its own.
+"""
 SIGMA = """`learn_sigma` is true: the last layer has the second half of output channels of the released networks. It is
 never trained, and the network drops its output. In the authors' code, build the network with `learn_sigma=True`.
 
@@ -36,10 +41,11 @@ def run(args: argparse.Namespace) -> None:
     """Writes --out's checkpoint-STEP, and hub-STEP if asked for; raises UserError if that is impossible."""
     place = str(find_checkpoint(args.checkpoint))  # the same file for both weights, though a run may write the next
     out, vae_id = Path(args.out), args.vae_id
+    latents = read_spec(args.spec) if args.spec is not None else None
     held: dict[str, Checkpoint] = {}
     for which in EXPORTED:
         try:
-            held[which] = load_checkpoint(place, which)
+            held[which] = load_checkpoint(place, which, latents)
         except NoSuchWeights as error:
             absent = error
     if not held:
@@ -60,6 +66,17 @@ def run(args: argparse.Namespace) -> None:
             what = f"its autoencoder is {name}, a folder here, so that nobody else can decode what it generates"
             advice = "upload the autoencoder too, and name it by --vae-id OWNER/NAME"
             print(f"warning: hub-{best.step}: {what}; {advice}", file=sys.stderr)
+
+
+def read_spec(path: str) -> DataSpec:
+    """The spec of shards of latents; raises UserError if the file is none."""
+    try:
+        spec = DataSpec.from_json(Path(path).read_text("utf-8"), path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--spec: {first_line(error)}") from None
+    if spec.kind != "latents":
+        raise UserError(f"--spec: {path} is of {spec.kind}, expected one of latents")
+    return spec
 
 
 def write_folder(folder: Path, weights: dict[str, Checkpoint], others: Mapping[str, Content]) -> None:
@@ -139,6 +156,7 @@ def model_card(checkpoint: Checkpoint) -> str:
         path_type=transport.path_type,
         prediction={"x": "data"}.get(transport.prediction, transport.prediction),
         guidance=guidance,
+        shift=SHIFT.format(transport.sampling_shift) if transport.sampling_shift != 1 else "",
         sigma=SIGMA if record.argument("learn_sigma") else "",
         settings=_json({**asdict(Sampling()), "cfg_scale": scale}).strip(),
     )

@@ -22,6 +22,7 @@ from sit_composer.checkpoint.released import from_authors, weights_in
 from sit_composer.checkpoint.safe_load import METADATA, CheckpointError, load_file
 from sit_composer.choices import WEIGHTS, choose
 from sit_composer.cli import is_remote
+from sit_composer.data.spec import DataSpec
 from sit_composer.errors import first_line
 from sit_composer.storage import LocalFolder, S3Folder
 
@@ -29,15 +30,17 @@ PREFIX = "network."  # of ComposerSiT's parameters
 FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # names of weights in one file
 
 
-def load_checkpoint(path: str, weights: str = "ema") -> Checkpoint:
+def load_checkpoint(path: str, weights: str = "ema", latents: DataSpec | None = None) -> Checkpoint:
     """Reads the weights of that name, "ema" or "training".
 
     The path is of a run's folder (its newest checkpoint) or one checkpoint, a file or a folder of shards; the authors'
-    ``.pt``, or another file of such weights; an exported folder; each on disk or in S3. Raises NoSuchWeights if it has
+    ``.pt``, or another file of such weights, of the authors' latents unless others are given; an exported folder; each
+    on disk or in S3. Raises NoSuchWeights if it has
     only the others; CheckpointError if it is no checkpoint, is damaged, or holds values that aren't finite.
     """
     choose("weights", weights, WEIGHTS)
     place = find_checkpoint(path)
+    held: dict[str, Any] = {}
     if _is_sharded(place):
         checkpoint = _from_run(place, None, weights)
     elif place.is_dir():
@@ -47,7 +50,11 @@ def load_checkpoint(path: str, weights: str = "ema") -> Checkpoint:
         if not isinstance(content, dict):
             raise CheckpointError(f"{place}: not a checkpoint of sit_composer's (it holds a {type(content).__name__})")
         held = {} if "state" in content else weights_in(content)
-        checkpoint = from_authors(place, content, held, weights) if held else _from_run(place, content, weights)
+        checkpoint = (
+            from_authors(place, content, held, weights, latents) if held else _from_run(place, content, weights)
+        )
+    if latents is not None and not held:
+        raise CheckpointError(f"{place}: it names its own latents; leave out --spec, which is for released weights")
     for name, values in checkpoint.weights.items():
         if not values.isfinite().all():
             what = f"{name} has values that are NaN or infinite"

@@ -11,6 +11,7 @@ from torch import Tensor
 from sit_composer.checkpoint.record import Checkpoint, NoSuchWeights, Record, check_fit
 from sit_composer.checkpoint.safe_load import CheckpointError
 from sit_composer.choices import SIZES
+from sit_composer.data.spec import DataSpec
 
 # In front of any part of a name: DDP's, torch.compile's, FSDP's and activation checkpointing's.
 WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -45,10 +46,17 @@ def _unwrapped(content: Any) -> dict[str, Tensor] | None:
     return weights if is_one else None
 
 
-def from_authors(file: Path, content: dict[str, Any], held: dict[str, dict[str, Tensor]], which: str) -> Checkpoint:
+def from_authors(
+    file: Path,
+    content: dict[str, Any],
+    held: dict[str, dict[str, Tensor]],
+    which: str,
+    latents: DataSpec | None = None,
+) -> Checkpoint:
     """The weights of that name of those that the file holds, a bare state dict or a dict of model, ema, opt and args.
 
-    A bare one is assumed to have the path and the prediction of the released ones, Linear and velocity.
+    A bare one is assumed to have the path and the prediction of the released ones, Linear and velocity. The latents are
+    those of the authors' autoencoder, or of such shards as are described.
     """
     weights, other = held.get(which), "ema" if which == "training" else "training"
     if weights is None:
@@ -57,20 +65,14 @@ def from_authors(file: Path, content: dict[str, Any], held: dict[str, dict[str, 
     args = vars(args) if isinstance(args, argparse.Namespace) else {}
     model = _network_of(file, weights, args)
     check_fit(file, model, weights)
-    if model["in_channels"] != 4:
-        what = f"got {model['in_channels']} channels, expected the 4 of the authors' autoencoder"
-        others = "a LightningDiT's weights load in Python, see docs/weights.md; " if "rotary" in model else ""
-        raise CheckpointError(f"{file}: {what}; {others}if sit_composer exported it, give the exported folder")
     transport = {"path_type": args.get("path_type", "Linear"), "prediction": args.get("prediction", "velocity")}
     transport |= {name: args.get(name) for name in ("loss_weight", "train_eps", "sample_eps")}
     if transport["prediction"] == "velocity" and transport["path_type"] != "VP":
         transport |= {"train_eps": None, "sample_eps": None}  # their code uses 0 then, whatever the arguments
-    name = f"stabilityai/sd-vae-ft-{args.get('vae', 'ema')}"
     record = {
         "model": model,
         "transport": transport,
-        "autoencoder": {"name": name, "channels": 4, "downsample": 8, "scale": 0.18215},
-        "classes": [str(label) for label in range(model["num_classes"])],
+        **_latents_of(file, model, args, latents),
         "cfg_channels": 3,  # as their sampling guides
         "ema_decay": 0.9999,  # fixed in their train.py
     }
@@ -79,6 +81,24 @@ def from_authors(file: Path, content: dict[str, Any], held: dict[str, dict[str, 
     except (KeyError, TypeError, StopIteration):
         step = 0
     return Checkpoint(weights, which, Record.from_dict(record, file), step, str(file))
+
+
+def _latents_of(file: Path, model: dict[str, Any], args: dict[str, Any], latents: DataSpec | None) -> dict[str, Any]:
+    """The record's autoencoder and classes: those of the spec, which has to fit, or the authors'."""
+    channels = 4 if latents is None else latents.channels
+    if model["in_channels"] != channels:
+        whose = "the authors' autoencoder" if latents is None else "the spec's latents"
+        what = f"got {model['in_channels']} channels, expected the {channels} of {whose}"
+        advice = "give the spec.json of shards of its latents to sit_composer.export --spec, or the exported folder"
+        raise CheckpointError(f"{file}: {what}; {advice}")
+    if latents is None:
+        name = f"stabilityai/sd-vae-ft-{args.get('vae', 'ema')}"
+        autoencoder = {"name": name, "channels": 4, "downsample": 8, "scale": 0.18215}
+        return {"autoencoder": autoencoder, "classes": [str(label) for label in range(model["num_classes"])]}
+    if (side := model["input_size"] * latents.autoencoder["downsample"]) != latents.image_size:
+        what = f"expected {side}, as these weights are for latents of {model['input_size']}²"
+        raise CheckpointError(f"{file}: the spec has images of {latents.image_size}, {what}")
+    return {"autoencoder": latents.autoencoder, "classes": latents.classes}
 
 
 def _network_of(file: Path, weights: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Any]:

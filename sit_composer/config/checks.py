@@ -16,6 +16,7 @@ from sit_composer.choices import (
     check_blocks,
     check_objective,
     check_poles,
+    check_shift,
     check_sizes,
     choose,
 )
@@ -130,6 +131,7 @@ def check_transport(transport: TransportConfig) -> None:
     """Checks that the objective's values go together."""
     check_poles(transport, prefix="transport.")
     check_objective(transport, prefix="transport.")
+    check_shift(transport, prefix="transport.")
     needs = {
         "time_mean": "time_sampling=logit-normal",
         "time_std": "time_sampling=logit-normal",
@@ -139,9 +141,6 @@ def check_transport(transport: TransportConfig) -> None:
         other, _, value = needed.partition("=")
         if getattr(transport, name) != getattr(TransportConfig(), name) and getattr(transport, other) != value:
             raise ConfigError(f"transport.{name}: needs transport.{needed}")
-    for name in ("train_eps", "sample_eps") if transport.time_shift == "auto" else ():
-        if (eps := getattr(transport, name)) is not None:  # would move the ends, between which σ/α is shifted
-            raise ConfigError(f"transport.{name}: got {eps}, expected null beside transport.time_shift=auto")
 
 
 def check_drawing(config: Config, section: str) -> None:

@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from sit_composer.autoencoder_config import stored_channels
+
 SPEC_NAME = "spec.json"
 INDEX_NAME = "index.json"  # streaming's list of the shards
 SPEC_VERSION = 1
@@ -44,7 +46,7 @@ class DataSpec:
     @property
     def stored(self) -> int:
         """The channels of latents' moments."""
-        return self.channels * (1 if (self.autoencoder or {}).get("deterministic") else 2)
+        return stored_channels(self.channels, (self.autoencoder or {}).get("deterministic", False))
 
     def to_json(self) -> str:
         """The text of `spec.json`."""

@@ -158,6 +158,9 @@ def build_trainer(config: Config, resumption: dict[str, Any], **parts: Any) -> T
         return Trainer(**parts, parallelism_config=parallelism(config.fsdp, config.precision), **arguments)
     except REFUSALS as error:
         source = arguments.get("load_path") or config.trainer.get("save_folder") or "trainer"
+        if error.args == ("state",):  # Composer's first key
+            what = f"{source} is not a run's checkpoint; released weights can be sampled and exported, not trained on"
+            raise ConfigError(f"trainer.load_path: {what}") from error
         raise ConfigError(f"trainer: {one_line(error)} ({source})") from error
 
 

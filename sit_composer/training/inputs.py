@@ -84,12 +84,16 @@ def open_inputs(config: Config, device: str) -> Inputs:
 
 def open_autoencoder(config: Config, specs: Specs, device: str) -> tuple[AutoencoderSpec, DiffusersAutoencoder | None]:
     """The autoencoder of the run's latents, and the loaded one if images are encoded in each step."""
-    latents = next((AutoencoderSpec(**spec.autoencoder) for spec in specs.values() if spec.kind == "latents"), None)
+    latents = {name: AutoencoderSpec(**spec.autoencoder) for name, spec in specs.items() if spec.kind == "latents"}
     if config.autoencoder.name is None:
         return AutoencoderSpec(name=None, channels=specs["data"].channels), None
-    if all(spec.kind == "latents" for spec in specs.values()):
-        return latents, None
-    encoder = DiffusersAutoencoder(config.autoencoder.name, device, latents=latents)
-    if latents is not None and encoder.spec != latents:
-        raise ConfigError(f"autoencoder.name: got one of {encoder.spec}, expected that of the latents, {latents}")
+    if len(latents) == len(specs):
+        return latents["data"], None
+    # The network learns what data are: images of eval_data are standardized as its latents, and never the reverse.
+    encoder = DiffusersAutoencoder(config.autoencoder.name, device, latents=latents.get("data"))
+    for section, theirs in latents.items():
+        if theirs != encoder.spec:
+            raise ConfigError(
+                f"{section}.local: got latents of {theirs}, expected {encoder.spec}, as images are encoded"
+            )
     return encoder.spec, encoder

@@ -36,6 +36,8 @@ class ComposerSiT(ComposerModel):
         self.autoencoder = autoencoder
         self.encoder = encoder  # DiffusersAutoencoder is no nn.Module
         self.precision = precision  # of the network alone: fp32, bf16 or amp_bf16
+        # DDP reads this, and would send the rotations, which are constants, from rank 0 before each forward pass.
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         # Composer asks the network for these: a block is the unit of sharding and of activation checkpointing.
         network.fsdp_wrap_fn = network.activation_checkpointing_fn = lambda module: isinstance(module, SiTBlock)
 

@@ -223,8 +223,10 @@ def measure(argv: list[str] | None, description: str, name: str, rows: dict, row
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help=f"folder of {name}.json and {name}.png")
     parser.add_argument("--seconds", type=float, default=2, help="for each point (%(default)s)")
-    parser.add_argument("--points", type=int, help="of each row, only the first so many")
+    parser.add_argument("--points", type=int, help="of each row, only the first so many, at least 2")
     args = parser.parse_args(argv)
+    if args.points is not None and args.points < 2:
+        parser.error(f"argument --points: got {args.points}, expected at least 2, as a slope needs")
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / f"{name}.json"

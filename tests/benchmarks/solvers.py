@@ -18,6 +18,7 @@ from sit_composer.choices import Sampling
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder stands there instead
 from tests.benchmarks.evaluations import Judge
+from tests.benchmarks.time_sampling import spread
 
 STAGES = {"euler": 1, "heun": 2, "midpoint": 2, "heun3": 3, "rk4": 4}  # evaluations of a step
 
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
                 for most in args.evaluations:
                     sampling = Sampling("ODE", solver, points(solver, most), scale)
                     found = [judge(replace(sampling, time_shift=shift), seed)["distance"] for seed in args.seeds]
-                    cells.append(f"{mean(found):.2f} ({min(found):.2f} – {max(found):.2f})")
+                    cells.append(spread(mean(found), found, ".2f"))
             print(f"| {solver} | {shift:g} | {' | '.join(cells)} |", flush=True)
     return 0
 

@@ -11,8 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from sit_composer import sample, train
+from sit_composer.autoencoder import AutoencoderSpec, DiffusersAutoencoder
+from sit_composer.checkpoint.export import model_card
 from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.record import digest
+from sit_composer.data.spec import DataSpec
 from sit_composer.export import main
 from sit_composer.sit import SiT, build_sit
 from tests.helpers.paths import ROOT
@@ -209,6 +212,68 @@ def test_a_released_file_is_exported_as_the_average_that_it_is(tmp_path, capsys)
         torch.equal(tensor, weights[name]) for name, tensor in SiT.from_pretrained(str(folder)).state_dict().items()
     )
     assert "latents of `stabilityai/sd-vae-ft-ema`" in (tmp_path / "out" / "hub-0" / "README.md").read_text()
+
+
+@pytest.fixture
+def lightning(tmp_path, vae_of_kind):
+    """A file in the layout of LightningDiT's, for latents with statistics from a file, and the spec of such shards."""
+    network = build_sit("LightningDiT-B/1", depth=1, input_size=4, in_channels=6, num_classes=3)
+    torch.save({"model": {}, "ema": network.state_dict(), "opt": {}, "config": {}}, tmp_path / "lightning.pt")
+    statistics = {"scale": 1.0, "mean": [0.1] * 6, "std": [0.4] * 6, "statistics": "file"}
+    of = {**DiffusersAutoencoder(vae_of_kind("dc")).spec.as_dict(), **statistics}
+    classes = {"num_classes": 3, "classes": ["a", "b", "c"], "class_counts": [1, 1, 1], "samples": 3}
+    return network, DataSpec("latents", 6, 16, **classes, autoencoder=of)
+
+
+def test_weights_of_other_latents_than_the_authors_are_exported_with_a_spec_of_these(lightning, tmp_path, capsys):
+    network, spec = lightning
+    (tmp_path / "spec.json").write_text(spec.to_json())
+    command = [str(tmp_path / "lightning.pt"), "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "got 6 channels, expected the 4 of the authors' autoencoder; give the spec.json" in capsys.readouterr().err
+    assert main([*command, "--spec", str(tmp_path / "spec.json")]) == 0
+    folder = str(tmp_path / "out" / "checkpoint-0")
+    read = load_checkpoint(folder)
+    assert all(torch.equal(tensor, read.weights[name]) for name, tensor in network.state_dict().items())
+    assert read.record.autoencoder == AutoencoderSpec(**spec.autoencoder)
+    assert read.record.classes == ["a", "b", "c"]
+    options = ["--num-images", "2", "--sampling-method", "heun", "--num-steps", "2"]
+    assert sample.main([folder, "--out", str(tmp_path / "images"), *options]) == 0
+    assert (tmp_path / "images" / "000001.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_size": 32}, "the spec has images of 32, expected 16"),
+        ({"channels": 4, "autoencoder": {"name": "a", "scale": 1.0, "shift": 0.0, "channels": 4, "downsample": 4}},
+         "got 6 channels, expected the 4 of the spec's latents"),
+        ({"num_classes": 2, "classes": ["a", "b"], "class_counts": [1, 1]}, "classes: expected 3 names"),
+        ({"kind": "pixels", "channels": 3, "autoencoder": None}, "spec.json is of pixels, expected one of latents"),
+    ],
+)  # fmt: skip
+def test_a_spec_that_is_not_of_the_weights_latents_is_refused(lightning, tmp_path, capsys, change, message):
+    (tmp_path / "spec.json").write_text(dataclasses.replace(lightning[1], **change).to_json())
+    options = ["--out", str(tmp_path / "out"), "--spec", str(tmp_path / "spec.json")]
+    assert main([str(tmp_path / "lightning.pt"), *options]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_spec_beside_a_checkpoint_that_has_its_own_is_refused(checkpoints, lightning, tmp_path, capsys):
+    (tmp_path / "spec.json").write_text(lightning[1].to_json())
+    assert main([str(checkpoints), "--out", str(tmp_path / "out"), "--spec", str(tmp_path / "spec.json")]) == 2
+    assert "leave out --spec, which is for released weights" in capsys.readouterr().err
+
+
+def test_the_card_of_a_network_that_was_trained_with_a_shift_says_so(checkpoints):
+    checkpoint = load_checkpoint(str(checkpoints))
+    assert "time shift of" not in model_card(checkpoint)
+    transport = {**checkpoint.record.transport, "time_shift": "auto", "dims": 4096 * 4}
+    shifted = dataclasses.replace(checkpoint, record=dataclasses.replace(checkpoint.record, transport=transport))
+    assert "It was trained with a time shift of 2, by which fixed-step solvers" in model_card(shifted)
 
 
 def test_an_exported_folder_can_be_exported(exported, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import re
 import subprocess
@@ -20,7 +21,8 @@ from sit_composer.config.same_run import check_same_config
 from sit_composer.config.schema import ConfigError, network_arguments, transport_arguments
 from sit_composer.data.spec import DataSpec
 from sit_composer.errors import UserError
-from sit_composer.sit import build_sit
+from sit_composer.sit import SiT, build_sit
+from sit_composer.transport import Transport
 from tests.helpers.paths import ROOT
 
 QUICKSTART = str(ROOT / "yamls" / "quickstart.yaml")
@@ -101,12 +103,14 @@ def test_a_papers_yaml_is_whole_but_for_its_places(name):
     assert config.data.global_batch_size == 256
 
 
-@pytest.mark.parametrize("name", [*PAPER, "lightningdit_xl_1.yaml"])
+@pytest.mark.parametrize(
+    "name", [*PAPER, "lightningdit_xl_1.yaml", "rae_lightningdit_xl_1.yaml", "pixel_jit_b_16.yaml"]
+)
 def test_a_yamls_header_has_the_numbers_that_follow_from_its_network(name):
     path = ROOT / "yamls" / name
     content = yaml.safe_load(path.read_text())
     with torch.device("meta"):
-        network = build_sit(**content["model"])
+        network = (build_sit if "name" in content["model"] else SiT)(**content["model"])
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     images_a_second = 356e12 / (6 * network.forward_macs())
     header = " ".join(line.strip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
@@ -125,6 +129,38 @@ def test_lightningdits_yaml_is_its_repositorys_recipe():
     assert (config.optimizer.lr, config.optimizer.betas, config.optimizer.weight_decay) == (2e-4, [0.9, 0.95], 0)
     assert (config.data.global_batch_size, config.trainer["max_duration"]) == (1024, "80000ba")
     assert (config.transport.time_sampling, config.transport.prediction) == ("logit-normal", "velocity")
+
+
+def test_raes_yaml_is_its_repositorys_recipe_but_for_the_head():
+    """configs/stage2/training/ImageNet256/DiTDH-XL_DINOv2-B.yaml; 676 M parameters are those of their DiT-XL."""
+    places = ("data.remote=s3://b/d", "data.local=/tmp/d", "trainer.save_folder=s3://b/r")
+    config = configure(*places, path=str(ROOT / "yamls" / "rae_lightningdit_xl_1.yaml"))
+    network, transport = network_arguments(config.model), Transport(**transport_arguments(config))
+    assert {**variant("LightningDiT-XL/1"), "in_channels": 768, "input_size": 16}.items() <= network.items()
+    with torch.device("meta"):
+        trained = sum(p.numel() for p in SiT(**network).parameters() if p.requires_grad)
+    assert trained // 1e6 == 676
+    assert transport.shift == transport.sampling_shift == pytest.approx(math.sqrt(196608 / 4096))
+    assert (transport.time_sampling, transport.prediction, transport.loss_weight) == ("logit-normal", "velocity", None)
+    assert (config.optimizer.lr, config.optimizer.betas, config.ema.decay) == (2e-4, [0.9, 0.95], 0.9995)
+    assert (config.data.global_batch_size, config.trainer["max_duration"]) == (1024, "100000ba")
+    assert config.algorithms == {"gradient_clipping": {"clipping_type": "norm", "clipping_threshold": 1.0}}
+
+
+def test_jits_yaml_is_its_repositorys_recipe_but_for_the_patch_embedding():
+    """The README's example; its patch embedding has 16²·3·128 + 128·768 weights, and ours 16²·3·768."""
+    places = ("data.remote=s3://b/d", "data.local=/tmp/d", "trainer.save_folder=s3://b/r")
+    config = configure(*places, path=str(ROOT / "yamls" / "pixel_jit_b_16.yaml"))
+    transport, epoch = Transport(**transport_arguments(config)), 1281167 // 1024
+    with torch.device("meta"):
+        trained = sum(p.numel() for p in SiT(**network_arguments(config.model)).parameters() if p.requires_grad)
+    assert (trained - 768 * 768 + 768 * 128 + 128 * 768) // 1e6 == 131
+    assert (transport.prediction, transport.loss_weight, transport.t_eps) == ("x", "velocity", 0.05)
+    half = torch.tensor([0.5], dtype=torch.float64)  # their median time is the sigmoid of P_mean, from noise at 0
+    assert transport.times(half).item() == pytest.approx(1 / (1 + math.exp(0.8)))
+    assert (config.optimizer.lr, config.optimizer.betas, config.ema.decay) == (5e-5 * 1024 / 256, [0.9, 0.95], 0.9999)
+    assert config.scheduler == {"constant_with_warmup": {"t_warmup": f"{5 * epoch}ba"}}
+    assert int(config.trainer["max_duration"].removesuffix("ba")) == pytest.approx(600 * epoch, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -68,8 +68,8 @@ def test_images_of_a_size_that_the_encoder_would_change_are_refused(config, vae_
         open_inputs(config, "cpu")
 
 
-def test_an_encoder_standardizes_as_the_latents_of_the_other_section(config, vae_of_kind):
-    """eval_data holds latents whose statistics were measured; data holds images, which are encoded in each step."""
+def test_images_are_standardized_as_datas_latents_and_never_as_eval_datas(config, vae_of_kind):
+    """One section holds latents whose statistics were measured, the other images, which are encoded in each step."""
     config.autoencoder.name = name = vae_of_kind("dc")
     config.model.in_channels, config.model.input_size, config.data.image_size = 6, 4, 16
     of = {
@@ -79,14 +79,16 @@ def test_an_encoder_standardizes_as_the_latents_of_the_other_section(config, vae
         "std": [0.4] * 6,
         "statistics": "data",
     }
-    specs = read_specs(config)
-    latents = dataclasses.replace(specs["eval_data"], kind="latents", channels=6, image_size=16, autoencoder=of)
-    specs["eval_data"] = DataSpec.from_json(latents.to_json(), "spec.json")
-    autoencoder, encoder = open_autoencoder(config, specs, "cpu")
+    images = read_specs(config)["data"]
+    latents = dataclasses.replace(images, kind="latents", channels=6, image_size=16, autoencoder=of)
+    latents = DataSpec.from_json(latents.to_json(), "spec.json")
+    autoencoder, encoder = open_autoencoder(config, {"data": latents, "eval_data": images}, "cpu")
     assert autoencoder == encoder.spec == AutoencoderSpec(**of)
-    specs["eval_data"].autoencoder.pop("statistics")  # so that they would be the autoencoder's own
-    with pytest.raises(ConfigError, match=r"^autoencoder\.name: got .*scale=0\.41407.*expected that of the latents"):
-        open_autoencoder(config, specs, "cpu")
+    with pytest.raises(ConfigError, match=r"^eval_data\.local: got .*mean=.*expected .*scale=0\.41407.*are encoded"):
+        open_autoencoder(config, {"data": images, "eval_data": latents}, "cpu")
+    latents.autoencoder.pop("statistics")  # so that they would be the autoencoder's own
+    with pytest.raises(ConfigError, match=r"^data\.local: got .*mean=.*expected .*scale=0\.41407"):
+        open_autoencoder(config, {"data": latents, "eval_data": images}, "cpu")
 
 
 @pytest.mark.parametrize(

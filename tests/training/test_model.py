@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.nn.parallel import DistributedDataParallel
 
 from sit_composer import randomness
 from sit_composer.autoencoder import AutoencoderSpec, DiffusersAutoencoder, from_uint8, load_autoencoder, to_uint8
@@ -54,6 +55,17 @@ def test_training_depends_on_keys_and_weights_only():
     parts = [model({k: v[o] for k, v in data.items()}) for o in order.split(2)]
     torch.testing.assert_close(torch.cat(parts), whole[order], rtol=1e-5, atol=1e-6)
     assert not torch.allclose(model({**data, "key": data["key"] + 1}), whole)
+
+
+def test_ddp_sends_nothing_before_a_forward_pass(tmp_path):
+    """Not even the rotations, which are buffers, as in LightningDiT's state dict."""
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/ranks", rank=0, world_size=1)
+    try:
+        ddp = DistributedDataParallel(ComposerSiT(small_network(rotary=True), Transport(), SPEC))
+        assert "network.feat_rope.freqs_cos" in ddp.module.state_dict()
+        assert not ddp.will_sync_module_buffers()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_in_bfloat16_only_the_network_is():

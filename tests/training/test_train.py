@@ -509,6 +509,11 @@ def test_weights_without_an_option_of_the_blocks_are_refused_in_one_line(run, tm
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: trainer: ")
     assert "feat_rope.freqs_cos" in error
+    torch.save(load_checkpoint(str(tmp_path / "run")).weights, tmp_path / "SiT.pt")
+    released = f"trainer.load_path={tmp_path / 'SiT.pt'}"
+    assert run("trainer.max_duration=1ba", *others, released, folder="other") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"error: trainer.load_path: {tmp_path / 'SiT.pt'} is not a run's checkpoint; released ")
 
 
 def test_a_run_of_another_network_under_the_same_name_is_refused(run, tmp_path, capsys):
