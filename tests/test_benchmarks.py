@@ -208,7 +208,10 @@ def test_recipes_are_ranked_by_the_median_of_their_steps_and_compared_seed_by_se
     assert lines[3].startswith("| 1 | **fast**: title of fast `a=1` | 100 (100 – 150) | 0.67 (0.67 – 0.90) | 10 |")
     assert lines[3].endswith("| 16.7 (10.0 – 30.0), 200 steps | 3 | 1234567 | a |")
     assert "| never | never | never | 41.0, 200 steps |" in lines[4]
-    assert leaderboard.table([first], first, short=True)[2] == "| 0 | title of paper | 150 (150 – 167) | 1.00 | 15 |"
+    assert (
+        leaderboard.table([first], first, short=True)[2]
+        == "| 0 | **paper**: title of paper | 150 (150 – 167) | 1.00 | 15 |"
+    )
 
 
 def test_a_first_look_is_compared_with_its_row_at_the_same_step():

@@ -240,7 +240,7 @@ def table(rows: list[Row], first: Row, short: bool = False) -> list[str]:
         steps = row.steps
         shares = [found / first.steps[seed] for seed, found in steps.items() if seed in first.steps]
         middle = median(steps.values())
-        cells = [str(number), row.title if short else title(row)]
+        cells = [str(number), title(row, short)]
         cells += [spread(middle, list(steps.values()), ".0f"), spread(median(shares), shares, ".2f")]
         cells += ["" if row.seconds is None else spread(middle * row.seconds, [middle * row.seconds], ".0f")]
         if not short:
@@ -283,9 +283,9 @@ def origin(row: Row) -> list[str]:
     return [str(len(row.runs)), *map(", ".join, found)]
 
 
-def title(row: Row) -> str:
-    """Name, title and overrides."""
-    return f"**{row.name}**: {row.title} {' '.join(f'`{change}`' for change in row.changes)}"
+def title(row: Row, short: bool = False) -> str:
+    """Name and title, and unless short the overrides."""
+    return " ".join([f"**{row.name}**: {row.title}", *(f"`{change}`" for change in row.changes if not short)])
 
 
 def fill(path: Path, name: str, lines: list[str]) -> None:

@@ -1,7 +1,8 @@
 """The training losses to expect, for each YAML:   python tests/benchmarks/loss_curves.py --out DIR
 
 Trains a small sibling of each YAML on scikit-learn's digits for 300 steps: its transport, optimizer, schedule, average,
-label dropout and blocks, on a network of width 64 and depth 4, on pixels of one channel, batches of 64, in float32.
+label dropout and blocks, on a network of width 64 and depth 4, on pixels of one channel in patches of at most 2x2, in
+batches of 64, in float32, with at most 50 steps of warmup.
 Siblings that are alike are trained once. Each mean of ten steps is stored in docs/reference_losses.json; what is there
 isn't trained again, unless its YAML's recipe has changed. The table of docs/reference_losses.md and the plot are
 written anew from what is stored; `--render` does no more than that.
@@ -31,6 +32,7 @@ STORE, PAGE = ROOT / "docs" / "reference_losses.json", ROOT / "docs" / "referenc
 PLOT = ROOT / "docs" / "images" / "reference_losses.png"
 STEPS, EACH = 300, 10  # of training; of a mean
 DEPTH, SIDE, PATCH = 4, 8, 2
+WARMUP = 50  # steps, at the most
 SMALL = {
     "model.hidden_size": 64, "model.depth": DEPTH, "model.num_heads": 4, "model.input_size": SIDE,
     "model.in_channels": 1, "model.num_classes": 10, "autoencoder.name": "null",
@@ -68,6 +70,9 @@ def overrides(config: Config, steps: int = STEPS) -> list[str]:
     changes = {**SMALL, "trainer.max_duration": f"{steps}ba", "model.patch_size": min(network["patch_size"], PATCH)}
     if (start := config.model.class_tokens_start) > 0:
         changes["model.class_tokens_start"] = start * DEPTH // network["depth"]
+    for name, arguments in config.scheduler.items():
+        if int(arguments.get("t_warmup", "0ba").removesuffix("ba")) > WARMUP:
+            changes[f"scheduler.{name}.t_warmup"] = f"{WARMUP}ba"
     if transport.time_shift == "auto":  # of the YAML's dimensions, not of the digits'
         changes["transport.time_shift"] = dimension_shift(network["in_channels"] * network["input_size"] ** 2)
     return as_overrides(changes)
@@ -86,6 +91,7 @@ def recipe(path: Path) -> dict[str, Any]:
     """What decides a sibling's losses: every key of these sections that isn't as by default."""
     config = read(path, overrides(read(path)))
     found = {"model": network_arguments(config.model), "scheduler": config.scheduler}
+    found |= {"algorithms": config.algorithms} if config.algorithms else {}
     for name in ("transport", "optimizer", "ema"):
         section = getattr(config, name)
         fresh = type(section)() if section is not None else None
