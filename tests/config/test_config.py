@@ -85,8 +85,12 @@ def test_a_resumed_run_keeps_the_options_of_its_blocks(before, now):
     [
         ("{decay: 0.9}", "{decay: 0.5}", None),
         ("{decay: 0.9}", "{decays: [0.5]}", None),
-        ("{decay: 0.9}", "{power: [0.1]}", "ema: got power0.1, expected an average, the value of the run in"),
-        ("{decay: 0.9, power: [0.1]}", "{decay: 0.9}", "ema: got an average, expected 0.9, power0.1, the value"),
+        (
+            "{decay: 0.9}",
+            "{power: [0.1]}",
+            "ema: got power0.1, expected one exponential average, the value of the run in",
+        ),
+        ("{decay: 0.9, power: [0.1]}", "{decay: 0.9}", "ema: got one exponential average, expected 0.9, power0.1, the"),
         ("{decays: [0.9, 0.5]}", "{decays: [0.5, 0.9]}", "ema: got 0.5, 0.9, expected 0.9, 0.5, the value"),
         ("null", "{power: [0.1]}", "ema: got power0.1, expected None"),
     ],
@@ -216,7 +220,7 @@ def test_jits_yaml_is_its_repositorys_recipe_but_for_the_patch_embedding():
         ("alignment={block: 1}", "alignment.name: no value"),
         ("alignment={name: sra, block: 9}", "alignment.block: got 9, expected a whole number in [1, 4]"),
         ("alignment={name: sra, block: 2}", "alignment.teacher_block: got 20, expected a whole number in [1, 4]"),
-        ("alignment={name: repa, block: 1}", "alignment.teacher: got '', expected timm:NAME or transformers:NAME"),
+        ("alignment={name: repa, block: 1}", "alignment.teacher: no value, expected timm:NAME or transformers:NAME"),
         ("alignment={name: repa, block: 1, teacher: dinov2}", "alignment.teacher: got 'dinov2', expected timm:NAME"),
         ("alignment={name: repa, block: 9, teacher: timm:vit}", "alignment.block: got 9, expected a whole number in"),
         ("alignment={name: repa, block: 1, spatial_norm: 2}", "alignment.spatial_norm: got 2.0, expected a number in"),
