@@ -1,4 +1,4 @@
-"""Attention. On a CPU in bfloat16 it is matrix products and a softmax: torch's kernel takes twice their time there."""
+"""Attention. On a CPU in bfloat16 it is matrix products and a softmax, as torch's kernel is slower there."""
 
 import torch
 from torch import Tensor

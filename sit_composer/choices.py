@@ -156,6 +156,7 @@ OPTIMIZERS = ("adamw", "muon")
 PREDICTIONS = ("velocity", "noise", "score", "x")
 OVER_ALPHA = ("noise", "score")  # predictions whose velocity divides by α, which is 0 at the pole at the noise
 ALIGNMENTS = {"sra": 0.2, "repa": 0.5}  # and the weight of each, as published
+TRAINING_ONLY = "projector."  # the names of weights that averages and exports lack
 PROJECTORS = ("mlp", "conv")
 LOSS_WEIGHTS = (None, "velocity", "likelihood")
 TIME_SAMPLINGS = ("uniform", "logit-normal")

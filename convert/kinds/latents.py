@@ -187,7 +187,7 @@ class Latents:
 
 
 def overflow(row: dict[str, np.ndarray]) -> BadPicture | None:
-    """What is wrong with columns of which one is not finite as float16; None if all are."""
+    """The fault of moments or features that float16 can't hold; None if it holds all."""
     for name, values in row.items():
         if not np.isfinite(values).all():
             what, maker = ("latents", "autoencoder") if name.startswith("moments") else ("features", "teacher")

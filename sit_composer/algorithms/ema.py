@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sit_composer.averages import decay_at
+from sit_composer.choices import TRAINING_ONLY
 from sit_composer.config.schema import is_plain
 
 
@@ -78,7 +79,11 @@ class EMAWeights(Callback):
 
     def start(self, state: State) -> None:
         """Starts from the network's trained parameters as they are."""
-        named = [(name, p) for name, p in state.model.named_parameters() if p.requires_grad and _is_networks(name)]
+        named = [
+            (name, p)
+            for name, p in state.model.named_parameters()
+            if p.requires_grad and not name.startswith(TRAINING_ONLY)
+        ]
         self._state = state
         self._trained = [p for _, p in named]
         # Activation checkpointing inserts a module, which is no part of a parameter's name.
@@ -89,8 +94,8 @@ class EMAWeights(Callback):
     def _local(self) -> tuple[list[list[Tensor]], list[Tensor]]:
         """This rank's part of each average, and of the parameters."""
         # Not kept: FSDP2 moves uneven shards to other storage before its first forward pass.
-        averages = [[_shard(p) for p in params.values()] for params in self.averages.values()]
-        return averages, [_shard(p) for p in self._trained]
+        averages = [[local_part(p) for p in params.values()] for params in self.averages.values()]
+        return averages, [local_part(p) for p in self._trained]
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -164,9 +169,6 @@ def _load(params: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
         average.copy_(value)
 
 
-def _is_networks(name: str) -> bool:
-    return not name.startswith("projector.")  # which only training has, see `algorithms.alignment`
-
-
-def _shard(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

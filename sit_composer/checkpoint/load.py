@@ -30,14 +30,13 @@ from sit_composer.checkpoint.record import (
 )
 from sit_composer.checkpoint.released import from_authors, weights_in
 from sit_composer.checkpoint.safe_load import METADATA, CheckpointError, load_file
-from sit_composer.choices import check_weights
+from sit_composer.choices import TRAINING_ONLY, check_weights
 from sit_composer.cli import is_remote
 from sit_composer.data.spec import DataSpec
 from sit_composer.errors import first_line
 from sit_composer.storage import LocalFolder, S3Folder
 
 PREFIX = "network."  # of ComposerSiT's parameters
-TRAINING_ONLY = "projector."  # of those that the network has not
 FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # names of weights in one file
 
 

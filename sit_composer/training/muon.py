@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
+from sit_composer.algorithms.ema import local_part
 from sit_composer.sit import token_map
 
 STEPS = 5
@@ -74,8 +75,8 @@ class Muon(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         gradients, momenta = (
-            [_local(p.grad) for p in weights],
-            [_local(self.state[p]["momentum_buffer"]) for p in weights],
+            [local_part(p.grad) for p in weights],
+            [local_part(self.state[p]["momentum_buffer"]) for p in weights],
         )
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"])).to(self.dtype)
@@ -86,7 +87,7 @@ class Muon(torch.optim.Optimizer):
             return orthogonalize(whole.reshape(-1, rows, columns)).reshape(whole.shape)
 
         updates = share(orthogonalized, updates, weights[0]).to(weights[0].dtype)
-        local = [_local(p) for p in weights]
+        local = [local_part(p) for p in weights]
         if group["weight_decay"]:
             torch._foreach_mul_(local, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(local, updates.unbind(), alpha=-group["lr"] * RMS * math.sqrt(max(rows, columns)))
@@ -150,8 +151,3 @@ def _exchange(
     results = torch.empty_like(shards)
     distributed.all_to_all_single(results.view(-1), back, sent, received, group=group)
     return results
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
