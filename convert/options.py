@@ -10,7 +10,8 @@ from convert.engine.vae import check_vae
 from convert.kinds import MEASURE
 from convert.sources.class_names import read_class_names
 from convert.sources.registry import FORMATS, InputError
-from sit_composer.choices import COUNT, FROM_ZERO, Bounds, teacher_name
+from sit_composer.bounds import Bounds
+from sit_composer.choices import COUNT, FROM_ZERO, teacher_name
 from sit_composer.cli import make_parser, number, require
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -21,6 +21,7 @@ import os
 import sys
 
 from sit_composer import choices
+from sit_composer.bounds import choose
 from sit_composer.cli import check_checkpoint, hand_over, make_parser, number, refuse_idle, run_command
 from sit_composer.errors import UserError
 from sit_composer.outputs import check_output
@@ -47,7 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", metavar="FILE.json", help="write the result, and everything that it depends on")
     args = parser.parse_args(argv)
     choices.check_weights("--weights", args.weights)
-    choices.choose("--sampling-method", args.sampling_method, choices.ODE_METHODS)
+    choose("--sampling-method", args.sampling_method, choices.ODE_METHODS)
     adaptive = args.sampling_method in choices.ADAPTIVE_METHODS
     refuse_idle(
         parser,

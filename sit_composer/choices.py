@@ -3,54 +3,14 @@
 Torch is not imported, so that a command can refuse a wrong value at once.
 """
 
-import difflib
 import math
 import os
 import re
-from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from sit_composer.bounds import Bounds, choose
 from sit_composer.errors import UserError
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """The finite numbers that an option admits."""
-
-    least: float = -math.inf
-    most: float = math.inf
-    above: bool = False  # least itself is excluded
-    below: bool = False  # most itself is excluded
-    whole: bool = False
-    word: str | None = None  # that is admitted too
-
-    def admit(self, value: float | str) -> bool:
-        """Whether the value is within the bounds."""
-        if isinstance(value, str):
-            return value == self.word
-        if not math.isfinite(value) or (self.whole and value != int(value)):
-            return False
-        excluded = (self.above and value == self.least) or (self.below and value == self.most)
-        return self.least <= value <= self.most and not excluded
-
-    def check(self, name: str, value: float | str) -> None:
-        """Raises UserError, naming the option, its value and the bounds, unless the value is within them."""
-        if not self.admit(value):
-            raise UserError(f"{name}: got {value}, expected {self}")
-
-    def __str__(self) -> str:
-        return self._numbers() + (f", or {self.word}" if self.word else "")
-
-    def _numbers(self) -> str:
-        kind = "a whole number" if self.whole else "a number"
-        if not math.isfinite(self.least):
-            return kind
-        if not math.isfinite(self.most):
-            return f"{kind} above {self.least:g}" if self.above else f"{kind} of at least {self.least:g}"
-        left, right = "(" if self.above else "[", ")" if self.below else "]"
-        return f"{kind} in {left}{self.least:.10g}, {self.most:.10g}{right}"
-
 
 COUNT = Bounds(1, whole=True)
 FROM_ZERO = Bounds(0, whole=True)
@@ -65,20 +25,6 @@ T_EPS = Bounds(0, 0.5, above=True, below=True)
 SHIFT = Bounds(0, above=True, word="auto")
 TORCH_SEED = Bounds(0, 2**32 - 1, whole=True)
 TIME_POINTS = Bounds(2, whole=True)  # of a solver, both ends included
-
-
-def closest(name: object, known: Iterable[object]) -> str | None:
-    """The known name that a mistyped one is likely to mean, if any."""
-    names = {str(one).lower(): str(one) for one in known}
-    return next((names[one] for one in difflib.get_close_matches(str(name).lower(), names, n=1)), None)
-
-
-def choose(name: str, value: object, choices: Collection[object]) -> None:
-    """Raises UserError, naming the option, its value and what is expected, unless the value is one of the choices."""
-    if value not in tuple(choices):
-        meant = f"; did you mean {close}?" if (close := closest(value, choices)) else ""
-        raise UserError(f"{name}: got {value!r}, expected {', '.join(str(choice) for choice in choices)}{meant}")
-
 
 # Name: (hidden_size, depth, num_heads), from table 1 of DiT (arXiv 2212.09748).
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from sit_composer import lean
-from sit_composer.choices import Bounds
+from sit_composer.bounds import Bounds
 from sit_composer.errors import INTERRUPTED, USAGE, UserError
 
 CREDENTIALS = "credentials are read from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or from a profile"

@@ -21,7 +21,8 @@ import argparse
 import os
 import sys
 
-from sit_composer.choices import COUNT, METRICS, choose
+from sit_composer.bounds import choose
+from sit_composer.choices import COUNT, METRICS
 from sit_composer.cli import hand_over, is_remote, make_parser, number, run_command
 from sit_composer.errors import UserError
 from sit_composer.outputs import check_output

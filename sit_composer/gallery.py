@@ -21,10 +21,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from sit_composer.autoencoder import SLICE_SIZE, AutoencoderSpec, to_uint8
+from sit_composer.bounds import closest
 from sit_composer.captions import Cell, class_caption, draw_grid
 from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.record import Checkpoint, Record
-from sit_composer.choices import Sampling, closest, dimension_shift
+from sit_composer.choices import Sampling, dimension_shift
 from sit_composer.errors import UserError
 from sit_composer.generate import earlier_work, generate, mean_work
 from sit_composer.guidance import Guidance

@@ -10,7 +10,8 @@ import argparse
 import re
 import sys
 
-from sit_composer.choices import COUNT, Bounds
+from sit_composer.bounds import Bounds
+from sit_composer.choices import COUNT
 from sit_composer.cli import load, make_parser, number, run_command
 from sit_composer.config.checks import check
 from sit_composer.config.load import load_config

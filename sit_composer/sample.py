@@ -11,6 +11,7 @@ import argparse
 import sys
 
 from sit_composer import choices
+from sit_composer.bounds import choose
 from sit_composer.choices import Sampling
 from sit_composer.cli import check_checkpoint, hand_over, make_parser, number, refuse_idle, run_command
 from sit_composer.outputs import check_output
@@ -73,7 +74,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     ode = args.mode == "ODE"
     methods, method, steps = (choices.ODE_METHODS, "dopri5", 50) if ode else (choices.SDE_METHODS, "Euler", 250)
     args.sampling_method = args.sampling_method or method
-    choices.choose(f"--sampling-method of the {args.mode}", args.sampling_method, methods)
+    choose(f"--sampling-method of the {args.mode}", args.sampling_method, methods)
     adaptive = args.sampling_method in choices.ADAPTIVE_METHODS
     refuse_idle(
         parser,

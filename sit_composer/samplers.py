@@ -9,6 +9,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from sit_composer import choices
+from sit_composer.bounds import choose
 from sit_composer.errors import UserError, one_line
 from sit_composer.transport import Model, Transport, at_least_float32, shift_times
 
@@ -29,7 +30,7 @@ class Counted:
 
 def check_solver(sampling_method: str, num_steps: int, atol: float, rtol: float) -> None:
     """Raises UserError for an unknown ODE solver, or for options with which it can't run."""
-    choices.choose("sampling_method", sampling_method, choices.ODE_METHODS)
+    choose("sampling_method", sampling_method, choices.ODE_METHODS)
     choices.TIME_POINTS.check("num_steps", num_steps)
     choices.check_tolerances(atol, rtol)
 
@@ -180,8 +181,8 @@ def sample_sde(
         draw: returns each step's noise, of z's shape; None is torch.randn.
     """
     time_shift = tr.sampling_shift if time_shift is None else time_shift
-    choices.choose("sampling_method", sampling_method, choices.SDE_METHODS)
-    choices.choose("last_step", last_step, choices.LAST_STEPS)
+    choose("sampling_method", sampling_method, choices.SDE_METHODS)
+    choose("last_step", last_step, choices.LAST_STEPS)
     choices.TIME_POINTS.check("num_steps", num_steps)
     if last_step is not None:
         choices.INSIDE_UNIT.check("last_step_size", last_step_size)

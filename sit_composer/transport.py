@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sit_composer import choices
+from sit_composer.bounds import choose
 from sit_composer.errors import UserError
 from sit_composer.interpolant import expand, make_path
 
@@ -68,14 +69,14 @@ class Transport:
     dims: int | None = None
 
     def __post_init__(self) -> None:
-        choices.choose("path_type", self.path_type, choices.PATHS)
-        choices.choose("prediction", self.prediction, choices.PREDICTIONS)
-        choices.choose("loss_weight", self.loss_weight, choices.LOSS_WEIGHTS)
+        choose("path_type", self.path_type, choices.PATHS)
+        choose("prediction", self.prediction, choices.PREDICTIONS)
+        choose("loss_weight", self.loss_weight, choices.LOSS_WEIGHTS)
         choices.EPS.check("train_eps", self.train_eps or 0)
         choices.EPS.check("sample_eps", self.sample_eps or 0)
         choices.check_poles(self)
         choices.check_objective(self)
-        choices.choose("time_sampling", self.time_sampling, choices.TIME_SAMPLINGS)
+        choose("time_sampling", self.time_sampling, choices.TIME_SAMPLINGS)
         choices.FINITE.check("time_mean", self.time_mean)
         choices.POSITIVE.check("time_std", self.time_std)
         choices.SHIFT.check("time_shift", self.time_shift)
@@ -99,7 +100,7 @@ class Transport:
         diffusion has one at t = 0. An x network has none, due to t_eps. An SDE stops last_step_size before the data: a
         step of another kind follows.
         """
-        choices.choose("diffusion_form", diffusion_form, choices.DIFFUSION_FORMS)
+        choose("diffusion_form", diffusion_form, choices.DIFFUSION_FORMS)
         facts = self.path.facts
         eps = self.sample_eps if eval else self.train_eps
         if eps is None:
@@ -203,7 +204,7 @@ class Transport:
         ``sigma`` σ, ``linear`` 1 - t and ``increasing-decreasing`` sin² πt, each times norm, and ``decreasing``
         ¼(norm · cos πt + 1)².
         """
-        choices.choose("diffusion_form", form, choices.DIFFUSION_FORMS)
+        choose("diffusion_form", form, choices.DIFFUSION_FORMS)
         t = expand(t, x)
         if form == "constant":
             return torch.full_like(t, norm)

@@ -10,16 +10,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+from sit_composer.bounds import Bounds, choose
 from sit_composer.choices import (
     BLOCKS,
     FIXED_STEP_METHODS,
-    Bounds,
     check_blocks,
     check_objective,
     check_poles,
     check_shift,
     check_sizes,
-    choose,
     teacher_name,
 )
 from sit_composer.cli import s3_endpoint

@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from sit_composer import choices as c
+from sit_composer.bounds import Bounds, closest
 from sit_composer.errors import UserError
 
 
@@ -21,7 +22,7 @@ class ConfigError(UserError):
 
 
 def key(
-    doc: str, default: Any = MISSING, bounds: c.Bounds | None = None, choices: Collection[str | None] | None = None
+    doc: str, default: Any = MISSING, bounds: Bounds | None = None, choices: Collection[str | None] | None = None
 ) -> Any:
     """A config key: its meaning in one line, its default, and what its value, or each value of its list, must be."""
     metadata = {"doc": doc, "bounds": bounds, "choices": choices}
@@ -155,7 +156,7 @@ class SampleGridConfig(DrawingConfig):
 
 @dataclass
 class FrechetConfig(DrawingConfig):
-    num_images: int = key("images to generate, the same number per class", 5000, c.Bounds(2, whole=True))
+    num_images: int = key("images to generate, the same number per class", 5000, Bounds(2, whole=True))
     reference: str = key("statistics of real images: a file of evaluate --save-statistics, or ADM's npz")
     features: str = key("inception, or a TorchScript file, as for evaluate", "inception")
 
@@ -225,7 +226,7 @@ def transport_arguments(config: Config) -> dict[str, Any]:
 
 def suggest(name: str, known: dict[str, str]) -> str:
     """The end of a message about an unknown name, from {known name: how to write it}: the closest one, or all."""
-    close = c.closest(name, known)
+    close = closest(name, known)
     return f"did you mean {known[close]}?" if close else f"expected {', '.join(known.values()) or 'none'}"
 
 

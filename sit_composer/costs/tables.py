@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sit_composer.choices import LIGHTNING, VARIANTS, choose
+from sit_composer.bounds import choose
+from sit_composer.choices import LIGHTNING, VARIANTS
 from sit_composer.config.schema import Config, FSDPConfig, network_arguments
 from sit_composer.costs.estimate import GIB, RESERVE_TEXT, fits, memory, parameters, projector, steps
 from sit_composer.costs.flops import sample_flops

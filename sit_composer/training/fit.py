@@ -90,16 +90,8 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
     weights = ema.weights if ema is not None else None
     alignment = make_alignment(config, network, transport, weights, inputs)
     model = ComposerSiT(network, transport, inputs.autoencoder, inputs.encoder, config.precision, alignment)
-    record = Record(
-        model=network_arguments(config.model),
-        transport=transport_arguments(config),
-        autoencoder=inputs.autoencoder,
-        classes=list(inputs.specs["data"].classes),
-        ema_decay=float(names[0]) if names and std_of(names[0]) is None else None,
-        averages=None if is_plain(names) else names,
-    )
     # --- Trainer ---
-    callbacks = [RunRecord(record, supervision.save_config), *build("callbacks", config.callbacks)]
+    callbacks = [RunRecord(make_record(config, inputs), supervision.save_config), *build("callbacks", config.callbacks)]
     algorithms = build("algorithms", config.algorithms)
     if config.autoencoder.name is not None:
         callbacks.append(LatentCheck(config.data.remote or config.data.local))
@@ -143,6 +135,19 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
         for loader in inputs.loaders.values():
             loader.stop()  # Composer stops the training's only
         trainer.engine.close()  # trainer.close() would then wait for all ranks, and maybe only this one failed
+
+
+def make_record(config: Config, inputs: Inputs) -> Record:
+    """What the checkpoints say about the network."""
+    names = averages(config)
+    return Record(
+        model=network_arguments(config.model),
+        transport=transport_arguments(config),
+        autoencoder=inputs.autoencoder,
+        classes=list(inputs.specs["data"].classes),
+        ema_decay=float(names[0]) if names and std_of(names[0]) is None else None,
+        averages=None if is_plain(names) else names,
+    )
 
 
 def make_alignment(
