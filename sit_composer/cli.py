@@ -19,7 +19,9 @@ ENDPOINT = re.compile(r"https?://([a-z\d.-]+|\[[a-f\d:]+\])(:\d+)?(/\S*)?", re.I
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 Errors = tuple[type[Exception], ...]
 EXTRAS = {  # of pyproject.toml, by the package that shows whether one is installed
+    "gradio": "demo",
     "mlflow": "mlflow",
+    "obstore": "clouds",
     "ray": "ray",
     "tensorboard": "tensorboard",
     "timm": "alignment",

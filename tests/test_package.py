@@ -78,7 +78,7 @@ def test_ray_is_asked_for_before_the_conversion_begins(monkeypatch, tmp_path, ca
 
 def test_every_page_and_message_names_extras_that_exist():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"].keys()
-    assert set(EXTRAS.values()) == extras - {"bench", "dev"}
+    assert set(EXTRAS.values()) == extras - {"bench", "browser", "dev"}
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for command in re.findall(r"pip install[^`\n]*", page.read_text().replace('uv pip install -e ".[sit]"', "")):
             named = re.match(r"pip install (?:\.|-e '\.\[(\w+)\]'|torch==\S+ torchvision)(?= |$)", command)
