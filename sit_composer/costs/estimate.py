@@ -105,7 +105,8 @@ def memory(
     passes = peak(step, microbatch, accumulated) + (0 if fsdp is None else 4 * trained)  # the gradients' shards
     fused = fsdp is None and config.precision != "amp_fp16"  # AdamW on a GPU; else it makes temporaries
     temporaries = 8 * largest if not cuda else 0 if fused else 4 * trained
-    matrices, orthogonalization = _muon(config, network, ranks, shards) if config.optimizer.name == "muon" else (0, 0)
+    muon = config.optimizer.name == "muon"
+    matrices, orthogonalization = _muon(config, network, ranks, shards, cuda) if muon else (0, 0)
     temporaries = max(temporaries, orthogonalization)
     weights, working = encoder
     encoding = working + 4 * trained * (accumulated or fsdp is not None)
@@ -120,7 +121,7 @@ def memory(
     )
 
 
-def _muon(config: Config, network: tuple, ranks: int, shards: int) -> tuple[int, int]:
+def _muon(config: Config, network: tuple, ranks: int, shards: int, cuda: bool) -> tuple[int, int]:
     """The elements of a rank's matrices that Muon trains, and the most bytes that a step of one kind of them holds."""
     kinds = defaultdict(list)
     for name, shape, _ in parameters(network):
@@ -129,13 +130,13 @@ def _muon(config: Config, network: tuple, ranks: int, shards: int) -> tuple[int,
     for (_, maps), shapes in ((kind, shapes) for kind, shapes in kinds.items() if kind is not None):
         n, (rows, columns) = len(shapes), shapes[0]
         own = n * math.ceil(rows / shards) * columns
-        whole = (
-            math.ceil(n / (ranks if config.fsdp is None else shards)) * rows * columns
-        )  # this rank's part of the work
+        whole = math.ceil(n / (ranks if config.fsdp is None else shards)) * rows * columns  # its part of the work
         sides = sorted((rows // maps, columns))
         copies = 2 if ranks == 1 else 3 if config.fsdp is None else 4  # the iteration's, and those that ranks exchange
-        held = size * (own + copies * whole + 2 * whole * sides[0] // sides[1])
-        total, most = total + own, max(most, held, 8 * own)
+        held = own + copies * whole + 2 * whole * sides[0] // sides[1]
+        if ranks > 1 and config.fsdp is None:  # all ranks' results are gathered, by Gloo through a copy
+            held = max(held, own + whole + ranks * whole * (1 if cuda else 2))
+        total, most = total + own, max(most, size * held, 8 * own)
     return total, most
 
 

@@ -2,8 +2,9 @@
 
 from torch import nn
 
-from sit_composer.config.schema import AlignmentConfig
-from sit_composer.sit import SiT
+from sit_composer.choices import NEWTON_SCHULZ
+from sit_composer.config.schema import AlignmentConfig, OptimizerConfig
+from sit_composer.sit import SiT, token_map
 
 
 def sample_flops(network: SiT, alignment: AlignmentConfig | None = None, projector: nn.Module | None = None) -> int:
@@ -14,3 +15,17 @@ def sample_flops(network: SiT, alignment: AlignmentConfig | None = None, project
     maps = [layer for layer in projector.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     flops += 6 * network.num_patches * sum(layer.weight.numel() for layer in maps)
     return flops + (2 * network.forward_macs(alignment.teacher_block) if alignment.name == "sra" else 0)
+
+
+def optimizer_flops(network: SiT, optimizer: OptimizerConfig) -> int:
+    """FLOPs of the products in an optimizer's step, all ranks' together: those of Muon's orthogonalization.
+
+    An iteration takes 2 m² n + m³ multiply-accumulates for an m × n matrix with m ≤ n, as `training.muon` makes it.
+    """
+    macs = 0
+    for name, p in network.named_parameters() if optimizer.name == "muon" else ():
+        if (kind := token_map(name)) is not None:
+            maps = kind[1]
+            m, n = sorted((len(p) // maps, p.shape[1]))
+            macs += maps * NEWTON_SCHULZ * (2 * m * m * n + m**3)
+    return 2 * macs

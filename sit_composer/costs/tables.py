@@ -10,7 +10,7 @@ from sit_composer.bounds import choose
 from sit_composer.choices import LIGHTNING, VARIANTS
 from sit_composer.config.schema import Config, FSDPConfig, network_arguments
 from sit_composer.costs.estimate import GIB, RESERVE_TEXT, fits, memory, parameters, projector, steps
-from sit_composer.costs.flops import sample_flops
+from sit_composer.costs.flops import optimizer_flops, sample_flops
 from sit_composer.costs.gpus import GPUS
 from sit_composer.sit import SiT
 
@@ -100,6 +100,7 @@ def cost_table(config: Config, ranks: Sequence[int], mfu: float, samples: int | 
     with FakeTensorMode():
         network = SiT(**network_arguments(config.model))
     flops = sample_flops(network, config.alignment, projector(config)) * config.data.global_batch_size
+    flops += optimizer_flops(network, config.optimizer)
     count = steps(config, samples)
     text = f"{flops / 1e12:.4g} TFLOPs per step"
     if count is None:

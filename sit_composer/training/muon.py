@@ -25,9 +25,9 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
 from sit_composer.algorithms.ema import local_part
+from sit_composer.choices import NEWTON_SCHULZ
 from sit_composer.sit import token_map
 
-STEPS = 5
 QUINTIC = (3.4445, -4.7750, 2.0315)  # of the published iteration: singular values come near 1, to about 0.7 to 1.2
 RMS = 0.2  # of AdamW's usual step, per lr
 
@@ -102,7 +102,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     x = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
     norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)  # at least the largest s
     x = x / norm.clamp(min=1e-7).to(x.dtype)
-    for _ in range(STEPS):
+    for _ in range(NEWTON_SCHULZ):
         gram = torch.bmm(x, x.mT)  # A
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x if matrices.shape[1] <= matrices.shape[2] else x.mT

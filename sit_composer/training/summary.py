@@ -69,7 +69,9 @@ def summary(config: Config, specs: dict[str, DataSpec], checkpoint: str | None) 
         if cuda == torch.cuda.is_available():  # the run's device, and not that of another machine
             lines["memory"] += f", of {room() / estimate.GIB:.3g}"
     lines["time"] = "unknown: the length in batches is"
-    step = batch * sample_flops(config) / ranks / (EFFICIENCY * device_flops(config))  # seconds
+    step_flops = batch * sample_flops(config)
+    step_flops += flops.optimizer_flops(on_meta(**network_arguments(config.model)), config.optimizer)
+    step = step_flops / ranks / (EFFICIENCY * device_flops(config))  # seconds
     if total is not None:
         lines["time"] = f"about {duration((total - done) * step)} to train, if half of the device's speed is reached"
     lines["checkpoints"] = checkpoints_text(config, total, samples, step)

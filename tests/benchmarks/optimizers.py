@@ -17,8 +17,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))  # of the package `tests`, which is not installed
 
 from sit_composer.choices import VARIANTS
-from sit_composer.sit import SiT, build_sit, token_map
-from sit_composer.training.muon import STEPS, Muon
+from sit_composer.config.schema import OptimizerConfig
+from sit_composer.costs.flops import optimizer_flops, sample_flops
+from sit_composer.sit import SiT, build_sit
+from sit_composer.training.muon import Muon
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, taken in times.items():
         ratio = median(taken) / median(times["AdamW, fused"])
         print(f"| {name} | {median(taken):.0f} ({min(taken):.0f} – {max(taken):.0f}) | {ratio:.1f} |")
-    added, step = orthogonalization_macs(network), 3 * args.batch * network.forward_macs()
-    print(f"\nOrthogonalization: {2 * added / 1e9:.4g} GFLOPs, {added / step:.1%} of a step's at batch {args.batch}")
+    added, step = optimizer_flops(network, OptimizerConfig("muon")), args.batch * sample_flops(network)
+    print(f"\nOrthogonalization: {added / 1e9:.4g} GFLOPs, {added / step:.1%} of a step's at batch {args.batch}")
     return 0
 
 
@@ -62,16 +64,6 @@ def with_gradients(network: SiT) -> SiT:
     for p, q in zip(other.parameters(), network.parameters(), strict=True):
         p.grad = None if q.grad is None else q.grad.clone()
     return other
-
-
-def orthogonalization_macs(network: SiT) -> int:
-    """Multiply-accumulates of an optimizer's step on all matrices, each m × n with m ≤ n: 2 m² n + m³ per iteration."""
-    total = 0
-    for name, p in network.named_parameters():
-        if (kind := token_map(name)) is not None:
-            m, n = sorted((len(p) // kind[1], p.shape[1]))
-            total += kind[1] * STEPS * (2 * m * m * n + m**3)
-    return total
 
 
 if __name__ == "__main__":

@@ -137,6 +137,9 @@ def test_cost_is_six_flops_a_forward_mac():
     hours = 6 * macs * 256 * 6 / (0.5 * 312e12) / 3600
     row = next(r for r in tables.cost_table(config, [1, 4], 0.5, 1000).splitlines() if "A100 40GB" in r)
     assert [float(cell) for cell in row.split("|")[3:6]] == pytest.approx([hours, hours, hours / 4], rel=0.01)
+    config.optimizer.name = "muon"  # five iterations of 60 D³ FLOPs for the matrices of a block of width D
+    text = f"{(6 * macs * 256 + 12 * 5 * 60 * 384**3) / 1e12:.4g} TFLOPs per step"
+    assert text in tables.cost_table(config, [1], 0.5, 1000)
 
 
 @pytest.mark.parametrize("kind", ["flux2", "dc", "rae"])  # of images of 16x16
@@ -182,7 +185,11 @@ EMA = "ema={decay: 0.9}"
 # alive together, which shows in such small networks. FSDP2 is measured on one rank, and the lesser of two measurements
 # counts: between ranks, the lifetime of Gloo's buffers varies too much (up to 1.4 times the prediction).
 DDP, FSDP2 = (0.99, 1.01), (0.85, 1.15)
-CASES = [["data.global_batch_size=16", EMA, "model.hidden_size=384"], ["data.global_batch_size=16", EMA, "fsdp={}"]]
+CASES = [
+    ["data.global_batch_size=16", EMA, "model.hidden_size=384"],
+    ["data.global_batch_size=4", EMA, "model.hidden_size=384", "optimizer.name=muon"],  # whose step is the peak
+    ["data.global_batch_size=16", EMA, "fsdp={}"],
+]
 MORE = [
     "fsdp={activation_checkpointing: true}",
     "fsdp={reshard_after_forward: false}",
@@ -192,8 +199,9 @@ MORE = [
 
 @pytest.mark.slow
 def test_predicted_memory_is_that_of_real_training(digits_shards):
-    [(ddp, fsdp)] = measure("training", str(digits_shards), CASES)
+    [(ddp, muon, fsdp)] = measure("training", str(digits_shards), CASES)
     assert DDP[0] <= ddp <= DDP[1]
+    assert DDP[0] <= muon <= DDP[1]
     assert FSDP2[0] <= fsdp <= FSDP2[1]
 
 

@@ -9,9 +9,10 @@ import torch
 from torch.distributed.checkpoint import state_dict
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
+from sit_composer.choices import NEWTON_SCHULZ
 from sit_composer.sit import token_map
 from sit_composer.supervision.supervisor import guard_composer
-from sit_composer.training.muon import QUINTIC, STEPS, Muon, orthogonalize
+from sit_composer.training.muon import QUINTIC, Muon, orthogonalize
 from tests.helpers.networks import NEWER, small_network
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import COMPOSER
@@ -35,7 +36,7 @@ def test_singular_values_come_near_one_and_directions_stay(shape):
     s = s.clamp(min=0.05 * s[..., :1])  # within what the iteration is made for
     result = orthogonalize((u * s.unsqueeze(1) @ vh).float()).double()
     expected = s / s.norm(dim=1, keepdim=True)
-    for _ in range(STEPS):
+    for _ in range(NEWTON_SCHULZ):
         expected = sum(c * expected**power for c, power in zip(QUINTIC, (1, 3, 5), strict=True))
     assert ((expected > 0.67) & (expected < 1.21)).all()
     torch.testing.assert_close(result, u * expected.unsqueeze(1) @ vh, rtol=1e-5, atol=1e-5)
@@ -129,9 +130,10 @@ def test_its_state_goes_to_a_fresh_one_without_a_step(monkeypatch):
 
 
 @pytest.mark.slow
-def test_three_ranks_step_as_one_does():
-    """Replicated and sharded, with rows that three doesn't divide, and fewer matrices of a kind than ranks."""
-    command = [COMPOSER, "-n", "3", "-m", "tests.helpers.muon_ranks"]
+@pytest.mark.parametrize("ranks", [3, 4], ids=["replicated and sharded", "copies of shards"])
+def test_several_ranks_step_as_one_does(ranks):
+    """With rows that three doesn't divide, and fewer matrices of a kind than ranks."""
+    command = [COMPOSER, "-n", str(ranks), "-m", "tests.helpers.muon_ranks"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "replicated and sharded steps are those of one rank" in done.stdout
+    assert f"steps of {ranks} ranks are those of one" in done.stdout
