@@ -49,7 +49,8 @@ def check_ranks(failures: list[str], others: list[tuple[str, Finding]]) -> Findi
     for other, (host, _, texts) in enumerate(everywhere):
         if other != rank:
             others.extend((f"rank {other}, {host}", failed(text)) for text in texts)
-    text = f"{backend} between {world} ranks on {len({host for host, *_ in everywhere})} nodes:"
+    hosts = ", ".join(sorted({host for host, *_ in everywhere}))
+    text = f"{backend} between {world} ranks on {hosts}:"
     text += f" {latency * 1e6:.0f} µs for a number, {speed / 1e9:.3g} GB/s for {values.nbytes / 1e6:.0f} MB"
     odd = next((i for i, (_, theirs, _) in enumerate(everywhere) if theirs != everywhere[0][1]), None)
     if odd is not None:

@@ -36,6 +36,7 @@ def bounded(check: Callable[[], Finding], seconds: float, advice: str) -> Findin
     If a library holds Python's lock meanwhile, the process is ended (exit code 1), and shows where it was.
     """
     found: list[Finding] = []
+    done = threading.Event()  # and not Thread.join, which in Python 3.11 takes a thread for ended after a Ctrl-C
 
     def work() -> None:
         try:
@@ -43,14 +44,15 @@ def bounded(check: Callable[[], Finding], seconds: float, advice: str) -> Findin
         except Exception as error:  # of any kind: the remaining checks must still be made
             prefix = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             found.append(failed(f"{prefix}{one_line(error)}", advice))
+        finally:
+            done.set()
 
-    thread = threading.Thread(target=work, daemon=True)
     faulthandler.dump_traceback_later(seconds + LOCKED, exit=True, file=sys.__stderr__)
-    thread.start()
+    threading.Thread(target=work, daemon=True).start()
     try:
-        thread.join(seconds)
+        done.wait(seconds)
     except KeyboardInterrupt:
-        thread.join(STOPPING)
+        done.wait(STOPPING)
         raise
     finally:
         faulthandler.cancel_dump_traceback_later()
