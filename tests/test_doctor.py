@@ -114,8 +114,9 @@ def test_two_ranks_sum_and_tell_what_failed_on_the_other(tmp_path, broken):
     environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     if broken:
         (tmp_path / "sitecustomize.py").write_text(
-            "import os, torch\n"
+            "import os\n"
             "if os.environ.get('RANK') == '1':\n"
+            "    import torch\n"
             "    torch.Tensor.__matmul__ = lambda a, b: torch.matmul(a, b).roll(int(a.dtype == torch.float32))\n"
         )
         environment["PYTHONPATH"] = str(tmp_path)
