@@ -17,6 +17,7 @@ from sit_composer.errors import INTERRUPTED, USAGE, UserError
 CREDENTIALS = "credentials are read from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or from a profile"
 ENDPOINT = re.compile(r"https?://([a-z\d.-]+|\[[a-f\d:]+\])(:\d+)?(/\S*)?", re.IGNORECASE)
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+SECRETS = ("KEY", "SECRET", "TOKEN", "PASSWORD")  # in the names of environment variables
 Errors = tuple[type[Exception], ...]
 EXTRAS = {  # of pyproject.toml, by the package that shows whether one is installed
     "gradio": "demo",
@@ -106,6 +107,14 @@ def say(message: str) -> None:
     """Prints a line on rank 0."""
     if os.environ.get("RANK", "0") == "0":
         print(message, flush=True)
+
+
+def hide(text: str) -> str:
+    """The text without the values of secret environment variables."""
+    for name, value in os.environ.items():
+        if len(value) >= 4 and any(word in name.upper() for word in SECRETS):
+            text = text.replace(value, f"${name}")
+    return text
 
 
 def require(where: str, package: str) -> None:

@@ -10,12 +10,14 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 import yaml
+from packaging.specifiers import SpecifierSet
 
 from sit_composer.checkpoint.load import load_checkpoint
 from tests.helpers.paths import ROOT
@@ -242,6 +244,58 @@ def test_a_sigterm_reaches_each_rank_once_and_the_slow_one_is_waited_for(stand_i
     assert process.wait(600) == 143, process.stdout.read()
     assert [(folder / f"{rank}.told").read_text() for rank in (0, 1)] == ["1", "1"]
     assert not any(rank.is_running() for rank in ranks)
+
+
+# --- The image ---
+
+
+def instructions() -> list[tuple[str, str]]:
+    """Those of the Dockerfile: (name, arguments)."""
+    text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE).replace("\\\n", "")
+    return [(line.split()[0], line.split(maxsplit=1)[1]) for line in text.splitlines() if line.strip()]
+
+
+def test_the_image_has_what_it_copies_a_user_of_its_own_and_no_secret():
+    found = instructions()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    sources = [word for name, words in found if name == "COPY" for word in words.split()[:-1]]
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert set(sources) == kept  # of a context that leaves out all else
+    assert all((ROOT / source).exists() for source in sources)
+    assert sources.index("pyproject.toml") < sources.index("sit_composer")  # a change of code keeps the packages' layer
+    extras = re.search(r"'\.\[([\w,]+)\]'", " ".join(words for _, words in found))[1]
+    assert set(extras.split(",")) <= project["optional-dependencies"].keys()
+    python = re.fullmatch(r"python:(3\.\d+\.\d+)-slim-\w+", dict(found)["FROM"])[1]
+    assert python in SpecifierSet(project["requires-python"])
+    assert dict(found)["ENTRYPOINT"] == '["composer"]'
+    assert "composer" in project["scripts"]
+    assert [words for name, words in found if name in ("ENV", "ARG") and re.search("KEY|TOKEN|SECRET", words)] == []
+
+
+def test_kubernetes_runs_the_image_as_its_user():
+    job = list(yaml.safe_load_all((CLUSTERS / "kubernetes.yaml").read_text()))[-1]
+    user = int(dict(instructions())["USER"])
+    security = job["spec"]["template"]["spec"]["securityContext"]
+    assert security == {"runAsNonRoot": True, "runAsUser": user, "fsGroup": user}
+    assert user != 0
+
+
+@pytest.mark.parametrize("image", [None, "registry#sit"])
+def test_slurm_starts_the_image_where_one_is_given(tmp_path, image):
+    """With stand-ins for Slurm's commands: pyxis isn't here."""
+    for name, text in (("srun", 'printf "%s\\n" "$@"'), ("scontrol", "echo node0")):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_NNODES": 1, "SLURM_JOB_NODELIST": "node0", "SLURM_JOB_ID": 7, "HOME": tmp_path}
+    slurm |= {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | ({"IMAGE": image} if image else {})
+    command = ["bash", str(CLUSTERS / "slurm.sbatch"), "a.yaml", "run_name=x y"]
+    clean = {name: value for name, value in environment(**slurm).items() if name != "IMAGE" or image}
+    done = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=60)
+    words = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert words[-2:] == ["a.yaml", "run_name=x y"]
+    options = ["--container-image=registry#sit", "--container-workdir=/sit_composer", "--container-mounts=/tmp:/tmp"]
+    assert [word for word in words if word.startswith("--container")] == (options if image else [])
 
 
 # --- Two nodes ---

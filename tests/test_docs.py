@@ -38,6 +38,7 @@ MODULES = (
     *("sit_composer.sample", "sit_composer.evaluate", "sit_composer.bits_per_dim", "sit_composer.export"),
     *("sit_composer.features", "sit_composer.memory", "sit_composer.tiny_autoencoder", "tests.helpers.torture"),
     "sit_composer.posthoc_ema",
+    "sit_composer.doctor",
 )
 SCRIPTS = (
     *("convert/to_mds.py", "convert/verify_mds.py", "sit_composer/train.py"),
@@ -46,7 +47,15 @@ SCRIPTS = (
 COMMANDS = {f"python -m {module}": module for module in MODULES} | {  # how a command begins: its module
     f"python {path}": path.removesuffix(".py").replace("/", ".") for path in SCRIPTS
 }
-OTHERS = ("make", "pip", "huggingface-cli", "python -m pytest")  # whose arguments are not checked
+OTHERS = (
+    "docker",
+    "make",
+    "pip",
+    "huggingface-cli",
+    "python -m pytest",
+    "sbatch",
+    "srun",
+)  # whose arguments are not checked
 SECTIONS = {f.name for f in dataclasses.fields(Config)}
 NAMES = re.compile(r"(?:sit_composer|convert|yamls|tests|docs)/[\w/]+(?:\.\w+)?")  # of our files
 IN_TEXT = re.compile(r"`([^`\n]+)`")

@@ -168,6 +168,12 @@ def _encoder_memory(name: str, latent_side: int) -> tuple[int, int]:
     return weights, max(ledger.history)
 
 
+def checkpoint_bytes(config: Config) -> int:
+    """The size of a checkpoint, which holds the shards of all ranks."""
+    one = memory(replace(config, fsdp=None), 1, 1, cuda=False)
+    return one.weights + one.optimizer + one.ema
+
+
 def fits(config: Config, ranks: int, room: float, encoder: tuple[int, int] = (0, 0), cuda: bool = True) -> int:
     """The largest microbatch, with several per step, for a device of ``room`` GiB less the reserve; 0 if none fits."""
     available = (room * (1 - RESERVE[0]) - RESERVE[1]) * GIB

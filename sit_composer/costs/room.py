@@ -16,9 +16,14 @@ def room() -> int:
     """Bytes that a rank has here: its GPU's, or its share of the machine's, or of the container's."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return ram() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def ram() -> int:
+    """Bytes of memory that the machine has, or the container."""
     limit = CGROUP.read_text().strip() if CGROUP.is_file() else "max"
     total = psutil.virtual_memory().total
-    return min(total, int(limit) if limit.isdigit() else total) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(total, int(limit) if limit.isdigit() else total)
 
 
 def check_room(config: Config, encodes: bool, ranks: int, microbatch: int | str) -> str:

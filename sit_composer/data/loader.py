@@ -14,13 +14,13 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from sit_composer.data.ahead import ahead
 from sit_composer.data.cache import CheckedDataset
+from sit_composer.data.needs import AHEAD, PLACES
 from sit_composer.data.pictures import center_crop, decode_image
 from sit_composer.data.slots import Slots
 from sit_composer.data.spec import SPEC_NAME, DataSpec
 from sit_composer.data.stream import DataError
 from sit_composer.randomness import sample_keys
 
-AHEAD = 2  # batches that are read before they are asked for, in all or by each worker
 MOST_THREADS = 8  # that decode images in a process without workers
 # Images or moments, and features if they are asked for, by name; and label, index and key, int64 (3, N).
 Batch = tuple[dict[str, Tensor], np.ndarray]
@@ -214,9 +214,9 @@ class SitLoader(StreamingDataLoader):
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         self.num_samples_yielded = 0
-        if self.num_workers and self._iterator is None:  # each worker makes AHEAD batches; the reader may hold two
+        if self.num_workers and self._iterator is None:
             sizes = self.dataset.batch_bytes
-            self.dataset.slots = {name: Slots(self.num_workers, AHEAD + 2, size) for name, size in sizes.items()}
+            self.dataset.slots = {name: Slots(self.num_workers, PLACES, size) for name, size in sizes.items()}
         batches = DataLoader.__iter__(self)
         if self.num_workers == 0:
             batches = self._ahead = ahead(batches, AHEAD)

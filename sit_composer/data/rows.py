@@ -13,7 +13,7 @@ import numpy as np
 from streaming.base.format import Reader
 from streaming.base.format.mds.encodings import mds_decode
 
-MOST_OPEN = 256  # shards that a process maps at a time; each takes a file descriptor
+from sit_composer.data.needs import MOST_OPEN
 
 
 def row_layout(shard: Reader) -> np.dtype | None:

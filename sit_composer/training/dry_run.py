@@ -14,8 +14,9 @@ import torch
 
 from sit_composer.autoencoder import find_autoencoder
 from sit_composer.checkpoint.folder import checkpoints, newest
-from sit_composer.cli import is_remote
+from sit_composer.cli import hide, is_remote
 from sit_composer.config.composer_classes import build
+from sit_composer.config.ranks import microbatch, save_folder
 from sit_composer.config.same_run import CONFIG, check_same_config
 from sit_composer.config.schema import Config, ConfigError
 from sit_composer.costs import estimate, tables
@@ -27,10 +28,9 @@ from sit_composer.precision import for_gpu, resolve
 from sit_composer.storage import open_run_folder
 from sit_composer.training.compiling import find_backend
 from sit_composer.training.inputs import SECTIONS, check_specs, open_teacher, read_specs
-from sit_composer.training.summary import microbatch, save_folder, summary
+from sit_composer.training.summary import summary
 
 PROBE = ".sit_composer-dry-run-"
-SECRETS = ("KEY", "SECRET", "TOKEN", "PASSWORD")  # in the names of environment variables
 
 
 def run(config: Config) -> int:
@@ -81,14 +81,6 @@ def run(config: Config) -> int:
     text = [summary(config, specs, *found or [None]), "", *cost_tables(config, specs), "checks:", *lines]
     print(hide("\n".join(text)), flush=True)
     return USAGE if failed else 0
-
-
-def hide(text: str) -> str:
-    """The text without the values of secret environment variables."""
-    for name, value in os.environ.items():
-        if len(value) >= 4 and any(word in name.upper() for word in SECRETS):
-            text = text.replace(value, f"${name}")
-    return text
 
 
 def cost_tables(config: Config, specs: dict[str, DataSpec]) -> list[str]:

@@ -3,7 +3,6 @@
 import math
 import os
 import time
-from dataclasses import replace
 
 import torch
 
@@ -11,9 +10,9 @@ from sit_composer.callbacks.progress import duration
 from sit_composer.checkpoint.folder import CHECKPOINT
 from sit_composer.checkpoint.record import on_meta
 from sit_composer.choices import dimension_shift
+from sit_composer.config.ranks import microbatch, save_folder
 from sit_composer.config.schema import (
     Config,
-    ConfigError,
     averages,
     is_plain,
     network_arguments,
@@ -78,12 +77,6 @@ def summary(config: Config, specs: dict[str, DataSpec], checkpoint: str | None) 
     return "\n".join(f"{name + ':':<13}{line}" for name, line in lines.items())
 
 
-def microbatch(config: Config) -> int | str:
-    """The samples that a rank trains at a time, or auto."""
-    given = config.trainer.get("device_train_microbatch_size")
-    return given or config.data.global_batch_size // int(os.environ.get("WORLD_SIZE", 1))
-
-
 def sample_flops(config: Config) -> int:
     """FLOPs of a sample's training step."""
     return flops.sample_flops(on_meta(**network_arguments(config.model)), config.alignment, estimate.projector(config))
@@ -110,8 +103,7 @@ def checkpoints_text(config: Config, count: int | None, samples: int | None, ste
     """How many checkpoints there will be, how large, how often and where."""
     if not config.trainer.get("save_folder"):
         return "none: trainer.save_folder is not given"
-    one = estimate.memory(replace(config, fsdp=None), 1, 1, cuda=False)  # a checkpoint holds the shards of all ranks
-    size = (one.weights + one.optimizer + one.ema) / 1e9
+    size = estimate.checkpoint_bytes(config) / 1e9
     every = save_every(config, samples)
     text = f"{size:.3g} GB, every {config.trainer.get('save_interval', '1ep')}"
     if every:
@@ -131,15 +123,3 @@ def save_every(config: Config, samples: int | None) -> int | None:
         total = estimate.steps(config, samples)
         return None if total is None else math.ceil(float(interval.removesuffix("dur")) * total)
     return estimate.batches(interval, config.data.global_batch_size, samples)
-
-
-def save_folder(config: Config) -> str:
-    """trainer.save_folder, with the names that Composer puts into it. Composer itself would need a process group."""
-    folder = str(config.trainer["save_folder"])
-    names = {"run_name": config.run_name, "rank": 0, "local_rank": 0, "node_rank": 0}
-    names |= {name: os.environ.get(name.upper(), 1) for name in ("world_size", "local_world_size")}
-    try:
-        return folder.format(**names)
-    except (KeyError, IndexError, ValueError) as error:
-        expected = ", ".join(names)
-        raise ConfigError(f"trainer.save_folder: got {folder!r}, expected names of {expected}: {error}") from None

@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 ANSWERS = {
     kind: f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
     for kind, code, message in (
+        ("403", "AccessDenied", "Access Denied"),
         ("503", "SlowDown", "Please reduce your request rate."),
         ("501", "NotImplemented", "A header you provided implies functionality that is not implemented."),
     )
@@ -29,7 +30,7 @@ class Fault:
     """A fault in the next ``times`` requests whose "METHOD /bucket/key?query" matches the pattern.
 
     Args:
-        kind: "503"; "501": not implemented; "lost": done, but the connection ends before the answer; "cut": the
+        kind: "503"; "403": denied; "501": not implemented; "lost": done, but the connection ends before the answer; "cut": the
             connection ends after ``after`` bytes of the body, sent or received; "stall": no answer for ``seconds``,
             then the right one.
     """
