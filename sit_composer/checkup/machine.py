@@ -58,7 +58,7 @@ def packages(requirements: Iterable[str], path: list[str] | None = None) -> Find
     for requirement in needed:
         name, expected = requirement.name, requirement.specifier
         found = next(iter(distributions(name=name, path=sys.path if path is None else path)), None)
-        if False:
+        if found is None:
             missing.append(name)
         elif not expected.contains(found.version, prereleases=True):
             (newer if name in OVERRIDDEN else other).append(f"{name}: got {found.version}, expected {expected}")

@@ -30,9 +30,9 @@ class Fault:
     """A fault in the next ``times`` requests whose "METHOD /bucket/key?query" matches the pattern.
 
     Args:
-        kind: "503"; "403": denied; "501": not implemented; "lost": done, but the connection ends before the answer; "cut": the
-            connection ends after ``after`` bytes of the body, sent or received; "stall": no answer for ``seconds``,
-            then the right one.
+        kind: "503"; "403": denied; "501": not implemented; "lost": done, but the connection ends before the answer;
+            "cut": the connection ends after ``after`` bytes of the body, sent or received; "stall": no answer for
+            ``seconds``, then the right one.
     """
 
     kind: str
