@@ -3,7 +3,9 @@
 import argparse
 import shlex
 import threading
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from html import escape
 from typing import Any, NoReturn
@@ -13,7 +15,7 @@ import torch
 
 from sit_composer.autoencoder import Autoencoder
 from sit_composer.checkpoint.load import find_checkpoint, load_checkpoint
-from sit_composer.checkpoint.record import NoSuchWeights, Record
+from sit_composer.checkpoint.record import Checkpoint, NoSuchWeights
 from sit_composer.choices import ADAPTIVE_METHODS, ODE_METHODS, SDE_METHODS
 from sit_composer.cli import is_remote, say
 from sit_composer.errors import UserError, first_line
@@ -33,6 +35,7 @@ def run(args: argparse.Namespace) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # how torch refuses a name, or a device that isn't there
         raise UserError(f"--device: got {device}: {first_line(error)}") from None
+    warnings.filterwarnings("ignore", module="gradio")  # of what it should call otherwise in its own libraries
     page = Demo(args.checkpoints, device).page()
     try:
         _, address, _ = page.launch(
@@ -60,21 +63,23 @@ class Demo:
         self.places = {path: str(find_checkpoint(path)) for path in paths}  # a run's newest checkpoint stays the same
         self.load = lru_cache(maxsize=len(paths))(self._load)
         self.stopped: set[str | None] = set()  # sessions whose work is to end
+        self.guided = True  # whether all of them can be
         self.classes: list[str] = []
         self.weights: list[str] = []
         for path in paths:
             try:
-                record = self.load(path, "ema")[0]
+                record = self.load(path, "ema")[0].record
                 self.weights += ["ema", *(f"ema:{name}" for name in record.averages or [])]
             except NoSuchWeights:
-                record = self.load(path, "training")[0]
+                record = self.load(path, "training")[0].record
             self.classes = self.classes or record.classes
-            self.guided = record.has_null_class
+            self.guided &= record.has_null_class
         self.weights = list(dict.fromkeys([*self.weights, "training"]))
 
-    def _load(self, path: str, weights: str) -> tuple[Record, SiT, Autoencoder]:
-        checkpoint = load_checkpoint(self.places[path], weights)
-        return checkpoint.record, checkpoint.build_network(self.device), checkpoint.load_autoencoder(self.device)
+    def _load(self, path: str, weights: str) -> tuple[Checkpoint, SiT, Autoencoder]:
+        found = load_checkpoint(self.places[path], weights)
+        network, autoencoder = found.build_network(self.device), found.load_autoencoder(self.device)
+        return replace(found, weights={}), network, autoencoder
 
     def page(self) -> gr.Blocks:
         """The page's components, and what they do."""
@@ -82,21 +87,23 @@ class Demo:
         labels = [(n, n) if known.count(n) == 1 else (f"{n} ({i})", str(i)) for i, n in enumerate(known)]
         with gr.Blocks(title="sit_composer", analytics_enabled=False) as page, gr.Row():
             with gr.Column(scale=1, min_width=300):
-                chosen = gr.CheckboxGroup(paths, value=paths, label="checkpoints", visible=len(paths) > 1)
+                chosen = gr.CheckboxGroup(
+                    paths, value=paths, label="checkpoints", visible=len(paths) > 1, elem_classes="paths"
+                )
                 label = gr.Dropdown([("each in turn", ""), *labels], value="", label="class")
+                count = gr.Slider(1, 16, value=4, step=1, label="images")
                 with gr.Row():
-                    count = gr.Slider(1, 16, value=4, step=1, label="images")
-                    seed = gr.Number(0, label="seed", precision=0)
-                scale = gr.Number(1.5 if self.guided else 1, label="guidance scale (1 is none)")
+                    seed = gr.Number(0, label="seed", precision=0, min_width=80)
+                    scale = gr.Number(1.5 if self.guided else 1, label="guidance scale", min_width=80)
+                start = gr.Slider(0, 1, value=0, step=0.05, label="guide from (noise is at 0)")
+                end = gr.Slider(0, 1, value=1, step=0.05, label="guide until (data is at 1)")
                 with gr.Row():
-                    start = gr.Slider(0, 1, value=0, step=0.05, label="guide from (noise is at 0)")
-                    end = gr.Slider(0, 1, value=1, step=0.05, label="guide until (data is at 1)")
-                with gr.Row():
-                    solver = gr.Dropdown(SOLVERS, value="ODE heun", label="solver")
-                    steps = gr.Number(50, label="time points", precision=0)
+                    solver = gr.Dropdown(SOLVERS, value="ODE heun", label="solver", min_width=80)
+                    steps = gr.Number(50, label="time points", precision=0, min_width=80)
                 which = gr.Dropdown(self.weights, value=self.weights[0], label="weights")
                 with gr.Row():
-                    press, stop = gr.Button("Generate", variant="primary"), gr.Button("Stop")
+                    press = gr.Button("Generate", variant="primary", min_width=80)
+                    stop = gr.Button("Stop", min_width=80)
             with gr.Column(scale=3, min_width=300):
                 films = gr.HTML("<p>Press Generate.</p>", min_height=120)
             settings = [chosen, label, count, seed, scale, start, end, solver, steps, which]
@@ -134,13 +141,14 @@ class Demo:
         for i, path in enumerate(chosen):
             place = path if is_remote(path) else self.places[path]
             args = parse([place, "--out=DIR", *words], refuse)
-            parts = self.load(path, args.weights)
-            complete(args, parts[0])
-            labels = choose_labels(args, parts[0].classes)
-            images, frames = film(*parts, args.sampling, labels, lambda t, i=i: tell((i + t) / len(chosen)))
+            checkpoint, network, autoencoder = self.load(path, args.weights)
+            record = checkpoint.record
+            complete(args, record)
+            labels, part = choose_labels(args, record.classes), lambda t, i=i: tell((i + t) / len(chosen))
+            images, frames = film(record, network, autoencoder, args.sampling, labels, part)
             command = shlex.join(["python", "-m", "sit_composer.sample", place, "--out=DIR", *words])
-            captions = [parts[0].classes[label] for label in labels]
-            films.append(as_html(f"{path}, {args.weights}", command, captions, images, frames))
+            title = f"{path}, step {checkpoint.step}, {checkpoint.which}"
+            films.append(as_html(title, command, [record.classes[label] for label in labels], images, frames))
         return f'<div class="demo" style="--frame:5;--row:0">{CONTROLS}<div class="films">{"".join(films)}</div></div>'
 
 

@@ -20,14 +20,17 @@ from sit_composer.sit import SiT
 Frame = tuple[list[Image.Image], list[Image.Image]]  # the images' states, and what the network expects them to become
 TIMES = (0.0, 0.2, 0.4, 0.6, 0.8)  # of the frames; the images follow
 STYLE = """
+.paths label {max-width: 100%}
+.paths span {overflow-wrap: anywhere; white-space: normal}
 .demo label {display: inline-flex; gap: .5em; align-items: center; margin-right: 1.5em}
 .films {display: flex; flex-wrap: wrap; gap: 1.5rem; margin-top: 1rem}
 .films > div {flex: 1 1 16rem; min-width: 0}
-.films b, .films code {overflow-wrap: anywhere; user-select: all}
+.films b, .films code {overflow-wrap: anywhere}
+.films code {display: block; margin-top: .3rem; user-select: all}
 .films img, .view {width: 100%; image-rendering: var(--pixels)}
 .views {display: grid; grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); gap: 6px; margin: .5rem 0}
 .view {background: var(--film) calc(var(--frame) * 20%) calc(var(--row) * 100%) / 600% 200%; margin: 0}
-.view img {opacity: calc(var(--frame) - 4)}
+.view img {display: block; opacity: calc(var(--frame) - 4)}
 .error {color: var(--error-text-color); font-weight: 600}
 """
 CONTROLS = """<label>noise <input type="range" max="5" value="5" aria-label="time"
