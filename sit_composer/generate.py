@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +31,21 @@ def mean_work(work: Counter[str]) -> dict[str, float]:
 
 
 def generate(
-    guidance: Guidance, transport: Transport, labels: list[int], indices: list[int], sampling: Sampling
+    guidance: Guidance,
+    transport: Transport,
+    labels: list[int],
+    indices: list[int],
+    sampling: Sampling,
+    watch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor, dict[str, int]]:
     """Latents (N, C, H, W) for N labels, and the cost of each: ``evaluations`` of the field, ``passes`` of networks.
 
     The noise of image i comes from a generator seeded with (sampling.seed, i), so that an image does not depend on the
     others in its batch. (The steps of an adaptive solver do, within its tolerances.) Raises a UserError if the sampler
     gives up, or gives values that are not finite.
+
+    ``watch`` is called after each evaluation, in the solver's order, with the state (N, C, H, W), its time (N,) and the
+    guided prediction (N, C, H, W). It must not change them, and may raise to stop.
     """
     network = guidance.network
     device = next(network.parameters()).device
@@ -51,7 +60,7 @@ def generate(
 
     guidance.passes = 0
     with torch.no_grad():
-        model, y = Counted(guidance), guidance.embed(torch.tensor(labels, device=device))
+        model, y = Counted(guidance, watch), guidance.embed(torch.tensor(labels, device=device))
     common = {"sampling_method": sampling.sampling_method, "num_steps": sampling.num_steps, "y": y}
     common["time_shift"] = sampling.time_shift
     if sampling.mode == "ODE":

@@ -9,6 +9,8 @@ composer -n N -m sit_composer.sample CHECKPOINT --out DIR
 
 import argparse
 import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 from sit_composer import choices
 from sit_composer.bounds import choose
@@ -64,9 +66,14 @@ def make_options() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The options with their defaults; those that depend on the checkpoint are None if not given."""
+def parse(argv: list[str] | None, refuse: Callable[[str], NoReturn] | None = None) -> argparse.Namespace:
+    """The options with their defaults; those that depend on the checkpoint are None if not given.
+
+    A mistake exits, or goes to ``refuse``, which may raise it instead.
+    """
     parser = make_options()
+    if refuse:
+        parser.error = refuse  # type: ignore[method-assign, assignment]
     args = parser.parse_args(argv)
     choices.check_weights("--weights", args.weights)
     choices.check_weights("--guide-weights", args.guide_weights or "ema")

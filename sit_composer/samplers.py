@@ -17,15 +17,19 @@ Field = Callable[[Tensor, Tensor], Tensor]  # of x (N, …) and t (N,)
 
 
 class Counted:
-    """A model that counts its evaluations."""
+    """A model that counts its evaluations, and shows each, x (N, …), t (N,) and its output, to a watcher if any."""
 
-    def __init__(self, model: Model):
+    def __init__(self, model: Model, watch: Callable[[Tensor, Tensor, Tensor], None] | None = None):
         self.model = model
         self.evaluations = 0
+        self.watch = watch
 
     def __call__(self, x: Tensor, t: Tensor, **model_kwargs) -> Tensor:
         self.evaluations += 1
-        return self.model(x, t, **model_kwargs)
+        output = self.model(x, t, **model_kwargs)
+        if self.watch is not None:
+            self.watch(x, t, output)
+        return output
 
 
 def check_solver(sampling_method: str, num_steps: int, atol: float, rtol: float) -> None:
