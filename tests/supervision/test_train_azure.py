@@ -78,6 +78,7 @@ def test_a_run_that_is_killed_resumes_to_the_bit_and_keeps_a_second_one_out(run,
     data = [f"data.remote={SHARDS}", f"data.local={tmp_path / 'cache'}", "data.num_workers=2"]
     options = [*TINY, *data, *AZURE, "trainer.save_num_checkpoints_to_keep=2", "scheduler={constant: {}}"]
     options += ["trainer.progress_bar=false", "trainer.max_duration=4000ba"]
+    assert run("trainer.max_duration=2ba", *AZURE) == 0  # so that this process has imported all before the other runs
     command = [COMPOSER, "-n", "1", "sit_composer/train.py", QUICKSTART, *options]
     with open(tmp_path / "log", "wb") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
