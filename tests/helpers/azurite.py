@@ -1,6 +1,7 @@
 """A real Azure Blob Storage on loopback: Azurite, which npm installs."""
 
 import base64
+import ctypes
 import datetime
 import hashlib
 import hmac
@@ -52,6 +53,11 @@ def install() -> str:
     return str(command)
 
 
+def end_with_parent() -> None:
+    """Linux's PR_SET_PDEATHSIG: a killed test leaves no server behind."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
 class Azurite:
     """Azurite with one container, "box". Its data outlive `stop`."""
 
@@ -74,7 +80,9 @@ class Azurite:
         rest = ["--silent", "--skipApiVersionCheck"]
         with open(self.folder / "log", "ab") as log:
             command = [self.command, *places, *rest]
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, start_new_session=True, preexec_fn=end_with_parent
+            )
         deadline = time.monotonic() + 60
         while True:
             try:
