@@ -217,7 +217,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError) and error.errno is None:  # the answer to HEAD has no text
         return "no such object"
     cause = re.search(r'message: "([^"]+)"|(TimedOut|dns error)', details)
-    text = re.sub(r"https?://([^/\s?]*)\S*", r"\1", " ".join(text.split())).rstrip(". ")
+    text = re.sub(r"https?://([^/\s?]*)\S*", r"\1", " ".join(text.split())).rstrip(". :")
     text = re.sub(
         r"Generic \w+ error: |Error performing \w+ request: |, max_retries: \d+, retry_timeout: \S+", "", text
     )
