@@ -9,7 +9,7 @@ SOURCE is one of
   a Hugging Face data set: a folder that `save_to_disk` wrote, or a name on the Hub
   the word digits: the 1,797 small images that scikit-learn ships
 URI is a new folder, or s3://BUCKET/PREFIX (credentials as for boto3; S3_ENDPOINT_URL, or AWS_ENDPOINT_URL, for a store
-other than AWS).
+other than AWS), gs://BUCKET/PREFIX or az://CONTAINER/PREFIX (docs/data.md has their credentials).
 
 The images' own bytes are kept, and each image is decoded once to check it. With --image-size they are cropped and
 encoded again; with --latents an autoencoder's latents are stored instead. Labels are integers from 0, class names, or

@@ -2,8 +2,8 @@
 
     python convert/verify_mds.py URI [--grid FILE.png]
 
-URI is the output of `to_mds.py`: a folder or s3://BUCKET/PREFIX (S3_ENDPOINT_URL for a store other than AWS), whose
-shards are fetched one at a time. The command checks that the index and the spec are valid and safe; that every shard is
+URI is the output of `to_mds.py`: a folder, s3://BUCKET/PREFIX, or another store's URI, whose shards are
+fetched one at a time. The command checks that the index and the spec are valid and safe; that every shard is
 there with its size and its hash, and no other shard; that samples and classes are as many as the spec says, and as in
 the source, with --source; that every image decodes and has its size; and that latents are finite, with positive
 deviations, and have about the expected mean and deviation once standardized, for images and mirror images alike; and
@@ -23,6 +23,7 @@ if not __package__:  # run by its path, Python looks for modules in this folder 
 from convert.engine.vae import check_vae
 from sit_composer.choices import COUNT
 from sit_composer.cli import hand_over, is_remote, make_parser, number, run_command
+from sit_composer.clouds import check_store
 from sit_composer.errors import UserError
 
 
@@ -30,15 +31,13 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     parser = make_parser("verify_mds.py", __doc__)
     add = parser.add_argument
-    add("uri", metavar="URI", help="a folder, or s3://BUCKET/PREFIX")
+    add("uri", metavar="URI", help="a folder, or a URI such as s3://BUCKET/PREFIX")
     add("--sample", type=number(COUNT), metavar="N", help="check N samples only, evenly spaced (all; hashes: of all)")
     add("--source", action="store_true", help="also count the source's images per class, if it can still be read")
     add("--vae", metavar="NAME_OR_PATH", help="for latents: compare and decode with this autoencoder (the spec's)")
     add("--grid", type=Path, metavar="FILE.png", help="a new file: images, or decoded latents beside mirrored ones")
     args = parser.parse_args(argv)
     args.uri = args.uri.rstrip("/") or "/"
-    if is_remote(args.uri) and not args.uri.startswith("s3://"):
-        parser.error(f"{args.uri}: expected a folder or s3://BUCKET/PREFIX")
     if args.grid and args.grid.exists():
         parser.error(f"--grid: {args.grid} exists, expected a new file")
     if args.grid and not args.grid.absolute().parent.is_dir():
@@ -47,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    if is_remote(args.uri):
+        check_store(args.uri)
     if not is_remote(args.uri) and not Path(args.uri).is_dir():
         raise UserError(f"{args.uri}: no such folder")
     if args.vae:

@@ -1,5 +1,8 @@
 """The errors that a user sees as one line, without a traceback; and the commands' exit codes."""
 
+import errno
+import re
+
 USAGE = 2  # a mistake in a config, a command or the data
 INTERRUPTED = 130  # 128 + SIGINT
 EVICTED = 143  # 128 + SIGTERM: schedulers read it as "told to end", and start the job again
@@ -7,6 +10,21 @@ EVICTED = 143  # 128 + SIGTERM: schedulers read it as "told to end", and start t
 
 class UserError(ValueError):
     """A mistake in a config, a command or the data: where, what is wrong, what was expected, and what to do."""
+
+
+class StorageError(UserError):
+    """A folder or an object store can't be used: which, and why in the store's own words."""
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a full disk raised the error, also through torch's writers of checkpoints."""
+    for cause in (error, *(failure[0] for failure in getattr(error, "failures", {}).values())):  # torch's, of the ranks
+        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        # torch's archive writer raises this after a short write, without the reason.
+        if isinstance(cause, RuntimeError) and re.search(r"PytorchStreamWriter failed|unexpected pos \d+", str(cause)):
+            return True
+    return False
 
 
 def one_line(error: BaseException) -> str:

@@ -19,6 +19,7 @@ import sys
 
 from sit_composer.choices import check_weights
 from sit_composer.cli import check_checkpoint, hand_over, is_hub_name, make_parser, refuse_idle, run_command
+from sit_composer.outputs import check_local
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,6 +45,7 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
     """The options, of which the checkpoint is on disk, and the weights' name can be one."""
     if args.weights is not None:
         check_weights("--weights", args.weights)
+    check_local("--out", args.out)
     return check_checkpoint(args)
 
 

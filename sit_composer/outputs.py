@@ -4,6 +4,7 @@ import io
 import json
 import os
 import platform
+import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ def check_output(option: str, path: str | None, suffix: str, *names: str) -> Non
     """
     if path is None:
         return
+    check_local(option, path)
     file = Path(path)
     if not path.endswith(suffix) or not file.name or file.is_dir():
         raise UserError(f"{option}: got {path}, expected a file name{f' that ends in {suffix}' if suffix else ''}")
@@ -31,6 +33,12 @@ def check_output(option: str, path: str | None, suffix: str, *names: str) -> Non
         raise UserError(f"{option}: {path} can't be written in {above}")
     if file.exists() and not _holds(file, suffix, set(names)):
         raise UserError(f"{option}: {path} exists, and this command didn't write it; delete it, or choose another")
+
+
+def check_local(option: str, path: str) -> None:
+    """Raises UserError for a URI, which would become a folder of that name."""
+    if re.match(r"[a-z][a-z\d.-]+:/", path):  # with one /, as in a Path
+        raise UserError(f"{option}: got {path}, expected a path on disk; copy the result there afterwards")
 
 
 def _holds(file: Path, suffix: str, names: set[str]) -> bool:

@@ -16,7 +16,7 @@ from sit_composer import choices
 from sit_composer.bounds import choose
 from sit_composer.choices import Sampling
 from sit_composer.cli import check_checkpoint, hand_over, make_parser, number, refuse_idle, run_command
-from sit_composer.outputs import check_output
+from sit_composer.outputs import check_local, check_output
 
 # Without defaults on the command line, to notice an option that has no effect; `Sampling` has the defaults.
 SDE_ONLY = ("diffusion_form", "diffusion_norm", "last_step", "last_step_size")
@@ -77,6 +77,7 @@ def parse(argv: list[str] | None, refuse: Callable[[str], NoReturn] | None = Non
     args = parser.parse_args(argv)
     choices.check_weights("--weights", args.weights)
     choices.check_weights("--guide-weights", args.guide_weights or "ema")
+    check_local("--out", args.out)
     check_output("--npz", args.npz, "", "arr_0", "labels")
     ode = args.mode == "ODE"
     methods, method, steps = (choices.ODE_METHODS, "dopri5", 50) if ode else (choices.SDE_METHODS, "Euler", 250)

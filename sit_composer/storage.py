@@ -1,6 +1,5 @@
 """A folder of files, on a file system or in object storage: they are listed, read, written, replaced and deleted."""
 
-import errno
 import fcntl
 import os
 import random
@@ -17,27 +16,13 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, 
 from urllib3.exceptions import HTTPError
 
 from sit_composer.cli import CREDENTIALS, s3_endpoint
-from sit_composer.errors import UserError, one_line
+from sit_composer.clouds import CloudFolder, check_store
+from sit_composer.errors import StorageError, is_disk_full, one_line
 
 ATTEMPTS = 6  # of a request to a store
 CONNECT_TIMEOUT, READ_TIMEOUT = 10, 30  # seconds without a byte
 NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError)
 REFUSED = ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch")  # codes of S3
-
-
-class StorageError(UserError):
-    """A folder or an object store can't be used: which, and why in the store's own words."""
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether a full disk raised the error, also through torch's writers of checkpoints."""
-    for cause in (error, *(failure[0] for failure in getattr(error, "failures", {}).values())):  # torch's, of the ranks
-        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        # torch's archive writer raises this after a short write, without the reason.
-        if isinstance(cause, RuntimeError) and re.search(r"PytorchStreamWriter failed|unexpected pos \d+", str(cause)):
-            return True
-    return False
 
 
 class LocalFolder:
@@ -249,13 +234,16 @@ class S3Folder:
             raise StorageError(f"{self.uri}{'/' if name else ''}{name}: {reason}") from error
 
 
-RunFolder = LocalFolder | S3Folder
+RemoteFolder = S3Folder | CloudFolder
+RunFolder = LocalFolder | RemoteFolder
 
 
 def open_run_folder(uri: str) -> RunFolder:
-    """The folder of that path or s3:// URI."""
-    if uri.startswith("s3://"):
-        return S3Folder(uri)
-    if "://" in uri:
-        raise StorageError(f"{uri.split('://')[0]}://: an unknown object store, expected s3:// or a folder")
-    return LocalFolder(uri)
+    """The folder of that path or URI."""
+    return open_store(uri) if "://" in uri else LocalFolder(uri)
+
+
+def open_store(uri: str) -> RemoteFolder:
+    """The folder of that URI in an object store: s3://, gs://, az:// or abfs://."""
+    check_store(uri)
+    return S3Folder(uri) if uri.startswith("s3://") else CloudFolder(uri)

@@ -20,9 +20,10 @@ from typing import Any
 
 from convert.engine.plan import LATE, PLAN_NAME, Plan, changed_file, changes
 from sit_composer.cli import is_remote, s3_endpoint
+from sit_composer.clouds import EXPECTED
 from sit_composer.data.spec import INDEX_NAME, SPEC_NAME, DataSpec
 from sit_composer.errors import UserError
-from sit_composer.storage import LocalFolder, S3Folder, StorageError
+from sit_composer.storage import LocalFolder, RunFolder, StorageError, open_store
 
 AGAIN = "again-"  # prefix of the shards that replace earlier ones in an object store; then none, in turns
 PART = re.compile(r"part\.\d{5,}\.json")
@@ -46,16 +47,16 @@ class Output(AbstractContextManager["Output"]):
         self.begun = False  # its content is this conversion's, and not yet published
         self.place: Path  # a local folder, which is locked; shards are written below it
         self.path: Path | None = None  # of a folder; None for an object store
-        self.store: LocalFolder | S3Folder  # where a conversion is written
-        self.final: LocalFolder | S3Folder  # where a whole one lies
-        if out.startswith("s3://"):
-            self.store = self.final = S3Folder(out)
+        self.store: RunFolder  # where a conversion is written
+        self.final: RunFolder  # where a whole one lies
+        if out.startswith("dbfs:/"):
+            raise OutputError(f"{out}: an unknown object store, {EXPECTED}; copy a folder there")
+        if is_remote(out):
+            self.store = self.final = open_store(out)
             name = hashlib.sha256(f"{out.rstrip('/')} {s3_endpoint()}".encode()).hexdigest()[:16]
             # Named by the output, so that the next run finds and removes what a killed run left there.
             self.place = Path(tempfile.gettempdir(), f"to_mds-{os.getuid()}-{name}")
             return
-        if is_remote(out) or out.startswith("dbfs:/"):
-            raise OutputError(f"{out}: expected a folder or s3://BUCKET/PREFIX; for other stores, copy a folder there")
         self.path = Path(out).resolve()
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"{out}: is a file; choose another --out")
@@ -155,11 +156,11 @@ class Output(AbstractContextManager["Output"]):
 
     def put(self, file: Path) -> None:
         """Moves a file there, under its own name. It appears whole, or not at all."""
-        if isinstance(self.store, S3Folder):
+        if isinstance(self.store, LocalFolder):
+            os.replace(file, self.place / file.name)
+        else:
             self.store.upload(file, file.name)
             file.unlink()
-        else:
-            os.replace(file, self.place / file.name)
 
     def finish_part(self, record: dict[str, Any]) -> None:
         """Notes that a part's shards are all there."""
@@ -214,7 +215,7 @@ def _refuse_foreign(uri: str, files: Iterable[str]) -> None:
         raise OutputError(f"{uri}: holds files that this program did not write ({these}); choose another --out")
 
 
-def _delete(store: LocalFolder | S3Folder, names: Iterable[str], keep: set[str]) -> None:
+def _delete(store: RunFolder, names: Iterable[str], keep: set[str]) -> None:
     """Deletes a conversion's files except some; the plan last, as it tells whose they are."""
     ours = set(filter(OURS.fullmatch, names)) - keep
     store.delete(sorted(ours, key=lambda name: (name == PLAN_NAME, name)))
@@ -225,7 +226,7 @@ def _entries(folder: Path) -> dict[str, int]:
     return {entry.name: entry.lstat().st_size for entry in folder.iterdir()} if folder.is_dir() else {}
 
 
-def _read_json(store: LocalFolder | S3Folder, name: str) -> dict[str, Any]:
+def _read_json(store: RunFolder, name: str) -> dict[str, Any]:
     """The object in a file; empty if there is none that can be read."""
     with suppress(ValueError):
         if isinstance(content := json.loads(store.read(name) or "{}"), dict):

@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 from convert.kinds.checks import LatentCheck, PixelCheck
 from convert.sources.registry import InputError, plan_source, read_part
+from sit_composer.cli import is_remote
 from sit_composer.data.folders import in_words
 from sit_composer.data.spec import INDEX_NAME, SPEC_NAME, DataSpec
 from sit_composer.data.stream import DataError, load_spec, read_text, safe_shards, shard_fault, shard_files
 from sit_composer.errors import UserError, one_line
-from sit_composer.storage import S3Folder
+from sit_composer.storage import open_store
 
 SHARD = re.compile(r"(again-)?shard\.[\d.]+\.mds")
 FAULTS_SHOWN = 20
@@ -43,7 +44,7 @@ class Verification:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.uri, self.faults = args, args.uri, 0
-        self.store = S3Folder(args.uri) if args.uri.startswith("s3://") else None
+        self.store = open_store(args.uri) if is_remote(args.uri) else None
         self.files = set(self.store.listing() if self.store else os.listdir(args.uri))
         if self.store and not self.files:
             raise UserError(f"{self.uri}: no object below it")

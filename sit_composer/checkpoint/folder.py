@@ -1,8 +1,8 @@
 """The folder of a run's checkpoints, on a file system or in object storage: which are complete, and which is newest.
 
 Only a complete checkpoint is resumed from, never one that a kill left half written or half uploaded. A file is complete
-if its archive can be opened, whose table is written last (an object in S3 appears as a whole anyway). A sharded one is
-complete if its metadata, written last, exists, and every file that it names has at least the bytes that it names.
+if its archive can be opened, whose table is written last (an object in a store appears as a whole anyway). A sharded
+one is complete if its metadata, written last, exists, and every file that it names has at least the bytes it names.
 """
 
 import re
@@ -11,7 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from sit_composer.checkpoint.safe_load import METADATA, CheckpointError
-from sit_composer.storage import LocalFolder, RunFolder, S3Folder, StorageError
+from sit_composer.storage import LocalFolder, RemoteFolder, RunFolder, StorageError
 
 CHECKPOINT = re.compile(r"ep(\d+)-ba(\d+)(-rank0\.pt)?")  # a file, or a folder of shards
 SHARD = re.compile(r"\.metadata|__\d+_\d+\.distcp")  # other names are ignored: they could lead out of the folder
@@ -86,7 +86,7 @@ def _delete(folder: RunFolder, files: list[str]) -> None:
     folder.delete(sorted(files, key=lambda file: not file.endswith(METADATA)))
 
 
-def fetch_checkpoint(folder: S3Folder, name: str, place: Path) -> None:
+def fetch_checkpoint(folder: RemoteFolder, name: str, place: Path) -> None:
     """Downloads a checkpoint, a file or a folder, into the folder ``place``; raises StorageError if incomplete."""
     sizes = folder.listing()
     files = checkpoints(folder, sizes).get(name, [])

@@ -34,7 +34,7 @@ from sit_composer.choices import TRAINING_ONLY, check_weights
 from sit_composer.cli import is_remote
 from sit_composer.data.spec import DataSpec
 from sit_composer.errors import first_line
-from sit_composer.storage import LocalFolder, S3Folder
+from sit_composer.storage import LocalFolder, RunFolder, open_store
 
 PREFIX = "network."  # of ComposerSiT's parameters
 FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # names of weights in one file
@@ -45,8 +45,8 @@ def load_checkpoint(path: str, weights: str = "ema", latents: DataSpec | None = 
 
     The path is of a run's folder (its newest checkpoint) or one checkpoint, a file or a folder of shards; the authors'
     ``.pt``, or another file of such weights, of the authors' latents unless others are given; an exported folder; each
-    on disk or in S3. Raises NoSuchWeights if it has only others; CheckpointError if it is no checkpoint, is damaged, or
-    holds values that aren't finite.
+    on disk or in an object store. Raises NoSuchWeights if it has only others; CheckpointError if it is no checkpoint,
+    is damaged, or holds values that aren't finite.
     """
     check_weights("weights", weights)
     place = find_checkpoint(path)
@@ -75,10 +75,10 @@ def load_checkpoint(path: str, weights: str = "ema", latents: DataSpec | None = 
 def find_checkpoint(path: str) -> Path:
     """What is read for a path: a file, a sharded checkpoint's folder, an exported folder, or a run's newest complete
     checkpoint. From object storage it is copied to a temporary folder. Raises CheckpointError."""
-    if path.startswith("s3://"):
-        return _download(path)
+    if path.startswith("hf://"):
+        return _from_hub(path)
     if is_remote(path):
-        raise CheckpointError(f"{path}: checkpoints are read from local paths and s3://; download it first")
+        return _download(path)
     place = Path(path)
     if not place.exists():
         raise CheckpointError(f"{path}: no checkpoint here")
@@ -90,29 +90,29 @@ def find_checkpoint(path: str) -> Path:
     return place
 
 
-def _newest(folder: LocalFolder | S3Folder) -> str:
+def _newest(folder: RunFolder) -> str:
     if name := newest(folder):
         return name
     raise CheckpointError(f"{folder.uri}: no complete checkpoint here")
 
 
 def _download(uri: str) -> Path:
-    """Downloads a run's newest checkpoint, one of its checkpoints, an exported folder or a file of weights from S3."""
+    """Downloads a run's newest checkpoint, one of its checkpoints, an exported folder or a file of weights."""
     parent, _, last = uri.rstrip("/").rpartition("/")
     place = Path(tempfile.mkdtemp(prefix="sit_composer-checkpoint-"))
     atexit.register(shutil.rmtree, place, ignore_errors=True)
     if last.endswith(FILES) and not CHECKPOINT.fullmatch(last):
-        S3Folder(parent).download(last, place / last)
+        open_store(parent).download(last, place / last)
         return place / last
     if not CHECKPOINT.fullmatch(last):
-        folder = S3Folder(uri)
+        folder = open_store(uri)
         exported = [name for name in folder.listing() if name == CONFIG or EXPORTED_FILE.fullmatch(name)]
         if CONFIG in exported:
             for name in exported:
                 folder.download(name, place / name)
             return place
         parent, last = uri, _newest(folder)
-    fetch_checkpoint(S3Folder(parent), last, place)
+    fetch_checkpoint(open_store(parent), last, place)
     return place / last
 
 
@@ -120,13 +120,27 @@ def fetch(folder_or_hub_id: str) -> str:
     """The path itself if something is there, else the folder of the Hub's model of that name; or CheckpointError."""
     if Path(folder_or_hub_id).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", folder_or_hub_id):
         return folder_or_hub_id
-    from huggingface_hub import snapshot_download  # only a Hub's name needs it
-
     try:
-        return snapshot_download(folder_or_hub_id, allow_patterns=[CONFIG, "model.safetensors", "ema*.safetensors"])
-    except Exception as error:  # huggingface_hub's, its HTTP client's or the system's
-        reason = f"no such folder, and not from the Hub either: {first_line(error)}"
+        return str(_from_hub(f"hf://{folder_or_hub_id}"))
+    except CheckpointError as error:
+        reason = f"no such folder, and not from the Hub either: {first_line(error.__cause__ or error)}"
         raise CheckpointError(f"{folder_or_hub_id}: {reason}") from error
+
+
+def _from_hub(uri: str) -> Path:
+    """The local copy of hf://OWNER/NAME, an exported folder, or of hf://OWNER/NAME/FILE, weights or a checkpoint."""
+    import huggingface_hub  # only a Hub's name needs it
+
+    owner, model, file = (*uri.removeprefix("hf://").strip("/").split("/", 2), "", "")[:3]
+    if not owner or not model:
+        raise CheckpointError(f"{uri}: expected hf://OWNER/NAME, or hf://OWNER/NAME/FILE")
+    try:
+        if file:
+            return Path(huggingface_hub.hf_hub_download(f"{owner}/{model}", file))
+        files = [CONFIG, "model.safetensors", "ema*.safetensors"]
+        return Path(huggingface_hub.snapshot_download(f"{owner}/{model}", allow_patterns=files))
+    except Exception as error:  # huggingface_hub's, its HTTP client's or the system's
+        raise CheckpointError(f"{uri}: can't be read from the Hub: {first_line(error)}") from error
 
 
 def _from_run(file: Path, content: dict[str, Any] | None, which: str) -> Checkpoint:

@@ -20,8 +20,9 @@ from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.record import EXPORTED, Checkpoint, digest, on_meta
 from sit_composer.checkpoint.safe_load import CheckpointError
 from sit_composer.choices import POWER
+from sit_composer.cli import is_remote
 from sit_composer.errors import UserError
-from sit_composer.storage import S3Folder, open_run_folder
+from sit_composer.storage import open_run_folder, open_store
 
 
 def run(args: argparse.Namespace) -> None:
@@ -96,12 +97,12 @@ def snapshots(place: str) -> Iterator[str]:
 @contextmanager
 def fetched(path: str) -> Iterator[str]:
     """Within it, the local path of a checkpoint; a copy from an object store is deleted afterwards."""
-    if not path.startswith("s3://"):
+    if not is_remote(path):
         yield path
         return
     parent, _, name = path.rstrip("/").rpartition("/")
     with tempfile.TemporaryDirectory(prefix="sit_composer-checkpoint-", ignore_cleanup_errors=True) as place:
-        fetch_checkpoint(S3Folder(parent), name, Path(place))
+        fetch_checkpoint(open_store(parent), name, Path(place))
         yield f"{place}/{name}"
 
 

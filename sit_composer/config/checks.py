@@ -21,7 +21,8 @@ from sit_composer.choices import (
     check_sizes,
     teacher_name,
 )
-from sit_composer.cli import s3_endpoint
+from sit_composer.cli import is_remote, s3_endpoint
+from sit_composer.clouds import check_store
 from sit_composer.config import composer_classes
 from sit_composer.config.schema import (
     AlignmentConfig,
@@ -34,6 +35,7 @@ from sit_composer.config.schema import (
     network_arguments,
 )
 from sit_composer.config.times import ANY, check_time, parse_time
+from sit_composer.errors import UserError
 
 # Trainer arguments that have a key of their own, or that a YAML can't hold.
 TRAINER_KEYS_ELSEWHERE = {
@@ -201,6 +203,11 @@ def check_trainer(config: Config) -> None:
     choose("trainer.console_stream", trainer.get("console_stream", "stderr"), ("stdout", "stderr"))
     if trainer.get("autoresume") and not trainer.get("save_folder"):
         raise ConfigError("trainer.save_folder: no value; autoresume needs one to resume from")
+    if is_remote(folder := str(trainer.get("save_folder"))):
+        try:
+            check_store(folder)
+        except UserError as error:
+            raise ConfigError(f"trainer.save_folder: {error}") from None
     if trainer.get("save_weights_only"):
         raise ConfigError("trainer.save_weights_only: got True, expected false: the EMA and record would be missing")
     if config.compile.lower() != "false" and trainer.get("compile_config") is not None:

@@ -13,11 +13,11 @@ from filelock import FileLock
 from streaming import Stream
 from streaming.base.format import Reader, reader_from_json
 from streaming.base.hashing import get_hash, is_hash
-from streaming.base.storage import CloudDownloader
 from streaming.base.util import retry as retrying
 from urllib3.exceptions import HTTPError
 
 from sit_composer.cli import s3_endpoint
+from sit_composer.data.azure_files import CloudDownloader
 from sit_composer.data.spec import INDEX_NAME, SPEC_NAME, DataSpec
 from sit_composer.errors import UserError
 from sit_composer.storage import NO_CREDENTIALS, S3Folder, StorageError, is_disk_full
@@ -73,6 +73,8 @@ def read_text(remote: str | None, local: str, name: str, timeout: float = 60, at
     except Exception as error:
         if remote is not None and is_disk_full(error):
             raise DataError(f"{tempfile.gettempdir()}: no space left on the disk for {uri}") from error
+        if isinstance(error, StorageError):  # Azure's
+            raise DataError(str(error)) from error
         cause = f"{type(error).__name__}: {error}"
         if in_s3 and (isinstance(error, NO_CREDENTIALS) or not is_outage(error)):
             try:  # the client asks by HEAD, and the answer to that gives no reason

@@ -31,7 +31,7 @@ from sit_composer.checkpoint.sharded import SafePlanner, SafeReader
 from sit_composer.cli import say
 from sit_composer.config.same_run import CONFIG, check_same_config
 from sit_composer.config.schema import Config, ConfigError
-from sit_composer.storage import RunFolder, S3Folder, StorageError, open_run_folder
+from sit_composer.storage import LocalFolder, RunFolder, StorageError, open_run_folder
 from sit_composer.supervision.eviction import Eviction
 from sit_composer.supervision.lease import Lease
 from sit_composer.supervision.uploads import Uploads
@@ -66,7 +66,7 @@ class Supervision:
         name = _from_rank_0(self._find)
         # Composer counts anew at each start, and deletes the newest too. Pruning is done here.
         arguments: dict[str, Any] = {"save_num_checkpoints_to_keep": -1}
-        if isinstance(self.folder, S3Folder):
+        if not isinstance(self.folder, LocalFolder):
             arguments["save_folder"] = self._stage()
             self.uploads = Uploads(self.folder, self.lease, self.keep, self.config.supervision.patience)
             self.eviction.check = self.uploads.check
@@ -124,7 +124,7 @@ class Supervision:
             kind = "a sharded" if sharded else "an unsharded"
             keys = "fsdp.state_dict_type=sharded" if sharded else "fsdp=null or fsdp.state_dict_type=full"
             raise ConfigError(f"fsdp: {self.uri}/{name} is {kind} checkpoint, expected {keys}")
-        if not isinstance(self.folder, S3Folder):
+        if isinstance(self.folder, LocalFolder):
             path = Path(self.uri, name)
             if not path.exists():
                 raise ConfigError(f"trainer.save_folder: node {dist.get_node_rank()} doesn't see {path}")

@@ -13,7 +13,7 @@ from composer.utils import dist
 from sit_composer.checkpoint.folder import prune
 from sit_composer.checkpoint.safe_load import METADATA
 from sit_composer.checkpoint.sharded import load_metadata, sharded_files
-from sit_composer.storage import S3Folder, StorageError
+from sit_composer.storage import RemoteFolder, StorageError, open_store
 from sit_composer.supervision.lease import Lease
 
 
@@ -25,8 +25,8 @@ class Uploads:
     complete checkpoints stay (-1: all), and a failing upload is retried for ``patience`` seconds.
     """
 
-    def __init__(self, folder: S3Folder, lease: Lease, keep: int, patience: float):
-        self.folder = S3Folder(folder.uri)  # with its own client: the lease writes with the other
+    def __init__(self, folder: RemoteFolder, lease: Lease, keep: int, patience: float):
+        self.folder = open_store(folder.uri)  # with its own client: the lease writes with the other
         self.folder.before_writing(lease.check)
         self.lease = lease
         self.keep = keep

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from sit_composer.autoencoder import AutoencoderSpec
 from sit_composer.checkpoint.load import CheckpointError, fetch, load_checkpoint
 from sit_composer.checkpoint.record import FORMAT, NoSuchWeights, Record
+from sit_composer.errors import StorageError
 from sit_composer.sit import SiT, build_sit
 
 TINY = {"input_size": 8, "hidden_size": 64, "depth": 2, "num_heads": 4, "num_classes": 10}
@@ -397,8 +398,8 @@ def test_values_that_are_not_finite_are_named_in_an_exported_folder_too(exported
 
 
 def test_what_is_elsewhere_or_incomplete_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="gs://bucket/run: checkpoints are read from local paths and s3://"):
-        load_checkpoint("gs://bucket/run")
+    with pytest.raises(StorageError, match="ftp://: an unknown object store, expected s3://, gs://, az://"):
+        load_checkpoint("ftp://server/run")
     (tmp_path / "ep0-ba2").mkdir()
     (tmp_path / "ep0-ba2" / ".metadata").write_bytes(b"")
     (tmp_path / "latest-rank0.pt").symlink_to("ep0-ba2")

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from convert import verify_mds
-from convert.engine import output
+from sit_composer import storage
 from tests.helpers.shards import read
 from tests.helpers.sources import write_folder, write_parquet
 
@@ -333,7 +333,7 @@ def test_output_that_cannot_be(tmp_path, convert, pictures):
         (tmp_path / "file" / "out", "cannot be made"),
         (pictures / "shards", "is inside the source"),
         ("/proc", "mount point"),
-        ("gs://bucket/x", "expected a folder or s3://"),
+        ("ftp://server/x", "ftp://: an unknown object store, expected s3://"),
     ]
     for out, message in cases:
         code, _, stderr = convert(pictures, "--out", out)
@@ -599,7 +599,7 @@ def test_s3(tmp_path, convert, jpegs, pictures, s3, small_shards, temporary, mon
         assert all(name.startswith(prefix + ".") for name in names)
 
     # Interrupted between the old index and the new one, there is none, and the same command goes on.
-    write = output.S3Folder.write
+    write = storage.S3Folder.write
 
     def interrupted(store, name, content):
         if name == "index.json":
@@ -608,7 +608,7 @@ def test_s3(tmp_path, convert, jpegs, pictures, s3, small_shards, temporary, mon
         write(store, name, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(output.S3Folder, "write", interrupted)
+        patch.setattr(storage.S3Folder, "write", interrupted)
         assert convert(pictures, "--out", "s3://sit/a/b", "--overwrite")[0] == 130
     assert "index.json" not in s3.contents("a/b")
     code, _, stderr = convert(pictures, "--out", "s3://sit/a/b")

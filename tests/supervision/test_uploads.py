@@ -1,7 +1,8 @@
 import pytest
 
 from sit_composer.checkpoint.folder import newest
-from sit_composer.storage import S3Folder, StorageError
+from sit_composer.clouds import CloudFolder
+from sit_composer.storage import S3Folder, StorageError, open_store
 from sit_composer.supervision.lease import NAME, Lease
 from sit_composer.supervision.uploads import Uploads
 from tests.helpers.checkpoints import sharded_checkpoint
@@ -53,3 +54,26 @@ def test_a_rank_that_is_ahead_waits_until_the_checkpoint_before_is_complete(s3, 
     assert "ep0-ba8/__1_0.distcp" in folder.listing()
     uploads.end()
     lease.release()
+
+
+@pytest.mark.parametrize("size", [1000, 9_200_000])
+def test_an_upload_by_obstore_that_began_before_a_takeover_does_not_appear_after_it(tmp_path, monkeypatch, size):
+    obstore = pytest.importorskip("obstore", reason="the extra clouds is not installed")
+    memory = obstore.store.MemoryStore()
+    monkeypatch.setattr(CloudFolder, "_connect", lambda folder, patience: memory)
+    folder = open_store("az://box/run")
+    lease = Lease(folder, 60)
+    lease.acquire()
+    uploads = Uploads(folder, lease, keep=-1, patience=1)
+    (tmp_path / "file").write_bytes(b"x" * size)
+    real = obstore.open_writer
+
+    def taken_over(*arguments, **options):
+        folder.write(NAME, b'{"owner": "successor"}')
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(obstore, "open_writer", taken_over)
+    with pytest.raises(StorageError, match="another run has taken this one for dead"):
+        uploads._put(tmp_path / "file", "ep0-ba2-rank0.pt")
+    assert set(folder.listing()) == {NAME}
+    uploads.end()
