@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     networks = load_networks(args)
     checkpoint = networks.checkpoint
     complete(args, checkpoint.record)
-    guidance, settings = set_up(args, networks)
+    guidance, settings = guided(args, networks), settings_of(args, networks)
     labels, out = settings["labels"], Path(args.out)
     missing = claim_for_all(out, settings, len(labels))
     if rank == 0 and checkpoint.which != args.weights:
@@ -87,21 +87,26 @@ def load_networks(args: argparse.Namespace) -> Networks:
     return Networks(checkpoint, weaker, network, guide, precision)
 
 
-def set_up(args: argparse.Namespace, networks: Networks) -> tuple[Guidance, dict[str, Any]]:
-    """The guided network, and every setting that the images depend on. The options are complete."""
-    checkpoint, weaker, network, guide, precision = networks
-    sampling = args.sampling
-    guidance = Guidance(network, sampling.cfg_scale, sampling.cfg_channels, sampling.cfg_interval, guide, precision)
-    settings = {
+def guided(args: argparse.Namespace, networks: Networks) -> Guidance:
+    """The guided network. The options are complete."""
+    of = args.sampling
+    return Guidance(
+        networks.network, of.cfg_scale, of.cfg_channels, of.cfg_interval, networks.guide, networks.precision
+    )
+
+
+def settings_of(args: argparse.Namespace, networks: Networks) -> dict[str, Any]:
+    """Every setting that the images depend on. The options are complete."""
+    checkpoint, weaker = networks.checkpoint, networks.weaker
+    return {
         "checkpoint": checkpoint.describe(),
         "guide": weaker.describe() if weaker else None,
-        **asdict(sampling),
+        **asdict(args.sampling),
         "labels": choose_labels(args, checkpoint.record.classes),
         **checkpoint.record.settings(),
-        "precision": precision,
+        "precision": networks.precision,
         "decode_dtype": args.decode_dtype,
     }
-    return guidance, settings
 
 
 def my_rank() -> tuple[int, int]:

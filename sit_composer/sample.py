@@ -32,6 +32,7 @@ def make_options(prog: str, doc: str | None, several: bool = False) -> argparse.
     def axis(name: str, **how: Any) -> None:
         if several:
             how = {**how, "type": list_of(how.get("type", str)), "metavar": "A,B,…"}
+            how["default"] = [how["default"]] if "default" in how else None
         option(name, **how)
 
     count, not_negative = number(choices.COUNT), number(choices.NOT_NEGATIVE)
