@@ -1,5 +1,6 @@
 """Grids of images with captions, which are wrapped to the width of what they belong to: none is cut, none overlaps."""
 
+import math
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -17,6 +18,33 @@ def draw_grid(rows: Sequence[Sequence[Cell]], title: str = "") -> Image.Image:
     strips = [_join([_captioned(*cell) for cell in row]) for row in rows]
     grid = _join(strips, down=True)
     return _join([_text(title, grid.width), grid], down=True) if title else grid
+
+
+def draw_samples(
+    images: list[Image.Image],
+    labels: list[int],
+    classes: list[str],
+    cfg_scale: float,
+    columns: int = 10,
+    rows: int = 10,
+) -> Image.Image:
+    """A grid of the images, small ones enlarged, with their classes: one row per class if all have several images."""
+    side = images[0].width * max(1, 48 // images[0].width)
+    shown = list(dict.fromkeys(labels))[:rows]
+    cells = [[i for i, label in enumerate(labels) if label == c][:columns] for c in shown]
+    several = min(map(len, cells)) > 1
+    if not several:  # fill the rows
+        count = min(len(labels), rows * columns)
+        width = min(math.ceil(math.sqrt(count)), columns)
+        cells = [list(range(i, min(i + width, count))) for i in range(0, count, width)]
+
+    def cell(indices: list[int]) -> Cell:
+        label = labels[indices[0]]
+        enlarged = [images[i].resize((side, side), Image.NEAREST) for i in indices]
+        return enlarged, class_caption(classes[label], label)
+
+    grid = [[cell(row)] if several else [cell([i]) for i in row] for row in cells]
+    return draw_grid(grid, f"guidance {cfg_scale:g}")
 
 
 def class_caption(name: str, label: int) -> str:

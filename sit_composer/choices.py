@@ -185,6 +185,22 @@ def teacher_name(name: str, option: str = "alignment.teacher") -> str:
     return f"{library}:{os.path.realpath(folder)}" if os.path.isdir(folder) else name
 
 
+def dinov2_file(features: str) -> str | None:
+    """The file in ``dinov2:FILE``, "" for ``dinov2``, or None for other features."""
+    name, _, file = features.partition(":")
+    return os.path.expanduser(file) if name == "dinov2" else None
+
+
+def check_features(option: str, features: str) -> None:
+    """Raises UserError unless the features are of an extractor's name, or of a file that exists."""
+    file = dinov2_file(features)
+    if features == "inception" or file == "":
+        return
+    path = features if file is None else file
+    if not os.path.isfile(path):
+        raise UserError(f"{option}: {path} is no file; expected inception, dinov2, dinov2:FILE or a TorchScript file")
+
+
 LATENT_STD = Bounds(0.3, 3)  # plausible standard deviations of training's latents
 LATENT_MEAN = Bounds(-1.5, 1.5)
 

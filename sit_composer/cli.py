@@ -19,6 +19,7 @@ ENDPOINT = re.compile(r"https?://([a-z\d.-]+|\[[a-f\d:]+\])(:\d+)?(/\S*)?", re.I
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 SECRETS = ("KEY", "SECRET", "TOKEN", "PASSWORD")  # in the names of environment variables
 Errors = tuple[type[Exception], ...]
+Rule = tuple[str, bool, str]  # of options' names, whether they have an effect, and why not, as "without --x"
 EXTRAS = {  # of pyproject.toml, by the package that shows whether one is installed
     "gradio": "demo",
     "mlflow": "mlflow",
@@ -61,12 +62,29 @@ def number(bounds: Bounds) -> Callable[[str], int | float | str]:
     return parse
 
 
-def refuse_idle(parser: argparse.ArgumentParser, args: argparse.Namespace, *rules: tuple[str, bool, str]) -> None:
-    """Ends the command for an option that was given and has no effect; rules are (names, has effect, "without --x")."""
-    for names, has_effect, reason in rules:
-        for name in names.split():
-            if getattr(args, name) is not None and not has_effect:
-                parser.error(f"argument --{name.replace('_', '-')}: has no effect {reason}")
+def list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """The type of an option that takes several values, with commas between them."""
+
+    def parse(text: str) -> list[Any]:
+        return list(dict.fromkeys(kind(part.strip()) for part in text.split(",")))
+
+    return parse
+
+
+def idle_options(args: argparse.Namespace, *rules: Rule) -> dict[str, str]:
+    """The options that were given and have no effect, and why."""
+    return {
+        name: reason
+        for names, has_effect, reason in rules
+        for name in names.split()
+        if getattr(args, name) is not None and not has_effect
+    }
+
+
+def refuse_idle(parser: argparse.ArgumentParser, args: argparse.Namespace, *rules: Rule) -> None:
+    """Ends the command for an option that was given and has no effect."""
+    for name, reason in idle_options(args, *rules).items():
+        parser.error(f"argument --{name.replace('_', '-')}: has no effect {reason}")
 
 
 def run_command(work: Callable[[], int | None], stopped: str = "stopped", errors: Errors = (UserError, OSError)) -> int:

@@ -7,22 +7,23 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from sit_composer.autoencoder import SLICE_SIZE, AutoencoderSpec, to_uint8
 from sit_composer.bounds import closest
-from sit_composer.captions import Cell, class_caption, draw_grid
+from sit_composer.captions import draw_samples
 from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.record import Checkpoint, Record
 from sit_composer.choices import Sampling, dimension_shift
@@ -31,41 +32,36 @@ from sit_composer.generate import earlier_work, generate, mean_work
 from sit_composer.guidance import Guidance
 from sit_composer.outputs import write_arrays, write_bytes, write_json
 from sit_composer.precision import cast_once, resolve
+from sit_composer.sit import SiT
 
 SETTINGS, IMAGE = "sampling.json", "{:06d}.png"
 NEWER = {"time_shift": 1.0, "precision": "fp32"}  # what the settings of earlier versions don't have
 
 
+class Networks(NamedTuple):
+    """What generates images."""
+
+    checkpoint: Checkpoint
+    weaker: Checkpoint | None  # that guides it
+    network: SiT
+    guide: SiT | None  # the weaker one
+    precision: str  # fp32 or bf16
+
+
 def run(args: argparse.Namespace) -> None:
     """Generates the images that are asked for and missing; each rank of a launcher its share."""
     rank, _ = my_rank()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    precision = resolve(args.precision, device.partition(":")[0])
-    checkpoint = load_checkpoint(args.checkpoint, args.weights)
-    weaker = load_checkpoint(args.guide, args.guide_weights) if args.guide else None
-    if weaker:
-        check_guide(args, checkpoint.record, weaker.record)
+    networks = load_networks(args)
+    checkpoint = networks.checkpoint
     complete(args, checkpoint.record)
-    sampling = args.sampling
-    network = cast_once(checkpoint.build_network(device), precision)
-    guide = cast_once(weaker.build_network(device), precision) if weaker else None
-    guidance = Guidance(network, sampling.cfg_scale, sampling.cfg_channels, sampling.cfg_interval, guide, precision)
-    labels = choose_labels(args, checkpoint.record.classes)
-    settings = {
-        "checkpoint": checkpoint.describe(),
-        "guide": weaker.describe() if weaker else None,
-        **asdict(sampling),
-        "labels": labels,
-        **checkpoint.record.settings(),
-        "precision": precision,
-        "decode_dtype": args.decode_dtype,
-    }
-    out = Path(args.out)
+    guidance, settings = guided(args, networks), settings_of(args, networks)
+    labels, out = settings["labels"], Path(args.out)
     missing = claim_for_all(out, settings, len(labels))
     if rank == 0 and checkpoint.which != args.weights:
         print(f"note: --weights {args.weights} is {checkpoint.which}", file=sys.stderr)
     if args.idle_steps and rank == 0:
-        print(f"note: {sampling.sampling_method} chooses its own steps; --num-steps has no effect", file=sys.stderr)
+        method = args.sampling.sampling_method
+        print(f"note: {method} chooses its own steps; --num-steps has no effect", file=sys.stderr)
     if missing:
         settings["decode_batch_size"] = args.decode_batch_size
         generate_missing(args, checkpoint, guidance, settings, missing)
@@ -74,8 +70,43 @@ def run(args: argparse.Namespace) -> None:
         if args.npz:  # as ADM's evaluation takes them: uint8 (N, H, W, 3)
             arrays = [np.asarray(image.convert("RGB")) for image in images]
             write_arrays(Path(args.npz), arr_0=np.stack(arrays), labels=np.array(labels))
-        write_png(draw_samples(images, labels, checkpoint.record.classes, sampling.cfg_scale), out / "grid.png")
+        write_png(draw_samples(images, labels, checkpoint.record.classes, args.sampling.cfg_scale), out / "grid.png")
         print(out / "grid.png")
+
+
+def load_networks(args: argparse.Namespace) -> Networks:
+    """The network of the weights that are asked for, and that of the guide's, on this rank's device."""
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    precision = resolve(args.precision, device.partition(":")[0])
+    checkpoint = load_checkpoint(args.checkpoint, args.weights)
+    weaker = load_checkpoint(args.guide, args.guide_weights) if args.guide else None
+    if weaker:
+        check_guide(args, checkpoint.record, weaker.record)
+    network = cast_once(checkpoint.build_network(device), precision)
+    guide = cast_once(weaker.build_network(device), precision) if weaker else None
+    return Networks(checkpoint, weaker, network, guide, precision)
+
+
+def guided(args: argparse.Namespace, networks: Networks) -> Guidance:
+    """The guided network. The options are complete."""
+    of = args.sampling
+    return Guidance(
+        networks.network, of.cfg_scale, of.cfg_channels, of.cfg_interval, networks.guide, networks.precision
+    )
+
+
+def settings_of(args: argparse.Namespace, networks: Networks) -> dict[str, Any]:
+    """Every setting that the images depend on. The options are complete."""
+    checkpoint, weaker = networks.checkpoint, networks.weaker
+    return {
+        "checkpoint": checkpoint.describe(),
+        "guide": weaker.describe() if weaker else None,
+        **asdict(args.sampling),
+        "labels": choose_labels(args, checkpoint.record.classes),
+        **checkpoint.record.settings(),
+        "precision": networks.precision,
+        "decode_dtype": args.decode_dtype,
+    }
 
 
 def my_rank() -> tuple[int, int]:
@@ -188,38 +219,21 @@ def claim(out: Path, settings: dict[str, Any], count: int) -> list[int]:
 def generate_missing(
     args: argparse.Namespace, checkpoint: Checkpoint, guidance: Guidance, settings: dict[str, Any], missing: list[int]
 ) -> None:
-    """Generates this rank's share of the missing images, and notes the work of all ranks with the settings.
-
-    A thread decodes and writes a batch while the next one is generated.
-    """
+    """Generates this rank's share of the missing images, and notes the work of all ranks with the settings."""
     rank, ranks = my_rank()
-    out, labels, transport = Path(args.out), settings["labels"], checkpoint.record.build_transport()
-    device, dtype = next(guidance.network.parameters()).device, getattr(torch, args.decode_dtype or "float32")
-    autoencoder = checkpoint.load_autoencoder(device, dtype, args.decode_batch_size)
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # None is no stream
-    done: Counter[str] = Counter()
+    out, labels = Path(args.out), settings["labels"]
     before = earlier_work(out / SETTINGS, len(labels) - len(missing)) if rank == 0 else Counter()
     share = missing[rank::ranks]
 
-    def finish(indices: list[int], latents: torch.Tensor, used: dict[str, int]) -> None:
-        with torch.cuda.stream(stream):  # latents are complete: `generate` waited for them
-            levels = to_uint8(autoencoder.decode(latents)).cpu()
+    def keep(indices: list[int], levels: Tensor, done: Counter[str]) -> None:
         for i, image in zip(indices, levels, strict=True):
             write_png(as_image(image), out / IMAGE.format(i))
         bar.update(len(indices))
-        done.update(images=len(indices), **{name: count * len(indices) for name, count in used.items()})
         if rank == 0:  # the work so far, in case the command is stopped
             write_json({**settings, **mean_work(before + done)}, out / SETTINGS)
 
-    bar = tqdm(total=len(share), unit="img", desc="sampling", disable=True if rank > 0 else None)
-    with bar, ThreadPoolExecutor(1) as thread:  # which on leaving, after Ctrl-C too, waits for the batch in the thread
-        previous = thread.submit(lambda: None)
-        for start in range(0, len(share), args.batch_size):
-            indices = share[start : start + args.batch_size]
-            latents, used = generate(guidance, transport, [labels[i] for i in indices], indices, args.sampling)
-            previous.result()  # raises its error; at most two batches are in memory
-            previous = thread.submit(finish, indices, latents, used)
-        previous.result()
+    with tqdm(total=len(share), unit="img", desc="sampling", disable=True if rank > 0 else None) as bar:
+        done = generate_share(args, checkpoint, guidance, labels, share, keep)
     works = [done] * ranks
     if ranks > 1:
         # The ranks' last communication. The group is not destroyed: while that holds the GIL, Gloo's thread may need
@@ -229,31 +243,40 @@ def generate_missing(
         write_json({**settings, **mean_work(sum(works, before))}, out / SETTINGS)
 
 
-def draw_samples(
-    images: list[Image.Image],
+def generate_share(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    guidance: Guidance,
     labels: list[int],
-    classes: list[str],
-    cfg_scale: float,
-    columns: int = 10,
-    rows: int = 10,
-) -> Image.Image:
-    """A grid of the images, small ones enlarged, with their classes: one row per class if all have several images."""
-    side = images[0].width * max(1, 48 // images[0].width)
-    shown = list(dict.fromkeys(labels))[:rows]
-    cells = [[i for i, label in enumerate(labels) if label == c][:columns] for c in shown]
-    several = min(map(len, cells)) > 1
-    if not several:  # fill the rows
-        count = min(len(labels), rows * columns)
-        width = min(math.ceil(math.sqrt(count)), columns)
-        cells = [list(range(i, min(i + width, count))) for i in range(0, count, width)]
+    share: list[int],
+    keep: Callable[[list[int], Tensor, Counter[str]], None],
+) -> Counter[str]:
+    """Generates the images of these indices, and returns what they cost; ``labels`` are of all images.
 
-    def cell(indices: list[int]) -> Cell:
-        label = labels[indices[0]]
-        enlarged = [images[i].resize((side, side), Image.NEAREST) for i in indices]
-        return enlarged, class_caption(classes[label], label)
+    ``keep`` takes the indices of each batch, its images, uint8 (n, C, H, W) on the CPU, and the cost so far. It is
+    called in a thread, which decodes a batch while the next one is generated.
+    """
+    device, dtype = next(guidance.network.parameters()).device, getattr(torch, args.decode_dtype or "float32")
+    transport = checkpoint.record.build_transport()
+    autoencoder = checkpoint.load_autoencoder(device, dtype, args.decode_batch_size)
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # None is no stream
+    done: Counter[str] = Counter()
 
-    grid = [[cell(row)] if several else [cell([i]) for i in row] for row in cells]
-    return draw_grid(grid, f"guidance {cfg_scale:g}")
+    def finish(indices: list[int], latents: Tensor, used: dict[str, int]) -> None:
+        with torch.cuda.stream(stream):  # latents are complete: `generate` waited for them
+            levels = to_uint8(autoencoder.decode(latents)).cpu()
+        done.update(images=len(indices), **{name: count * len(indices) for name, count in used.items()})
+        keep(indices, levels, done)
+
+    with ThreadPoolExecutor(1) as thread:  # which on leaving, after Ctrl-C too, waits for the batch in the thread
+        previous = thread.submit(lambda: None)
+        for start in range(0, len(share), args.batch_size):
+            indices = share[start : start + args.batch_size]
+            latents, used = generate(guidance, transport, [labels[i] for i in indices], indices, args.sampling)
+            previous.result()  # raises its error; at most two batches are in memory
+            previous = thread.submit(finish, indices, latents, used)
+        previous.result()
+    return done
 
 
 def write_png(image: Image.Image, path: Path) -> None:
@@ -262,6 +285,6 @@ def write_png(image: Image.Image, path: Path) -> None:
     write_bytes(buffer.getvalue(), path)
 
 
-def as_image(levels: torch.Tensor) -> Image.Image:
+def as_image(levels: Tensor) -> Image.Image:
     """uint8 (C, H, W), grey for one channel, as an image."""
     return Image.fromarray(levels[0].numpy() if len(levels) == 1 else levels.permute(1, 2, 0).contiguous().numpy())

@@ -108,7 +108,7 @@ def _from_timm(model: str, grid: int) -> _Model:
     if not hasattr(network, "set_input_size") or not hasattr(network, "num_prefix_tokens"):
         raise ValueError("it has no tokens")
     patch, prefix = network.patch_embed.patch_size[0], network.num_prefix_tokens
-    digest = _digest(network)  # before the positions are resized for this grid
+    digest = digest_of(network)  # before the positions are resized for this grid
     network.set_input_size(img_size=(grid * patch, grid * patch))  # resizes the positions once
     config = network.pretrained_cfg
     return _Model(
@@ -144,10 +144,10 @@ def _from_transformers(model: str, grid: int) -> _Model:
         return found[:, -(grid**2) :] if known else found
 
     patch = network.config.patch_size
-    return _Model(network, patch, _digest(network), images["image_mean"], images["image_std"], tokens)
+    return _Model(network, patch, digest_of(network), images["image_mean"], images["image_std"], tokens)
 
 
-def _digest(network: nn.Module) -> str:
+def digest_of(network: nn.Module) -> str:
     """A hash of the weights, as a name may later mean other ones."""
     digest = hashlib.sha256()
     for name, values in sorted(network.state_dict().items()):

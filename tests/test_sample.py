@@ -22,10 +22,11 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from sit_composer import sample, train
 from sit_composer.autoencoder import PixelAutoencoder
+from sit_composer.captions import draw_samples
 from sit_composer.checkpoint.load import CheckpointError, load_checkpoint
 from sit_composer.choices import Sampling
 from sit_composer.errors import INTERRUPTED, UserError
-from sit_composer.gallery import SETTINGS, choose_labels, draw_samples
+from sit_composer.gallery import SETTINGS, choose_labels
 from sit_composer.generate import generate
 from sit_composer.guidance import Guidance
 from sit_composer.precision import resolve

@@ -43,7 +43,8 @@ class FrechetDistance(DrawingCallback):
         self.values[str(batch)] = distance
         logger.log_metrics({"metrics/frechet_distance": distance})
         count, sampling = len(self.drawing.labels), self.drawing.sampling
-        say(f"batch {batch}: Fréchet distance {distance:.2f} of {count} images")
+        name = "FDD" if self.extractor.name == "dinov2" else "Fréchet distance"
+        say(f"batch {batch}: {name} {distance:.2f} of {count} images")
         if self.file is not None and rank == 0:
             Path(self.file).parent.mkdir(parents=True, exist_ok=True)
             settings = {k: getattr(sampling, k) for k in ("sampling_method", "num_steps", "cfg_scale", "seed")}

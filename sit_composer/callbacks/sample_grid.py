@@ -8,7 +8,8 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from sit_composer.callbacks.drawing import Drawing, DrawingCallback
-from sit_composer.gallery import as_image, draw_samples, write_png
+from sit_composer.captions import draw_samples
+from sit_composer.gallery import as_image, write_png
 
 
 class SampleGrid(DrawingCallback):

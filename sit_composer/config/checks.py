@@ -15,13 +15,15 @@ from sit_composer.choices import (
     BLOCKS,
     FIXED_STEP_METHODS,
     check_blocks,
+    check_features,
     check_objective,
     check_poles,
     check_shift,
     check_sizes,
+    dinov2_file,
     teacher_name,
 )
-from sit_composer.cli import is_remote, s3_endpoint
+from sit_composer.cli import is_remote, require, s3_endpoint
 from sit_composer.clouds import check_store
 from sit_composer.config import composer_classes
 from sit_composer.config.schema import (
@@ -183,10 +185,12 @@ def check_drawing(config: Config, section: str) -> None:
     for label in getattr(drawing, "labels", None) or []:
         if label > last:
             raise ConfigError(f"{section}.labels: got {label}, expected labels from 0 to {last}")
-    for name in ("reference", "features") if section == "frechet" else ():
-        path = getattr(drawing, name)
-        if (name, path) != ("features", "inception") and not Path(path).is_file():
-            raise ConfigError(f"{section}.{name}: no file {path!r}")
+    if section == "frechet":
+        if not Path(drawing.reference).is_file():
+            raise ConfigError(f"frechet.reference: no file {drawing.reference!r}")
+        check_features("frechet.features", drawing.features)
+        if dinov2_file(drawing.features) is not None:
+            require("frechet.features", "timm")
 
 
 def check_trainer(config: Config) -> None:

@@ -158,7 +158,7 @@ class SampleGridConfig(DrawingConfig):
 class FrechetConfig(DrawingConfig):
     num_images: int = key("images to generate, the same number per class", 5000, Bounds(2, whole=True))
     reference: str = key("statistics of real images: a file of evaluate --save-statistics, or ADM's npz")
-    features: str = key("inception, or a TorchScript file, as for evaluate", "inception")
+    features: str = key("inception, dinov2, dinov2:FILE or a TorchScript file, as for evaluate", "inception")
 
 
 @dataclass

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
 from sit_composer.checkpoint.record import digest
+from sit_composer.choices import dinov2_file
 from sit_composer.errors import UserError, first_line, one_line
 
 OUTPUTS = ("features", "spatial", "logits")
@@ -19,8 +20,8 @@ OUTPUTS = ("features", "spatial", "logits")
 class Extractor:
     """A network from uint8 images (N, 3, H, W) to a dict of features, and spatial and logits if it has them."""
 
-    name: str  # inception, or the file's name
-    identity: str  # inception, or the file's sha256
+    name: str  # inception, dinov2, or the file's name
+    identity: str  # inception, dinov2-large and a digest of its weights, or the file's sha256
     network: Callable[[Tensor], Tensor | tuple[Tensor, Tensor] | dict[str, Tensor]]
     device: str
 
@@ -50,10 +51,19 @@ class Extractor:
 
 
 def load_extractor(features: str) -> Extractor:
-    """The extractor called ``inception``, or that of a TorchScript file; UserError if it can't be loaded."""
+    """The extractor of ``inception``, ``dinov2``, ``dinov2:FILE`` or a TorchScript file.
+
+    Raises UserError if it can't be loaded.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if features == "inception":
         return Extractor("inception", "inception", load_inception(device), device)
+    if (file := dinov2_file(features)) is not None:
+        from sit_composer.evaluation.dinov2 import load_dinov2  # needs timm, which is optional
+
+        size, weights, dinov2 = load_dinov2(file or None, device)
+        name = "dinov2" if size == "large" else f"dinov2-{size}"  # the published distances are of the large one
+        return Extractor(name, f"dinov2-{size}:{weights}", dinov2, device)
     try:
         network = torch.jit.load(features, map_location=device).eval()
     except Exception as error:

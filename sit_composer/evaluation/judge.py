@@ -3,9 +3,13 @@
 import argparse
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 from tqdm import tqdm
 
 from sit_composer.choices import METRICS
@@ -19,62 +23,101 @@ from sit_composer.outputs import versions, write_json
 
 def run(args: argparse.Namespace) -> None:
     """Prints the metrics, and writes them with everything that they depend on to ``args.out``, if given."""
-    with tempfile.TemporaryDirectory(prefix="sit-", ignore_cleanup_errors=True) as temporary:
-        cache = args.cache or temporary
-        try:
-            os.makedirs(cache, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--cache: {cache} can't be made ({error.strerror})") from error
-        judge(args, open_set(args.samples, cache=cache), open_set(args.reference, args.image_size, cache))
-
-
-def judge(args: argparse.Namespace, samples: PictureSet, reference: PictureSet) -> None:
-    """Does what `run` says, with sets that are open."""
-    chosen = Choice(args.by_name, samples, reference)
-    if args.save_statistics and reference.batches is None:
-        raise UserError(f"--save-statistics: {reference.path} has nothing but statistics already")
-    extractor = load_extractor(args.features)
-    notes, stored = check_statistics(reference, extractor), reference.statistics
-    fake = extract(samples, extractor, args.batch_size, chosen)
-    for output, (mu, _) in STATISTICS.items():
-        if output in fake and mu in stored and stored[mu].shape != fake[output].shape[1:]:
-            got, expected = f"{stored[mu].size} {output} numbers", f"the {fake[output].shape[1]} of {extractor.name}"
-            advice = "use the extractor of these statistics"
-            raise UserError(f"{reference.path}: {mu}: got {got}, expected {expected}; {advice}")
-    real = {}
-    needs_images = not stored or any(METRICS[name].reference == "images" for name in chosen.names)
-    if reference.batches and (needs_images or args.save_statistics):
-        real = extract(reference, extractor, args.batch_size, chosen, ("features", "spatial"))
-        if reference.size != samples.size:
-            sizes = [" × ".join(map(str, images.size)) for images in (samples, reference)]
-            notes.append(f"the samples are {sizes[0]}, and the reference's images {sizes[1]}")
-    notes += [*samples.notes(), *reference.notes()]
-    dimension = fake["features"].shape[1]
-    for images in (samples,) if stored else (samples, reference):
-        if "fid" in chosen.names and images.count <= dimension:
-            what = f"{images.count} images for {dimension} features: the covariance is singular, and the Fréchet"
-            advice = f"use more than {dimension} (published numbers use 50,000)"
-            notes.append(f"{images.path}: {what} distance biased; {advice}")
-    if extractor.name != "inception":
-        notes.append("the features are not Inception's: no number here compares with published ones")
-
-    values, settings = compute(chosen.names, fake, real, stored)
+    with cache_folder(args.cache) as cache:
+        samples = open_set(args.samples, cache=cache)
+        reference = open_set(args.reference, args.image_size, cache)
+        if args.save_statistics and reference.batches is None:
+            raise UserError(f"--save-statistics: {reference.path} has nothing but statistics already")
+        comparison = Comparison(args, samples, reference)
+        fake = comparison.features(samples)
+        comparison.read_reference(bool(args.save_statistics))
+        result = comparison.result(samples, fake)
     if args.save_statistics:
-        save_statistics(Path(args.save_statistics), real, extractor.identity)
-    origin = "stored" if stored else "computed"
-    result = {
-        "metrics": values,
-        "left_out": chosen.left_out,
-        "warnings": notes,
-        "settings": settings,
-        "samples": {**samples.describe(), "sampling": samples.settings},
-        "reference": {**reference.describe(), "image_size": args.image_size, "statistics": origin},
-        "features": {"name": extractor.name, "of": extractor.identity, "dimension": dimension},
-        "versions": versions("sit-composer", "torch", "torch-fidelity", "numpy"),
-    }
+        save_statistics(Path(args.save_statistics), comparison.real, comparison.extractor.identity)
     if args.out:
         write_json(result, Path(args.out))
     report(result)
+
+
+@contextmanager
+def cache_folder(cache: str | None) -> Iterator[str]:
+    """The folder for copies of remote shards: the given one, or one that is deleted afterwards."""
+    with tempfile.TemporaryDirectory(prefix="sit-", ignore_cleanup_errors=True) as temporary:
+        try:
+            os.makedirs(cache or temporary, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--cache: {cache} can't be made ({error.strerror})") from error
+        yield cache or temporary
+
+
+class Comparison:
+    """A reference, an extractor, and the metrics by which generated images are compared with it.
+
+    Its options are --features, --metrics, --batch-size and --image-size of `sit_composer.evaluate`. ``samples`` are
+    the first that are compared; others must be as many.
+    """
+
+    def __init__(self, args: argparse.Namespace, samples: PictureSet, reference: PictureSet) -> None:
+        self.args = args
+        self.reference = reference
+        self.chosen = Choice(args.by_name, samples, reference)
+        self.extractor = load_extractor(args.features)
+        self.notes = check_statistics(reference, self.extractor)
+        self.real: dict[str, np.ndarray] = {}  # the reference's features
+
+    def features(self, samples: PictureSet) -> dict[str, np.ndarray]:
+        """Features of images; raises UserError if the reference's statistics are of others."""
+        fake = extract(samples, self.extractor, self.args.batch_size, self.chosen)
+        self.check_fit(fake)
+        return fake
+
+    def check_fit(self, fake: dict[str, np.ndarray]) -> None:
+        """Raises UserError if the reference's statistics are of features of another number."""
+        stored, name = self.reference.statistics, self.extractor.name
+        for output, (mu, _) in STATISTICS.items():
+            if output in fake and mu in stored and stored[mu].shape != fake[output].shape[1:]:
+                got, expected = f"{stored[mu].size} {output} numbers", f"the {fake[output].shape[1]} of {name}"
+                advice = "use the extractor of these statistics"
+                raise UserError(f"{self.reference.path}: {mu}: got {got}, expected {expected}; {advice}")
+
+    def read_reference(self, statistics: bool = False) -> None:
+        """Reads the reference's images, if the metrics, or ``statistics`` to save, need them."""
+        needs_images = not self.reference.statistics or any(
+            METRICS[name].reference == "images" for name in self.chosen.names
+        )
+        if self.reference.batches and not self.real and (needs_images or statistics):
+            outputs = ("features", "spatial")
+            self.real = extract(self.reference, self.extractor, self.args.batch_size, self.chosen, outputs)
+
+    def result(self, samples: PictureSet, fake: dict[str, np.ndarray]) -> dict[str, Any]:
+        """The metrics of images with these features, and everything that they depend on; the reference is read."""
+        chosen, extractor, reference, stored = self.chosen, self.extractor, self.reference, self.reference.statistics
+        notes, dimension = list(self.notes), fake["features"].shape[1]
+        if self.real and reference.size != samples.size:
+            sizes = [" × ".join(map(str, images.size)) for images in (samples, reference)]
+            notes.append(f"the samples are {sizes[0]}, and the reference's images {sizes[1]}")
+        notes += [*samples.notes(), *reference.notes()]
+        for images in (samples,) if stored else (samples, reference):
+            if "fid" in chosen.names and images.count <= dimension:
+                what = f"{images.count} images for {dimension} features: the covariance is singular, and the Fréchet"
+                advice = f"use more than {dimension} (published numbers use 50,000)"
+                notes.append(f"{images.path}: {what} distance biased; {advice}")
+        if extractor.name == "dinov2":
+            notes.append("the features are DINOv2's: FDD compares with published FDD (FD-DINOv2), not with FID")
+        elif extractor.name != "inception":
+            notes.append("the features are not Inception's: no number here compares with published ones")
+        values, settings = compute(chosen.names, fake, self.real, stored)
+        origin = "stored" if stored else "computed"
+        return {
+            "metrics": values,
+            "left_out": chosen.left_out,
+            "warnings": notes,
+            "settings": settings,
+            "samples": {**samples.describe(), "sampling": samples.settings},
+            "reference": {**reference.describe(), "image_size": self.args.image_size, "statistics": origin},
+            "features": {"name": extractor.name, "of": extractor.identity, "dimension": dimension},
+            "versions": versions("sit-composer", "torch", "torch-fidelity", "numpy"),
+        }
 
 
 def check_statistics(reference: PictureSet, extractor: Extractor) -> list[str]:
@@ -116,33 +159,55 @@ class Choice:
             self.left_out[name] = reason
 
 
+class Collected:
+    """The features of images that come in batches: those outputs that the chosen metrics need."""
+
+    def __init__(self, path: str, extractor: Extractor, chosen: Choice, outputs: tuple[str, ...] = OUTPUTS) -> None:
+        self.path = path  # of the images
+        self.extractor = extractor
+        self.chosen = chosen
+        self.outputs = outputs
+        self.size: list[int] | None = None  # (H, W) of the images
+        self.done = 0  # images
+        self._parts: dict[str, list[np.ndarray]] = {}
+
+    def add(self, batch: Tensor) -> None:
+        """Extracts the features of images, uint8 (n, 3, H, W). The first ones show which metrics are possible."""
+        out, name = self.extractor(batch), self.extractor.name
+        if not self.done:
+            self.size = list(batch.shape[-2:])
+            for metric_name, metric in METRICS.items():
+                if metric.output not in out:
+                    self.chosen.drop(metric_name, f"it needs {metric.output}, which {name} doesn't give")
+        needed = {"features", *(METRICS[metric].output for metric in self.chosen.names)}
+        for output in [output for output in self.outputs if output in needed]:
+            bad = ~np.isfinite(out[output]).all(axis=1)
+            if bad.any():
+                where = f"{output} of image {self.done + bad.argmax()} of {self.path}"
+                raise UserError(f"{name}: {where} are not finite")
+            before = self._parts.setdefault(output, [])
+            if before and before[0].shape[1] != out[output].shape[1]:
+                what = f"{output} have another length from image {self.done} of {self.path} on"
+                raise UserError(f"{name}: {what}")
+            before.append(out[output])
+        self.done += len(batch)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Float32 (N, D)."""
+        return {output: np.concatenate(arrays) for output, arrays in self._parts.items()}
+
+
 def extract(
     images: PictureSet, extractor: Extractor, batch_size: int, chosen: Choice, outputs: tuple[str, ...] = OUTPUTS
 ) -> dict[str, np.ndarray]:
     """Those outputs that the chosen metrics need: float32 arrays (N, D). Notes the images' size."""
-    parts: dict[str, list[np.ndarray]] = {}
-    done, title = 0, f"features of {Path(images.path).name}"
+    collected = Collected(images.path, extractor, chosen, outputs)
+    title = f"features of {Path(images.path).name}"
     with tqdm(total=images.count, unit="img", desc=title, disable=None) as bar:
         for batch in images.batches(batch_size):
-            out = extractor(batch)
-            if not done:
-                images.size = list(batch.shape[-2:])
-                for name, metric in METRICS.items():
-                    if metric.output not in out:
-                        chosen.drop(name, f"it needs {metric.output}, which {extractor.name} doesn't give")
-            needed = {"features", *(METRICS[name].output for name in chosen.names)}
-            for output in [output for output in outputs if output in needed]:
-                bad = ~np.isfinite(out[output]).all(axis=1)
-                if bad.any():
-                    where = f"{output} of image {done + bad.argmax()} of {images.path}"
-                    raise UserError(f"{extractor.name}: {where} are not finite")
-                before = parts.setdefault(output, [])
-                if before and before[0].shape[1] != out[output].shape[1]:
-                    what = f"{output} have another length from image {done} of {images.path} on"
-                    raise UserError(f"{extractor.name}: {what}")
-                before.append(out[output])
-            done += len(batch)
+            collected.add(batch)
             bar.update(len(batch))
-    if done != images.count:
-        raise UserError(f"{images.path}: read {done} images, expected {images.count}")
-    return {output: np.concatenate(arrays) for output, arrays in parts.items()}
+    if collected.done != images.count:
+        raise UserError(f"{images.path}: read {collected.done} images, expected {images.count}")
+    images.size = collected.size
+    return collected.arrays()

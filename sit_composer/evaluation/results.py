@@ -53,8 +53,8 @@ def report(result: dict[str, Any]) -> None:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """A Markdown table with a row. Distances of features that aren't Inception's are called FD, not FID."""
-    sampling, values = result["samples"]["sampling"] or {}, result["metrics"]
+    """A Markdown table with a row."""
+    sampling = result["samples"]["sampling"] or {}
     sampler = " ".join(str(sampling[name]) for name in ("mode", "sampling_method") if name in sampling)
     evaluations = sampling.get("evaluations")
     weights = str((sampling.get("checkpoint") or {}).get("weights"))  # ema:NAME if it has several averages
@@ -65,13 +65,24 @@ def markdown(result: dict[str, Any]) -> str:
         "cfg": sampling.get("cfg_scale", "–"),
         "seed": sampling.get("seed", "–"),
     }
+    return table([{**cells, **metric_cells(result)}])
+
+
+def metric_cells(result: dict[str, Any]) -> dict[str, str]:
+    """A table's cells of all metrics, by heading. Distances of DINOv2's features are called FDD, of others' FD."""
+    cells, values, features = {}, result["metrics"], result["features"]["name"]
     for name, metric in METRICS.items():
         heading, digits = metric.heading, metric.digits
-        if metric.reference == "statistics" and result["features"]["name"] != "inception":
-            heading, digits = heading.replace("FID", "FD"), ".4g"
+        if metric.reference == "statistics" and features != "inception":
+            heading, digits = heading.replace("FID", "FDD" if features == "dinov2" else "FD"), ".4g"
         cells[heading] = f"{metric.factor * values[name]:{digits}}" if name in values else "–"
-    rows = [cells.keys(), ["---"] * len(cells), map(str, cells.values())]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return cells
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table of rows with the same headings."""
+    lines = [rows[0].keys(), ["---"] * len(rows[0]), *(map(str, row.values()) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def model_name(model: dict | None) -> str:

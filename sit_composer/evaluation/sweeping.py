@@ -1,0 +1,238 @@
+"""Measures the cells of a grid, one after the other: see `sit_composer.sweep`."""
+
+import json
+import os
+import sys
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from sit_composer.checkpoint.record import CONFIG, EXPORTED_FILE, Checkpoint, digest
+from sit_composer.cli import is_remote
+from sit_composer.errors import UserError
+from sit_composer.evaluation.features import Extractor, load_extractor
+from sit_composer.evaluation.judge import Choice, Collected, Comparison, cache_folder
+from sit_composer.evaluation.picture_sets import PictureSet, open_set
+from sit_composer.evaluation.sweep_table import draw_plot, make_table, name_of, values_of
+from sit_composer.gallery import (
+    IMAGE,
+    SETTINGS,
+    Networks,
+    as_image,
+    choose_labels,
+    complete,
+    generate_share,
+    guided,
+    load_networks,
+    my_rank,
+    settings_of,
+    write_png,
+)
+from sit_composer.generate import mean_work
+from sit_composer.outputs import write_bytes, write_json
+
+RESULTS, TABLE, PLOT, IMAGES = "sweep.json", "sweep.md", "sweep.png", "images"
+# Options that each cell's result has, or that have no influence on it.
+APART = {"cells", "checkpoint", "out", "features", "by_name", "batch_size", "decode_batch_size", "cache", "keep_images"}
+PATIENCE = timedelta(days=7)  # of other ranks, while the first one reads the reference or computes metrics
+BAR = "{desc} |{bar:20}| {percentage:3.0f}% [{elapsed}<{remaining}]"
+
+
+def run(args: Namespace) -> None:
+    """Measures the cells that are missing, each rank of a launcher its share of the images, and prints the table."""
+    rank, ranks = my_rank()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # for the extractor, too
+    networks, weights = load(args, args.cells[0]), args.cells[0].weights
+    cells = distinct(args, networks)
+    sweep = Sweep(args, networks, cells) if rank == 0 else None
+    if ranks > 1:  # from here on, as streaming would give each rank of a group a share of the reference
+        dist.init_process_group("gloo", timeout=PATIENCE)
+    plan = [(sweep.missing, sweep.comparison.chosen, sweep.settings["checkpoint"]) if sweep else None]
+    if ranks > 1:
+        dist.broadcast_object_list(plan)
+    missing, chosen, identity = plan[0]
+    extractor = sweep.comparison.extractor if sweep else load_extractor(args.features)
+    with tqdm(total=sum(map(cost, missing)), bar_format=BAR, disable=True if rank > 0 else None) as bar:
+        for number, cell in enumerate(missing, 1):
+            bar.set_description_str(f"{number} of {len(missing)}: {name_of(values_of(cell))}")
+            if cell.weights != weights:
+                networks, weights = load(args, cell), cell.weights
+                check_same(identity, networks.checkpoint)
+            samples, fake = measure(cell, networks, extractor, chosen, bar)
+            if sweep:
+                tqdm.write(f"{number} of {len(missing)}: {sweep.add(cell, samples, fake)}", file=sys.stderr)
+    if sweep:
+        if not missing:
+            sweep.write()  # after a stop between the results and what is made of them
+        print(make_table(sweep.results))
+        print(sweep.out / PLOT)
+
+
+def load(args: Namespace, cell: Namespace) -> Networks:
+    """The networks of a cell's weights; with the guide, which cells without guidance don't use."""
+    return load_networks(Namespace(**{**vars(cell), "guide": args.guide}))
+
+
+def distinct(args: Namespace, networks: Networks) -> list[Namespace]:
+    """The cells, complete and without equal ones; raises UserError for one that the network can't generate."""
+    record, found = networks.checkpoint.record, dict[tuple, Namespace]()
+    for cell in args.cells:
+        if not is_remote(args.checkpoint):
+            cell.checkpoint = place_of(networks.checkpoint)  # which stays, where training saves a newer one meanwhile
+        complete(cell, record)
+        record.name_of(cell.weights, args.checkpoint)
+        guided(cell, networks)
+        if len(choose_labels(cell, record.classes)) < my_rank()[1]:
+            raise UserError(f"--num-images: got {args.num_images}, expected at least one image per rank")
+        found.setdefault(tuple(values_of(cell).values()), cell)
+    return list(found.values())
+
+
+def cost(cell: Namespace) -> int:
+    """The work of a cell, for the bar: the network's passes, up to a factor that its cells are likely to share."""
+    return cell.num_steps * (1 if cell.sampling.cfg_scale == 1 else 2)
+
+
+def identity_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What all weights of a checkpoint share; an exported folder has a file for each."""
+    place = place_of(checkpoint)
+    where = checkpoint.source if is_remote(checkpoint.source) else place
+    return {"path": where, "step": checkpoint.step, "sha256": digest(place)}
+
+
+def place_of(checkpoint: Checkpoint) -> str:
+    """The file or folder that holds all its weights."""
+    file = Path(checkpoint.path)
+    exported = EXPORTED_FILE.fullmatch(file.name) and (file.parent / CONFIG).is_file()
+    return str(file.parent if exported else file)
+
+
+def check_same(identity: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """Raises UserError unless the checkpoint is the one of this identity."""
+    if identity_of(checkpoint) != identity:
+        what = f"step {checkpoint.step} was saved after the sweep began with step {identity['step']}"
+        raise UserError(f"{checkpoint.source}: {what}; give one checkpoint instead of the folder")
+
+
+class Sweep:
+    """The folder of results, and what its cells are compared with; for the first rank."""
+
+    def __init__(self, args: Namespace, networks: Networks, cells: list[Namespace]) -> None:
+        self.out, checkpoint = Path(args.out), networks.checkpoint
+        side, count = checkpoint.record.image_size, len(choose_labels(cells[0], checkpoint.record.classes))
+        images = PictureSet("each cell", count, lambda batch_size: iter(()))
+        with cache_folder(args.cache) as cache, alone():
+            self.comparison = Comparison(args, images, open_set(args.reference, args.image_size, cache))
+            options = {name: value for name, value in vars(args).items() if name not in {*APART, *values_of(cells[0])}}
+            features = self.comparison.extractor.identity
+            guide = identity_of(networks.weaker) if networks.weaker else None
+            self.settings = {"checkpoint": identity_of(checkpoint), **options, "guide": guide, "features": features}
+            self.results = claim(self.out, self.settings)
+            known = [result["cell"] for result in self.results]
+            self.missing = [cell for cell in cells if values_of(cell) not in known]
+            if self.missing:
+                probe = Collected("a blank image", self.comparison.extractor, self.comparison.chosen)
+                probe.add(torch.zeros(2, 3, side, side, dtype=torch.uint8))  # fails now, not after a cell
+                self.comparison.check_fit(probe.arrays())
+                self.comparison.read_reference()
+
+    def add(self, cell: Namespace, samples: PictureSet, fake: dict[str, np.ndarray]) -> str:
+        """Computes a cell's metrics, and writes the results; returns the cell in a line."""
+        result = self.comparison.result(samples, fake)
+        self.results.append({"cell": values_of(cell), **result})
+        self.write()
+        values = ", ".join(f"{name} {value:.5g}" for name, value in result["metrics"].items())
+        return f"{name_of(values_of(cell))}: {values}"
+
+    def write(self) -> None:
+        write_json({"settings": self.settings, "cells": self.results}, self.out / RESULTS)
+        if self.results:
+            write_bytes(f"{make_table(self.results)}\n".encode(), self.out / TABLE)
+            write_bytes(draw_plot(self.results), self.out / PLOT)
+
+
+def claim(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results that the folder holds already; raises UserError if they are of others, or aren't a sweep's."""
+    file = out / RESULTS
+    if not file.exists():
+        if out.is_dir() and any(out.iterdir()):
+            raise UserError(f"--out: {out} holds files that are not a sweep's; choose another folder")
+        write_json({"settings": settings, "cells": []}, file)
+        return []
+    try:
+        content = json.loads(file.read_text())
+        before, results = dict(content["settings"]), list(content["cells"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"--out: {file} can't be read ({error!r}); delete it or choose another folder") from None
+    for name, value in json.loads(json.dumps(settings)).items():
+        if results and before.get(name) != value:
+            raise UserError(f"--out: {out} holds a sweep with another {name}; delete it or choose another")
+    return results
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it, streaming takes this process for the only one, and reads all samples. There is no process group."""
+    before = {name: os.environ.pop(name) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE") if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+
+
+def measure(
+    cell: Namespace, networks: Networks, extractor: Extractor, chosen: Choice, bar: tqdm
+) -> tuple[PictureSet, dict[str, np.ndarray]]:
+    """Generates this rank's share of a cell's images. The first rank gets all images' features, in order."""
+    rank, ranks = my_rank()
+    used = networks if cell.guide else networks._replace(weaker=None, guide=None)
+    settings = {**settings_of(cell, used), "decode_batch_size": cell.decode_batch_size}
+    labels, name = settings["labels"], name_of(values_of(cell))
+    folder = Path(cell.out, IMAGES, name.replace(" ", "-")) if cell.keep_images else None
+    collected = Collected(name, extractor, chosen)
+
+    def keep(indices: list[int], levels: Tensor, done: Counter[str]) -> None:
+        collected.add(levels.expand(-1, 3, -1, -1))
+        for i, image in zip(indices, levels, strict=True) if folder else ():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_png(as_image(image), folder / IMAGE.format(i))
+        bar.update(cost(cell) * len(indices) * ranks / len(labels))
+
+    share = list(range(len(labels)))[rank::ranks]
+    work = generate_share(cell, networks.checkpoint, guided(cell, used), labels, share, keep)
+    arrays, works = gather(collected.arrays()), gather(work)
+    settings |= mean_work(sum(works, Counter()))
+    if folder and rank == 0:
+        write_json(settings, folder / SETTINGS)
+    samples = PictureSet(str(folder or name), len(labels), size=collected.size)
+    samples.settings = {key: value for key, value in settings.items() if key != "labels"}
+    return samples, {output: interleave([part[output] for part in arrays]) for output in arrays[0]}
+
+
+def gather(part: Any) -> list[Any]:
+    """The parts of all ranks, on the first rank; on another, its own."""
+    rank, ranks = my_rank()
+    if ranks == 1:
+        return [part]
+    parts = [None] * ranks if rank == 0 else None
+    dist.gather_object(part, parts)
+    return parts or [part]
+
+
+def interleave(parts: list[np.ndarray]) -> np.ndarray:
+    """The rows of ranks, of which each had every n-th, in order."""
+    whole = np.empty((sum(map(len, parts)), parts[0].shape[1]), parts[0].dtype)
+    for rank, part in enumerate(parts):
+        whole[rank :: len(parts)] = part
+    return whole
