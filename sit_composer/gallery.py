@@ -257,9 +257,13 @@ def draw_samples(
 
 
 def write_png(image: Image.Image, path: Path) -> None:
+    write_bytes(png(image), path)
+
+
+def png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    write_bytes(buffer.getvalue(), path)
+    return buffer.getvalue()
 
 
 def as_image(levels: torch.Tensor) -> Image.Image:

@@ -37,7 +37,7 @@ PAGES = [
 MODULES = (
     *("sit_composer.sample", "sit_composer.evaluate", "sit_composer.bits_per_dim", "sit_composer.export"),
     *("sit_composer.features", "sit_composer.memory", "sit_composer.tiny_autoencoder", "tests.helpers.torture"),
-    "sit_composer.posthoc_ema",
+    *("sit_composer.posthoc_ema", "sit_composer.report"),
 )
 SCRIPTS = (
     *("convert/to_mds.py", "convert/verify_mds.py", "sit_composer/train.py"),
