@@ -132,7 +132,7 @@ def curves(rows: list[Row], attempts: list[Row]) -> dict[str, dict[str, list[flo
     for name in sorted(series, key=importance)[:CURVES]:
         x, y = series[name]
         found[name] = {"x": thin(x), "y": thin(y)}
-        if name.startswith("loss/train/"):
+        if name.startswith("loss/train/") and not name.endswith("/nonfinite"):
             found[name]["smooth"] = thin(smoothed(y))
     return found
 

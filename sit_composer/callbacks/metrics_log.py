@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from composer.core import State
 from composer.loggers import Logger, LoggerDestination
+from composer.utils import dist
 from torch import Tensor
 
 from sit_composer.checkpoint.metrics import row_length
@@ -80,8 +81,11 @@ class MetricsLog(LoggerDestination):
             self._read()
 
     def close(self, state: State, logger: Logger) -> None:
-        with suppress(Exception):  # after an error, of the device or the disk too, what is known is kept if it can be
-            self.flush()
+        if dist.get_world_size() == 1:  # a loss may still wait for a rank that has failed
+            with suppress(
+                Exception
+            ):  # after an error, of the device or the disk too, what is known is kept if possible
+                self.flush()
 
     def flush(self) -> None:
         """Writes all rows, that of the batches since the last one too; called before each checkpoint is saved."""

@@ -46,10 +46,12 @@ class MetricsFile:
     def __init__(self, folder: RunFolder):
         self.folder = folder
         self.content = folder.read(NAME) or b""
+        self.appended = 0  # bytes, by this attempt
         self._start = b"\n" if self.content else b""  # as a kill may have left half a line
 
     def append(self, lines: bytes) -> None:
         """Appends whole lines."""
+        self.appended += len(lines)
         lines, self._start = self._start + lines, b""
         if isinstance(self.folder, LocalFolder):
             self.content = b""

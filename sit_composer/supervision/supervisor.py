@@ -56,6 +56,7 @@ class Supervision:
         self.lease: Lease | None = None
         self.flush_metrics: Callable[[], None] = lambda: None  # on rank 0 it appends what was logged
         self.metrics: metrics.MetricsFile | None = None  # on rank 0
+        self._uploaded = self._reported = 0  # bytes of metrics when these and the page were last written
         self._outdated: list[str] = []  # files of an earlier run that this one replaces
         # In temporary storage, named by the run, so that a killed run's leftovers are found and removed.
         name = hashlib.sha256(f"{self.uri} {dist.get_node_rank()}".encode()).hexdigest()[:16]
@@ -155,20 +156,28 @@ class Supervision:
 
     def put(self, name: str, content: bytes) -> None:
         """Writes a small file beside the checkpoints, on an object store while training continues."""
-        self.uploads.put(name, content) if self.uploads is not None else write_bytes(content, Path(self.uri, name))
+        if self.uploads is not None:
+            self.uploads.put(name, content)
+        else:
+            write_bytes(content, Path(self.uri, name))
 
     def _put_metrics(self) -> None:
-        """Writes the metrics so far, before a checkpoint that continues them."""
+        """Writes the metrics so far, before the checkpoint that is saved at their end."""
         self.flush_metrics()
-        if self.uploads is not None and self.metrics is not None and self.metrics.content:
+        if self.uploads is not None and self.metrics is not None and self.metrics.appended > self._uploaded:
+            self._uploaded = self.metrics.appended
             self.uploads.put(metrics.NAME, self.metrics.content)
 
     def _put_report(self) -> None:
-        if self.config.report and self.folder is not None and dist.get_global_rank() == 0:
-            self._write_report() if self.uploads is None else self.uploads.do(self._write_report)
+        """Writes the page, if the config asks for it and anything is new; to an object store behind the checkpoint."""
+        if self.config.report and self.metrics is not None and self.metrics.appended > self._reported:
+            self._reported = self.metrics.appended
+            if self.uploads is not None:
+                self.uploads.do(partial(self._write_report, self.uploads.folder))
+            else:
+                self._write_report(self.folder)
 
-    def _write_report(self) -> None:
-        folder = self.uploads.folder if self.uploads is not None else self.folder
+    def _write_report(self, folder: RunFolder) -> None:
         try:
             folder.write(REPORT, report_page([folder]))
         except Exception as error:  # nobody loses a run for its page
