@@ -49,7 +49,7 @@ def test_what_is_no_row_is_left_out(noise, others):
 def test_a_long_run_has_few_rows():
     batch = rows = 0
     while batch < 10_000_000:
-        batch, rows = batch + row_length(batch + 1), rows + 1
-    assert batch == 10_000_000  # each power of ten begins with a whole row
-    assert rows == EXACT - 1 + 3 * 9_000 + 1
+        length = row_length(batch + 1)
+        batch, rows = (batch // length + 1) * length, rows + 1  # a row ends at the next multiple of its length
+    assert (batch, rows) == (10_000_000, EXACT - 1 + 3 * 9_000 + 1)
     assert [row_length(n) for n in (1, EXACT - 1, EXACT, 99_999, 100_000)] == [1, 1, 10, 10, 100]
