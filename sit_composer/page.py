@@ -107,7 +107,8 @@ def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 def trained_seconds(attempts: list[Row], rows: list[Row]) -> float:
     """From each attempt's first row to its last; what a kill has made void, and the time between, is left out."""
     seconds, starts = 0.0, sorted((a["start"], a["time"]) for a in attempts if isinstance(a.get("time"), int | float))
-    for (start, began), (end, _) in zip(starts, [*starts[1:], (float("inf"), 0)], strict=True):
+    for i, (start, began) in enumerate(starts):
+        end = starts[i + 1][0] if i + 1 < len(starts) else float("inf")
         times = [
             row["time"] for row in rows if start < row["batch"] <= end and isinstance(row.get("time"), int | float)
         ]

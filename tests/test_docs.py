@@ -50,7 +50,7 @@ OTHERS = ("make", "pip", "huggingface-cli", "python -m pytest")  # whose argumen
 SECTIONS = {f.name for f in dataclasses.fields(Config)}
 NAMES = re.compile(r"(?:sit_composer|convert|yamls|tests|docs)/[\w/]+(?:\.\w+)?")  # of our files
 IN_TEXT = re.compile(r"`([^`\n]+)`")
-FILES = (".json", ".md", ".npz", ".pt", ".py", ".safetensors", ".yaml")
+FILES = (".html", ".json", ".md", ".npz", ".pt", ".py", ".safetensors", ".yaml")
 FOREIGN = {"--ckpt", "--nodes"}  # options of other programs
 THEIRS = ("coming_from_sit", "coming_from_lmms_engine")  # whose first columns are of other programs
 
