@@ -205,7 +205,7 @@ def test_the_page_in_a_browser(browser, tmp_path, scheme, width):
     first = page.get_attribute(".samples img", "alt")
     page.locator(".slider input").fill("0")
     assert (first, page.get_attribute(".samples img", "alt")) == (
-        "images generated at batch 2000",
+        "images generated at batch 1950",
         "images generated at batch 50",
     )
     assert page.evaluate("document.querySelector('.samples img').naturalWidth") == 64
