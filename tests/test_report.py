@@ -225,7 +225,7 @@ def test_a_run_writes_its_page_at_each_save_in_s3_too_and_its_config_resumes_it(
     folder = S3Folder("s3://sit/runs/quickstart")
     (found,) = data_of(folder.read("report.html"))["runs"]
     assert [grid["batch"] for grid in found["grids"]] == [2, 4]
-    assert [name for name, _ in found["checkpoints"]] == ["ep0-ba4-rank0.pt"]
+    assert [name for name, _ in found["checkpoints"]] == ["ep0-ba2-rank0.pt", "ep0-ba4-rank0.pt"]
     assert found["last"]["batch"] == 4
     assert report.main(["s3://sit/runs/quickstart", "--out", str(tmp_path / "page.html")]) == 0
     assert data_of((tmp_path / "page.html").read_bytes())["runs"] == [found]
