@@ -280,9 +280,13 @@ def generate_share(
 
 
 def write_png(image: Image.Image, path: Path) -> None:
+    write_bytes(png(image), path)
+
+
+def png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    write_bytes(buffer.getvalue(), path)
+    return buffer.getvalue()
 
 
 def as_image(levels: Tensor) -> Image.Image:

@@ -5,9 +5,10 @@ import json
 import os
 import platform
 import re
+import subprocess
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from sit_composer.errors import UserError
 def check_output(option: str, path: str | None, suffix: str, *names: str) -> None:
     """Raises UserError if the file of an option, if given, can't be written, or exists and another program wrote it.
 
-    Its name must end in ``suffix``. An existing file is replaced only if it has the keys or arrays ``names``.
+    Its name must end in ``suffix``. An existing file is replaced only if it has the keys, arrays or texts ``names``.
     """
     if path is None:
         return
@@ -47,6 +48,8 @@ def _holds(file: Path, suffix: str, names: set[str]) -> bool:
         if suffix == ".json":
             content = json.loads(file.read_text())
             return isinstance(content, dict) and names <= content.keys()
+        if suffix == ".html":
+            return all(name in file.read_text() for name in names)
         with zipfile.ZipFile(file) as archive:
             return {name.removesuffix(".npy").removesuffix("_s") for name in archive.namelist()} == names
     except (OSError, ValueError, zipfile.BadZipFile):
@@ -80,6 +83,16 @@ def mode_of_umask(file: Path) -> Iterator[None]:
     mode = file.stat().st_mode
     yield
     file.chmod(mode)
+
+
+def commit() -> str | None:
+    """The commit of this code, with + behind it where files were changed since; None if it isn't a clone of git."""
+    clone = Path(__file__).parents[1]
+    command = ["git", "-C", str(clone), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    with suppress(OSError, subprocess.SubprocessError):
+        if (clone / ".git").exists():
+            return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    return None
 
 
 def versions(*packages: str) -> dict[str, str]:

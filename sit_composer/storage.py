@@ -60,6 +60,13 @@ class LocalFolder:
             temporary.write_bytes(content)
             temporary.replace(self.path / name)
 
+    def append(self, name: str, content: bytes) -> None:
+        """Writes behind the end of a file, which need not exist; a kill may leave a part of the content."""
+        with self._errors():
+            self._make()
+            with open(self.path / name, "ab") as file:
+                file.write(content)
+
     def replace(self, name: str, before: bytes | None, content: bytes | None) -> bool:
         """Writes a small file if it holds ``before`` (None: doesn't exist); content None deletes it. Whether it did.
 

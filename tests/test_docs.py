@@ -38,6 +38,7 @@ MODULES = (
     *("sit_composer.sample", "sit_composer.evaluate", "sit_composer.bits_per_dim", "sit_composer.export"),
     *("sit_composer.features", "sit_composer.memory", "sit_composer.tiny_autoencoder", "tests.helpers.torture"),
     *("sit_composer.posthoc_ema", "sit_composer.demo", "sit_composer.doctor", "sit_composer.sweep"),
+    "sit_composer.report",
 )
 SCRIPTS = (
     *("convert/to_mds.py", "convert/verify_mds.py", "sit_composer/train.py"),
@@ -58,7 +59,7 @@ OTHERS = (
 SECTIONS = {f.name for f in dataclasses.fields(Config)}
 NAMES = re.compile(r"(?:sit_composer|convert|yamls|tests|docs)/[\w/]+(?:\.\w+)?")  # of our files
 IN_TEXT = re.compile(r"`([^`\n]+)`")
-FILES = (".json", ".md", ".npz", ".pt", ".py", ".safetensors", ".yaml")
+FILES = (".html", ".json", ".md", ".npz", ".pt", ".py", ".safetensors", ".yaml")
 FOREIGN = {"--ckpt", "--nodes"}  # options of other programs
 THEIRS = ("coming_from_sit", "coming_from_lmms_engine")  # whose first columns are of other programs
 

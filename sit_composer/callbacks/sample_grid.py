@@ -1,6 +1,6 @@
 """Shows the same images during training, as they improve."""
 
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 from composer.core import State
@@ -9,19 +9,19 @@ from composer.utils import dist
 
 from sit_composer.callbacks.drawing import Drawing, DrawingCallback
 from sit_composer.captions import draw_samples
-from sit_composer.gallery import as_image, write_png
+from sit_composer.gallery import as_image, png
 
 
 class SampleGrid(DrawingCallback):
-    """Generates the same images at each interval, for the loggers and, as ``ba0001000.png``, in a folder if given.
+    """Generates the same images at each interval, for loggers and, as ``samples/ba0001000.png``, beside checkpoints.
 
-    ``classes`` are the names of all classes, for the captions.
+    ``classes`` are the names of all classes, for the captions. ``write``, if given, writes a file of a name.
     """
 
-    def __init__(self, interval: str, drawing: Drawing, classes: list[str], folder: str | None):
+    def __init__(self, interval: str, drawing: Drawing, classes: list[str], write: Callable[[str, bytes], None] | None):
         super().__init__(interval, drawing)
         self.classes = classes
-        self.folder = folder
+        self.write = write
 
     def draw(self, state: State, logger: Logger) -> None:
         levels = self.drawing(state, lambda images: images).cpu()  # (N, C, H, W)
@@ -31,5 +31,5 @@ class SampleGrid(DrawingCallback):
         images = [as_image(image) for image in levels]
         grid = draw_samples(images, self.drawing.labels, self.classes, self.drawing.sampling.cfg_scale)
         logger.log_images(np.asarray(grid), name="samples", channels_last=True, step=batch, use_table=False)
-        if self.folder is not None:
-            write_png(grid, Path(self.folder) / f"ba{batch:07d}.png")
+        if self.write is not None:
+            self.write(f"samples/ba{batch:07d}.png", png(grid))

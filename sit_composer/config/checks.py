@@ -89,6 +89,8 @@ def check(config: Config, ranks: int | None = None) -> None:
     for section in ("sample_grid", "frechet"):
         if getattr(config, section) is not None:
             check_drawing(config, section)
+    if config.loss_by_time is not None:
+        check_time("loss_by_time.interval", config.loss_by_time.interval, ANY)
     replicas = config.fsdp.data_parallel_replicate_degree if config.fsdp is not None else 1
     if ranks % replicas:
         raise ConfigError(f"fsdp.data_parallel_replicate_degree: got {replicas}, expected a divisor of {ranks} ranks")
@@ -202,6 +204,8 @@ def check_trainer(config: Config) -> None:
         if name in FIXED_TRAINER_KEYS:
             raise ConfigError(f"trainer.{name}: is fixed here, as resuming relies on it; leave it out")
     composer_classes.check("trainer", "", {**trainer, "model": None})
+    if config.report and not trainer.get("save_folder"):
+        raise ConfigError("report: needs trainer.save_folder, where the page is written")
     if "max_duration" not in trainer:
         raise ConfigError("trainer.max_duration: no value, expected a time, such as 400000ba or 80ep")
     choose("trainer.console_stream", trainer.get("console_stream", "stderr"), ("stdout", "stderr"))

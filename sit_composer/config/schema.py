@@ -162,6 +162,12 @@ class FrechetConfig(DrawingConfig):
 
 
 @dataclass
+class LossByTimeConfig:
+    interval: str = key("time between two values, such as 100ba", "100ba")
+    bins: int = key("equal parts of the time from 0 to 1", 10, c.COUNT)
+
+
+@dataclass
 class SupervisionConfig:
     heartbeat: float = key("seconds between two heartbeats beside the checkpoints", 15.0, c.POSITIVE)
     patience: float = key("seconds for which a failing upload of a checkpoint is retried", 900.0, c.POSITIVE)
@@ -183,6 +189,8 @@ class Config:
     alignment: AlignmentConfig | None = key("a second loss, of tokens towards a teacher's; null: none", None)
     sample_grid: SampleGridConfig | None = key("images generated during training; null: none", None)
     frechet: FrechetConfig | None = key("Fréchet distance (FID) during training; null: none", None)
+    loss_by_time: LossByTimeConfig | None = key("mean loss in bins of time; {} uses its defaults, null: none", None)
+    report: bool = key("write the page of sit_composer.report beside the checkpoints at each save", False)
     precision: str = key("precision of the network", "fp32", choices=(*c.PRECISIONS, *c.GPU_PRECISIONS))
     compile: str = key("torch.compile of each block: false, true, or a backend's name", "false")
     fsdp: FSDPConfig | None = key("sharded training (FSDP2); {} uses its defaults, null is DDP", None)

@@ -7,6 +7,7 @@ a minute after the checkpoint, and reuses what an earlier resume downloaded. So 
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -25,12 +26,16 @@ from omegaconf import OmegaConf
 from torch.distributed.checkpoint import state_dict as torch_state_dict
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
+from sit_composer.checkpoint import metrics
 from sit_composer.checkpoint.folder import checkpoints, clear_incomplete, fetch_checkpoint, newest, prune
 from sit_composer.checkpoint.safe_load import load_file
 from sit_composer.checkpoint.sharded import SafePlanner, SafeReader
 from sit_composer.cli import say
 from sit_composer.config.same_run import CONFIG, check_same_config
 from sit_composer.config.schema import Config, ConfigError
+from sit_composer.errors import one_line
+from sit_composer.outputs import write_bytes
+from sit_composer.page import REPORT, report_page
 from sit_composer.storage import LocalFolder, RunFolder, StorageError, open_run_folder
 from sit_composer.supervision.eviction import Eviction
 from sit_composer.supervision.lease import Lease
@@ -49,6 +54,9 @@ class Supervision:
         self.eviction = Eviction(config.supervision.grace, timeout)
         self.uploads: Uploads | None = None
         self.lease: Lease | None = None
+        self.flush_metrics: Callable[[], None] = lambda: None  # on rank 0 it appends what was logged
+        self.metrics: metrics.MetricsFile | None = None  # on rank 0
+        self._uploaded = self._reported = 0  # bytes of metrics when these and the page were last written
         self._outdated: list[str] = []  # files of an earlier run that this one replaces
         # In temporary storage, named by the run, so that a killed run's leftovers are found and removed.
         name = hashlib.sha256(f"{self.uri} {dist.get_node_rank()}".encode()).hexdigest()[:16]
@@ -96,6 +104,7 @@ class Supervision:
 
     def _find(self) -> str | None:
         """The checkpoint to resume from. Deletes first what a kill left incomplete."""
+        self.metrics = metrics.MetricsFile(self.folder)
         found = checkpoints(self.folder)
         if self.config.trainer.get("autoresume"):
             before = self.folder.read(CONFIG)
@@ -139,6 +148,41 @@ class Supervision:
         if self.folder is not None and dist.get_global_rank() == 0:
             self.folder.write(CONFIG, OmegaConf.to_yaml(OmegaConf.structured(self.config)).encode())
 
+    def append_metrics(self, content: bytes) -> None:
+        """Appends lines to the run's metrics; an object store has them from the next save on. On rank 0."""
+        if self.uploads is None:
+            self.lease.check()
+        self.metrics.append(content)
+
+    def put(self, name: str, content: bytes) -> None:
+        """Writes a small file beside the checkpoints, on an object store while training continues."""
+        if self.uploads is not None:
+            self.uploads.put(name, content)
+        else:
+            write_bytes(content, Path(self.uri, name))
+
+    def _put_metrics(self) -> None:
+        """Writes the metrics so far, before the checkpoint that is saved at their end."""
+        self.flush_metrics()
+        if self.uploads is not None and self.metrics is not None and self.metrics.appended > self._uploaded:
+            self._uploaded = self.metrics.appended
+            self.uploads.put(metrics.NAME, self.metrics.content)
+
+    def _put_report(self) -> None:
+        """Writes the page, if the config asks for it and anything is new; to an object store behind the checkpoint."""
+        if self.config.report and self.metrics is not None and self.metrics.appended > self._reported:
+            self._reported = self.metrics.appended
+            if self.uploads is not None:
+                self.uploads.do(partial(self._write_report, self.uploads.folder))
+            else:
+                self._write_report(self.folder)
+
+    def _write_report(self, folder: RunFolder) -> None:
+        try:
+            folder.write(REPORT, report_page([folder]))
+        except Exception as error:  # nobody loses a run for its page
+            print(f"warning: {self.uri}/{REPORT}: {one_line(error)}", file=sys.stderr, flush=True)
+
     def attach(self, trainer: Trainer) -> None:
         """Supervises the trainer, which has loaded the checkpoint."""
         shutil.rmtree(self.staging / "resume", ignore_errors=True)
@@ -153,6 +197,7 @@ class Supervision:
         """Lets Composer save a checkpoint; then uploads it, or prunes the folder."""
         if self.uploads is None:  # Composer writes to the run's folder itself
             self.lease.check()
+        self._put_metrics()
         before = len(saver.saved_checkpoints)
         save(state, logger)
         new = saver.saved_checkpoints[before:]  # none on a rank that doesn't write
@@ -160,6 +205,7 @@ class Supervision:
             self.uploads.take(new)
         elif new and self.keep >= 0 and dist.get_global_rank() == 0:
             prune(self.folder, self.keep)
+        self._put_report()
 
     def save_evicted(self, trainer: Trainer) -> bool:
         """Saves after `Evicted`, if it isn't yet; returns whether it is. The model must hold the training weights."""
@@ -173,6 +219,8 @@ class Supervision:
 
     def finish(self) -> None:
         """Waits until all checkpoints are uploaded, on all ranks."""
+        self._put_metrics()
+        self._put_report()
         if self.uploads is not None:
             self.uploads.wait()
         if dist.get_world_size() > 1:

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class Uploads:
         self.patience = patience
         self.failure: StorageError | None = None
         self._last: str | None = None  # the last sharded checkpoint that this rank began to upload
-        self._jobs: queue.Queue[Path | None] = queue.Queue()  # None: the end
+        self._jobs: queue.Queue[Path | Callable[[], object] | None] = queue.Queue()  # None: the end
         self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
         self._thread.start()
 
@@ -61,11 +62,19 @@ class Uploads:
                 self.wait()
             self._jobs.put(Path(file))
 
+    def put(self, name: str, content: bytes) -> None:
+        """Queues a small file, which replaces the one of that name."""
+        self.do(partial(self._patiently, self._write, name, content))
+
+    def do(self, job: Callable[[], object]) -> None:
+        """Queues a job behind what was queued before."""
+        self._jobs.put(job)
+
     def _work(self) -> None:
-        while (path := self._jobs.get()) is not None:
+        while (job := self._jobs.get()) is not None:
             try:
                 if self.failure is None:
-                    self._upload(path)
+                    self._upload(job) if isinstance(job, Path) else job()
             except StorageError as error:
                 self.failure = error
             except Exception as error:  # a bug or a failing local disk must stop training too
@@ -98,6 +107,10 @@ class Uploads:
     def _prune(self) -> None:
         self.lease.check()
         prune(self.folder, self.keep)
+
+    def _write(self, name: str, content: bytes) -> None:
+        self.lease.check()
+        self.folder.write(name, content)
 
     def _put(self, file: Path, name: str) -> None:
         self.lease.check()

@@ -28,7 +28,7 @@ from sit_composer.precision import for_gpu, resolve
 from sit_composer.storage import open_run_folder
 from sit_composer.training.compiling import find_backend
 from sit_composer.training.inputs import SECTIONS, check_specs, open_teacher, read_specs
-from sit_composer.training.summary import summary
+from sit_composer.training.summary import as_text, summary
 
 PROBE = ".sit_composer-dry-run-"
 
@@ -78,7 +78,7 @@ def run(config: Config) -> int:
         make("memory", check_room, config, encodes, int(os.environ.get("WORLD_SIZE", 1)), microbatch(config))
     if config.compile.lower() != "false":
         make("compile", find_backend, config.compile, device)
-    text = [summary(config, specs, *found or [None]), "", *cost_tables(config, specs), "checks:", *lines]
+    text = [as_text(summary(config, specs, *found or [None])), "", *cost_tables(config, specs), "checks:", *lines]
     print(hide("\n".join(text)), flush=True)
     return USAGE if failed else 0
 

@@ -1,5 +1,6 @@
 """Builds what a config says and trains it."""
 
+import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,15 @@ from sit_composer.algorithms.repa import REPA
 from sit_composer.algorithms.sra import SRA
 from sit_composer.averages import std_of
 from sit_composer.callbacks.latent_check import LatentCheck
+from sit_composer.callbacks.loss_by_time import LossByTime
+from sit_composer.callbacks.metrics_log import MetricsLog
 from sit_composer.callbacks.progress import Progress
 from sit_composer.callbacks.run_record import RunRecord
 from sit_composer.checkpoint.folder import newest
 from sit_composer.checkpoint.record import Record
 from sit_composer.cli import say
 from sit_composer.config.composer_classes import build
+from sit_composer.config.ranks import microbatch
 from sit_composer.config.schema import (
     Config,
     ConfigError,
@@ -33,6 +37,7 @@ from sit_composer.config.schema import (
 from sit_composer.costs import estimate, gpus
 from sit_composer.costs.room import check_room, too_large
 from sit_composer.errors import one_line
+from sit_composer.outputs import commit, versions
 from sit_composer.precision import resolve
 from sit_composer.sit import SiT
 from sit_composer.storage import StorageError, is_disk_full
@@ -44,7 +49,7 @@ from sit_composer.training.model import ComposerSiT
 from sit_composer.training.muon import Muon
 from sit_composer.training.quiet import silence
 from sit_composer.training.sharding import parallelism, prefetch
-from sit_composer.training.summary import microbatch, sample_flops, save_every, summary
+from sit_composer.training.summary import as_text, sample_flops, save_every, summary
 from sit_composer.training.trainer import Trainer
 from sit_composer.transport import Transport
 
@@ -74,8 +79,9 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
     resumption = supervision.start()
     inputs = open_inputs(config, device)
     found = Path(resumption["load_path"]).name if "load_path" in resumption else None
-    if dist.get_global_rank() == 0:
-        print(summary(config, inputs.specs, found), flush=True)
+    lines = summary(config, inputs.specs, found) if dist.get_global_rank() == 0 else {}
+    if lines:
+        print(as_text(lines), flush=True)
     memory = config, inputs.encoder is not None, dist.get_world_size(), microbatch(config)
     check_room(*memory)
 
@@ -99,12 +105,14 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
         callbacks, algorithms = [weights, *callbacks], [ema, *algorithms]
     if alignment is not None:
         algorithms.append(alignment)
+    if config.loss_by_time is not None:
+        callbacks.append(LossByTime(config.loss_by_time.bins, config.loss_by_time.interval))
     loggers = build("loggers", config.loggers)
     (scheduler,) = build("scheduler", config.scheduler or {"constant": {}})
     if config.sample_grid is not None or config.frechet is not None:
         from sit_composer.training.quality import quality_callbacks  # diffusers and torch-fidelity take seconds
 
-        callbacks += quality_callbacks(config, inputs, weights, supervision.eviction.leave_if_told, device)
+        callbacks += quality_callbacks(config, inputs, weights, supervision, device)
     trainer = build_trainer(
         config,
         resumption,
@@ -123,6 +131,9 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
     # --- Run ---
     try:
         supervision.attach(trainer)
+        if supervision.folder is not None:
+            trainer.log_to(metrics := make_metrics(config, lines, supervision))
+            supervision.flush_metrics = metrics.flush
         return train(trainer, config, inputs, ema, supervision)
     except (OSError, RuntimeError, CheckpointException) as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -220,6 +231,22 @@ def train(trainer: Trainer, config: Config, inputs: Inputs, ema: EMA | None, sup
         say(f"checkpoint: {supervision.uri}/{newest(supervision.folder)}")
         say(f"next: python -m sit_composer.sample {supervision.uri} --out samples")
     return 0
+
+
+def make_metrics(config: Config, lines: dict[str, str], supervision: Supervision) -> MetricsLog:
+    """What writes the run's metrics, on rank 0; ``lines`` are its summary's."""
+    if dist.get_global_rank() > 0:
+        return MetricsLog(None, {})
+    peak = gpus.peak_flops(config.precision)
+    attempt = {
+        "about": {name: line for name, line in lines.items() if name not in ("run", "time", "checkpoints")},
+        "host": socket.gethostname(),
+        "ranks": dist.get_world_size(),
+        "commit": commit(),
+        "versions": versions("torch", "mosaicml", "mosaicml-streaming", "sit-composer"),
+        "peak": None if peak is None else dist.get_world_size() * peak / sample_flops(config),  # images/s
+    }
+    return MetricsLog(supervision.append_metrics, attempt)
 
 
 def make_progress(config: Config, samples: int) -> Progress:

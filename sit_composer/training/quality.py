@@ -1,7 +1,5 @@
 """Builds the callbacks that generate images while training: to look at, and to measure."""
 
-from collections.abc import Callable
-
 import torch
 from composer.core import Callback
 from composer.utils import dist, format_name_with_dist
@@ -19,14 +17,15 @@ from sit_composer.evaluation.features import Extractor, load_extractor
 from sit_composer.evaluation.judge import check_statistics
 from sit_composer.evaluation.metrics import STATISTICS
 from sit_composer.evaluation.picture_sets import open_set
+from sit_composer.supervision.supervisor import Supervision
 from sit_composer.training.inputs import Inputs
 from sit_composer.transport import Transport
 
 
 def quality_callbacks(
-    config: Config, inputs: Inputs, weights: EMAWeights | None, before_each: Callable[[], None], device: str
+    config: Config, inputs: Inputs, weights: EMAWeights | None, supervision: Supervision, device: str
 ) -> list[Callback]:
-    """The callbacks of the sections sample_grid and frechet; ``before_each`` is called before each batch of images."""
+    """The callbacks of the sections sample_grid and frechet."""
     grid, frechet, classes = config.sample_grid, config.frechet, config.model.num_classes
     of, name = inputs.autoencoder, config.autoencoder.name
     autoencoder = inputs.encoder or load_autoencoder(name, of.channels, device, latents=of)
@@ -36,14 +35,16 @@ def quality_callbacks(
     def drawing(section: DrawingConfig, labels: list[int]) -> Drawing:
         options = {name: getattr(section, name) for name in ("sampling_method", "num_steps", "cfg_scale", "seed")}
         sampling = Sampling(**options, time_shift=Transport(**transport_arguments(config)).sampling_shift)
-        return Drawing(labels, sampling, autoencoder, weights, section.batch_size, before_each)
+        leave = supervision.eviction.leave_if_told
+        return Drawing(labels, sampling, autoencoder, weights, section.batch_size, leave)
 
     callbacks = []
     if grid is not None:
         chosen = grid.labels or [i * classes // 10 for i in range(min(10, classes))]
         labels = [label for label in chosen for _ in range(grid.per_class)]
         names = inputs.specs["data"].classes
-        callbacks.append(SampleGrid(grid.interval, drawing(grid, labels), names, folder and f"{folder}/samples"))
+        write = supervision.put if supervision.folder is not None else None
+        callbacks.append(SampleGrid(grid.interval, drawing(grid, labels), names, write))
     if frechet is not None:
         try:
             with dist.run_local_rank_zero_first():  # it downloads Inception's weights

@@ -26,8 +26,8 @@ from sit_composer.precision import DTYPES, for_gpu
 EFFICIENCY = 0.5  # of a device's rate of matrix products, assumed for a step
 
 
-def summary(config: Config, specs: dict[str, DataSpec], checkpoint: str | None) -> str:
-    """The run in a dozen lines; ``checkpoint`` is what it resumes from, None if it starts anew."""
+def summary(config: Config, specs: dict[str, DataSpec], checkpoint: str | None) -> dict[str, str]:
+    """The run in a dozen lines, by their names; ``checkpoint`` is what it resumes from, None if it starts anew."""
     ranks, spec = int(os.environ.get("WORLD_SIZE", 1)), specs.get("data")
     batch, micro = config.data.global_batch_size, microbatch(config)
     samples = spec.samples if spec is not None else None
@@ -74,6 +74,10 @@ def summary(config: Config, specs: dict[str, DataSpec], checkpoint: str | None) 
     if total is not None:
         lines["time"] = f"about {duration((total - done) * step)} to train, if half of the device's speed is reached"
     lines["checkpoints"] = checkpoints_text(config, total, samples, step)
+    return lines
+
+
+def as_text(lines: dict[str, str]) -> str:
     return "\n".join(f"{name + ':':<13}{line}" for name, line in lines.items())
 
 

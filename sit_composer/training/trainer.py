@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from composer import Trainer as ComposerTrainer
 from composer.core import Event
+from composer.loggers import LoggerDestination
 from composer.trainer.trainer import TrainerMode
 from composer.utils import dist
 from torch import Tensor
 from torch.distributed import ReduceOp
 from torch.distributed.fsdp import FSDPModule
+
+from sit_composer.callbacks.metrics_log import MetricsLog
 
 Batch = dict[str, Tensor]
 
@@ -33,6 +36,11 @@ class Trainer(ComposerTrainer):
         self._host_timeout = host_timeout
         self._hosts: torch.distributed.ProcessGroup | None = None
         super().__init__(*args, **kwargs)
+
+    def log_to(self, logger: LoggerDestination) -> None:
+        """Adds a logger that earlier checkpoints know nothing of, once a checkpoint is loaded."""
+        self.state.callbacks.append(logger)
+        self.logger.destinations = (*self.logger.destinations, logger)
 
     @cached_property
     def _sharded(self) -> FSDPModule | None:
@@ -73,8 +81,12 @@ class Trainer(ComposerTrainer):
             dist.all_reduce(loss)
         ranks = dist.get_world_size()
         self.state.total_loss_dict = {name: loss / ranks for name, loss in losses.items()}
-        if self.logger.destinations:
-            self.logger.log_metrics({name: loss.item() / ranks for name, loss in losses.items()})
+        batch = self.state.timestamp.batch.value
+        for logger in self.logger.destinations:
+            if isinstance(logger, MetricsLog):  # which waits for nothing
+                logger.log_metrics(self.state.total_loss_dict, batch)
+            else:
+                logger.log_metrics({name: loss.item() / ranks for name, loss in losses.items()}, batch)
 
     def _train_microbatches(
         self, microbatches: Sequence[Batch], total_loss_dict: dict[str, Tensor], ddp_sync: bool = True

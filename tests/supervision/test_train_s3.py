@@ -5,6 +5,7 @@ import tempfile
 import pytest
 
 from sit_composer.callbacks.run_record import RunRecord
+from sit_composer.checkpoint import metrics
 from sit_composer.checkpoint.folder import newest
 from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.storage import LocalFolder, S3Folder
@@ -19,7 +20,12 @@ def test_each_resume_from_s3_goes_on_from_the_newest_checkpoint(run, s3, tmp_pat
         assert run(f"trainer.max_duration={batches}ba", "trainer.save_num_checkpoints_to_keep=2", *REMOTE) == 0
         assert newest(S3Folder(FOLDER)) == f"ep0-ba{batches}-rank0.pt"
     names = set(S3Folder(FOLDER).listing())
-    assert names == {"config.yaml", "ep0-ba4-rank0.pt", "ep0-ba6-rank0.pt"}  # the oldest is pruned, the lease released
+    kept = {"ep0-ba4-rank0.pt", "ep0-ba6-rank0.pt"}
+    assert names == {"config.yaml", "metrics.jsonl", *kept}  # the oldest is pruned, the lease released
+    attempts, rows = metrics.read(S3Folder(FOLDER).read("metrics.jsonl"))
+    assert [attempt["start"] for attempt in attempts] == [0, 2, 4]
+    expected = metrics.read((tmp_path / "whole" / "metrics.jsonl").read_bytes())[1]
+    assert [row["loss/train/total"] for row in rows] == [row["loss/train/total"] for row in expected]
     assert differences(bits(tmp_path / "whole"), fetched(tmp_path)) == []
     # The commands read it from S3.
     here = load_checkpoint(str(tmp_path / "whole"))

@@ -248,7 +248,9 @@ def test_a_run_through_faults_of_all_kinds_equals_one_without(run, proxy, tmp_pa
         assert all(fault.met for fault in proxy.faults if fault.pattern != "config.yaml")
         proxy.heal()
         assert newest(S3Folder(FOLDER)) == f"ep0-ba{batches}-rank0.pt"
-    assert set(S3Folder(FOLDER).listing()) == {"config.yaml", "ep0-ba2-rank0.pt", "ep0-ba4-rank0.pt"}
+    assert set(S3Folder(FOLDER).listing()) == {
+        "config.yaml", "metrics.jsonl", "ep0-ba2-rank0.pt", "ep0-ba4-rank0.pt",
+    }  # fmt: skip
     assert differences(whole, fetched(tmp_path)) == []
 
 
