@@ -8,6 +8,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,7 @@ class Supervision:
         self.eviction = Eviction(config.supervision.grace, timeout)
         self.uploads: Uploads | None = None
         self.lease: Lease | None = None
+        self.before_save: Callable[[State, Logger], None] = lambda *_: None  # raises what forbids to save
         self._outdated: list[str] = []  # files of an earlier run that this one replaces
         # In temporary storage, named by the run, so that a killed run's leftovers are found and removed.
         name = hashlib.sha256(f"{self.uri} {dist.get_node_rank()}".encode()).hexdigest()[:16]
@@ -59,11 +61,11 @@ class Supervision:
         self.eviction.install()
         if self.folder is None:
             return {}
-        owner = _from_rank_0(self._acquire)
+        owner = from_rank_0(self._acquire)
         self.lease = self.lease or Lease(self.folder, self.config.supervision.heartbeat, owner)
         self.lease.check()  # also that every rank sees the same folder
         self.eviction.check = self.lease.raise_if_lost
-        name = _from_rank_0(self._find)
+        name = from_rank_0(self._find)
         # Composer counts anew at each start, and deletes the newest too. Pruning is done here.
         arguments: dict[str, Any] = {"save_num_checkpoints_to_keep": -1}
         if isinstance(self.folder, S3Folder):
@@ -151,6 +153,7 @@ class Supervision:
 
     def _save(self, saver: CheckpointSaver, save: Callable[..., None], state: State, logger: Logger) -> None:
         """Lets Composer save a checkpoint; then uploads it, or prunes the folder."""
+        self.before_save(state, logger)
         if self.uploads is None:  # Composer writes to the run's folder itself
             self.lease.check()
         before = len(saver.saved_checkpoints)
@@ -171,6 +174,32 @@ class Supervision:
         self.finish()
         return saver is not None
 
+    def last(self) -> str | None:
+        """The name of the newest complete checkpoint, on all ranks."""
+        if self.folder is None:
+            return None
+        if self.uploads is not None:
+            self.uploads.wait()
+        return from_rank_0(lambda: newest(self.folder))
+
+    def go_back(self, trainer: Trainer) -> str | None:
+        """Loads weights, optimizer and averages of the newest checkpoint; returns its name, or None without one.
+
+        Time, data, schedule and counters stay as they are.
+        """
+        name = self.last()
+        if name is None:
+            return None
+        state = trainer.state
+        rates = [group["lr"] for optimizer in state.optimizers for group in optimizer.param_groups]
+        with warnings.catch_warnings(action="ignore"):  # of the callbacks that are left out
+            checkpoint.load_checkpoint(str(self._local(name)), state, trainer.logger, ignore_keys=_keep_trained)
+        groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+        shutil.rmtree(self.staging / "resume", ignore_errors=True)
+        return name
+
     def finish(self) -> None:
         """Waits until all checkpoints are uploaded, on all ranks."""
         if self.uploads is not None:
@@ -189,7 +218,15 @@ class Supervision:
             self.lease.release()
 
 
-def _from_rank_0(find: Callable[[], Any]) -> Any:
+def _keep_trained(content: dict[str, Any]) -> None:
+    """Leaves only what training changes in the content of a checkpoint."""
+    state = content["state"]
+    averages = {name: value for name, value in state["callbacks"].items() if name == "EMAWeights"}
+    content.clear()
+    content["state"] = {name: state[name] for name in ("model", "optimizers")} | {"callbacks": averages}
+
+
+def from_rank_0(find: Callable[[], Any]) -> Any:
     """Calls ``find`` on rank 0; returns its result, or raises its error, on every rank."""
     found: list[Any] = [None, None]
     if dist.get_global_rank() == 0:

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -15,6 +16,7 @@ from sit_composer.algorithms.ema import EMA, EMAWeights
 from sit_composer.algorithms.repa import REPA
 from sit_composer.algorithms.sra import SRA
 from sit_composer.averages import std_of
+from sit_composer.callbacks.guard import Guard
 from sit_composer.callbacks.latent_check import LatentCheck
 from sit_composer.callbacks.progress import Progress
 from sit_composer.callbacks.run_record import RunRecord
@@ -91,7 +93,9 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
     alignment = make_alignment(config, network, transport, weights, inputs)
     model = ComposerSiT(network, transport, inputs.autoencoder, inputs.encoder, config.precision, alignment)
     # --- Trainer ---
-    callbacks = [RunRecord(make_record(config, inputs), supervision.save_config), *build("callbacks", config.callbacks)]
+    guard = Guard(config.on_nan, config.on_nan_limit, config.optimizer.clip_norm, weights, config.run_name)
+    record = RunRecord(make_record(config, inputs), supervision.save_config)
+    callbacks = [guard, record, *build("callbacks", config.callbacks)]
     algorithms = build("algorithms", config.algorithms)
     if config.autoencoder.name is not None:
         callbacks.append(LatentCheck(config.data.remote or config.data.local))
@@ -123,6 +127,8 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
     # --- Run ---
     try:
         supervision.attach(trainer)
+        supervision.before_save = guard.before_save
+        guard.last_checkpoint, guard.go_back = supervision.last, partial(supervision.go_back, trainer)
         return train(trainer, config, inputs, ema, supervision)
     except (OSError, RuntimeError, CheckpointException) as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -169,6 +175,7 @@ def make_optimizer(model: ComposerSiT, config: Config) -> torch.optim.Optimizer:
     fused = config.precision != "amp_fp16" or None
     options = {"fused": fused, **vars(config.optimizer)}
     name, momentum = options.pop("name"), options.pop("momentum")
+    del options["clip_norm"]  # `Guard` clips
     if name == "muon":
         dtype = torch.bfloat16 if config.precision.endswith("bf16") else torch.float32
         return Muon(model, momentum=momentum, dtype=dtype, **options)
