@@ -23,6 +23,7 @@ from sit_composer.transport import Transport
 from tests.helpers import ranks
 from tests.helpers.networks import SPEC, batch, small_network
 from tests.helpers.poison import poison
+from tests.helpers.runs import differences
 
 OPTIMIZERS = {
     "fused": lambda model: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True),
@@ -100,14 +101,14 @@ def test_a_batch_with_one_number_that_is_not_finite_changes_nothing(monkeypatch,
     assert capsys.readouterr().out == "test: batch 3 skipped: its loss is not finite (1 in all); see --replay 3\n"
 
 
-@pytest.mark.parametrize("optimizer", ["fused", "foreach", "muon"])
+@pytest.mark.parametrize("optimizer", ["fused", "muon"])
 def test_a_run_without_such_batches_has_the_same_bits(optimizer):
     plain = train(optimizer=optimizer)
     guarded = train(("skip", 10, None), optimizer=optimizer)
     assert all(map(torch.equal, plain.states[-1], guarded.states[-1]))
 
 
-@pytest.mark.parametrize("guard", [("stop", 10, None), ("skip", 10, None), ("skip", 10, 0.1), ("stop", 10, 0.1)])
+@pytest.mark.parametrize("guard", [("stop", 10, None), ("skip", 10, 0.1)])
 def test_no_step_waits_for_the_device(monkeypatch, guard):
     if guard[0] == "skip":
         poison({3}, monkeypatch.setattr)
@@ -188,15 +189,17 @@ def test_a_run_stops_keeps_its_last_good_checkpoint_and_rolls_back_when_told(run
     assert "first output that is not finite: the noised latents (rank 0)\n" in shown
     assert re.search(r"first gradient that is not finite: network\.final_layer\S+; \d+ of \d+ parameters", shown)
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
-    # Back to its weights and past the batch.
-    assert run(*options, "on_nan=rollback") == 0
-    assert (
-        "batch 6: its loss is not finite; continues with the weights of ep0-ba4-rank0.pt, at batch 7"
-        in capsys.readouterr().out
-    )
-    content = torch.load(tmp_path / "run" / "ep0-ba9-rank0.pt", weights_only=False)["state"]
-    assert content["callbacks"]["Guard"] == {"skipped": 1, "in_a_row": 0, "rollbacks": 1}
-    assert all(tensor.isfinite().all() for tensor in content["model"].values())
+    # Back to that checkpoint's weights, average and optimizer, and past the batch.
+    assert run("trainer.max_duration=6ba", "on_nan=rollback") == 0
+    said = "quickstart: batch 6: its loss is not finite; continues with the weights of ep0-ba4-rank0.pt, at batch 7\n"
+    assert said in capsys.readouterr().out
+    before, after = (torch.load(tmp_path / "run" / f"ep0-ba{n}-rank0.pt", weights_only=False)["state"] for n in (4, 6))
+    for state in (before, after):
+        state["average"] = state["callbacks"]["EMAWeights"]
+    trained = ("model", "optimizers", "average")
+    assert differences({name: before[name] for name in trained}, {name: after[name] for name in trained}) == []
+    assert after["callbacks"]["Guard"] == {"skipped": 1, "in_a_row": 1, "rollbacks": 1}
+    assert after["timestamp"]["Timestamp"]["batch"] == 6
 
 
 def test_weights_that_are_not_finite_are_never_saved(run, monkeypatch, capsys, tmp_path):
