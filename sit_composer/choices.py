@@ -100,6 +100,7 @@ PRECISIONS = ("auto", "fp32", "bf16")  # on every device; auto is bf16 where the
 GPU_PRECISIONS = ("amp_bf16", "amp_fp16")  # Composer's names
 OPTIMIZERS = ("adamw", "muon")
 NEWTON_SCHULZ = 5  # iterations of Muon's orthogonalization
+ON_NAN = ("stop", "skip", "rollback")
 PREDICTIONS = ("velocity", "noise", "score", "x")
 OVER_ALPHA = ("noise", "score")  # predictions whose velocity divides by α, which is 0 at the pole at the noise
 ALIGNMENTS = {"sra": 0.2, "repa": 0.5}  # and the weight of each, as published

@@ -13,7 +13,8 @@ from pathlib import Path
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]
 from sit_composer import launch
-from sit_composer.cli import hand_over, make_parser, run_command
+from sit_composer.choices import COUNT
+from sit_composer.cli import hand_over, make_parser, number, run_command
 from sit_composer.config.checks import check
 from sit_composer.config.data_fits import check_data, local_spec
 from sit_composer.config.load import load_config
@@ -28,13 +29,15 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 when trained, 143 or 130 when saved after a SIGTERM or Ctrl-C, 2 for a mistake."""
     launch.follow_launcher()
     keys = "keys of the YAML, with defaults (???: must be given):\n" + documentation()
-    usage = "%(prog)s [-h] [--dry-run] yaml [key=value ...]"
+    usage = "%(prog)s [-h] [--dry-run] [--replay BATCH] yaml [key=value ...]"
     parser = make_parser("composer sit_composer/train.py", __doc__, epilog=keys, usage=usage)
     parser.add_argument("yaml", nargs="?", help="the run's config, such as yamls/quickstart.yaml")
     overrides = "override the YAML's keys, such as data.local=/data"
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
     dry_run = "print the run, its memory and its cost, check what it needs, and start nothing"
     parser.add_argument("--dry-run", action="store_true", help=dry_run)
+    replay = "train up to this batch again, show what is not finite in it, and save nothing"
+    parser.add_argument("--replay", type=number(COUNT), metavar="BATCH", help=replay)
     args = parser.parse_intermixed_args(argv)
     if args.yaml is None or ("=" in args.yaml and not Path(args.yaml).exists()):
         parser.error(f"argument yaml: no value, expected a run's config, such as {', '.join(EXAMPLES)}")
@@ -57,6 +60,9 @@ def run(args: argparse.Namespace) -> int:
         raise
     if args.dry_run:
         return hand_over("sit_composer.training.dry_run", config, "torch", "composer", "streaming") or 0
+    if args.replay is not None:
+        replayed = config, args.replay
+        return hand_over("sit_composer.training.replay", replayed, "torch", "composer", "streaming") or 0
     return hand_over("sit_composer.training.fit", config, "torch", "composer", "streaming") or 0
 
 

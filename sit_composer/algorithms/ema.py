@@ -69,6 +69,7 @@ class EMAWeights(Callback):
         self.averages: dict[str, dict[str, Tensor]] = {name: {} for name in names or ("0.9999",)}
         self.loaded = False
         self.swapped = False  # whether the model holds the first average, and params the weights
+        self.keep: Tensor | None = None  # on the device: 1, or 0 for a batch that is skipped; None: each one counts
         self._state: State | None = None
         self._trained: list[Tensor] = []  # the parameters, in the order of params
 
@@ -109,7 +110,8 @@ class EMAWeights(Callback):
         """average ← average + (1 - decay)(weights - average), with a decay for each average."""
         averages, weights = self._local()
         for average, decay in zip(averages, decays, strict=True):
-            torch._foreach_lerp_(average, weights, 1 - decay)
+            part = 1 - decay
+            torch._foreach_lerp_(average, weights, part if self.keep is None else [self.keep * part] * len(average))
 
     @torch.no_grad()
     def swap(self) -> None:

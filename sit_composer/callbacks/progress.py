@@ -1,5 +1,6 @@
 """How a run goes: a bar on a terminal, else a line per interval; a line per evaluation; and the figures at the end."""
 
+import math
 import sys
 import time
 from collections import deque
@@ -88,8 +89,8 @@ class Progress(Callback):
             self._bar.update(int(state.timestamp.batch) - self._bar.n)
 
     def loss(self) -> float:
-        """The smoothed loss, up to the last batch."""
-        for loss in torch.cat(self._unread).tolist() if self._unread else ():
+        """The smoothed loss, up to the last batch; those that are not finite are `Guard`'s, and left out."""
+        for loss in filter(math.isfinite, torch.cat(self._unread).tolist() if self._unread else ()):
             self._weight = SMOOTHING * self._weight + 1 - SMOOTHING
             self._loss += (loss - self._loss) * (1 - SMOOTHING) / self._weight
         self._unread.clear()

@@ -84,6 +84,8 @@ def check(config: Config, ranks: int | None = None) -> None:
         raise ConfigError(f"ema: got the average {twice} twice, expected each once in decay, decays and power")
     if config.optimizer.name != "muon" and config.optimizer.momentum != OptimizerConfig().momentum:
         raise ConfigError("optimizer.momentum: needs optimizer.name=muon")
+    if config.on_nan == "rollback" and not config.trainer.get("save_folder"):
+        raise ConfigError("on_nan: got rollback, which needs checkpoints to go back to; set trainer.save_folder")
     if config.alignment is not None:
         check_alignment(config)
     for section in ("sample_grid", "frechet"):
@@ -236,6 +238,9 @@ def check_composer(config: Config) -> None:
                 raise ConfigError(f"callbacks.{name}: set it by trainer.save_interval and the keys beside it")
             if section == "algorithms" and name.lower() == "ema":
                 raise ConfigError("algorithms.ema: set it as ema.decay; Composer's own is not used")
+            clips = section == "algorithms" and name.lower().replace("_", "") == "gradientclipping"
+            if clips and config.optimizer.clip_norm is not None:
+                raise ConfigError(f"algorithms.{name}: has no place beside optimizer.clip_norm; leave one of them out")
             if not isinstance(arguments, dict | None):
                 raise ConfigError(f"{section}.{name}: got {arguments!r}, expected its arguments, as {{name: value}}")
             composer_classes.check(section, name, arguments or {})

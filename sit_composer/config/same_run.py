@@ -45,4 +45,5 @@ def _fixed_keys(config: Config) -> dict[str, object]:
     sections = {name: vars(getattr(config, name)) for name in ("transport", "autoencoder", "optimizer")}
     for section, values in {"model": {**BLOCKS, **network_arguments(config.model)}, **sections}.items():
         keys |= {f"{section}.{name}": value for name, value in values.items()}
+    del keys["optimizer.clip_norm"]  # no checkpoint holds it
     return keys

@@ -96,6 +96,7 @@ class OptimizerConfig:
     eps: float = key("AdamW's epsilon", 1e-8, c.NOT_NEGATIVE)
     weight_decay: float = key("weight decay", 0.0, c.NOT_NEGATIVE)
     momentum: float = key("Muon's momentum", 0.95, c.BELOW_ONE)
+    clip_norm: float | None = key("norm to which all gradients together are clipped; null: none", None, c.POSITIVE)
 
 
 @dataclass
@@ -195,6 +196,12 @@ class Config:
     compile: str = key("torch.compile of each block: false, true, or a backend's name", "false")
     fsdp: FSDPConfig | None = key("sharded training (FSDP2); {} uses its defaults, null is DDP", None)
     supervision: SupervisionConfig = key("what keeps a run alive, and the only one of its name", SupervisionConfig())
+    on_nan: str = key(
+        "for a loss or gradient that is not finite: stop; skip the step; or rollback to the last checkpoint's weights",
+        "stop",
+        choices=c.ON_NAN,
+    )
+    on_nan_limit: int = key("steps skipped in a row, or rollbacks in all, before the run stops", 10, c.COUNT)
     trust_checkpoint: bool = key("unpickle a whole one-file checkpoint, which can run code in it", False)
     trainer: dict[str, Any] = key("arguments of Composer's Trainer, by their names", {})
     algorithms: dict[str, Any] = key("Composer's algorithms: {name: arguments}", {})

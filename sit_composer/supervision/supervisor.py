@@ -9,27 +9,21 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed.checkpoint as dcp
 from composer import Trainer
-from composer import algorithms as composer_algorithms
 from composer.callbacks import CheckpointSaver
 from composer.core import State
 from composer.loggers import Logger
 from composer.utils import checkpoint, dist, format_name_with_dist
 from omegaconf import OmegaConf
-from torch.distributed.checkpoint import state_dict as torch_state_dict
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from sit_composer.checkpoint import metrics
 from sit_composer.checkpoint.folder import checkpoints, clear_incomplete, fetch_checkpoint, newest, prune
-from sit_composer.checkpoint.safe_load import load_file
-from sit_composer.checkpoint.sharded import SafePlanner, SafeReader
 from sit_composer.cli import say
 from sit_composer.config.same_run import CONFIG, check_same_config
 from sit_composer.config.schema import Config, ConfigError
@@ -57,6 +51,7 @@ class Supervision:
         self.flush_metrics: Callable[[], None] = lambda: None  # on rank 0 it appends what was logged
         self.metrics: metrics.MetricsFile | None = None  # on rank 0
         self._uploaded = self._reported = 0  # bytes of metrics when these and the page were last written
+        self.before_save: Callable[[State, Logger], None] = lambda *_: None  # raises what forbids to save
         self._outdated: list[str] = []  # files of an earlier run that this one replaces
         # In temporary storage, named by the run, so that a killed run's leftovers are found and removed.
         name = hashlib.sha256(f"{self.uri} {dist.get_node_rank()}".encode()).hexdigest()[:16]
@@ -67,11 +62,11 @@ class Supervision:
         self.eviction.install()
         if self.folder is None:
             return {}
-        owner = _from_rank_0(self._acquire)
+        owner = from_rank_0(self._acquire)
         self.lease = self.lease or Lease(self.folder, self.config.supervision.heartbeat, owner)
         self.lease.check()  # also that every rank sees the same folder
         self.eviction.check = self.lease.raise_if_lost
-        name = _from_rank_0(self._find)
+        name = from_rank_0(self._find)
         # Composer counts anew at each start, and deletes the newest too. Pruning is done here.
         arguments: dict[str, Any] = {"save_num_checkpoints_to_keep": -1}
         if not isinstance(self.folder, LocalFolder):
@@ -195,6 +190,7 @@ class Supervision:
 
     def _save(self, saver: CheckpointSaver, save: Callable[..., None], state: State, logger: Logger) -> None:
         """Lets Composer save a checkpoint; then uploads it, or prunes the folder."""
+        self.before_save(state, logger)
         if self.uploads is None:  # Composer writes to the run's folder itself
             self.lease.check()
         self._put_metrics()
@@ -217,6 +213,32 @@ class Supervision:
         self.finish()
         return saver is not None
 
+    def last(self) -> str | None:
+        """The name of the newest complete checkpoint, on all ranks."""
+        if self.folder is None:
+            return None
+        if self.uploads is not None:
+            self.uploads.wait()
+        return from_rank_0(lambda: newest(self.folder))
+
+    def go_back(self, trainer: Trainer) -> str | None:
+        """Loads weights, optimizer and averages of the newest checkpoint; returns its name, or None without one.
+
+        Time, data, schedule and counters stay as they are.
+        """
+        name = self.last()
+        if name is None:
+            return None
+        state = trainer.state
+        rates = [group["lr"] for optimizer in state.optimizers for group in optimizer.param_groups]
+        with warnings.catch_warnings(action="ignore"):  # of the callbacks that are left out
+            checkpoint.load_checkpoint(str(self._local(name)), state, trainer.logger, ignore_keys=_keep_trained)
+        groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+        shutil.rmtree(self.staging / "resume", ignore_errors=True)
+        return name
+
     def finish(self) -> None:
         """Waits until all checkpoints are uploaded, on all ranks."""
         self._put_metrics()
@@ -237,7 +259,15 @@ class Supervision:
             self.lease.release()
 
 
-def _from_rank_0(find: Callable[[], Any]) -> Any:
+def _keep_trained(content: dict[str, Any]) -> None:
+    """Leaves only what training changes in the content of a checkpoint."""
+    state = content["state"]
+    averages = {name: value for name, value in state["callbacks"].items() if name == "EMAWeights"}
+    content.clear()
+    content["state"] = {name: state[name] for name in ("model", "optimizers")} | {"callbacks": averages}
+
+
+def from_rank_0(find: Callable[[], Any]) -> Any:
     """Calls ``find`` on rank 0; returns its result, or raises its error, on every rank."""
     found: list[Any] = [None, None]
     if dist.get_global_rank() == 0:
@@ -249,35 +279,3 @@ def _from_rank_0(find: Callable[[], Any]) -> Any:
     if found[1] is not None:
         raise found[1]
     return found[0]
-
-
-def guard_composer() -> None:
-    """Makes Composer load checkpoints with `safe_load`; 0.32 unpickles them whole, even with `load_weights_only`."""
-    checkpoint._torch_load_with_validation = lambda path, map_location: load_file(path)
-    torch_state_dict._init_optim_state = start_optimizer
-    # Composer bypasses the planner and reader that it is given: after some errors it tries again with torch's planner.
-    DefaultLoadPlanner.load_bytes = SafePlanner.load_bytes
-    dcp.FileSystemReader.read_metadata = SafeReader.read_metadata
-
-
-def start_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Gives AdamW, or Muon, the state that a checkpoint is loaded into, if it has none.
-
-    Torch makes a step for that, whose gradients and temporaries are as large as the weights, and counts it.
-    """
-    for group in [] if optimizer.state else optimizer.param_groups:
-        for weight in filter(lambda weight: weight.requires_grad, group["params"]):
-            if "momentum" in group:  # Muon's matrices
-                optimizer.state[weight] = {"momentum_buffer": torch.zeros_like(weight, requires_grad=False)}
-                continue
-            place = weight.device if group["fused"] or group["capturable"] else "cpu"
-            optimizer.state[weight] = {
-                "step": torch.zeros((), dtype=torch.float32, device=place),
-                "exp_avg": torch.zeros_like(weight, memory_format=torch.preserve_format, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(weight, memory_format=torch.preserve_format, requires_grad=False),
-            }
-
-
-def excluded_algorithms() -> list[str]:
-    """The algorithms that Composer would make by evaluating a checkpoint's text. No run of ours needs one."""
-    return [name for name, c in vars(composer_algorithms).items() if getattr(c, "required_on_load", bool)()]

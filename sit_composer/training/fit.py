@@ -3,11 +3,13 @@
 import socket
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from composer.core import Callback
 from composer.utils import dist, reproducibility
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -16,6 +18,7 @@ from sit_composer.algorithms.ema import EMA, EMAWeights
 from sit_composer.algorithms.repa import REPA
 from sit_composer.algorithms.sra import SRA
 from sit_composer.averages import std_of
+from sit_composer.callbacks.guard import Guard
 from sit_composer.callbacks.latent_check import LatentCheck
 from sit_composer.callbacks.loss_by_time import LossByTime
 from sit_composer.callbacks.metrics_log import MetricsLog
@@ -42,7 +45,8 @@ from sit_composer.precision import resolve
 from sit_composer.sit import SiT
 from sit_composer.storage import StorageError, is_disk_full
 from sit_composer.supervision.eviction import Evicted
-from sit_composer.supervision.supervisor import Supervision, excluded_algorithms, guard_composer
+from sit_composer.supervision.loading import excluded_algorithms, guard_composer
+from sit_composer.supervision.supervisor import Supervision
 from sit_composer.training.compiling import compile_blocks, find_backend
 from sit_composer.training.inputs import Inputs, open_inputs
 from sit_composer.training.model import ComposerSiT
@@ -97,22 +101,11 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
     alignment = make_alignment(config, network, transport, weights, inputs)
     model = ComposerSiT(network, transport, inputs.autoencoder, inputs.encoder, config.precision, alignment)
     # --- Trainer ---
-    callbacks = [RunRecord(make_record(config, inputs), supervision.save_config), *build("callbacks", config.callbacks)]
-    algorithms = build("algorithms", config.algorithms)
-    if config.autoencoder.name is not None:
-        callbacks.append(LatentCheck(config.data.remote or config.data.local))
-    if ema is not None:
-        callbacks, algorithms = [weights, *callbacks], [ema, *algorithms]
-    if alignment is not None:
-        algorithms.append(alignment)
-    if config.loss_by_time is not None:
-        callbacks.append(LossByTime(config.loss_by_time.bins, config.loss_by_time.interval))
+    guard = Guard(config.on_nan, config.on_nan_limit, config.optimizer.clip_norm, weights, config.run_name)
+    callbacks = make_callbacks(config, inputs, guard, weights, supervision, device)
+    algorithms = [*filter(None, [ema]), *build("algorithms", config.algorithms), *filter(None, [alignment])]
     loggers = build("loggers", config.loggers)
     (scheduler,) = build("scheduler", config.scheduler or {"constant": {}})
-    if config.sample_grid is not None or config.frechet is not None:
-        from sit_composer.training.quality import quality_callbacks  # diffusers and torch-fidelity take seconds
-
-        callbacks += quality_callbacks(config, inputs, weights, supervision, device)
     trainer = build_trainer(
         config,
         resumption,
@@ -134,6 +127,8 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
         if supervision.folder is not None:
             trainer.log_to(metrics := make_metrics(config, lines, supervision))
             supervision.flush_metrics = metrics.flush
+        supervision.before_save = guard.before_save
+        guard.last_checkpoint, guard.go_back = supervision.last, partial(supervision.go_back, trainer)
         return train(trainer, config, inputs, ema, supervision)
     except (OSError, RuntimeError, CheckpointException) as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -146,6 +141,23 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
         for loader in inputs.loaders.values():
             loader.stop()  # Composer stops the training's only
         trainer.engine.close()  # trainer.close() would then wait for all ranks, and maybe only this one failed
+
+
+def make_callbacks(
+    config: Config, inputs: Inputs, guard: Guard, weights: EMAWeights | None, supervision: Supervision, device: str
+) -> list[Callback]:
+    """The callbacks of the run and of the config, in the order in which they are called."""
+    record = RunRecord(make_record(config, inputs), supervision.save_config)
+    callbacks = [*filter(None, [weights]), guard, record, *build("callbacks", config.callbacks)]
+    if config.autoencoder.name is not None:
+        callbacks.append(LatentCheck(config.data.remote or config.data.local))
+    if config.loss_by_time is not None:
+        callbacks.append(LossByTime(config.loss_by_time.bins, config.loss_by_time.interval))
+    if config.sample_grid is not None or config.frechet is not None:
+        from sit_composer.training.quality import quality_callbacks  # diffusers and torch-fidelity take seconds
+
+        callbacks += quality_callbacks(config, inputs, weights, supervision, device)
+    return callbacks
 
 
 def make_record(config: Config, inputs: Inputs) -> Record:
@@ -180,6 +192,7 @@ def make_optimizer(model: ComposerSiT, config: Config) -> torch.optim.Optimizer:
     fused = config.precision != "amp_fp16" or None
     options = {"fused": fused, **vars(config.optimizer)}
     name, momentum = options.pop("name"), options.pop("momentum")
+    del options["clip_norm"]  # `Guard` clips
     if name == "muon":
         dtype = torch.bfloat16 if config.precision.endswith("bf16") else torch.float32
         return Muon(model, momentum=momentum, dtype=dtype, **options)

@@ -111,6 +111,7 @@ class Trainer(ComposerTrainer):
         if scaled:
             for optimizer in state.optimizers:
                 state.scaler.unscale_(optimizer)
+        state.total_loss_dict = total_loss_dict  # this rank's, for what runs at the event
         self.engine.run_event(Event.AFTER_TRAIN_BATCH)
         return total_loss_dict["loss/train/total"]
 

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from sit_composer.checkpoint import sharded
 from sit_composer.checkpoint.safe_load import CheckpointError, load_file
 from sit_composer.checkpoint.sharded import load_sharded
-from sit_composer.supervision.supervisor import guard_composer
+from sit_composer.supervision.loading import guard_composer
 
 
 class Planted:

@@ -115,6 +115,20 @@ def test_a_run_of_before_these_options_can_be_resumed():
     check_same_config(configure(), old, "runs/a/config.yaml")
 
 
+def test_a_resumed_run_may_clip_and_may_treat_what_is_not_finite_otherwise():
+    text = OmegaConf.to_yaml(OmegaConf.structured(configure("optimizer.clip_norm=2")))
+    check_same_config(configure("on_nan=skip", "optimizer.clip_norm=1"), text, "runs/a/config.yaml")
+
+
+def test_what_is_not_finite_needs_a_checkpoint_to_roll_back_to_and_gradients_are_clipped_once():
+    with pytest.raises(ConfigError, match=r"^on_nan: got rollback, which needs .* set trainer\.save_folder$"):
+        configure("on_nan=rollback", "trainer.save_folder=null", "trainer.autoresume=false")
+    composers = "algorithms={gradient_clipping: {clipping_type: norm, clipping_threshold: 1}}"
+    configure(composers)
+    with pytest.raises(ConfigError, match=r"^algorithms\.gradient_clipping: has no place beside optimizer\.clip_norm"):
+        configure(composers, "optimizer.clip_norm=1")
+
+
 def test_a_variant_is_shorthand_and_sizes_go_over_it():
     model = configure("model.name=SiT-B/4", "model.hidden_size=null", "model.patch_size=null", "model.depth=3").model
     arguments = network_arguments(model)
@@ -247,6 +261,9 @@ def test_jits_yaml_is_its_repositorys_recipe_but_for_the_patch_embedding():
         ("optimizer.lr=0", "optimizer.lr: got 0.0, expected a number above 0"),
         ("optimizer.name=moun", "optimizer.name: got 'moun', expected adamw, muon; did you mean muon?"),
         ("optimizer.momentum=0.9", "optimizer.momentum: needs optimizer.name=muon"),
+        ("optimizer.clip_norm=0", "optimizer.clip_norm: got 0.0, expected a number above 0"),
+        ("on_nan=skipp", "on_nan: got 'skipp', expected stop, skip, rollback; did you mean skip?"),
+        ("on_nan_limit=0", "on_nan_limit: got 0, expected a whole number of at least 1"),
         ("optimizer={name: muon, momentum: 1}", "optimizer.momentum: got 1.0, expected a number in [0, 1)"),
         ("optimizer.betas=[0.9]", "optimizer.betas: got [0.9], expected two numbers"),
         ("ema.decay=1", "ema.decay: got 1.0, expected a number in (0, 1)"),

@@ -3,8 +3,9 @@
     composer -n N -m tests.helpers.resume_bits SHARDS TOP WAY:NAME:BATCHES …
 
 WAY is ddp, fsdp or hsdp, with -compiled, -newer (every option of the blocks), -averages (several), -muon, -sra or
-without. Each run resumes from TOP/WAY/NAME, trains to BATCHES and saves there; an epoch has 7 batches, and every fifth
-batch is evaluated and sampled. With ``:told`` appended, the last rank gets a SIGTERM in the first evaluation.
+without; or with -skip or -rollback: batches 3 and 10 are then not finite on the last rank. Each run resumes from
+TOP/WAY/NAME, trains to BATCHES and saves there; an epoch has 7 batches, and every fifth batch is evaluated and sampled.
+With ``:told`` appended, the last rank gets a SIGTERM in the first evaluation.
 """
 
 import os
@@ -13,9 +14,11 @@ import sys
 from pathlib import Path
 
 from sit_composer.callbacks.run_record import RunRecord
+from sit_composer.choices import ON_NAN
 from sit_composer.errors import EVICTED
 from tests.helpers import ranks
 from tests.helpers.networks import NEWER
+from tests.helpers.poison import poison
 
 QUICKSTART = str(Path(__file__).parents[2] / "yamls" / "quickstart.yaml")
 
@@ -41,6 +44,9 @@ def run(shards: str, folder: Path, way: str, batches: int, told: bool) -> None:
         overrides += ["ema.decay=0.5", "ema.decays=[0.9]", "ema.power=[0.05, 0.1]"]
     if way.endswith("muon"):
         overrides.append("optimizer.name=muon")
+    if (on_nan := way.rpartition("-")[2]) in ON_NAN:
+        poison({3, 10})
+        overrides += [f"on_nan={on_nan}", "trainer.save_interval=2ba"]
     if way.endswith("sra"):
         overrides.append("alignment={name: sra, block: 1, teacher_block: 2}")
     if way.endswith("compiled"):

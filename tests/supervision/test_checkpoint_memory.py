@@ -9,7 +9,7 @@ import torch
 from torch.distributed.checkpoint import state_dict
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from sit_composer.supervision.supervisor import guard_composer
+from sit_composer.supervision.loading import guard_composer
 from tests.helpers.digits import write_digits
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import COMPOSER, QUICKSTART

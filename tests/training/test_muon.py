@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from sit_composer.choices import NEWTON_SCHULZ
 from sit_composer.sit import token_map
-from sit_composer.supervision.supervisor import guard_composer
+from sit_composer.supervision.loading import guard_composer
 from sit_composer.training.muon import QUINTIC, Muon, orthogonalize
 from tests.helpers.networks import NEWER, small_network
 from tests.helpers.paths import ROOT
