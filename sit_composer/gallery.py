@@ -33,7 +33,8 @@ from sit_composer.outputs import write_arrays, write_bytes, write_json
 from sit_composer.precision import cast_once, resolve
 
 SETTINGS, IMAGE = "sampling.json", "{:06d}.png"
-NEWER = {"time_shift": 1.0, "precision": "fp32"}  # what the settings of earlier versions don't have
+VERSION = 1  # of SETTINGS
+NEWER = {"version": VERSION, "time_shift": 1.0, "precision": "fp32"}  # what the settings of earlier versions don't have
 
 
 def run(args: argparse.Namespace) -> None:
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
     guidance = Guidance(network, sampling.cfg_scale, sampling.cfg_channels, sampling.cfg_interval, guide, precision)
     labels = choose_labels(args, checkpoint.record.classes)
     settings = {
+        "version": VERSION,
         "checkpoint": checkpoint.describe(),
         "guide": weaker.describe() if weaker else None,
         **asdict(sampling),

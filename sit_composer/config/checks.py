@@ -19,6 +19,7 @@ from sit_composer.choices import (
     check_poles,
     check_shift,
     check_sizes,
+    check_weights,
     teacher_name,
 )
 from sit_composer.cli import s3_endpoint
@@ -80,6 +81,11 @@ def check(config: Config, ranks: int | None = None) -> None:
         raise ConfigError(f"ema: got the average {twice} twice, expected each once in decay, decays and power")
     if config.optimizer.name != "muon" and config.optimizer.momentum != OptimizerConfig().momentum:
         raise ConfigError("optimizer.momentum: needs optimizer.name=muon")
+    check_weights("init_weights", config.init_weights)
+    if config.init_from is None and config.init_weights != "ema":
+        raise ConfigError("init_weights: needs init_from")
+    if config.init_from is not None and config.trainer.get("load_path"):
+        raise ConfigError("trainer.load_path: has no place beside init_from; leave one of them out")
     if config.alignment is not None:
         check_alignment(config)
     for section in ("sample_grid", "frechet"):

@@ -59,11 +59,11 @@ class Supervision:
         self.eviction.install()
         if self.folder is None:
             return {}
-        owner = _from_rank_0(self._acquire)
+        owner = from_rank_0(self._acquire)
         self.lease = self.lease or Lease(self.folder, self.config.supervision.heartbeat, owner)
         self.lease.check()  # also that every rank sees the same folder
         self.eviction.check = self.lease.raise_if_lost
-        name = _from_rank_0(self._find)
+        name = from_rank_0(self._find)
         # Composer counts anew at each start, and deletes the newest too. Pruning is done here.
         arguments: dict[str, Any] = {"save_num_checkpoints_to_keep": -1}
         if isinstance(self.folder, S3Folder):
@@ -189,7 +189,7 @@ class Supervision:
             self.lease.release()
 
 
-def _from_rank_0(find: Callable[[], Any]) -> Any:
+def from_rank_0(find: Callable[[], Any]) -> Any:
     """Calls ``find`` on rank 0; returns its result, or raises its error, on every rank."""
     found: list[Any] = [None, None]
     if dist.get_global_rank() == 0:

@@ -14,6 +14,7 @@ from sit_composer.algorithms.alignment import Alignment
 from sit_composer.algorithms.ema import EMA, EMAWeights
 from sit_composer.algorithms.repa import REPA
 from sit_composer.algorithms.sra import SRA
+from sit_composer.autoencoder import AutoencoderSpec
 from sit_composer.averages import std_of
 from sit_composer.callbacks.latent_check import LatentCheck
 from sit_composer.callbacks.progress import Progress
@@ -33,6 +34,7 @@ from sit_composer.config.schema import (
 from sit_composer.costs import estimate, gpus
 from sit_composer.costs.room import check_room, too_large
 from sit_composer.errors import one_line
+from sit_composer.freezing import freeze
 from sit_composer.precision import resolve
 from sit_composer.sit import SiT
 from sit_composer.storage import StorageError, is_disk_full
@@ -44,6 +46,7 @@ from sit_composer.training.model import ComposerSiT
 from sit_composer.training.muon import Muon
 from sit_composer.training.quiet import silence
 from sit_composer.training.sharding import parallelism, prefetch
+from sit_composer.training.start import start_from
 from sit_composer.training.summary import microbatch, sample_flops, save_every, summary
 from sit_composer.training.trainer import Trainer
 from sit_composer.transport import Transport
@@ -82,6 +85,10 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
     # --- Network and objective ---
     reproducibility.seed_all(config.seed)  # alike on every rank: Composer doesn't broadcast rank 0's weights under FSDP
     network = SiT(**network_arguments(config.model))
+    record = make_record(config, inputs.autoencoder, inputs.specs["data"].classes)
+    if config.init_from is not None and "load_path" not in resumption:
+        start_from(config, record, network, device)
+    freeze(network, config.freeze)
     if backend is not None:
         compile_blocks(network, backend)
     transport = Transport(**transport_arguments(config))
@@ -91,7 +98,7 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
     alignment = make_alignment(config, network, transport, weights, inputs)
     model = ComposerSiT(network, transport, inputs.autoencoder, inputs.encoder, config.precision, alignment)
     # --- Trainer ---
-    callbacks = [RunRecord(make_record(config, inputs), supervision.save_config), *build("callbacks", config.callbacks)]
+    callbacks = [RunRecord(record, supervision.save_config), *build("callbacks", config.callbacks)]
     algorithms = build("algorithms", config.algorithms)
     if config.autoencoder.name is not None:
         callbacks.append(LatentCheck(config.data.remote or config.data.local))
@@ -137,14 +144,14 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
         trainer.engine.close()  # trainer.close() would then wait for all ranks, and maybe only this one failed
 
 
-def make_record(config: Config, inputs: Inputs) -> Record:
+def make_record(config: Config, autoencoder: AutoencoderSpec, classes: list[str]) -> Record:
     """What the checkpoints say about the network."""
     names = averages(config)
     return Record(
         model=network_arguments(config.model),
         transport=transport_arguments(config),
-        autoencoder=inputs.autoencoder,
-        classes=list(inputs.specs["data"].classes),
+        autoencoder=autoencoder,
+        classes=list(classes),
         ema_decay=float(names[0]) if names and std_of(names[0]) is None else None,
         averages=None if is_plain(names) else names,
     )
