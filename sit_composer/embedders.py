@@ -58,15 +58,18 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
-def sincos_positions(dim: int, grid: int) -> Tensor:
-    """Sinusoids of the positions in a grid × grid image: (1, grid², dim), half for the column, half for the row."""
+def sincos_positions(dim: int, grid: int, spacing: float = 1.0) -> Tensor:
+    """Sinusoids of the positions in a grid × grid image: (1, grid², dim), half for the column, half for the row.
+
+    Positions are multiples of the spacing.
+    """
 
     def one_axis(position: Tensor) -> Tensor:  # (grid²,) -> (grid², dim/2)
         omega = torch.arange(dim // 4, dtype=torch.float64) / (dim / 4)
         angles = position[:, None] / 10000**omega
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
-    row, column = torch.meshgrid(*[torch.arange(grid, dtype=torch.float64)] * 2, indexing="ij")
+    row, column = torch.meshgrid(*[torch.arange(grid, dtype=torch.float64) * spacing] * 2, indexing="ij")
     return torch.cat([one_axis(column.flatten()), one_axis(row.flatten())], dim=1).float().unsqueeze(0)
 
 
@@ -74,13 +77,14 @@ class Rotations(nn.Module):
     """The rotations of queries and keys by their tokens' positions (arXiv 2104.09864, equation 15), in a square grid.
 
     The first half of a head's channels turns with the row, the second with the column, in pairs of neighbours.
+    Positions are multiples of the spacing.
     """
 
-    def __init__(self, head_width: int, grid: int):
+    def __init__(self, head_width: int, grid: int, spacing: float = 1.0):
         super().__init__()
         axis = head_width // 2
         frequencies = 1 / 10000 ** (torch.arange(0, axis, 2).float() / axis)
-        angles = torch.arange(grid)[:, None] * frequencies.repeat_interleave(2)  # (grid, axis)
+        angles = spacing * torch.arange(grid)[:, None] * frequencies.repeat_interleave(2)  # (grid, axis)
         row, column = angles[:, None].expand(-1, grid, -1), angles[None].expand(grid, -1, -1)
         angles = torch.cat([row, column], dim=-1).flatten(0, 1)  # (T, head_width)
         self.register_buffer("freqs_cos", angles.cos())

@@ -27,6 +27,19 @@ def is_disk_full(error: BaseException) -> bool:
     return False
 
 
+class NewerVersion(UserError):
+    """A file is of a newer version of sit_composer."""
+
+
+def check_version(found: object, known: int, where: str) -> None:
+    """Raises UserError unless a file's format version is one of 1 to ``known``. A file without one, None, has 1."""
+    if type(found) is int and found > known:
+        newer = f"written by a newer version of sit_composer (format {found}), expected format {known} at most"
+        raise NewerVersion(f"{where}: {newer}; update sit_composer")
+    if found is not None and (type(found) is not int or found < 1):
+        raise UserError(f"{where}: version: got {found!r}, expected a whole number from 1 to {known}")
+
+
 def one_line(error: BaseException) -> str:
     """An error's whole message on one line, or the name of its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -35,7 +35,8 @@ from sit_composer.precision import cast_once, resolve
 from sit_composer.sit import SiT
 
 SETTINGS, IMAGE = "sampling.json", "{:06d}.png"
-NEWER = {"time_shift": 1.0, "precision": "fp32"}  # what the settings of earlier versions don't have
+VERSION = 1  # of SETTINGS
+NEWER = {"version": VERSION, "time_shift": 1.0, "precision": "fp32"}  # what the settings of earlier versions don't have
 
 
 class Networks(NamedTuple):
@@ -99,6 +100,7 @@ def settings_of(args: argparse.Namespace, networks: Networks) -> dict[str, Any]:
     """Every setting that the images depend on. The options are complete."""
     checkpoint, weaker = networks.checkpoint, networks.weaker
     return {
+        "version": VERSION,
         "checkpoint": checkpoint.describe(),
         "guide": weaker.describe() if weaker else None,
         **asdict(args.sampling),

@@ -18,7 +18,7 @@ from sit_composer.cli import hand_over, make_parser, number, run_command
 from sit_composer.config.checks import check
 from sit_composer.config.data_fits import check_data, local_spec
 from sit_composer.config.load import load_config
-from sit_composer.config.same_run import check_same_run
+from sit_composer.config.same_run import check_same_run, check_start
 from sit_composer.config.schema import Config, documentation
 from sit_composer.errors import UserError
 
@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
 def check_local(config: Config) -> None:
     """Checks the config against an earlier run and shards, if these are on this machine."""
     check_same_run(config)
+    if os.environ.get("RANK", "0") == "0":  # which reads the weights to start from
+        check_start(config)
     for section in ("data", "eval_data"):
         data = getattr(config, section)
         if data is not None and (spec := local_spec(data, section)) is not None:

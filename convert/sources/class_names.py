@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 from convert.sources.names import class_names, label_text
 from convert.sources.parts import InputError
-
-IMAGENET = Path(__file__).with_name("imagenet_classes.txt")
+from sit_composer.data.imagenet import IMAGENET
 
 
 class ClassName(NamedTuple):

@@ -7,7 +7,8 @@ from typing import Any
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-from sit_composer.checkpoint.record import Record
+from sit_composer.checkpoint.record import VERSION, Record
+from sit_composer.errors import check_version
 
 
 class RunRecord(Callback):
@@ -27,10 +28,12 @@ class RunRecord(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         # One text, not a dict: sharded loading fills in dicts that exist, and misses keys that they lack.
-        return {"record": json.dumps(self.record.as_dict())}
+        return {"record": json.dumps({"version": VERSION, **self.record.as_dict()})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        theirs, ours = json.loads(state["record"])["classes"], self.record.classes
+        record = json.loads(state["record"])
+        check_version(record.get("version"), VERSION, "the checkpoint")
+        theirs, ours = record["classes"], self.record.classes
         if theirs != ours:
             pairs = enumerate(zip(theirs, ours, strict=False))
             label = next((i for i, (a, b) in pairs if a != b), min(len(theirs), len(ours)))

@@ -23,6 +23,7 @@ from sit_composer.checkpoint.record import (
     EXPORTED,
     EXPORTED_FILE,
     FORMAT,
+    VERSION,
     Checkpoint,
     NoSuchWeights,
     Record,
@@ -33,10 +34,11 @@ from sit_composer.checkpoint.safe_load import METADATA, CheckpointError, load_fi
 from sit_composer.choices import TRAINING_ONLY, check_weights
 from sit_composer.cli import is_remote
 from sit_composer.data.spec import DataSpec
-from sit_composer.errors import first_line
+from sit_composer.errors import NewerVersion, check_version, first_line
 from sit_composer.storage import LocalFolder, RunFolder, open_store
 
 PREFIX = "network."  # of ComposerSiT's parameters
+DOWNLOAD = "sit_composer-checkpoint-"  # begins the name of a temporary folder
 FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # names of weights in one file
 
 
@@ -99,7 +101,7 @@ def _newest(folder: RunFolder) -> str:
 def _download(uri: str) -> Path:
     """Downloads a run's newest checkpoint, one of its checkpoints, an exported folder or a file of weights."""
     parent, _, last = uri.rstrip("/").rpartition("/")
-    place = Path(tempfile.mkdtemp(prefix="sit_composer-checkpoint-"))
+    place = Path(tempfile.mkdtemp(prefix=DOWNLOAD))
     atexit.register(shutil.rmtree, place, ignore_errors=True)
     if last.endswith(FILES) and not CHECKPOINT.fullmatch(last):
         open_store(parent).download(last, place / last)
@@ -114,6 +116,13 @@ def _download(uri: str) -> Path:
         parent, last = uri, _newest(folder)
     fetch_checkpoint(open_store(parent), last, place)
     return place / last
+
+
+def forget_download(checkpoint: Checkpoint) -> None:
+    """Deletes the copy of a checkpoint from object storage, which else stays until the process ends."""
+    for folder in Path(checkpoint.path).parents:
+        if folder.name.startswith(DOWNLOAD) and is_remote(checkpoint.source):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def fetch(folder_or_hub_id: str) -> str:
@@ -190,8 +199,7 @@ def _from_export(folder: Path, which: str) -> Checkpoint:
         content = json.loads(config.read_text("utf-8"))
         if content.get("format") != FORMAT["format"]:
             raise ValueError("sit_composer.export didn't write it")
-        if content.get("version") != FORMAT["version"]:
-            raise ValueError(f"got version {content.get('version')}, expected version {FORMAT['version']}")
+        check_version(content.get("version"), VERSION, str(config))
         files, trained = content["weights"], content["trained"]
         step, epoch, samples = (int(trained[name]) for name in ("step", "epoch", "samples"))
         record = Record.from_dict(content, config)
@@ -200,7 +208,7 @@ def _from_export(folder: Path, which: str) -> Checkpoint:
             raise NoSuchWeights(f"{folder}: no {which} weights; ask for the {', '.join(files)} ones")
         if not EXPORTED_FILE.fullmatch(str(files[which])):  # nothing outside the folder, and nothing pickled
             raise ValueError(f"{which} weights: got {files[which]!r}, expected {' or '.join(EXPORTED.values())}")
-    except CheckpointError:
+    except (CheckpointError, NewerVersion):
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{config}: not an export's: {error}") from None

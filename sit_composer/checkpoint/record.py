@@ -15,12 +15,13 @@ from sit_composer.autoencoder import SLICE_SIZE, Autoencoder, AutoencoderSpec, l
 from sit_composer.averages import std_of
 from sit_composer.checkpoint.safe_load import CheckpointError
 from sit_composer.choices import AVERAGE
-from sit_composer.errors import UserError
+from sit_composer.errors import UserError, check_version
 from sit_composer.sit import SiT
 from sit_composer.transport import Transport
 
 CONFIG = "config.json"  # an exported folder's record
-FORMAT = {"format": "sit_composer", "version": 1}  # of CONFIG
+VERSION = 1  # of checkpoints and exported folders
+FORMAT = {"format": "sit_composer", "version": VERSION}  # of CONFIG
 EXPORTED = {"training": "model.safetensors", "ema": "ema.safetensors"}
 EXPORTED_FILE = re.compile(rf"model\.safetensors|ema(-{AVERAGE.pattern})?\.safetensors")  # more averages by their names
 REFUSALS = (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError)  # of constructors, for wrong arguments
@@ -44,7 +45,11 @@ class Record:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any], where: str | Path) -> "Record":
-        """The record that `as_dict` gave, read from ``where``; raises CheckpointError for a part that is wrong."""
+        """The record that `as_dict` gave, read from ``where``; raises CheckpointError for a part that is wrong.
+
+        Raises UserError if a newer version wrote it.
+        """
+        check_version(content.get("version"), VERSION, str(where))
         for name, make in (("model", on_meta), ("transport", Transport), ("autoencoder", AutoencoderSpec)):
             try:
                 make(**content[name])

@@ -20,6 +20,7 @@ from sit_composer.choices import (
     check_poles,
     check_shift,
     check_sizes,
+    check_weights,
     dinov2_file,
     teacher_name,
 )
@@ -86,6 +87,11 @@ def check(config: Config, ranks: int | None = None) -> None:
         raise ConfigError("optimizer.momentum: needs optimizer.name=muon")
     if config.on_nan == "rollback" and not config.trainer.get("save_folder"):
         raise ConfigError("on_nan: got rollback, which needs checkpoints to go back to; set trainer.save_folder")
+    check_weights("init_weights", config.init_weights)
+    if config.init_from is None and config.init_weights != "ema":
+        raise ConfigError("init_weights: needs init_from")
+    if config.init_from is not None and config.trainer.get("load_path"):
+        raise ConfigError("trainer.load_path: has no place beside init_from; leave one of them out")
     if config.alignment is not None:
         check_alignment(config)
     for section in ("sample_grid", "frechet"):

@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from sit_composer.config.composer_classes import GROUPS, Signature, options, signature
-from sit_composer.config.schema import Config, ConfigError, suggest
-from sit_composer.errors import UserError, first_line, one_line
+from sit_composer.config.schema import VERSION, Config, ConfigError, suggest
+from sit_composer.errors import UserError, check_version, first_line, one_line
 
 TYPE_NAMES = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}  # in OmegaConf's messages
 NULLS = ("", "~", "null", "Null", "NULL")
@@ -86,7 +86,9 @@ def read_yaml(content: bytes | str, where: str) -> dict[str, Any]:
     try:
         found = yaml.load(content, Loader)
         if isinstance(found, dict):
-            return _typed(found, Config)
+            typed = _typed(found, Config)
+            check_version(typed.get("version"), VERSION, where)
+            return typed
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{where}: not YAML: {one_line(error)}") from None
     raise ConfigError(f"{where}: not a YAML of keys and values")

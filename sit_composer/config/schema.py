@@ -16,6 +16,8 @@ from sit_composer import choices as c
 from sit_composer.bounds import Bounds, closest
 from sit_composer.errors import UserError
 
+VERSION = 1  # of a config, in YAMLs and in runs' folders
+
 
 class ConfigError(UserError):
     """A mistake in a run's config or surroundings, told in one line."""
@@ -184,6 +186,9 @@ class Config:
     autoencoder: AutoencoderConfig = key("the autoencoder between images and latents", AutoencoderConfig())
     data: DataConfig = key("the training data", DataConfig())
     eval_data: DataConfig | None = key("the evaluation data, with data's keys; null: no evaluation", None)
+    init_from: str | None = key("weights to start from: a checkpoint, or a model on the Hub; null: new ones", None)
+    init_weights: str = key("init_from's weights: ema, training, or one of several averages, as ema:0.999", "ema")
+    freeze: list[str] = key("weights that are not trained, by patterns of their names, such as [blocks.0.*]", [])
     optimizer: OptimizerConfig = key("AdamW, or Muon", OptimizerConfig())
     scheduler: dict[str, Any] = key("one of Composer's schedulers: {name: arguments}; none: a constant rate", {})
     ema: EMAConfig | None = key("averaged weights; null: none", EMAConfig())
@@ -204,6 +209,9 @@ class Config:
     on_nan_limit: int = key("steps skipped in a row, or rollbacks in all, before the run stops", 10, c.COUNT)
     trust_checkpoint: bool = key("unpickle a whole one-file checkpoint, which can run code in it", False)
     trainer: dict[str, Any] = key("arguments of Composer's Trainer, by their names", {})
+    version: int = key(
+        "format of this file; one of a newer version is refused", VERSION, Bounds(1, VERSION, whole=True)
+    )
     algorithms: dict[str, Any] = key("Composer's algorithms: {name: arguments}", {})
     callbacks: dict[str, Any] = key("Composer's callbacks: {name: arguments}", {})
     loggers: dict[str, Any] = key("Composer's loggers: {name: arguments}", {})

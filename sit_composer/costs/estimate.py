@@ -18,6 +18,7 @@ from sit_composer.config.schema import Config, averages, network_arguments, tran
 from sit_composer.config.times import parse_time
 from sit_composer.costs.live_bytes import DTYPES, Ledger, Step, peak
 from sit_composer.errors import UserError
+from sit_composer.freezing import freeze
 from sit_composer.sit import SiT, token_map
 
 GIB = 2**30
@@ -47,10 +48,12 @@ class Memory:
 
 
 @cache
-def parameters(network: tuple) -> tuple[tuple[str, torch.Size, bool], ...]:
+def parameters(network: tuple, frozen: tuple[str, ...] = ()) -> tuple[tuple[str, torch.Size, bool], ...]:
     """Name, shape and whether it is trained, for each parameter of a `SiT` with these arguments."""
     with FakeTensorMode():
-        return tuple((name, p.shape, p.requires_grad) for name, p in SiT(**dict(network)).named_parameters())
+        model = SiT(**dict(network))
+        freeze(model, frozen)
+        return tuple((name, p.shape, p.requires_grad) for name, p in model.named_parameters())
 
 
 def projector(config: Config) -> nn.Module | None:
@@ -79,14 +82,16 @@ def memory(
     shards = ranks // fsdp.data_parallel_replicate_degree if fsdp is not None else 1
     # FSDP2 splits the first axis, and pads.
     extra = () if config.alignment is None else projector(config).named_parameters(prefix="projector")
-    everywhere = (*parameters(network), *((name, p.shape, True) for name, p in extra))
+    own = parameters(network, tuple(config.freeze))
+    everywhere = (*own, *((name, p.shape, True) for name, p in extra))
     parts = [(math.ceil(p[0] / shards) * math.prod(p[1:]), is_trained) for _, p, is_trained in everywhere]
     everything, largest = sum(part for part, _ in parts), max(part for part, _ in parts)
     trained = sum(part for part, is_trained in parts if is_trained)
     if accumulated is None:
         accumulated = config.data.global_batch_size > ranks * microbatch
-    averaged = sum(part for part, is_trained in parts[: len(parameters(network))] if is_trained)
-    step = Step(network, tuple(sorted(transport_arguments(config).items())), config.precision, cuda=cuda)
+    averaged = sum(part for part, is_trained in parts[: len(own)] if is_trained)
+    transport = tuple(sorted(transport_arguments(config).items()))
+    step = Step(network, transport, config.precision, cuda=cuda, frozen=tuple(config.freeze))
     if config.alignment is not None:
         step = replace(step, alignment=tuple(vars(config.alignment).items()))
     buffers = 4 * trained if ranks > 1 else 0  # DDP's buckets: in Composer they aren't views of the gradients
@@ -94,7 +99,7 @@ def memory(
         gathered = torch.float32 if fsdp.mixed_precision == "FULL" else DTYPES[config.precision]
         checkpointing, offload = fsdp.activation_checkpointing, fsdp.activation_cpu_offload
         step = replace(step, sharded=gathered, checkpointing=checkpointing, offload=offload)
-        block = sum(p.numel() for name, p, _ in parameters(network) if name.startswith("blocks.0."))
+        block = sum(p.numel() for name, p, _ in own if name.startswith("blocks.0."))
         rest = sum(p.numel() for name, p, _ in everywhere if not name.startswith("blocks."))
         depth = dict(network)["depth"]
         # Gathered: the root, which stays, and a block in use, the next one and its buffer; or all blocks. Then the
@@ -124,8 +129,8 @@ def memory(
 def _muon(config: Config, network: tuple, ranks: int, shards: int, cuda: bool) -> tuple[int, int]:
     """The elements of a rank's matrices that Muon trains, and the most bytes that a step of one kind of them holds."""
     kinds = defaultdict(list)
-    for name, shape, _ in parameters(network):
-        kinds[token_map(name)].append(shape)
+    for name, shape, is_trained in parameters(network, tuple(config.freeze)):
+        kinds[token_map(name) if is_trained else None].append(shape)
     size, total, most = 2 if config.precision.endswith("bf16") else 4, 0, 0
     for (_, maps), shapes in ((kind, shapes) for kind, shapes in kinds.items() if kind is not None):
         n, (rows, columns) = len(shapes), shapes[0]

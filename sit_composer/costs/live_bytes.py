@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sit_composer.algorithms.projector import build_projector, tokens_after
 from sit_composer.config.schema import AlignmentConfig
+from sit_composer.freezing import freeze
 from sit_composer.precision import DTYPES
 from sit_composer.sit import SiT
 from sit_composer.transport import Transport
@@ -69,6 +70,7 @@ class Step:
     checkpointing: bool = False  # as in FSDPConfig
     offload: bool = False  # as in FSDPConfig
     alignment: tuple | None = None  # `AlignmentConfig`'s pairs
+    frozen: tuple[str, ...] = ()  # patterns of the weights that are not trained
     cuda: bool = True  # autocast follows CUDA's rules; else the CPU's
 
 
@@ -112,6 +114,7 @@ def _histories(step: Step, samples: int, accumulated: bool) -> list[list[int]]:
 def _network(step: Step) -> SiT:
     """The network as the Trainer would wrap it."""
     network = SiT(**dict(step.network)).train()
+    freeze(network, step.frozen)
     if step.sharded is not None:
         _cast(network, step.sharded)
         for module in [network, *network.blocks]:  # FSDP2 casts the inputs of each unit

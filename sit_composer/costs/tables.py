@@ -42,9 +42,15 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 def describe(config: Config) -> str:
     """The network in a line."""
     arguments = network_arguments(config.model)
-    trained = sum(shape.numel() for _, shape, is_trained in parameters(tuple(sorted(arguments.items()))) if is_trained)
+    network = tuple(sorted(arguments.items()))
+
+    def count(frozen: tuple[str, ...]) -> float:
+        return sum(shape.numel() for _, shape, is_trained in parameters(network, frozen) if is_trained) / 1e6
+
+    all_, trained = count(()), count(tuple(config.freeze))
+    frozen = f", of which {all_ - trained:.1f} M are frozen" if config.freeze else ""
     sizes = ", ".join(f"{name} {arguments[name]}" for name in ("hidden_size", "depth", "num_heads", "patch_size"))
-    return f"{config.model.name or 'a SiT'} ({sizes}) on {config.model.input_size}², {trained / 1e6:.1f} M parameters"
+    return f"{config.model.name or 'a SiT'} ({sizes}) on {config.model.input_size}², {all_:.1f} M parameters{frozen}"
 
 
 def memory_tables(

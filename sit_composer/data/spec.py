@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sit_composer.autoencoder_config import stored_channels
+from sit_composer.errors import NewerVersion, check_version
 
 SPEC_NAME = "spec.json"
 INDEX_NAME = "index.json"  # streaming's list of the shards
@@ -63,9 +64,7 @@ class DataSpec:
         """Parses the text of `spec.json`. A ValueError, which calls it ``where``, tells what is invalid."""
         try:
             content = json.loads(text)
-            version = content.pop("version")
-            if version != SPEC_VERSION:
-                raise ValueError(f"version: got {version!r}, expected {SPEC_VERSION}")
+            check_version(content.pop("version", None), SPEC_VERSION, where)
             spec = cls(**content)
             spec._check_types()
             if spec.kind not in ("pixels", "latents"):
@@ -75,6 +74,8 @@ class DataSpec:
             names, classes = len(spec.classes), spec.num_classes
             if not names == len(spec.class_counts) == classes:
                 raise ValueError(f"classes: got {names} names, expected the {classes} of num_classes")
+        except NewerVersion:
+            raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{where} is not a shard spec: {error}") from None
         return spec

@@ -25,9 +25,9 @@ from sit_composer.data.loader import build_loader
 from sit_composer.data.pictures import center_crop, decode_image
 from sit_composer.data.spec import INDEX_NAME
 from sit_composer.data.stream import load_spec, read_text
-from sit_composer.errors import UserError
+from sit_composer.errors import UserError, check_version
 from sit_composer.evaluation.metrics import STATISTICS
-from sit_composer.gallery import SETTINGS
+from sit_composer.gallery import SETTINGS, VERSION
 
 OURS = re.compile(r"\d{6,}\.png")  # the images that sit_composer.sample writes
 
@@ -108,6 +108,7 @@ def read_settings(folder: Path) -> dict | None:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if isinstance(settings, dict):
+        check_version(settings.get("version"), VERSION, str(path))
         return settings
     raise UserError(f"{path}: sit_composer.sample didn't write it")
 

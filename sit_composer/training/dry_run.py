@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from sit_composer.autoencoder import find_autoencoder
+from sit_composer.autoencoder import AutoencoderSpec, find_autoencoder
 from sit_composer.checkpoint.folder import checkpoints, newest
+from sit_composer.checkpoint.load import forget_download
 from sit_composer.cli import hide, is_remote
 from sit_composer.config.composer_classes import build
 from sit_composer.config.ranks import microbatch, save_folder
@@ -27,7 +28,9 @@ from sit_composer.errors import USAGE, UserError, one_line
 from sit_composer.precision import for_gpu, resolve
 from sit_composer.storage import open_run_folder
 from sit_composer.training.compiling import find_backend
+from sit_composer.training.fit import make_record
 from sit_composer.training.inputs import SECTIONS, check_specs, open_teacher, read_specs
+from sit_composer.training.start import read_weights
 from sit_composer.training.summary import as_text, summary
 
 PROBE = ".sit_composer-dry-run-"
@@ -69,6 +72,8 @@ def run(config: Config) -> int:
     if config.trainer.get("save_folder"):
         make("trainer.save_folder", lambda: _save_folder(save_folder(config)))
         make("earlier checkpoints", lambda: _earlier(config, found))
+    if config.init_from is not None and "data" in specs:
+        make("init_from", _start, config, specs["data"], found)
     for section in ("loggers", "callbacks", "algorithms", "scheduler"):
         if getattr(config, section):
             make(section, _build, section, getattr(config, section))
@@ -148,6 +153,17 @@ def _earlier(config: Config, resumed: list[str]) -> str:
         return "none; the run starts anew"
     resumed.append(name)
     return f"resumes from {name}"
+
+
+def _start(config: Config, spec: DataSpec, resumed: list[str]) -> str:
+    if resumed:
+        return f"not read, as the run resumes from {resumed[0]}"
+    # If images are encoded in training, what their latents are is only known once the autoencoder is loaded.
+    known = spec.kind == "latents" or config.autoencoder.name is None
+    autoencoder = AutoencoderSpec(**(spec.autoencoder or {"name": None, "channels": spec.channels})) if known else None
+    checkpoint, lines = read_weights(config, make_record(config, autoencoder, spec.classes))
+    forget_download(checkpoint)
+    return "; ".join(" ".join(line.split()) for line in lines)
 
 
 def _build(section: str, entries: dict) -> str:

@@ -17,6 +17,7 @@ from sit_composer.algorithms.alignment import Alignment
 from sit_composer.algorithms.ema import EMA, EMAWeights
 from sit_composer.algorithms.repa import REPA
 from sit_composer.algorithms.sra import SRA
+from sit_composer.autoencoder import AutoencoderSpec
 from sit_composer.averages import std_of
 from sit_composer.callbacks.guard import Guard
 from sit_composer.callbacks.latent_check import LatentCheck
@@ -40,6 +41,7 @@ from sit_composer.config.schema import (
 from sit_composer.costs import estimate, gpus
 from sit_composer.costs.room import check_room, too_large
 from sit_composer.errors import one_line
+from sit_composer.freezing import freeze
 from sit_composer.outputs import commit, versions
 from sit_composer.precision import resolve
 from sit_composer.sit import SiT
@@ -53,6 +55,7 @@ from sit_composer.training.model import ComposerSiT
 from sit_composer.training.muon import Muon
 from sit_composer.training.quiet import silence
 from sit_composer.training.sharding import parallelism, prefetch
+from sit_composer.training.start import start_from
 from sit_composer.training.summary import as_text, sample_flops, save_every, summary
 from sit_composer.training.trainer import Trainer
 from sit_composer.transport import Transport
@@ -92,6 +95,10 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
     # --- Network and objective ---
     reproducibility.seed_all(config.seed)  # alike on every rank: Composer doesn't broadcast rank 0's weights under FSDP
     network = SiT(**network_arguments(config.model))
+    record = make_record(config, inputs.autoencoder, inputs.specs["data"].classes)
+    if config.init_from is not None and "load_path" not in resumption:
+        start_from(config, record, network, device)
+    freeze(network, config.freeze)
     if backend is not None:
         compile_blocks(network, backend)
     transport = Transport(**transport_arguments(config))
@@ -102,7 +109,7 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
     model = ComposerSiT(network, transport, inputs.autoencoder, inputs.encoder, config.precision, alignment)
     # --- Trainer ---
     guard = Guard(config.on_nan, config.on_nan_limit, config.optimizer.clip_norm, weights, config.run_name)
-    callbacks = make_callbacks(config, inputs, guard, weights, supervision, device)
+    callbacks = make_callbacks(config, inputs, guard, weights, supervision, record, device)
     algorithms = [*filter(None, [ema]), *build("algorithms", config.algorithms), *filter(None, [alignment])]
     loggers = build("loggers", config.loggers)
     (scheduler,) = build("scheduler", config.scheduler or {"constant": {}})
@@ -144,11 +151,17 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
 
 
 def make_callbacks(
-    config: Config, inputs: Inputs, guard: Guard, weights: EMAWeights | None, supervision: Supervision, device: str
+    config: Config,
+    inputs: Inputs,
+    guard: Guard,
+    weights: EMAWeights | None,
+    supervision: Supervision,
+    record: Record,
+    device: str,
 ) -> list[Callback]:
     """The callbacks of the run and of the config, in the order in which they are called."""
-    record = RunRecord(make_record(config, inputs), supervision.save_config)
-    callbacks = [*filter(None, [weights]), guard, record, *build("callbacks", config.callbacks)]
+    saved = RunRecord(record, supervision.save_config)
+    callbacks = [*filter(None, [weights]), guard, saved, *build("callbacks", config.callbacks)]
     if config.autoencoder.name is not None:
         callbacks.append(LatentCheck(config.data.remote or config.data.local))
     if config.loss_by_time is not None:
@@ -160,14 +173,14 @@ def make_callbacks(
     return callbacks
 
 
-def make_record(config: Config, inputs: Inputs) -> Record:
+def make_record(config: Config, autoencoder: AutoencoderSpec, classes: list[str]) -> Record:
     """What the checkpoints say about the network."""
     names = averages(config)
     return Record(
         model=network_arguments(config.model),
         transport=transport_arguments(config),
-        autoencoder=inputs.autoencoder,
-        classes=list(inputs.specs["data"].classes),
+        autoencoder=autoencoder,
+        classes=list(classes),
         ema_decay=float(names[0]) if names and std_of(names[0]) is None else None,
         averages=None if is_plain(names) else names,
     )

@@ -45,7 +45,7 @@ class Muon(torch.optim.Optimizer):
             if p.requires_grad:
                 (matrices[kind] if (kind := token_map(name)) else rest).append(p)
         self.dtype = dtype
-        self.adamw = torch.optim.AdamW(rest, **adamw)
+        self.adamw = torch.optim.AdamW([{"params": rest}], **adamw)  # of which there may be none
         shared = {name: adamw[name] for name in ("lr", "weight_decay") if name in adamw}
         groups = [{"params": weights, "momentum": momentum, "maps": maps} for (_, maps), weights in matrices.items()]
         super().__init__([*self.adamw.param_groups, *groups], {"lr": 1e-3, "weight_decay": 0.0, **shared})

@@ -36,6 +36,9 @@ def summary(config: Config, specs: dict[str, DataSpec], checkpoint: str | None) 
     done = int(match[2]) if match else 0
     start = f"resumes at batch {done:,} of {total or '?':,} from {checkpoint}" if checkpoint else "starts anew"
     lines = {"run": f"{config.run_name}, which {start}", "network": tables.describe(config)}
+    if config.init_from is not None:
+        read = ", which are not read again" if checkpoint else ""
+        lines["start"] = f"from the {config.init_weights} weights of {config.init_from}{read}"
     lines["objective"] = f"{config.transport.path_type}, {config.transport.prediction}"
     if config.transport.time_shift == "auto":
         dims = transport_arguments(config)["dims"]

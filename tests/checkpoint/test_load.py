@@ -339,7 +339,7 @@ def test_a_file_of_an_exported_folder_is_not_read_without_the_record_beside_it(e
     ("changes", "message"),
     [
         ({"format": "diffusers"}, "sit_composer.export didn't write it"),
-        ({"version": 2}, "got version 2, expected version 1"),
+        ({"version": "2"}, "version: got '2', expected a whole number from 1 to 1"),
         (
             {"weights": {"ema": "../model.safetensors"}},
             "ema weights: got '../model.safetensors', expected model",

@@ -80,6 +80,20 @@ def test_checkpointing_and_offloading_hold_less_and_bf16_about_half():
     assert 0.5 * plain < half < 0.85 * plain
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_frozen_weights_have_no_gradients_moments_or_average(optimizer):
+    options = ["callbacks={}", "scheduler={constant: {}}", f"optimizer.name={optimizer}"]
+    config = config_of(*options, "freeze=[blocks.0.*, y_embedder.*]", yaml="yamls/quickstart.yaml")
+    network = SiT(**network_arguments(config.model))
+    frozen = ("blocks.0.", "y_embedder.", "pos_embed")
+    trained = {name: p.numel() for name, p in network.named_parameters() if not name.startswith(frozen)}
+    found, total = estimate.memory(config, 1, 8, cuda=False), 4 * sum(trained.values())
+    matrices = 4 * sum(n for name, n in trained.items() if token_map(name)) if optimizer == "muon" else 0
+    assert (found.gradients, found.ema, found.optimizer) == (total, total, 2 * total - matrices)
+    assert found.weights == 4 * sum(p.numel() for p in network.parameters())
+    assert found.total < estimate.memory(replace(config, freeze=[]), 1, 8, cuda=False).total
+
+
 # --- The parts ---
 
 
