@@ -152,8 +152,7 @@ class CloudFolder:
             target = self.obstore.open_writer(self.store, self.prefix + name, buffer_size=part, max_concurrency=AT_ONCE)
             while content := source.read(part):
                 target.write(content)
-            target.flush()  # waits for the parts
-            self._check()
+            self._check()  # once: `close` waits for the last parts, and puts all together
             target.close()
 
     def download(self, name: str, file: Path) -> None:

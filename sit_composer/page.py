@@ -9,7 +9,6 @@ import json
 import re
 import shlex
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ REPORT = "report.html"
 GENERATOR = '<meta name="generator" content="sit_composer.report">'  # by which the command knows its own pages
 TEMPLATE = Path(__file__).with_name("page.html")
 GRID = re.compile(r"samples/ba(\d+)\.png")
+PIXELS = 50_000_000  # of an image at most
 GRIDS, GRID_BYTES, GRID_WIDTH = 16, 150_000, 900  # images at most, and what each may have before it is made smaller
 POINTS = 800  # of a curve
 ROWS = 200  # of a table
@@ -125,10 +125,13 @@ def curves(rows: list[Row], attempts: list[Row]) -> dict[str, dict[str, list[flo
                 x, y = series.setdefault(name, ([], []))
                 x.append(row["batch"])
                 y.append(value)
-    peak = next((a["peak"] for a in reversed(attempts) if isinstance(a.get("peak"), int | float) and a["peak"]), None)
-    if peak and "throughput/images_per_sec" in series:
+    peaks = [
+        (a["start"], a["peak"]) for a in reversed(attempts) if isinstance(a.get("peak"), int | float) and a["peak"]
+    ]
+    if peaks and "throughput/images_per_sec" in series:
         x, y = series["throughput/images_per_sec"]
-        series["throughput/mfu"] = x, [value / peak for value in y]
+        of = [next((peak for start, peak in peaks if start < batch), peaks[0][1]) for batch in x]
+        series["throughput/mfu"] = x, [value / peak for value, peak in zip(y, of, strict=True)]
     found = {}
     for name in sorted(series, key=importance)[:CURVES]:
         x, y = series[name]
@@ -181,15 +184,17 @@ def grids(folder: RunFolder, names: list[str]) -> list[dict[str, Any]]:
 def data_uri(content: bytes) -> str | None:
     """An image, made smaller if it is large; None if it is none."""
     try:
-        with warnings.catch_warnings(action="error"), Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             kind = "png"
+            if image.width * image.height > PIXELS:
+                return None
             if len(content) > GRID_BYTES:
                 image = image.convert("RGB")
                 image.thumbnail((GRID_WIDTH, 4 * GRID_WIDTH))
                 smaller = io.BytesIO()
                 image.save(smaller, "WEBP", quality=80)
                 content, kind = smaller.getvalue(), "webp"
-    except (OSError, ValueError, SyntaxError, Warning):
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 

@@ -179,13 +179,14 @@ def test_the_page_in_a_browser(browser, tmp_path, scheme, width):
         ratio, text = page.evaluate(CONTRAST)
         assert ratio >= 4.5, text
         shown = page.inner_text("main")
+        assert "null" not in shown  # which append() writes for what is absent
         assert SCRIPT in shown  # as text
         for text in (
             "3,000",
             "40 %",
             "0123abcd+",
             "node-1, 2 ranks",
-            "Fréchet distance (FID)",
+            "Fréchet distance",
             "ep0-ba3000-rank0.pt",
             "2.5 MB",
             "Gradient norm",

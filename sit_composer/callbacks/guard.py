@@ -65,7 +65,12 @@ class Guard(Callback):
         self._copies = dist.get_world_size() / shards
         groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
         self._scaled = state.precision == Precision.AMP_FP16
-        self._on_device = self.on_nan == "skip" and all(group.get("fused") for group in groups) and not self._scaled
+        fused = all(group.get("fused") for group in groups) and isinstance(state.optimizers[0], torch.optim.AdamW)
+        self._on_device = self.on_nan == "skip" and fused and not self._scaled
+
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        read = len(self._losses)  # automatic microbatching repeats a batch that has run out of memory
+        del self._own[read:], self._norms[read:]
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         loss = state.total_loss_dict["loss/train/total"]

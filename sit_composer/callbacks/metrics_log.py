@@ -14,6 +14,8 @@ from composer.utils import dist
 from torch import Tensor
 
 from sit_composer.checkpoint.metrics import row_length
+from sit_composer.cli import say
+from sit_composer.errors import StorageError
 
 UNREAD = 500  # numbers that may wait on the device to be read
 EVERY = 60.0  # seconds between two writes, besides those at checkpoints
@@ -76,7 +78,10 @@ class MetricsLog(LoggerDestination):
         if batch % row_length(batch) == 0:
             self._close_row()
         if now - self._written > EVERY:
-            self.flush()
+            try:
+                self.flush(close_row=False)  # else rows would be short, and many
+            except StorageError as error:  # a lost lease is raised elsewhere
+                say(f"warning: {error}; the metrics will be written later")
         elif self._unread >= UNREAD:
             self._read()
 
@@ -87,16 +92,17 @@ class MetricsLog(LoggerDestination):
             ):  # after an error, of the device or the disk too, what is known is kept if possible
                 self.flush()
 
-    def flush(self) -> None:
+    def flush(self, close_row: bool = True) -> None:
         """Writes all rows, that of the batches since the last one too; called before each checkpoint is saved."""
         if self.append is None or self._state is None:
             return
-        self._close_row()
+        if close_row:
+            self._close_row()
         self._read()
-        rows, self._rows = self._rows, []
         self._written = time.monotonic()
-        if rows:
-            self.append("".join(json.dumps({**head, **means(values)}) + "\n" for head, values in rows).encode())
+        if self._rows:
+            self.append("".join(json.dumps({**head, **means(values)}) + "\n" for head, values in self._rows).encode())
+            self._rows = []
 
     def _close_row(self) -> None:
         now = self._state.timestamp
@@ -131,7 +137,8 @@ def means(values: Values) -> dict[str, float | int | None]:
     found: dict[str, float | int | None] = {}
     for name, numbers in values.items():
         finite = [number for number in numbers if math.isfinite(number)]
-        found[name] = float(f"{math.fsum(finite) / len(finite):.9g}") if finite else None
+        mean = finite[-1] if name.startswith("nan/") else math.fsum(finite) / max(len(finite), 1)  # those are counts
+        found[name] = float(f"{mean:.9g}") if finite else None
         if len(finite) < len(numbers):
             found[f"{name}/nonfinite"] = len(numbers) - len(finite)
     return found

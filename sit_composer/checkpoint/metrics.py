@@ -52,9 +52,10 @@ class MetricsFile:
     def append(self, lines: bytes) -> None:
         """Appends whole lines."""
         self.appended += len(lines)
-        lines, self._start = self._start + lines, b""
+        lines, self._start = self._start + lines, b"\n"
         if isinstance(self.folder, LocalFolder):
             self.content = b""
             self.folder.append(NAME, lines)
         else:
             self.content += lines
+        self._start = b""  # unless a full disk has left half a line, too

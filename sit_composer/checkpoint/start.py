@@ -68,6 +68,8 @@ def _classes(theirs: Record, ours: Record) -> str:
     rows = label_rows(theirs.classes, ours.classes)
     new = [name for name, row in zip(ours.classes, rows, strict=True) if row is None]
     text = f"{len(rows) - len(new)} of {len(rows)} keep their rows, by name"
+    if len(theirs.classes) > len(ours.classes) and all(name.isdecimal() for name in (*theirs.classes, *ours.classes)):
+        text = f"warning: {text}, which are numbers in both; give the classes names if they mean others"
     if new:
         text += f"; new: {', '.join(new[:5])}{', …' if len(new) > 5 else ''}"
         if len(new) == len(rows):

@@ -43,7 +43,7 @@ class Lease:
         while there is not None and not self._is_dead(there) and time.monotonic() < deadline:
             time.sleep(min(self.beat / 2, 1))
             now = self.folder.read(NAME)
-            if now is not None and now != there:
+            if now and now != there:  # an emptied one is being released
                 raise self._refusal(now)
             there = now
         taken = self._write(there)

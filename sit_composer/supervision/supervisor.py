@@ -29,7 +29,7 @@ from sit_composer.config.same_run import CONFIG, check_same_config
 from sit_composer.config.schema import Config, ConfigError
 from sit_composer.errors import one_line
 from sit_composer.outputs import write_bytes
-from sit_composer.page import REPORT, report_page
+from sit_composer.page import GRID, REPORT, report_page
 from sit_composer.storage import LocalFolder, RunFolder, StorageError, open_run_folder
 from sit_composer.supervision.eviction import Eviction
 from sit_composer.supervision.lease import Lease
@@ -115,7 +115,8 @@ class Supervision:
             return newest(self.folder)
         if found and self.config.trainer.get("save_overwrite"):
             # Their batches may be later, and would count as newer than this run's.
-            self._outdated = [file for files in found.values() for file in files]
+            grids = [name for name in self.folder.listing() if GRID.fullmatch(name)]
+            self._outdated = [*(file for files in found.values() for file in files), *grids]
         elif found:
             advice = "trainer.autoresume=true resumes from them, or choose another run_name"
             raise ConfigError(f"trainer.save_folder: {self.uri} holds checkpoints ({list(found)[-1]}); {advice}")

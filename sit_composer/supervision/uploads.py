@@ -34,6 +34,7 @@ class Uploads:
         self.patience = patience
         self.failure: StorageError | None = None
         self._last: str | None = None  # the last sharded checkpoint that this rank began to upload
+        self._files = 0  # queued files of checkpoints
         self._jobs: queue.Queue[Path | Callable[[], object] | None] = queue.Queue()  # None: the end
         self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
         self._thread.start()
@@ -58,8 +59,9 @@ class Uploads:
     def take(self, files: list[str]) -> None:
         """Queues files that Composer has saved: a ``.pt``, or a shard with those beside it."""
         for file in files:
-            if self._jobs.unfinished_tasks:  # so local space for two checkpoints is enough
+            if self._files:  # so local space for two checkpoints is enough
                 self.wait()
+            self._files = 1
             self._jobs.put(Path(file))
 
     def put(self, name: str, content: bytes) -> None:
@@ -80,6 +82,8 @@ class Uploads:
             except Exception as error:  # a bug or a failing local disk must stop training too
                 self.failure = StorageError(f"{self.folder.uri}: {type(error).__name__}: {error}")
             finally:
+                if isinstance(job, Path):
+                    self._files = 0
                 self._jobs.task_done()
 
     def _upload(self, path: Path) -> None:

@@ -19,7 +19,7 @@ from sit_composer.algorithms.repa import REPA
 from sit_composer.algorithms.sra import SRA
 from sit_composer.autoencoder import AutoencoderSpec
 from sit_composer.averages import std_of
-from sit_composer.callbacks.guard import Guard
+from sit_composer.callbacks.guard import Guard, NotFinite
 from sit_composer.callbacks.latent_check import LatentCheck
 from sit_composer.callbacks.loss_by_time import LossByTime
 from sit_composer.callbacks.metrics_log import MetricsLog
@@ -137,6 +137,9 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
         supervision.before_save = guard.before_save
         guard.last_checkpoint, guard.go_back = supervision.last, partial(supervision.go_back, trainer)
         return train(trainer, config, inputs, ema, supervision)
+    except NotFinite:  # on all ranks
+        supervision.finish()
+        raise
     except (OSError, RuntimeError, CheckpointException) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise too_large(*memory, "and the GPU ran out of memory") from error

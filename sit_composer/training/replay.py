@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from composer import Trainer
-from composer.core import Callback, State
+from composer.core import Callback, Precision, State
 from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor, nn
@@ -93,6 +93,9 @@ class Replaying(Supervision):
     def save_config(self) -> None:
         pass
 
+    def append_metrics(self, content: bytes) -> None:
+        pass
+
     def attach(self, trainer: Trainer) -> None:
         shutil.rmtree(self.staging, ignore_errors=True)
         trainer.state.callbacks.insert(0, Replay(self.config.run_name, self.batch, self.config.on_nan == "stop"))
@@ -135,10 +138,11 @@ class Replay(Callback):
         finite = torch.stack([torch.isfinite(gradient).all() for gradient in gradients.values()]).float()
         dist.all_reduce(finite, reduce_operation="MIN")
         bad = [name for name, one in zip(gradients, finite.tolist(), strict=True) if not one]
+        faulty = bad and state.precision != Precision.AMP_FP16  # whose loss scaling skips infinite gradients
         rows = torch.cat(self._rows, dim=1)
         everything = dist.all_gather_object((rows.T.tolist(), next(self._broken(), None)))
         samples = [sample for samples, _ in everything for sample in samples]
-        if batch == self.batch or (self.first and (bad or not all(math.isfinite(loss) for *_, loss in samples))):
+        if batch == self.batch or (self.first and (faulty or not all(math.isfinite(loss) for *_, loss in samples))):
             self._show(batch, samples, [module for _, module in everything], bad, len(gradients))
             raise Replayed
 

@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import huggingface_hub
 import pytest
+from huggingface_hub.utils import reset_sessions
 
 from sit_composer.checkup import stores
 from sit_composer.checkup.finding import bounded
@@ -109,6 +110,8 @@ def test_the_hub_is_asked_only_for_what_a_run_loads_from_it(tmp_path):
 
 
 def test_a_repository_of_the_hub_is_allowed_refused_or_out_of_reach(server, monkeypatch):
+    reset_sessions()  # that of an earlier test may be one of HF_HUB_OFFLINE
+
     def ask(url):
         monkeypatch.setattr(stores, "HfApi", lambda: huggingface_hub.HfApi(endpoint=url, token=False))
         return stores.hub("somebody/vae")

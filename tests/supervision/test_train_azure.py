@@ -99,7 +99,7 @@ def test_a_run_that_is_killed_resumes_to_the_bit_and_keeps_a_second_one_out(run,
     assert f"resumes at batch {last - 2:,} of {last:,} from ep" in capsys.readouterr().out
     name = newest(folder)
     assert batch_of(name) == last
-    assert len(folder.listing()) == 3  # two checkpoints and config.yaml; the lease was released
+    assert len(folder.listing()) == 4  # two checkpoints, config.yaml and metrics.jsonl; the lease was released
     assert run(f"trainer.max_duration={last}ba", "data.flip=true", folder="whole") == 0
     fetch_checkpoint(folder, name, tmp_path / "fetched")
     (tmp_path / "fetched" / "latest-rank0.pt").symlink_to(name)

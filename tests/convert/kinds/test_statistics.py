@@ -64,6 +64,7 @@ def values(folder, channels):
 @pytest.mark.parametrize("kind", ["flux2", "dc", "rae", pytest.param("per_channel", marks=pytest.mark.slow)])
 def test_shards_of_each_class_are_verified_trained_on_and_sampled(source, vae_of_kind, kind, tmp_path, convert):
     from sit_composer import sample, train
+    from sit_composer.supervision.supervisor import Supervision
     from sit_composer.training.inputs import open_inputs
     from sit_composer.training.quality import quality_callbacks
 
@@ -92,7 +93,7 @@ def test_shards_of_each_class_are_verified_trained_on_and_sampled(source, vae_of
     run = [f"trainer.save_folder={tmp_path / 'run'}", "trainer.max_duration=2ba", "trainer.progress_bar=false"]
     assert train.main([str(ROOT / "yamls" / "quickstart.yaml"), *network, *data, *grid, *run]) == 0
     config = load_config(str(ROOT / "yamls" / "quickstart.yaml"), [*network, *data, *grid])
-    (callback,) = quality_callbacks(config, open_inputs(config, "cpu"), None, lambda: None, "cpu")
+    (callback,) = quality_callbacks(config, open_inputs(config, "cpu"), None, Supervision(config, 60.0), "cpu")
     assert callback.drawing.autoencoder.spec == of  # what the run's grids decode
     few = ["--classes", "1", "--per-class", "1", "--num-steps", "2", "--sampling-method", "euler"]
     assert sample.main([str(tmp_path / "run"), "--out", str(tmp_path / "images"), *few]) == 0
