@@ -1,8 +1,8 @@
 """Writes a page about a run:   python -m sit_composer.report RUN [RUN2] --out report.html
 
-RUN is the folder of a run's checkpoints, on disk or in an object store. The page has what was trained and where, the curves of all
-that was logged, images over time, checkpoints, evaluations, the config, and how to resume, sample and export the run.
-It is one file that needs no other, also while the run is going. Two runs are compared.
+RUN is the folder of a run's checkpoints, on disk or in an object store. The page has what was trained and where, the
+curves of all that was logged, images over time, checkpoints, evaluations, the config, and how to resume, sample and
+export the run. It is one file that needs no other, also while the run is going. Two runs are compared.
 
 A run writes the same page at each save if its config has report: true.
 """
@@ -19,7 +19,9 @@ from sit_composer.outputs import check_output, write_bytes
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser("python -m sit_composer.report", __doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's save_folder: a folder, or a URI such as s3://BUCKET/PREFIX")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a run's save_folder: a folder, or a URI such as s3://BUCKET/PREFIX"
+    )
     parser.add_argument("--out", default="report.html", metavar="FILE.html", help="the page (report.html)")
     args = parser.parse_args(argv)
     if len(args.runs) > 2:
