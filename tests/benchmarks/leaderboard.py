@@ -27,8 +27,20 @@ from statistics import mean, median
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder stands there instead
 from sit_composer.errors import UserError
 from sit_composer.outputs import write_json
-from tests.benchmarks.time_sampling import DEBIAN, ROOT, YAML, Curve, plot, prepare, read_curve, spread, train
+from tests.benchmarks.time_sampling import (
+    DEBIAN,
+    ROOT,
+    YAML,
+    Curve,
+    plot,
+    prepare,
+    read_curve,
+    read_pictures,
+    spread,
+    train,
+)
 from tests.benchmarks.time_sampling import steps_to as steps_on
+from tests.benchmarks.vit_teacher import train_teacher
 from tests.reference.earlier.common import processor
 from tests.reference.earlier.common import train as train_here
 
@@ -45,6 +57,7 @@ LOOK = ["optimizer.lr=4e-3", "trainer.max_duration=500ba"]  # of a first look at
 LOGIT_NORMAL = ["transport.time_sampling=logit-normal"]
 TO_ZERO = ["scheduler={linear_with_warmup: {t_warmup: 50ba, alpha_f: 0.0}}"]
 FALLING = [*LOGIT_NORMAL, *TO_ZERO, "trainer.max_duration=520ba", "ema.decay=0.95"]
+TAUGHT = ["alignment={name: repa, block: 2}", "alignment.teacher=timm:DIR/teacher"]  # DIR is that of --out
 ROWS: dict[str, tuple[str, list[str]]] = {  # file name: title, overrides
     "paper": ("the paper's recipe: uniform times, velocity, AdamW, a constant rate", RATE),
     "muon-fast": ("Muon, twice the rate, after 20 steps falling to 0 at step 450, logit-normal times, "
@@ -55,8 +68,17 @@ ROWS: dict[str, tuple[str, list[str]]] = {  # file name: title, overrides
                    ["optimizer.name=muon", "optimizer.lr=1.6e-2", *FALLING]),
     "muon-tokens": ("as muon-decay, and four class tokens",
                     ["optimizer.name=muon", "optimizer.lr=1.6e-2", *FALLING, "model.class_tokens=4"]),
-    "adamw-decay": ("the rate falling to 0 at step 520, logit-normal times, an average of 20 steps",
-                    ["optimizer.lr=8e-3", *FALLING]),
+    "x-muon": ("as muon-tokens, and images (x) predicted instead of velocities, with their own loss",
+               ["optimizer.name=muon", "optimizer.lr=1.6e-2", *FALLING, "model.class_tokens=4",
+                "transport.prediction=x"]),
+    "x-short": ("as x-muon, after 20 steps falling to 0 at step 300",
+                ["optimizer.name=muon", "optimizer.lr=1.6e-2", *LOGIT_NORMAL, "ema.decay=0.95",
+                 "scheduler={linear_with_warmup: {t_warmup: 20ba, alpha_f: 0.0}}", "trainer.max_duration=300ba",
+                 "model.class_tokens=4", "transport.prediction=x"]),
+    "x-modern": ("as x-muon, with rotary positions and SwiGLU",
+                 ["optimizer.name=muon", "optimizer.lr=1.6e-2", *FALLING, "model.class_tokens=4",
+                  "transport.prediction=x", "model.rotary=true", "model.swiglu=true"]),
+    "x-fast": ("images (x) predicted, with their own loss", [*RATE, "transport.prediction=x"]),
     "logit-normal": ("logit-normal times", [*RATE, *LOGIT_NORMAL]),
     "muon": ("Muon", [*LOOK, "optimizer.name=muon"]),
     "rate-1e-3": ("an eighth of the rate", ["optimizer.lr=1e-3"]),
@@ -67,6 +89,11 @@ ROWS: dict[str, tuple[str, list[str]]] = {  # file name: title, overrides
     "betas": ("a shorter second moment", [*LOOK, "optimizer.betas=[0.9,0.95]"]),
     "ema": ("an average of 20 steps", [*LOOK, "ema.decay=0.95"]),
     "x": ("x predicted, loss as velocity", [*LOOK, "transport.prediction=x", "transport.loss_weight=velocity"]),
+    "x-own": ("x predicted, loss as x", [*LOOK, "transport.prediction=x"]),
+    "sra": ("SRA", [*LOOK, "alignment={name: sra, block: 1, teacher_block: 3}"]),
+    "repa": ("REPA, with a teacher that was trained on the labels", [*LOOK, *TAUGHT]),
+    "irepa": ("the same with iREPA's convolution and spatial norm",
+              [*LOOK, *TAUGHT, "alignment.projector=conv", "alignment.spatial_norm=0.8"]),
     "qk-norm": ("normalized queries and keys", [*LOOK, "model.qk_norm=true"]),
     "rms-norm": ("RMSNorm", [*LOOK, "model.rms_norm=true"]),
     "swiglu": ("SwiGLU", [*LOOK, "model.swiglu=true"]),
@@ -157,11 +184,14 @@ def train_missing(args: argparse.Namespace) -> None:
                 continue
             commit, changes = code(), ROWS[name][1]
             common = [f"frechet.interval={args.every}", f"trainer.max_duration={args.length}"]
+            changes = [change.replace("DIR", str(args.out.resolve())) for change in changes]
+            if TAUGHT[1] in ROWS[name][1] and not (args.out / "teacher" / "model.safetensors").exists():
+                train_teacher(*read_pictures(args.source, "train"), args.out / "teacher")
             train(args.yaml, args.out, name, seed, [*common, *changes])
             curve = {step: round(distance, 2) for step, distance in read_curve(args.out, name, seed).items()}
             runs = load(name).runs  # another seed may have been stored meanwhile
             runs[seed] = {"commit": commit, "machine": machine(), "curve": curve}
-            write_json({"changes": changes, **{str(s): runs[s] for s in sorted(runs)}}, STORE / f"{name}.json")
+            write_json({"changes": ROWS[name][1], **{str(s): runs[s] for s in sorted(runs)}}, STORE / f"{name}.json")
             render()
 
 
@@ -259,6 +289,8 @@ def compared(rows: list[Row], first: Row, look: Row) -> list[str]:
     for row in rows:
         other, step = look if row.changes[: len(LOOK)] == LOOK else first, end(row)
         ends = {seed: curve[step] for seed, curve in row.curves.items() if seed in other.runs}
+        if not ends:
+            continue  # the other row's runs come later
         theirs = [other.curves[seed].get(step, math.nan) for seed in ends]
         steps = [steps_on(other.curves[seed], distance) for seed, distance in ends.items()]
         cells = [title(row), str(step), spread(mean(ends.values()), list(ends.values()), ".1f"), other.name]
