@@ -7,7 +7,9 @@ Ctrl-C ends it.
 """
 
 import argparse
+import errno
 import os
+import socket
 import sys
 
 from sit_composer.bounds import Bounds
@@ -31,7 +33,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             raise UserError(f"CHECKPOINT: {path} is given twice")
         check_checkpoint(argparse.Namespace(checkpoint=path))
     require("sit_composer.demo", "gradio")
+    args.host = args.host.removeprefix("[").removesuffix("]")
+    check_address(args.host, args.port)
     return args
+
+
+def check_address(host: str, port: int | None) -> None:
+    """Raises UserError if nothing can listen there; Gradio would try for minutes, and give another reason."""
+    try:
+        found = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)
+        socket.create_server(found[0][4], family=found[0][0]).close()
+    except (OSError, UnicodeError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).partition(" (")[0]
+        if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES):
+            raise UserError(f"--port: {port} can't be used ({reason}); choose another") from None
+        raise UserError(f"--host: got {host!r}, expected an address of this machine ({reason})") from None
 
 
 def serve(argv: list[str] | None) -> int | None:

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from html import escape
+from pathlib import Path
 from typing import Any, NoReturn
 
 import gradio as gr
 import torch
 
 from sit_composer.autoencoder import Autoencoder
+from sit_composer.checkpoint.folder import CHECKPOINT
 from sit_composer.checkpoint.load import find_checkpoint, load_checkpoint
 from sit_composer.checkpoint.record import Checkpoint, NoSuchWeights
 from sit_composer.choices import ADAPTIVE_METHODS, ODE_METHODS, SDE_METHODS
@@ -37,13 +39,16 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--device: got {device}: {first_line(error)}") from None
     warnings.filterwarnings("ignore", module="gradio")  # of what it should call otherwise in its own libraries
     page = Demo(args.checkpoints, device).page()
+    host = f"[{args.host}]" if ":" in args.host else args.host  # as in the page's address
     try:
         _, address, _ = page.launch(
-            server_name=args.host, server_port=args.port, css=STYLE, share=False, ssr_mode=False, mcp_server=False,
+            server_name=host, server_port=args.port, css=STYLE, share=False, ssr_mode=False, mcp_server=False,
             enable_monitoring=False, footer_links=[], prevent_thread_lock=True, quiet=True, show_error=True,
         )  # fmt: skip
     except OSError as error:
         raise UserError(f"--port: {first_line(error)}") from None
+    except ValueError as error:  # how it says that it can't reach its own page
+        raise UserError(f"--host: got {args.host}: {first_line(error)}") from None
     say(f"{address}   (Ctrl-C ends it)")
     try:
         threading.Event().wait()
@@ -63,6 +68,7 @@ class Demo:
         self.places = {path: str(find_checkpoint(path)) for path in paths}  # a run's newest checkpoint stays the same
         self.load = lru_cache(maxsize=len(paths))(self._load)
         self.stopped: set[str | None] = set()  # sessions whose work is to end
+        self.busy: set[str | None] = set()  # sessions whose work is under way, or waits for others'
         self.guided = True  # whether all of them can be
         self.classes: list[str] = []
         self.weights: list[str] = []
@@ -107,7 +113,8 @@ class Demo:
             with gr.Column(scale=3, min_width=300):
                 films = gr.HTML("<p>Press Generate.</p>", min_height=120)
             settings = [chosen, label, count, seed, scale, start, end, solver, steps, which]
-            press.click(self.generate, settings, films, api_visibility="private")
+            begin = press.click(self.begin, queue=False, api_visibility="private")
+            begin.then(self.generate, settings, films, api_visibility="private")
             stop.click(self.stop, queue=False, api_visibility="private")
             solver.change(lambda name: gr.update(visible=name.split()[1] not in ADAPTIVE_METHODS), solver, steps)
             page.unload(self.stop)
@@ -115,7 +122,6 @@ class Demo:
 
     def generate(self, request: gr.Request, progress: gr.Progress = PROGRESS, *settings: Any) -> str:
         """HTML of the films, or of the mistake in the settings."""
-        self.stopped.discard(request.session_hash)
 
         def tell(done: float) -> None:
             if request.session_hash in self.stopped:
@@ -128,6 +134,14 @@ class Demo:
             return "<p>stopped</p>"
         except (UserError, OSError) as error:
             return f'<p role="alert" class="error">{escape(str(error))}</p>'
+        finally:
+            self.busy.discard(request.session_hash)
+
+    def begin(self, request: gr.Request) -> None:
+        """Forgets the stop of earlier work, when Generate is pressed; the work may have to wait, and can be stopped."""
+        if request.session_hash not in self.busy:
+            self.stopped.discard(request.session_hash)
+        self.busy.add(request.session_hash)
 
     def stop(self, request: gr.Request) -> None:
         """Ends the session's work at its next evaluation."""
@@ -139,7 +153,7 @@ class Demo:
             raise UserError("checkpoints: got none, expected at least one")
         words, films = options(*settings), []
         for i, path in enumerate(chosen):
-            place = path if is_remote(path) else self.places[path]
+            place = lasting(path, self.places[path])
             args = parse([place, "--out=DIR", *words], refuse)
             checkpoint, network, autoencoder = self.load(path, args.weights)
             record = checkpoint.record
@@ -150,6 +164,14 @@ class Demo:
             title = f"{path}, step {checkpoint.step}, {checkpoint.which}"
             films.append(as_html(title, command, [record.classes[label] for label in labels], images, frames))
         return f'<div class="demo" style="--frame:5;--row:0">{CONTROLS}<div class="films">{"".join(films)}</div></div>'
+
+
+def lasting(path: str, place: str) -> str:
+    """Where the checkpoint at ``place`` is found again: there or, if it is a copy of a remote ``path``'s, its URI."""
+    name, uri = Path(place).name, path.rstrip("/")
+    if not is_remote(path):
+        return place
+    return f"{uri}/{name}" if CHECKPOINT.fullmatch(name) and not uri.endswith(f"/{name}") else path
 
 
 def options(

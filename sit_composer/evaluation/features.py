@@ -55,7 +55,8 @@ def load_extractor(features: str) -> Extractor:
 
     Raises UserError if it can't be loaded.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # By its number, as a thread that generates images has a current device of its own, the first one.
+    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     if features == "inception":
         return Extractor("inception", "inception", load_inception(device), device)
     if (file := dinov2_file(features)) is not None:

@@ -45,11 +45,19 @@ def save_statistics(path: Path, outputs: dict[str, np.ndarray], identity: str) -
 
 def report(result: dict[str, Any]) -> None:
     """Prints the metrics that are missing, the warnings, and the table."""
-    for name, reason in result["left_out"].items():
-        print(f"{name} is left out: {reason}", file=sys.stderr)
-    for warning in result["warnings"]:
-        print(f"warning: {warning}", file=sys.stderr)
+    print_notes([result], result["samples"]["path"])
     print(markdown(result))
+
+
+def print_notes(results: list[dict[str, Any]], samples: str) -> None:
+    """Prints the metrics that are missing and the warnings, each once; in them, any samples are called ``samples``."""
+    lines = []
+    for result in results:
+        lines += [f"{name} is left out: {reason}" for name, reason in result["left_out"].items()]
+        path = f"{result['samples']['path']}: "
+        lines += [f"warning: {warning.replace(path, f'{samples}: ')}" for warning in result["warnings"]]
+    for line in dict.fromkeys(lines):
+        print(line, file=sys.stderr)
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Measures the cells of a grid, one after the other: see `sit_composer.sweep`."""
 
+import hashlib
 import json
 import os
 import sys
@@ -7,6 +8,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sit_composer.checkpoint.record import CONFIG, EXPORTED_FILE, Checkpoint, digest
+from sit_composer.choices import ADAPTIVE_METHODS
 from sit_composer.cli import is_remote
+from sit_composer.data.spec import INDEX_NAME
+from sit_composer.data.stream import read_text
 from sit_composer.errors import UserError
 from sit_composer.evaluation.features import Extractor, load_extractor
 from sit_composer.evaluation.judge import Choice, Collected, Comparison, cache_folder
 from sit_composer.evaluation.picture_sets import PictureSet, open_set
+from sit_composer.evaluation.results import print_notes
 from sit_composer.evaluation.sweep_table import draw_plot, make_table, name_of, values_of
 from sit_composer.gallery import (
     IMAGE,
@@ -53,48 +59,70 @@ def run(args: Namespace) -> None:
     rank, ranks = my_rank()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # for the extractor, too
-    networks, weights = load(args, args.cells[0]), args.cells[0].weights
+    networks = first = load(args, args.cells[0])
+    weights = args.cells[0].weights
     cells = distinct(args, networks)
+    if rank == 0:
+        if args.num_steps and all(cell.sampling_method in ADAPTIVE_METHODS for cell in cells):
+            print("note: an adaptive solver chooses its own steps; --num-steps has no effect", file=sys.stderr)
+        for cell in {cell.weights: cell for cell in cells if cell.weights != weights}.values():
+            load(args, cell, first)  # a mistake in them shows now, not after the first ones' cells
     sweep = Sweep(args, networks, cells) if rank == 0 else None
     if ranks > 1:  # from here on, as streaming would give each rank of a group a share of the reference
         dist.init_process_group("gloo", timeout=PATIENCE)
-    plan = [(sweep.missing, sweep.comparison.chosen, sweep.settings["checkpoint"]) if sweep else None]
+    plan = [(sweep.missing, sweep.comparison.chosen, sweep.settings) if sweep else None]
     if ranks > 1:
         dist.broadcast_object_list(plan)
-    missing, chosen, identity = plan[0]
+    missing, chosen, settings = plan[0]
+    if not sweep:
+        check_same(settings, networks)
     extractor = sweep.comparison.extractor if sweep else load_extractor(args.features)
     with tqdm(total=sum(map(cost, missing)), bar_format=BAR, disable=True if rank > 0 else None) as bar:
         for number, cell in enumerate(missing, 1):
             bar.set_description_str(f"{number} of {len(missing)}: {name_of(values_of(cell))}")
             if cell.weights != weights:
-                networks, weights = load(args, cell), cell.weights
-                check_same(identity, networks.checkpoint)
+                networks, weights = load(args, cell, first), cell.weights
+                check_same(settings, networks)
             samples, fake = measure(cell, networks, extractor, chosen, bar)
             if sweep:
                 tqdm.write(f"{number} of {len(missing)}: {sweep.add(cell, samples, fake)}", file=sys.stderr)
     if sweep:
         if not missing:
             sweep.write()  # after a stop between the results and what is made of them
+        print_notes(sweep.results, "each cell")
         print(make_table(sweep.results))
         print(sweep.out / PLOT)
 
 
-def load(args: Namespace, cell: Namespace) -> Networks:
-    """The networks of a cell's weights; with the guide, which cells without guidance don't use."""
-    return load_networks(Namespace(**{**vars(cell), "guide": args.guide}))
+def load(args: Namespace, cell: Namespace, first: Networks | None = None) -> Networks:
+    """The networks of a cell's weights; with the guide, which cells without guidance don't use.
+
+    They come from the ``first`` ones' files: of newer checkpoints that training saves meanwhile none is taken, and
+    none is downloaded again.
+    """
+    if first is None:
+        return load_networks(Namespace(**{**vars(cell), "guide": args.guide}))
+    guide = place_of(first.weaker) if first.weaker else None
+    found = load_networks(Namespace(**{**vars(cell), "checkpoint": place_of(first.checkpoint), "guide": guide}))
+    weaker = with_source(found.weaker, args.guide) if found.weaker else None
+    return found._replace(checkpoint=with_source(found.checkpoint, args.checkpoint), weaker=weaker)
+
+
+def with_source(checkpoint: Checkpoint, given: str) -> Checkpoint:
+    """The checkpoint, whose file is a copy if the one that was ``given`` is remote."""
+    return replace(checkpoint, source=given) if is_remote(given) else checkpoint
 
 
 def distinct(args: Namespace, networks: Networks) -> list[Namespace]:
     """The cells, complete and without equal ones; raises UserError for one that the network can't generate."""
     record, found = networks.checkpoint.record, dict[tuple, Namespace]()
     for cell in args.cells:
-        if not is_remote(args.checkpoint):
-            cell.checkpoint = place_of(networks.checkpoint)  # which stays, where training saves a newer one meanwhile
         complete(cell, record)
         record.name_of(cell.weights, args.checkpoint)
         guided(cell, networks)
-        if len(choose_labels(cell, record.classes)) < my_rank()[1]:
-            raise UserError(f"--num-images: got {args.num_images}, expected at least one image per rank")
+        if (count := len(choose_labels(cell, record.classes))) < (ranks := my_rank()[1]):
+            option = "--num-images" if args.classes is None else "--classes"
+            raise UserError(f"{option}: got {count} images, expected at least one for each of the {ranks} ranks")
         found.setdefault(tuple(values_of(cell).values()), cell)
     return list(found.values())
 
@@ -118,11 +146,25 @@ def place_of(checkpoint: Checkpoint) -> str:
     return str(file.parent if exported else file)
 
 
-def check_same(identity: dict[str, Any], checkpoint: Checkpoint) -> None:
-    """Raises UserError unless the checkpoint is the one of this identity."""
-    if identity_of(checkpoint) != identity:
-        what = f"step {checkpoint.step} was saved after the sweep began with step {identity['step']}"
-        raise UserError(f"{checkpoint.source}: {what}; give one checkpoint instead of the folder")
+def check_same(settings: dict[str, Any], networks: Networks) -> None:
+    """Raises UserError unless the networks are of the checkpoints that the settings name."""
+    for name, checkpoint in (("checkpoint", networks.checkpoint), ("guide", networks.weaker)):
+        if checkpoint and identity_of(checkpoint) != (began := settings[name]):
+            what = f"got step {checkpoint.step}, but the sweep began with step {began['step']} of {began['path']}"
+            raise UserError(f"{checkpoint.source}: {what}; give one checkpoint instead of the folder")
+
+
+def identity_of_reference(path: str) -> dict[str, str]:
+    """What tells one reference from another: a file's content, shards' index, or the names and sizes in a folder."""
+    local = Path(path)
+    if is_remote(path) or (local / INDEX_NAME).exists():
+        text, _ = read_text(path.rstrip("/") if is_remote(path) else None, path, INDEX_NAME)
+    elif local.is_file():
+        return {"path": path, "sha256": digest(path)}
+    else:
+        files = (file for file in sorted(local.rglob("*")) if file.is_file())
+        text = "".join(f"{file.relative_to(local)} {file.stat().st_size}\n" for file in files)
+    return {"path": path, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 class Sweep:
@@ -137,7 +179,8 @@ class Sweep:
             options = {name: value for name, value in vars(args).items() if name not in {*APART, *values_of(cells[0])}}
             features = self.comparison.extractor.identity
             guide = identity_of(networks.weaker) if networks.weaker else None
-            self.settings = {"checkpoint": identity_of(checkpoint), **options, "guide": guide, "features": features}
+            options |= {"guide": guide, "features": features, "reference": identity_of_reference(args.reference)}
+            self.settings = {"checkpoint": identity_of(checkpoint), **options}
             self.results = claim(self.out, self.settings)
             known = [result["cell"] for result in self.results]
             self.missing = [cell for cell in cells if values_of(cell) not in known]

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -14,14 +15,18 @@ from PIL import Image
 from sit_composer import evaluate, sample, sweep
 from sit_composer.autoencoder import AutoencoderSpec
 from sit_composer.checkpoint.export import write_folder
+from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.record import Checkpoint, Record
-from sit_composer.errors import INTERRUPTED
-from sit_composer.evaluation.sweeping import interleave
+from sit_composer.errors import INTERRUPTED, UserError
+from sit_composer.evaluation.sweeping import check_same, identity_of, interleave, measure
+from sit_composer.gallery import Networks
 from sit_composer.generate import generate
+from sit_composer.storage import open_store
 from tests.helpers.networks import small_network
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import REFERENCE, ROOT
 
 COUNT = 20  # images
+EARLIER = REFERENCE / "earlier" / "run"
 SIZES = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 10, "in_channels": 1}
 
 
@@ -54,9 +59,9 @@ def files(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture
 def command(files, tmp_path):
-    def command(*options: str, out: str = "out") -> list[str]:
+    def command(*options: str, out: str = "out", checkpoint: str = files["checkpoint"]) -> list[str]:
         fixed = ["--features", files["features"], "--num-images", str(COUNT), "--sampling-method", "heun"]
-        given = [files["checkpoint"], "--reference", files["reference"], "--out", str(tmp_path / out)]
+        given = [checkpoint, "--reference", files["reference"], "--out", str(tmp_path / out)]
         return [*given, *fixed, *options]
 
     return command
@@ -66,8 +71,8 @@ def command(files, tmp_path):
 def run(command, tmp_path):
     """Runs the command; gives the cells of its results."""
 
-    def run(*options: str, out: str = "out") -> list[dict]:
-        assert sweep.main(command(*options, out=out)) == 0
+    def run(*options: str, out: str = "out", **where: str) -> list[dict]:
+        assert sweep.main(command(*options, out=out, **where)) == 0
         return json.loads((tmp_path / out / "sweep.json").read_text())["cells"]
 
     return run
@@ -79,6 +84,7 @@ GRID = ("--weights", "ema,training", "--num-steps", "3", "--cfg-scale", "1,1.5")
 def test_a_cell_is_what_sample_and_evaluate_give(run, files, tmp_path, capsys):
     grid = ("--weights", "training", "--num-steps", "3", "--cfg-scale", "1,1.5", "--cfg-interval", "0", "0.6")
     cells = run(*grid, "--keep-images")
+    out, err = capsys.readouterr()
     assert len(list((tmp_path / "out" / "images").iterdir())) == 2
     for cell in cells:
         place = cell["cell"]
@@ -102,9 +108,9 @@ def test_a_cell_is_what_sample_and_evaluate_give(run, files, tmp_path, capsys):
         assert evaluate.main([str(folder), *against]) == 0  # as a folder of samples
         assert json.loads(result.read_text())["metrics"] == expected["metrics"]
 
-    out = capsys.readouterr().out
     table = (tmp_path / "out" / "sweep.md").read_text()
     assert table in out
+    assert err.count("sfid is left out: it needs spatial") == 1
     head, _, *rows = table.strip().splitlines()
     assert head.startswith("| steps | cfg | passes | FD | IS | P | R | KID × 10³ |")  # weights and solver don't vary
     assert len(rows) == 2
@@ -150,7 +156,7 @@ def test_an_interrupted_sweep_continues_with_the_missing_cells(run, command, tmp
     assert more[:-1] == whole
 
 
-def test_options_without_effect_in_a_cell_are_left_out_there_and_equal_cells_are_one(run):
+def test_options_without_effect_in_a_cell_are_left_out_there_and_equal_cells_are_one(run, capsys):
     cells = run(
         "--sampling-method",
         "euler,bosh3",
@@ -164,11 +170,20 @@ def test_options_without_effect_in_a_cell_are_left_out_there_and_equal_cells_are
         "1",
         "--metrics",
         "fid",
+        "--num-images",
+        "8",
     )
     found = [(c["cell"]["sampling_method"], c["cell"]["num_steps"]) for c in cells]
     assert found == [("euler", 2), ("euler", 3), ("bosh3", None)]
     sampling = {method: cell["samples"]["sampling"] for (method, _), cell in zip(found, cells, strict=True)}
     assert (sampling["euler"]["atol"], sampling["bosh3"]["atol"]) == (1e-6, 0.1)
+    err = capsys.readouterr().err
+    assert err.count("covariance") == err.count("warning: each cell: 8 images for 8 features: the covariance is") == 1
+    note = "note: an adaptive solver chooses its own steps; --num-steps has no effect"
+    assert note not in err
+    adaptive = ("--sampling-method", "bosh3", "--num-steps", "2,3", "--cfg-scale", "1", "--atol", "1e-1", "--rtol", "1")
+    assert len(run(*adaptive, "--metrics", "fid", out="adaptive")) == 1
+    assert note in capsys.readouterr().err.splitlines()
 
 
 def refused(capsys, *arguments: str) -> str:
@@ -218,6 +233,13 @@ def test_another_sweep_in_the_folder_is_refused(run, command, files, tmp_path, c
         (["--mode", "SDE", "--sampling-method", "Euler"], "mode"),
     ):
         assert f"holds a sweep with another {name};" in refused(capsys, *command(*options, *other))
+    for content in (files["reference"], files["other"]):  # under the same name
+        shutil.copy(content, tmp_path / "mine.npz")
+        same = command(*options, "--reference", str(tmp_path / "mine.npz"), out="named")
+        if content == files["reference"]:
+            assert sweep.main(same) == 0
+        else:
+            assert "holds a sweep with another reference;" in refused(capsys, *same)
     with open(os.path.join(files["checkpoint"], "config.json"), "a") as file:
         file.write(" ")
     try:
@@ -238,6 +260,61 @@ def test_statistics_of_other_features_are_refused_before_any_image_is_generated(
         other = ["--reference", str(tmp_path / "other.npz"), "--metrics", metrics]
         error = refused(capsys, *command("--num-steps", "3", *other))
         assert "mu: got 5 features numbers, expected the 8 of features.pt" in error
+
+
+def test_weights_that_are_missing_are_refused_before_any_image_is_generated(
+    command, files, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.setattr("sit_composer.gallery.generate", None)
+    shutil.copytree(files["checkpoint"], tmp_path / "network")
+    (tmp_path / "network" / "model.safetensors").unlink()
+    given = command("--num-steps", "3", "--weights", "ema,training", checkpoint=str(tmp_path / "network"))
+    assert "model.safetensors" in refused(capsys, *given)
+
+
+def test_too_few_images_for_the_ranks_are_refused_by_the_option_that_was_given(command, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "30")
+    given = command("--num-steps", "3")
+    assert "--num-images: got 20 images, expected at least one for each of the 30 ranks" in refused(capsys, *given)
+    at = given.index("--num-images")
+    given[at : at + 2] = ["--classes", "1,2"]
+    assert "--classes: got 2 images, expected at least one for each of the 30 ranks" in refused(capsys, *given)
+
+
+def test_checkpoints_that_training_saves_meanwhile_are_not_mixed_in(run, files, monkeypatch, tmp_path):
+    runs = [tmp_path / name for name in ("run", "guide")]
+    for folder in runs:
+        folder.mkdir()
+        shutil.copy(EARLIER / "ep0-ba4-rank0.pt", folder)
+
+    def then_save(*args):
+        for folder in runs:
+            shutil.copy(EARLIER / "ep1-ba8-rank0.pt", folder)
+        return measure(*args)
+
+    monkeypatch.setattr("sit_composer.evaluation.sweeping.measure", then_save)
+    options = ("--num-steps", "2", "--weights", "ema,training", "--metrics", "fid", "--guide", str(runs[1]))
+    used = [cell["samples"]["sampling"] for cell in run(*options, checkpoint=str(runs[0]))]
+    assert [(one["checkpoint"]["step"], one["guide"]["step"]) for one in used] == [(4, 4), (4, 4)]
+    old, new = (load_checkpoint(str(EARLIER / f"{name}-rank0.pt")) for name in ("ep0-ba4", "ep1-ba8"))
+    settings = {"checkpoint": identity_of(old), "guide": identity_of(old)}  # as the first rank has them
+    for mixed in ((old, new), (new, old)):
+        with pytest.raises(UserError, match="got step 8, but the sweep began with step 4"):
+            check_same(settings, Networks(*mixed, None, None, "fp32"))
+    check_same(settings, Networks(old, old, None, None, "fp32"))
+
+
+@pytest.mark.slow
+def test_a_remote_checkpoint_is_downloaded_once(run, s3, tmp_path, monkeypatch):
+    uris = ["s3://sit/run", "s3://sit/guide"]
+    for uri in uris:
+        open_store(uri).upload(EARLIER / "ep0-ba4-rank0.pt", "ep0-ba4-rank0.pt")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    options = ("--num-steps", "2", "--weights", "ema,training", "--metrics", "fid", "--guide", uris[1])
+    used = [cell["samples"]["sampling"] for cell in run(*options, checkpoint=uris[0])]
+    assert [[one["checkpoint"]["path"], one["guide"]["path"]] for one in used] == [uris, uris]
+    assert len(list((tmp_path / "temporary").glob("sit_composer-checkpoint-*"))) == 2
 
 
 def test_rows_of_ranks_are_in_order():
