@@ -263,7 +263,7 @@ def test_a_run_whose_uploads_fail_for_good_ends_with_one_line(run, proxy, capsys
     assert time.monotonic() - before < 60
     assert last_error(capsys).startswith(f"error: {FOLDER}/ep0-ba2-rank0.pt: ")
     proxy.heal()
-    assert set(S3Folder(FOLDER).listing()) == {"config.yaml"}  # and the lease was released
+    assert set(S3Folder(FOLDER).listing()) == {"config.yaml", "metrics.jsonl"}  # and the lease was released
 
 
 FAILS_ON_RANK_1 = """

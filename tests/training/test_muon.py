@@ -129,8 +129,11 @@ def test_its_state_goes_to_a_fresh_one_without_a_step(monkeypatch):
         assert torch.equal(p, q)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [3, 4], ids=["replicated and sharded", "copies of shards"])
+@pytest.mark.parametrize(
+    "ranks",
+    [pytest.param(3, marks=pytest.mark.slow, id="replicated and sharded"),
+     pytest.param(4, marks=pytest.mark.nightly, id="copies of shards")],
+)  # fmt: skip
 def test_several_ranks_step_as_one_does(ranks):
     """With rows that three doesn't divide, and fewer matrices of a kind than ranks."""
     command = [COMPOSER, "-n", str(ranks), "-m", "tests.helpers.muon_ranks"]
