@@ -40,7 +40,7 @@ from tests.benchmarks.time_sampling import (
     train,
 )
 from tests.benchmarks.time_sampling import steps_to as steps_on
-from tests.benchmarks.vit_teacher import train_teacher
+from tests.helpers.vit_teacher import train_teacher
 from tests.reference.earlier.common import processor
 from tests.reference.earlier.common import train as train_here
 
