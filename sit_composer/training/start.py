@@ -11,6 +11,7 @@ from sit_composer.config.schema import Config, ConfigError
 from sit_composer.errors import UserError
 from sit_composer.sit import SiT
 from sit_composer.supervision.supervisor import from_rank_0
+from sit_composer.training.summary import as_text
 
 
 def start_from(config: Config, record: Record, network: SiT, device: str) -> None:
@@ -44,4 +45,4 @@ def read_weights(config: Config, record: Record) -> tuple[Checkpoint, list[str]]
         raise ConfigError(f"init_from: {error}") from error
     trained = f", {checkpoint.step:,} batches" if checkpoint.step else ""
     lines = {"weights": f"{checkpoint.which} of {checkpoint.source}{trained}; the optimizer starts anew", **found}
-    return checkpoint, [f"{name + ':':<13}{line}" for name, line in lines.items()]
+    return checkpoint, as_text(lines).splitlines()

@@ -82,11 +82,13 @@ class Trainer(ComposerTrainer):
         ranks = dist.get_world_size()
         self.state.total_loss_dict = {name: loss / ranks for name, loss in losses.items()}
         batch = self.state.timestamp.batch.value
+        numbers: dict[str, float] = {}  # read once, and only for a logger that needs them at once
         for logger in self.logger.destinations:
             if isinstance(logger, MetricsLog):  # which waits for nothing
                 logger.log_metrics(self.state.total_loss_dict, batch)
             else:
-                logger.log_metrics({name: loss.item() / ranks for name, loss in losses.items()}, batch)
+                numbers = numbers or {name: loss.item() / ranks for name, loss in losses.items()}
+                logger.log_metrics(numbers, batch)
 
     def _train_microbatches(
         self, microbatches: Sequence[Batch], total_loss_dict: dict[str, Tensor], ddp_sync: bool = True
