@@ -32,12 +32,21 @@ sys.meta_path[:] = [Blind(finder, {names!r}) for finder in sys.meta_path]
 """
 
 
-def run(tmp_path, *options, hidden=()):
-    """The report of a run in small, without these packages; and what it printed."""
+HIDDEN = ("composer", "mosaicml", "streaming", "diffusers", "torchmetrics")
+
+
+def python(tmp_path, *arguments, hidden=()):
+    """A finished process of Python, in which these packages aren't installed."""
     (tmp_path / "sitecustomize.py").write_text(HIDE.format(root=str(ROOT), names=hidden) if hidden else "")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "tests/benchmarks/on_a_gpu.py", "--tiny", "--out", tmp_path / "a.json", *options]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+
+
+def run(tmp_path, *options, hidden=()):
+    """The report of a run in small, without these packages; and what it printed."""
+    command = ("tests/benchmarks/on_a_gpu.py", "--tiny", "--out", tmp_path / "a.json", *options)
+    done = python(tmp_path, *command, hidden=hidden)
     assert (tmp_path / "a.json").exists(), done.stdout + done.stderr
     report = json.loads((tmp_path / "a.json").read_text())
     assert done.returncode == any("error" in row for row in report["rows"].values()), done.stderr
@@ -61,9 +70,14 @@ def check(report, errors):
     assert report["machine"]["device"] == "cpu"
 
 
+def test_the_step_needs_no_composer(tmp_path):
+    done = python(tmp_path, "-c", "import tests.benchmarks.gpu.training", hidden=HIDDEN)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.nightly  # a minute on a quiet core
 def test_without_composer_streaming_and_diffusers_their_rows_say_so_and_the_rest_is_measured(tmp_path):
-    report, out = run(tmp_path, hidden=("composer", "mosaicml", "streaming", "diffusers", "torchmetrics"))
+    report, out = run(tmp_path, hidden=HIDDEN)
     missing = {
         "composer": [f"{size} Composer's Trainer" for size in ("B/2", "XL/2")],
         "streaming": [name for name in ROWS if name.startswith("latents,")],

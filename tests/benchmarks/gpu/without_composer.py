@@ -14,7 +14,7 @@ STAND_INS = {
     "composer": (),
     "composer.models": ("ComposerModel",),
     "composer.algorithms": ("EMA",),
-    "composer.core": ("Callback", "Event", "State"),
+    "composer.core": ("Algorithm", "Callback", "Event", "State"),
     "composer.loggers": ("Logger",),
     "torchmetrics": ("MeanMetric", "Metric"),
 }
