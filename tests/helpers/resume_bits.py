@@ -19,6 +19,7 @@ from sit_composer.errors import EVICTED
 from tests.helpers import ranks
 from tests.helpers.networks import NEWER
 from tests.helpers.poison import poison
+from tests.helpers.runs import train_at_once
 
 QUICKSTART = str(Path(__file__).parents[2] / "yamls" / "quickstart.yaml")
 
@@ -53,7 +54,7 @@ def run(shards: str, folder: Path, way: str, batches: int, told: bool) -> None:
         # The default backend compiles C++ for a minute; this one tests the parts that both share.
         overrides.append(f"compile={'aot_eager' if way.startswith('fsdp') else 'true'}")
     RunRecord.eval_batch_start = tell if told else lambda *_: None
-    if ranks.main([QUICKSTART, *overrides]) != (EVICTED if told else 0):
+    if train_at_once([QUICKSTART, *overrides], ranks.main) != (EVICTED if told else 0):
         raise SystemExit(f"{way}: {folder.name} failed at {batches} batches")
 
 
