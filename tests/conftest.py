@@ -23,7 +23,10 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("house", deadline=None)  # a busy machine is no fault
 hypothesis.settings.load_profile("house")
 # Tests of data fork, which a process that has trained can't: it holds Composer's threads and a process group.
-FIRST = ("tests/data", "test_faults", "test_torture", "tests/training", "tests/convert", "tests/evaluation")
+FIRST = (
+    *("tests/data", "test_faults", "test_resume", "test_torture", "test_docs", "test_ray", "test_tour"),
+    *("tests/training", "tests/convert", "tests/evaluation", "test_benchmarks"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -58,6 +61,14 @@ def digits_shards(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("digits") / "shards"
     assert to_mds.main(["digits", "--out", str(out), "--workers", "0"]) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def few_digits(tmp_path_factory) -> Path:
+    """A folder of about eight shards of 200 digits."""
+    from tests.helpers.digits import write_digits
+
+    return write_digits(tmp_path_factory.mktemp("few") / "shards")
 
 
 @pytest.fixture
@@ -105,19 +116,22 @@ def vae_of_kind(tmp_path_factory) -> Callable[[str], str]:
     return functools.cache(lambda kind: write_kind(kind, tmp_path_factory.mktemp(kind)))
 
 
+@pytest.fixture(scope="module")
+def seaweed(tmp_path_factory) -> Iterator[SeaweedFS]:
+    server = SeaweedFS(tmp_path_factory.mktemp("s3"))
+    yield server
+    server.stop()
+
+
 @pytest.fixture
-def s3(tmp_path_factory, monkeypatch) -> Iterator[SeaweedFS]:
-    """An S3 on loopback with the bucket sit, as S3_ENDPOINT_URL and the credentials of the environment say."""
+def s3(seaweed, monkeypatch) -> SeaweedFS:
+    """An S3 on loopback with the empty bucket sit, as S3_ENDPOINT_URL and the credentials of the environment say."""
     for name, value in (("AWS_ACCESS_KEY_ID", "testkey"), ("AWS_SECRET_ACCESS_KEY", "testsecret")):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    server = SeaweedFS(tmp_path_factory.mktemp("s3"))
-    try:
-        server.start()
-        monkeypatch.setenv("S3_ENDPOINT_URL", server.url)
-        yield server
-    finally:
-        server.stop()
+    seaweed.start_empty()
+    monkeypatch.setenv("S3_ENDPOINT_URL", seaweed.url)
+    return seaweed
 
 
 @pytest.fixture

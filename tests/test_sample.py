@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch.nn.modules.module import register_module_forward_hook
 
-from sit_composer import sample, train
+from sit_composer import sample
 from sit_composer.autoencoder import PixelAutoencoder
 from sit_composer.captions import draw_samples
 from sit_composer.checkpoint.load import CheckpointError, load_checkpoint
@@ -32,6 +32,7 @@ from sit_composer.guidance import Guidance
 from sit_composer.precision import resolve
 from sit_composer.transport import Transport
 from tests.helpers.paths import ROOT
+from tests.helpers.runs import train_at_once
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def checkpoints(digits_shards, tmp_path_factory):
         "scheduler={constant: {}}",
     ]
     places = [f"data.local={digits_shards}", f"trainer.save_folder={folder}", "trainer.progress_bar=false"]
-    assert train.main([str(ROOT / "yamls" / "quickstart.yaml"), *overrides, *places]) == 0
+    assert train_at_once([str(ROOT / "yamls" / "quickstart.yaml"), *overrides, *places]) == 0
     return folder
 
 
@@ -179,7 +180,7 @@ def latent(digits_shards, vae_folder, tmp_path_factory):
     overrides = ["model.hidden_size=32", "model.depth=1", "model.num_heads=2", "trainer.max_duration=1ba"]
     overrides += ["model.in_channels=4", "model.input_size=4", f"autoencoder.name={vae}"]
     places = [f"data.local={digits_shards}", f"trainer.save_folder={folder}", "trainer.progress_bar=false"]
-    assert train.main([str(ROOT / "yamls" / "quickstart.yaml"), *overrides, *places]) == 0
+    assert train_at_once([str(ROOT / "yamls" / "quickstart.yaml"), *overrides, *places]) == 0
     return folder, vae
 
 
@@ -549,7 +550,7 @@ def test_a_missing_checkpoint_is_named(draw, tmp_path, capsys):
 def test_ema_weights_that_were_never_kept_are_not_made_up(digits_shards, tmp_path):
     overrides = ["model.hidden_size=32", "model.depth=1", "model.num_heads=2", "trainer.max_duration=1ba", "ema=null"]
     places = [f"data.local={digits_shards}", f"trainer.save_folder={tmp_path}", "trainer.progress_bar=false"]
-    assert train.main([str(ROOT / "yamls" / "quickstart.yaml"), *overrides, *places]) == 0
+    assert train_at_once([str(ROOT / "yamls" / "quickstart.yaml"), *overrides, *places]) == 0
     with pytest.raises(CheckpointError, match="no EMA weights"):
         load_checkpoint(str(tmp_path), "ema")
     assert load_checkpoint(str(tmp_path), "training").step == 1

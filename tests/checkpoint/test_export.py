@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sit_composer import sample, train
+from sit_composer import sample
 from sit_composer.autoencoder import AutoencoderSpec, DiffusersAutoencoder
 from sit_composer.checkpoint.export import model_card
 from sit_composer.checkpoint.load import load_checkpoint
@@ -19,6 +19,7 @@ from sit_composer.data.spec import DataSpec
 from sit_composer.export import main
 from sit_composer.sit import SiT, build_sit
 from tests.helpers.paths import ROOT
+from tests.helpers.runs import train_at_once
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def train_tiny(digits_shards, tmp_path_factory):
         sizes = ["model.hidden_size=32", "model.depth=1", "model.num_heads=2", "trainer.max_duration=2ba"]
         places = [f"data.local={digits_shards}", f"trainer.save_folder={folder}", "trainer.progress_bar=false"]
         overrides = [*sizes, "scheduler={constant: {}}", *overrides, *places]
-        assert train.main([str(ROOT / "yamls" / "quickstart.yaml"), *overrides]) == 0
+        assert train_at_once([str(ROOT / "yamls" / "quickstart.yaml"), *overrides]) == 0
         return folder
 
     return train_tiny

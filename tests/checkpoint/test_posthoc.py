@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sit_composer import export, sample, train
+from sit_composer import export, sample
 from sit_composer.averages import combine
 from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.record import Record
@@ -18,6 +18,7 @@ from sit_composer.errors import UserError
 from sit_composer.posthoc_ema import main
 from sit_composer.sit import SiT
 from tests.helpers.paths import ROOT
+from tests.helpers.runs import train_at_once
 
 BATCHES = [2, 4, 6, 8]
 
@@ -30,7 +31,7 @@ def train_tiny(digits_shards, tmp_path_factory):
         places = [f"data.local={digits_shards}", f"trainer.save_folder={folder}", "trainer.progress_bar=false"]
         times = ["trainer.save_interval=2ba", "trainer.max_duration=8ba", "trainer.save_num_checkpoints_to_keep=-1"]
         everything = [*sizes, *places, *times, "scheduler={constant: {}}", *overrides]
-        assert train.main([str(ROOT / "yamls" / "quickstart.yaml"), *everything]) == 0
+        assert train_at_once([str(ROOT / "yamls" / "quickstart.yaml"), *everything]) == 0
         return folder
 
     return train_tiny

@@ -11,7 +11,7 @@ import pytest
 import torch
 from streaming import MDSWriter
 
-from sit_composer import bits_per_dim, train
+from sit_composer import bits_per_dim
 from sit_composer.autoencoder import AutoencoderSpec, DiffusersAutoencoder, from_uint8
 from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.record import Record
@@ -21,6 +21,7 @@ from sit_composer.data.stream import load_spec
 from sit_composer.evaluation.bits import check_fit
 from sit_composer.likelihood import dequantize, log_likelihood
 from tests.helpers.paths import ROOT
+from tests.helpers.runs import train_at_once
 
 SMALL = ["model.hidden_size=32", "model.depth=1", "model.num_heads=2", "scheduler={constant: {}}"]
 FIXED = ("--sampling-method", "heun", "--num-steps", "4")
@@ -28,7 +29,7 @@ FIXED = ("--sampling-method", "heun", "--num-steps", "4")
 
 def trained(shards, folder, *overrides: str):
     places = [f"data.local={shards}", f"trainer.save_folder={folder}", "trainer.progress_bar=false"]
-    assert train.main([str(ROOT / "yamls" / "quickstart.yaml"), *SMALL, *places, *overrides]) == 0
+    assert train_at_once([str(ROOT / "yamls" / "quickstart.yaml"), *SMALL, *places, *overrides]) == 0
     return folder
 
 

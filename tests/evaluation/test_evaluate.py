@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from sit_composer import evaluate, features
 from sit_composer.choices import METRICS
+from sit_composer.data import stream
 from sit_composer.evaluation.features import load_inception
 from sit_composer.evaluation.metrics import inception_score, precision_recall
 from sit_composer.evaluation.picture_sets import open_set
@@ -474,6 +476,7 @@ def test_what_is_wrong_with_remote_shards_is_told_in_one_line(
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    monkeypatch.setattr(stream, "retrying", partial(stream.retrying, initial_backoff=0.05, max_jitter=0.05))
     good = upload(digits_shards, "good")
     shard = next(digits_shards.glob("*.mds")).name
     missing = upload(digits_shards, "missing", without=shard)

@@ -52,6 +52,16 @@ class SeaweedFS:
                     raise RuntimeError(f"SeaweedFS did not start: {(self.folder / 'log').read_text()}") from error
                 time.sleep(0.1)
 
+    def start_empty(self):
+        """Starts it if it doesn't run, and empties its bucket."""
+        if self.process is None or self.process.poll() is not None:
+            self.start()
+        for page in self.client.get_paginator("list_objects_v2").paginate(Bucket="sit"):
+            if keys := [{"Key": entry["Key"]} for entry in page.get("Contents", [])]:
+                self.client.delete_objects(Bucket="sit", Delete={"Objects": keys})
+        self.client.delete_bucket(Bucket="sit")  # with its empty folders and unfinished uploads
+        self.client.create_bucket(Bucket="sit")
+
     def stop(self):
         if self.process and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)

@@ -9,7 +9,7 @@ which was stopped and resumed between them. The shards have the classes 9, yak a
 import sys
 
 from tests.helpers import ranks
-from tests.helpers.runs import QUICKSTART, TINY
+from tests.helpers.runs import QUICKSTART, TINY, train_at_once
 
 WAYS = {"ddp": "fsdp=null", "fsdp": "fsdp={}"}
 STEPS = (("still", 1, ["optimizer.lr=1e-30"]), ("whole", 2, []), ("halves", 1, []), ("halves", 2, []))
@@ -22,7 +22,7 @@ def main(shards: str, before: str, top: str) -> None:
     for way, sharded in WAYS.items():
         for name, batches, more in STEPS:
             places = [f"trainer.save_folder={top}/{way}/{name}", f"trainer.max_duration={batches}ba"]
-            if ranks.main([*common, sharded, *places, *more]):
+            if train_at_once([*common, sharded, *places, *more], ranks.main):
                 raise SystemExit(f"{way}: {name} failed at {batches} batches")
 
 

@@ -23,14 +23,14 @@ WAYS = ("ddp", "fsdp")
 
 
 @pytest.fixture(scope="module")
-def top(digits_shards, tmp_path_factory) -> Path:
+def top(few_digits, tmp_path_factory) -> Path:
     """Runs of 14 batches: one without a break here, one that goes there after 4, and one that comes from there."""
     top = tmp_path_factory.mktemp("moves")
     composer = os.path.abspath(os.path.join(OTHER, "bin", "composer"))
-    launch(2, digits_shards, top, *(f"{way}:{name}" for way in WAYS for name in ("whole:14", "going:4")))
+    launch(2, few_digits, top, *(f"{way}:{name}" for way in WAYS for name in ("whole:14", "going:4")))
     steps = (f"{way}:{name}" for way in WAYS for name in ("going:14", "coming:4"))
-    launch(2, digits_shards, top, *steps, composer=composer)
-    launch(2, digits_shards, top, *(f"{way}:coming:14" for way in WAYS))
+    launch(2, few_digits, top, *steps, composer=composer)
+    launch(2, few_digits, top, *(f"{way}:coming:14" for way in WAYS))
     return top
 
 

@@ -24,22 +24,23 @@ def interruptions(way: str, moments=tuple(MOMENTS)) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def one(digits_shards, tmp_path_factory) -> Path:
+def one(few_digits, tmp_path_factory) -> Path:
     """The runs of one process, and a run that two processes will resume."""
     top = tmp_path_factory.mktemp("one")
-    launch(1, digits_shards, top, *interruptions("ddp"), "ddp:up:4")
+    muon = interruptions("ddp-muon", ["evaluation"])
+    launch(1, few_digits, top, *interruptions("ddp"), "ddp:up:4", *muon, "ddp-sra:whole:14")
     return top
 
 
 @pytest.fixture(scope="session")
-def two(digits_shards, tmp_path_factory, one) -> Path:
+def two(few_digits, tmp_path_factory, one) -> Path:
     """The runs of two processes, and a run that one process will resume."""
     top = tmp_path_factory.mktemp("two")
     (top / "ddp").mkdir()
     (one / "ddp" / "up").rename(top / "ddp" / "up")
     launch(
         2,
-        digits_shards,
+        few_digits,
         top,
         *interruptions("ddp"),
         *interruptions("fsdp"),
@@ -49,7 +50,7 @@ def two(digits_shards, tmp_path_factory, one) -> Path:
         "fsdp:down:4",
         "hsdp:whole:14",
     )
-    launch(1, digits_shards, top, "fsdp:down:14")
+    launch(1, few_digits, top, "fsdp:down:14")
     return top
 
 
@@ -70,9 +71,9 @@ def same_bits(top: Path, way: str, moment: str) -> None:
     assert len(losses(whole, 14)) == 14
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_one_process_resumes_to_the_bit(one, moment):
-    same_bits(one, "ddp", moment)
+@pytest.mark.parametrize(("way", "moment"), [*(("ddp", moment) for moment in MOMENTS), ("ddp-muon", "evaluation")])
+def test_one_process_resumes_to_the_bit(one, way, moment):
+    same_bits(one, way, moment)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -96,17 +97,16 @@ def test_two_ranks_resume_to_the_bit_after_a_sigterm_to_one_in_an_evaluation(two
         pytest.param(1, "ddp-compiled", marks=pytest.mark.nightly),  # minutes of C++ compiler
         (2, "fsdp-compiled"),
         (2, "fsdp-newer"),
-        (1, "ddp-muon"),
     ],
 )
-def test_compiled_runs_and_newer_blocks_resume_to_the_bit(digits_shards, tmp_path, ranks, way):
-    launch(ranks, digits_shards, tmp_path, *interruptions(way, ["evaluation"]))
+def test_compiled_runs_and_newer_blocks_resume_to_the_bit(few_digits, tmp_path, ranks, way):
+    launch(ranks, few_digits, tmp_path, *interruptions(way, ["evaluation"]))
     same_bits(tmp_path, way, "evaluation")
 
 
-def test_several_averages_resume_to_the_bit_in_shards_and_combine_to_others(digits_shards, tmp_path):
+def test_several_averages_resume_to_the_bit_in_shards_and_combine_to_others(few_digits, tmp_path):
     way = "fsdp-averages"
-    launch(2, digits_shards, tmp_path, *interruptions(way, ["evaluation"]))
+    launch(2, few_digits, tmp_path, *interruptions(way, ["evaluation"]))
     same_bits(tmp_path, way, "evaluation")
     run = tmp_path / way / "evaluation"
     entries = load_metadata((run / "ep1-ba14" / METADATA).read_bytes(), "").state_dict_metadata
@@ -121,30 +121,26 @@ def test_several_averages_resume_to_the_bit_in_shards_and_combine_to_others(digi
         torch.testing.assert_close(made[name], value, rtol=0, atol=1e-6, msg=name)
 
 
-def test_muon_trains_alike_on_any_ranks_and_resumes_to_the_bit(digits_shards, tmp_path):
-    launch(1, digits_shards, tmp_path / "one", "ddp-muon:whole:14")
-    launch(
-        2, digits_shards, tmp_path, *interruptions("fsdp-muon", ["middle"]), "ddp-muon:whole:14", "hsdp-muon:whole:14"
-    )
+def test_muon_trains_alike_on_any_ranks_and_resumes_to_the_bit(few_digits, one, tmp_path):
+    launch(2, few_digits, tmp_path, *interruptions("fsdp-muon", ["middle"]), "ddp-muon:whole:14", "hsdp-muon:whole:14")
     same_bits(tmp_path, "fsdp-muon", "middle")
-    expected = load_checkpoint(str(tmp_path / "one" / "ddp-muon" / "whole"), "training").weights
+    expected = load_checkpoint(str(one / "ddp-muon" / "whole"), "training").weights
     for way in ("ddp-muon", "fsdp-muon", "hsdp-muon"):
         got = load_checkpoint(str(tmp_path / way / "whole"), "training").weights
         for name, value in expected.items():
             torch.testing.assert_close(got[name], value, rtol=0, atol=1e-6, msg=f"{way} {name}")
 
 
-def test_aligned_runs_resume_to_the_bit_and_any_ranks_train_what_one_does(digits_shards, tmp_path):
+def test_aligned_runs_resume_to_the_bit_and_any_ranks_train_what_one_does(few_digits, one, tmp_path):
     """The teacher of replicated weights is the average itself; sharded, both are exchanged for its pass."""
     ways = ("ddp-sra", "fsdp-sra")
-    launch(1, digits_shards, tmp_path / "one", "ddp-sra:whole:14")
-    launch(2, digits_shards, tmp_path, *(step for way in ways for step in interruptions(way, ["evaluation"])))
-    one = tmp_path / "one" / "ddp-sra" / "whole"
+    launch(2, few_digits, tmp_path, *(step for way in ways for step in interruptions(way, ["evaluation"])))
+    alone = one / "ddp-sra" / "whole"
     for way in ways:
         same_bits(tmp_path, way, "evaluation")
-        assert losses(tmp_path / way / "whole", 14) == pytest.approx(losses(one, 14), abs=2e-4)
+        assert losses(tmp_path / way / "whole", 14) == pytest.approx(losses(alone, 14), abs=2e-4)
         for weights in ("training", "ema"):
-            expected, got = (load_checkpoint(str(run), weights).weights for run in (one, tmp_path / way / "whole"))
+            expected, got = (load_checkpoint(str(run), weights).weights for run in (alone, tmp_path / way / "whole"))
             for name, value in expected.items():
                 torch.testing.assert_close(got[name], value, rtol=0, atol=1e-6, msg=name)
 
@@ -183,10 +179,10 @@ def test_the_average_is_stored_in_shards_and_apart_from_the_training_weights(two
     assert not torch.equal(*weights)
 
 
-def test_runs_that_skip_or_roll_back_are_alike_on_all_ranks_and_resume_to_the_bit(digits_shards, tmp_path):
+def test_runs_that_skip_or_roll_back_are_alike_on_all_ranks_and_resume_to_the_bit(few_digits, tmp_path):
     """Batches 3 and 10 have an infinite latent on the last rank; the interrupted run resumes between the two."""
     steps = [step for way in ("ddp-skip", "fsdp-rollback") for step in interruptions(way, ["middle"])]
-    launch(2, digits_shards, tmp_path, *steps, "fsdp-skip:whole:14", "hsdp-skip:whole:14")
+    launch(2, few_digits, tmp_path, *steps, "fsdp-skip:whole:14", "hsdp-skip:whole:14")
     same_bits(tmp_path, "ddp-skip", "middle")
     same_bits(tmp_path, "fsdp-rollback", "middle")
     expected = load_checkpoint(str(tmp_path / "ddp-skip" / "whole"), "training").weights
