@@ -141,6 +141,9 @@ def test_a_resumed_run_does_not_load_them_again_and_has_the_same_bits(before, tm
     assert run("trainer.max_duration=6ba", *options[1:]) == 2
     error = capsys.readouterr().err
     assert f"error: init_from: got None, expected {copy}, the value of the run in {tmp_path}/run" in error
+    for other in ("init_weights=training", "freeze=[t_embedder.*]"):
+        assert run("trainer.max_duration=6ba", *options, other) == 2
+        assert f"error: {other.partition('=')[0]}: got " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
