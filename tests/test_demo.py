@@ -270,7 +270,8 @@ def test_the_command_of_a_remote_run_names_the_checkpoint_that_is_shown():
     assert lasting(run, copy) == lasting(f"{run}/", copy) == f"{run}/ep1-ba8-rank0.pt"
     assert lasting(f"{run}/ep1-ba8-rank0.pt", copy) == f"{run}/ep1-ba8-rank0.pt"
     assert lasting("hf://owner/name", "/tmp/copy/5f0a") == "hf://owner/name"
-    assert lasting("runs/first", "runs/first/ep1-ba8-rank0.pt") == "runs/first/ep1-ba8-rank0.pt"
+    newest = "runs/first/ep1-ba8-rank0.pt"
+    assert lasting("runs/first", newest) == lasting("runs/first/latest-rank0.pt", newest) == newest
 
 
 @pytest.mark.slow

@@ -160,7 +160,7 @@ CONTRAST = """() => {
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1200])
 def test_the_page_in_a_browser(browser, tmp_path, scheme, width):
-    write_run(tmp_path / "one", name=SCRIPT)
+    write_run(tmp_path / "one", name=SCRIPT, frechet={"features": "inception"})
     second = "a-second-run-with-a-long-name" * 3
     write_run(tmp_path / "two", name=second, optimizer={"lr": 0.25})
     for name, runs in {"alone": ["one"], "both": ["one", "two"]}.items():
@@ -186,7 +186,8 @@ def test_the_page_in_a_browser(browser, tmp_path, scheme, width):
             "40 %",
             "0123abcd+",
             "node-1, 2 ranks",
-            "Fréchet distance",
+            "best FID",
+            "\nFID\n" if name == "alone" else "\nFID and Fréchet distance\n",
             "ep0-ba3000-rank0.pt",
             "2.5 MB",
             "Gradient norm",

@@ -256,7 +256,8 @@ def test_images_of_earlier_versions_settings_are_continued(draw, tmp_path, capsy
     assert draw(*options) == 0
     whole, file = pictures(tmp_path / "out"), tmp_path / "out" / SETTINGS
     settings = json.loads(file.read_text())
-    assert (settings.pop("precision"), settings.pop("time_shift")) == ("fp32", 1.0)  # which they didn't have
+    new = [settings.pop(name) for name in ("version", "precision", "time_shift")]
+    assert new == [1, "fp32", 1.0]  # which they didn't have
     file.write_text(json.dumps(settings))
     (tmp_path / "out" / "000001.png").unlink()
     assert draw(*options, "--time-shift", "2") == 2

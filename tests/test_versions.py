@@ -14,6 +14,7 @@ from sit_composer.config.load import load_config
 from sit_composer.config.same_run import check_same_config
 from sit_composer.data.spec import DataSpec
 from sit_composer.errors import NewerVersion, UserError, check_version
+from sit_composer.evaluation.picture_sets import read_settings
 from tests.helpers.runs import QUICKSTART
 
 NEWER = r"written by a newer version of sit_composer \(format 2\), expected format 1 at most; update sit_composer$"
@@ -72,3 +73,12 @@ def test_a_newer_export_is_refused(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"format": "sit_composer", "version": 2, "new": 1}))
     assert sample.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "config.json: written by a newer version of sit_composer (format 2)" in capsys.readouterr().err
+
+
+def test_newer_settings_of_generated_images_are_refused(tmp_path):
+    settings = tmp_path / "sampling.json"
+    settings.write_text(json.dumps({"version": 1, "cfg_scale": 1.0}))
+    assert read_settings(tmp_path)["cfg_scale"] == 1.0
+    settings.write_text(json.dumps({"version": 2}))
+    with pytest.raises(NewerVersion, match=rf"sampling\.json: {NEWER}"):
+        read_settings(tmp_path)

@@ -115,8 +115,8 @@ class Supervision:
             return newest(self.folder)
         if found and self.config.trainer.get("save_overwrite"):
             # Their batches may be later, and would count as newer than this run's.
-            grids = [name for name in self.folder.listing() if GRID.fullmatch(name)]
-            self._outdated = [*(file for files in found.values() for file in files), *grids]
+            others = [name for name in self.folder.listing() if GRID.fullmatch(name) or name in (metrics.NAME, REPORT)]
+            self._outdated = [*(file for files in found.values() for file in files), *others]
         elif found:
             advice = "trainer.autoresume=true resumes from them, or choose another run_name"
             raise ConfigError(f"trainer.save_folder: {self.uri} holds checkpoints ({list(found)[-1]}); {advice}")
@@ -184,6 +184,7 @@ class Supervision:
         shutil.rmtree(self.staging / "resume", ignore_errors=True)
         if self._outdated:  # on rank 0; not before the new run has all that it needs
             self.folder.delete(self._outdated)
+            self.metrics = metrics.MetricsFile(self.folder)
         saver = trainer._checkpoint_saver
         if saver is not None:
             saver._save_checkpoint = partial(self._save, saver, saver._save_checkpoint)

@@ -1,12 +1,14 @@
 """Counts the steps that fine-tuning saves, on digits:   python tests/benchmarks/finetune.py --out DIR
 
 A small network learns the digits 0 to 7. Then one learns 8 and 9 from its weights, and one from scratch, with the same
-settings. A support vector machine that learned scikit-learn's real digits reads what they generate after some steps.
-Prints a Markdown table of the share that it reads as the requested digit. Rerun the same command to continue. With
+settings, each with several seeds. A support vector machine that learned scikit-learn's real digits reads what they
+generate after some steps. Prints a Markdown table of the share that it reads as the requested digit: the seeds' mean,
+and their lowest and highest. Rerun the same command to continue. With
 --prepare, only the images are written: DIR/old and DIR/new, with a folder per digit.
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -29,10 +31,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for images, shards, runs and samples")
     parser.add_argument("--prepare", action="store_true", help="only write the images")
-    parser.add_argument("--old-steps", type=int, default=600, help="of the network that learns 0 to 7 (%(default)s)")
-    parser.add_argument("--every", type=int, default=20, help="steps between two readings (%(default)s)")
-    parser.add_argument("--steps", type=int, default=160, help="of the networks that learn 8 and 9 (%(default)s)")
+    parser.add_argument("--old-steps", type=int, default=800, help="of the network that learns 0 to 7 (%(default)s)")
+    parser.add_argument("--every", type=int, default=40, help="steps between two readings (%(default)s)")
+    parser.add_argument("--steps", type=int, default=240, help="of the networks that learn 8 and 9 (%(default)s)")
     parser.add_argument("--per-class", type=int, default=100, metavar="N", help="generated images (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="of those networks (%(default)s)")
     args = parser.parse_args(argv)
     write_images(args.out)
     if not args.prepare:
@@ -52,23 +55,26 @@ def write_images(out: Path) -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Trains the three networks and prints the table."""
+    """Trains the networks and prints the table."""
     from convert import to_mds  # the libraries take seconds
 
     for name in ("old", "new"):
         run(to_mds.main, str(args.out / name), "--out", str(args.out / "shards" / name), "--workers", "0")
     train(args.out, "old", "old", "model.num_classes=8", f"trainer.max_duration={args.old_steps}ba")
     often = (f"trainer.save_interval={args.every}ba", "trainer.save_num_checkpoints_to_keep=-1")
-    for start in STARTS:
+    for seed, start in itertools.product(range(args.seeds), STARTS):
         weights = f"init_from={args.out}/runs/old/checkpoints" if start == "old" else "init_from=null"
         length = f"trainer.max_duration={args.steps}ba"
-        train(args.out, f"from_{start}", "new", "model.num_classes=2", weights, length, *often)
+        train(args.out, f"from_{start}-{seed}", "new", "model.num_classes=2", f"seed={seed}", weights, length, *often)
     print(
         f"| steps | from scratch | from the weights of 0 to 7, after {args.old_steps} steps |\n| ---: | ---: | ---: |"
     )
     for step in range(args.every, args.steps + 1, args.every):
-        shares = [f"{read(args, f'from_{start}', step):.1f} %" for start in STARTS]
-        print(f"| {step} | {' | '.join(shares)} |", flush=True)
+        cells = []
+        for start in STARTS:
+            shares = [read(args, f"from_{start}-{seed}", step) for seed in range(args.seeds)]
+            cells.append(f"{np.mean(shares):.1f} % ({min(shares):g} to {max(shares):g})")
+        print(f"| {step} | {' | '.join(cells)} |", flush=True)
 
 
 def train(out: Path, name: str, shards: str, *overrides: str) -> None:

@@ -69,6 +69,7 @@ def test_the_folder_has_all_of_the_run_to_the_bit(checkpoints, exported):
     plain = torch.load(folder / "ema.pt", weights_only=True)
     assert all(torch.equal(plain[key], tensor) for key, tensor in before.weights.items())
     before.record.build_network().load_state_dict(plain, strict=True)
+    assert json.loads((folder / "config.json").read_text())["version"] == 1
     state = json.loads((folder / "trainer_state.json").read_text())
     assert state["source"] == {"ep0-ba2-rank0.pt": digest(checkpoints / "ep0-ba2-rank0.pt")}
     assert state["sha256"] == {name: digest(folder / name) for name in content(folder) if name != "trainer_state.json"}

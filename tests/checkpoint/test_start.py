@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from sit_composer.autoencoder import AutoencoderSpec
 from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.record import Checkpoint, Record
 from sit_composer.checkpoint.safe_load import CheckpointError
@@ -155,13 +154,38 @@ def test_other_networks_are_refused_with_the_reason(arguments, message):
 
 
 def test_another_objective_is_refused_and_other_latents_are_told():
-    ours = replace(record_of(["a"]), transport={"prediction": "noise"})
-    with pytest.raises(
-        CheckpointError, match=r"prediction: got noise, expected velocity, which before\.pt was trained"
-    ):
-        compare(record_of(["a"]), ours, "before.pt")
+    for name, got, expected in (("prediction", "noise", "velocity"), ("path_type", "GVP", "Linear")):
+        ours, told = (
+            replace(record_of(["a"]), transport={name: got}),
+            f"transport.{name}: got {got}, expected {expected}",
+        )
+        with pytest.raises(CheckpointError, match=rf"^{told}, which before\.pt was trained"):
+            compare(record_of(["a"]), ours, "before.pt")
     other = replace(SPEC, scale=0.7)
     lines = compare(record_of(["a"]), replace(record_of(["a"]), autoencoder=other), "before.pt")
     assert lines["latents"].startswith("warning: of (name='some/vae'")
-    renamed = AutoencoderSpec(**{**SPEC.as_dict(), "statistics": "file"})  # where numbers come from doesn't matter
-    assert "latents" not in compare(record_of(["a"]), replace(record_of(["a"]), autoencoder=renamed), "before.pt")
+    assert "latents" not in compare(record_of(["a"]), replace(record_of(["a"]), autoencoder=None), "before.pt")
+
+
+def test_classes_that_are_numbers_may_mean_others():
+    told = compare(record_of([*"0123"]), record_of([*"01"]), "before.pt")["classes"]
+    assert told.startswith(
+        "warning: 2 of 2 keep their rows, by name, which are numbers in both; give the classes names"
+    )
+    for theirs, ours in (("01", "01"), ("01", "0123"), ("0123", "ab"), ("abcd", "01")):
+        assert "warning" not in compare(record_of([*theirs]), record_of([*ours]), "before.pt")["classes"]
+
+
+def test_a_network_of_one_token_is_started_from():
+    record = record_of(["a"], input_size=2, **NEWER)
+    weights = small_network(**record.model).state_dict() | {"pos_embed": sincos_positions(32, 1)}
+    network, _, _ = started(Checkpoint(weights, "ema", record, 7, "one.pt"), ["a"], **NEWER)
+    torch.testing.assert_close(network.pos_embed, sincos_positions(32, 4, 1 / 4))
+    torch.testing.assert_close(network.feat_rope.freqs_cos, Rotations(16, 4, 1 / 4).freqs_cos)
+
+
+def test_rotations_that_are_none_of_positions_are_refused():
+    before = checkpoint_of(["a"], **NEWER)
+    foreign = replace(before, weights=before.weights | {"feat_rope.freqs_cos": torch.zeros(16, 16)})
+    with pytest.raises(CheckpointError, match=r"input_size: before\.pt has rotations of positions that no SiT has"):
+        started(foreign, ["a"], input_size=16, **NEWER)

@@ -11,6 +11,7 @@ import torch
 
 from sit_composer import export
 from sit_composer.checkpoint.load import load_checkpoint
+from sit_composer.storage import open_store
 from sit_composer.training import start
 from sit_composer.training.dry_run import run as dry_run
 from tests.helpers.digits import DIGITS, digit, write
@@ -70,13 +71,50 @@ def test_other_classes_and_another_resolution_start_from_it(before, tmp_path, ca
     assert "positions:   4x4 tokens become 8x8, interpolated between the positions of before" in out
 
 
-def test_an_exported_folder_is_started_from(run, before, tmp_path):
-    assert export.main([str(before), "--out", str(tmp_path / "export")]) == 0
-    (folder,) = (tmp_path / "export").iterdir()
-    weights = load_checkpoint(str(before)).weights
-    assert run(f"init_from={folder}", *STILL) == 0
+@pytest.fixture(scope="module")
+def exported(before, tmp_path_factory) -> Path:
+    """The folder that is exported of that run."""
+    top = tmp_path_factory.mktemp("export")
+    assert export.main([str(before), "--out", str(top)]) == 0
+    (folder,) = top.iterdir()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "place", ["folder", "hub", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("s3", "an export in s3"))]
+)
+def test_a_run_starts_from_an_export_from_the_hub_and_from_a_bucket(
+    run, before, exported, tmp_path, monkeypatch, request, place, capsys
+):
+    name = str(exported)
+    if place == "hub":  # from its cache, laid out as huggingface_hub does, so that no network is needed
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        name, cached, commit = "someone/sit", tmp_path / "cache" / "models--someone--sit", "0" * 40
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text(commit)
+        shutil.copytree(exported, cached / "snapshots" / commit)
+    elif place != "folder":
+        request.getfixturevalue("s3")
+        name = "s3://sit/start"
+        for file in (exported if place == "an export in s3" else before).iterdir():
+            if file.is_file() and not file.is_symlink():
+                open_store(name).upload(file, file.name)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    assert run(f"init_from={name}", *STILL) == 0
     got = load_checkpoint(str(tmp_path / "run")).weights
-    torch.testing.assert_close(got, weights, rtol=0, atol=1e-20)
+    torch.testing.assert_close(got, load_checkpoint(str(before)).weights, rtol=0, atol=1e-20)
+    assert f"from the ema weights of {name}" in capsys.readouterr().out
+    assert list((tmp_path / "temporary").glob("sit_composer-checkpoint-*")) == []  # no copy stays
+
+
+def test_a_hubs_name_that_is_not_there_is_told_before_anything_is_trained(run, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert run("init_from=someone/else", *STILL) == 2
+    told = "error: init_from: someone/else: no such folder, and not from the Hub either: "
+    assert told in capsys.readouterr().err
 
 
 def test_a_resumed_run_does_not_load_them_again_and_has_the_same_bits(before, tmp_path, monkeypatch, capsys):
@@ -103,6 +141,9 @@ def test_a_resumed_run_does_not_load_them_again_and_has_the_same_bits(before, tm
     assert run("trainer.max_duration=6ba", *options[1:]) == 2
     error = capsys.readouterr().err
     assert f"error: init_from: got None, expected {copy}, the value of the run in {tmp_path}/run" in error
+    for other in ("init_weights=training", "freeze=[t_embedder.*]"):
+        assert run("trainer.max_duration=6ba", *options, other) == 2
+        assert f"error: {other.partition('=')[0]}: got " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

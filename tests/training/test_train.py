@@ -21,8 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sit_composer import bits_per_dim, evaluate, sample
 from sit_composer.callbacks import drawing
 from sit_composer.callbacks.run_record import RunRecord
+from sit_composer.checkpoint import metrics
 from sit_composer.checkpoint.load import load_checkpoint
-from sit_composer.storage import LocalFolder
+from sit_composer.storage import LocalFolder, S3Folder
 from sit_composer.supervision.lease import Lease
 from sit_composer.training.model import ComposerSiT
 from tests.helpers.digits import write
@@ -441,7 +442,7 @@ def test_evaluation_data_with_other_classes_is_refused(run, digits_shards, tmp_p
 
 
 def test_a_run_that_cannot_start_does_not_delete_the_one_that_it_is_to_replace(run, tmp_path, capsys):
-    assert run("trainer.max_duration=3ba") == 0
+    assert run("trainer.max_duration=3ba", "report=true") == 0
     before = sorted((tmp_path / "run").iterdir())
     again = ["trainer.max_duration=2ba", "trainer.autoresume=false", "trainer.save_overwrite=true"]
     assert run(*again, "trainer.device_train_microbatch_size=auto") == 2  # which Composer refuses on a CPU
@@ -449,6 +450,17 @@ def test_a_run_that_cannot_start_does_not_delete_the_one_that_it_is_to_replace(r
     assert sorted((tmp_path / "run").iterdir()) == before
     assert run(*again) == 0
     assert [path.name for path in (tmp_path / "run").glob("ep*")] == ["ep0-ba2-rank0.pt"]
+    attempts, rows = metrics.read((tmp_path / "run" / metrics.NAME).read_bytes())
+    assert ([one["start"] for one in attempts], rows[-1]["batch"]) == ([0], 2)  # nothing of the earlier run
+    assert not (tmp_path / "run" / "report.html").exists()  # which shows it, and this run writes none
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_that_replaces_another_has_its_own_metrics(run, s3):
+    for again in ((), ("trainer.autoresume=false", "trainer.save_overwrite=true")):
+        assert run("trainer.save_folder=s3://sit/again", "trainer.max_duration=2ba", *again) == 0
+    attempts, rows = metrics.read(S3Folder("s3://sit/again").read(metrics.NAME))
+    assert ([one["start"] for one in attempts], rows[-1]["batch"]) == ([0], 2)
 
 
 def write_latents(folder, vae: str, scale: float) -> None:
