@@ -6,53 +6,40 @@ Nothing is left behind, and no credential is printed. The exit code is 1 if a ch
 could start, with its data and its earlier checkpoints, says sit_composer/train.py --dry-run.
 """
 
+import faulthandler
 import os
 import platform
+import resource
+import shutil
 import socket
 import sys
 import tempfile
+import threading
 from collections import Counter
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from importlib import import_module
+from importlib.metadata import distribution, distributions
+from pathlib import Path
 
-from sit_composer.checkup import machine
-from sit_composer.checkup.finding import Finding, bounded, ok
-from sit_composer.cli import hide, is_remote, load, make_parser, run_command
+from packaging.requirements import Requirement
+
+from sit_composer.cli import hide, load, make_parser, run_command
 from sit_composer.config.checks import check
 from sit_composer.config.data_fits import local_spec
 from sit_composer.config.load import load_config
-from sit_composer.config.ranks import save_folder
-from sit_composer.config.schema import Config
-from sit_composer.data.spec import DataSpec
-from sit_composer.errors import UserError
+from sit_composer.config.schema import Config, DataConfig
+from sit_composer.data.needs import open_files, shared_memory
+from sit_composer.errors import UserError, one_line
 
-DISK = "free some space or make it writable, or choose another folder"
-TORCH = "reinstall torch: pip install --force-reinstall torch==2.7.0"
-
-
-class Report:
-    """Makes checks, and prints each one's line when it is known: the first rank of each node prints, and all make."""
-
-    def __init__(self) -> None:
-        self.findings: list[tuple[str, Finding]] = []
-        self.shown = os.environ.get("LOCAL_RANK", "0") == "0"
-
-    def make(self, name: str, seconds: float, check: Callable[[], Finding], advice: str) -> Finding:
-        finding = bounded(check, seconds, advice)
-        self.add(name, finding)
-        return finding
-
-    def add(self, name: str, finding: Finding) -> None:
-        self.findings.append((name, finding))
-        self.say(f"  {name:<24} {finding}")
-
-    def say(self, text: str) -> None:
-        if self.shown:
-            print(hide(text), flush=True)
-
-    def failures(self) -> list[str]:
-        return [hide(f"{name}: {finding.text}") for name, finding in self.findings if finding.status == "failed"]
+Finding = tuple[str, ...]  # "ok", "warning", "failed" or "not checked"; what was found; and perhaps what to do
+INSTALL = "run make install, or pip install -e ., in the repository's folder"
+SHARED = "/dev/shm"
+WORKERS = 8  # without a config: the default of data.num_workers
+DOWNSAMPLE = 8  # Stable Diffusion's autoencoder, assumed where the shards are elsewhere
+STOPPING = 5  # seconds after Ctrl-C for a check to remove what it made
+LOCKED = 10  # seconds over a check's limit after which the whole process is ended
+GIB = 2**30
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,66 +59,135 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def examine(config: Config | None) -> int:
-    """Makes all checks. Returns the exit code."""
-    report = Report()
-    report.say(f"{socket.gethostname()}, {platform.platform()}, {len(os.sched_getaffinity(0))} processors")
-    specs = find_specs(config)
-    if report.shown:
-        machine.check_machine(report.make, config, specs)
-    if report.make("torch", 120, load_torch, TORCH).status == "ok":
-        devices = import_module("sit_composer.checkup.devices")
-        devices.check_devices(report.make, config, specs)
-        if report.shown:
-            check_disks(report, config)
-        others: list[tuple[str, Finding]] = []
-        between = import_module("sit_composer.checkup.between")
-        work = partial(between.check_ranks, report.failures(), others)
-        report.make("ranks", between.SECONDS + 30, work, between.CONNECT)
-        for name, finding in others if os.environ.get("RANK", "0") == "0" else ():
-            report.add(name, finding)
-    if config is not None and report.shown:
-        import_module("sit_composer.checkup.stores").check_stores(report.make, config)
-    counts = Counter(finding.status for _, finding in report.findings)
-    report.say(", ".join(f"{count} {status}" for status, count in counts.items()))
+    """Makes all checks on each rank; the first one of each node prints their lines. Returns the exit code."""
+    findings: dict[str, Finding] = {}
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+
+    def say(text: str) -> None:
+        if first:
+            print(hide(text), flush=True)
+
+    def make(name: str, check: Callable[[], Finding], advice: str, seconds: float = 60) -> str:
+        findings[name] = status, *texts = bounded(check, advice, seconds)
+        say(f"  {name:<24} {status}: {'; '.join(texts)}")
+        return status
+
+    say(f"{socket.gethostname()}, {platform.platform()}, {len(os.sched_getaffinity(0))} processors")
+    if first:
+        own = distribution("sit-composer")
+        make("packages", lambda: packages([f"Python{own.metadata['Requires-Python']}", *own.requires]), INSTALL)
+        make("launcher", lambda: launcher(Path(sys.executable).with_name("composer")), INSTALL)
+        make("open files", lambda: files(config), "raise the limit: ulimit -n 65536")
+        make("shared memory", lambda: shared(SHARED, shared_need(config)), f"make {SHARED} writable, and larger")
+    if make("torch", load_torch, "reinstall torch: pip install --force-reinstall torch==2.7.0", 120) == "ok":
+        import_module("sit_composer.probes").check_all(make, findings, config)
+    counts = Counter(status for status, *_ in findings.values())
+    say(", ".join(f"{count} {status}" for status, count in counts.items()))
     return 1 if counts["failed"] else 0
 
 
-def find_specs(config: Config | None) -> dict[str, DataSpec]:
-    """The specs of shards that are on this machine; those that can't be read are left to --dry-run."""
-    found = {}
-    for section in ("data", "eval_data"):
-        data = getattr(config, section, None)
+def bounded(check: Callable[[], Finding], advice: str, seconds: float) -> Finding:
+    """What a check finds. It has failed if it raises an error, or gives no answer in time; then its thread is left.
+
+    If a library holds Python's lock meanwhile, the process is ended (exit code 1), and shows where it was.
+    """
+    found: list[Finding] = []
+    done = threading.Event()  # and not Thread.join, which in Python 3.11 takes a thread for ended after a Ctrl-C
+
+    def work() -> None:
         try:
-            spec = local_spec(data, section) if data is not None else None
-        except UserError:
-            continue
-        if spec is not None:
-            found[section] = spec
-    return found
+            found.append(check())
+        except Exception as error:  # of any kind: the remaining checks must still be made
+            prefix = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            found.append(("failed", f"{prefix}{one_line(error)}", advice))
+        finally:
+            done.set()
+
+    faulthandler.dump_traceback_later(seconds + LOCKED, exit=True, file=sys.__stderr__)
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        done.wait(seconds)
+    except KeyboardInterrupt:
+        done.wait(STOPPING)
+        raise
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    return found[0] if found else ("failed", f"no answer within {seconds:g} s", advice)
+
+
+def packages(requirements: Iterable[str]) -> Finding:
+    """Compares what is installed, Python too, with requirements such as torch==2.7.0."""
+    wrong, python = {}, platform.python_version()
+    for needed in map(Requirement, requirements):
+        if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+            installed = (package.version for package in distributions(name=needed.name))
+            found = python if needed.name == "Python" else next(installed, None)
+            if found is None or not needed.specifier.contains(found, prereleases=True):
+                wrong[needed.name] = f"{needed.name}: got {found or 'none'}, expected {needed.specifier}"
+    if wrong:  # docs/development.md allows another torch
+        status = "warning" if wrong.keys() <= {"torch", "torchvision"} else "failed"
+        return status, "; ".join(wrong.values()), INSTALL
+    return "ok", f"Python {python} in {sys.prefix}, and all packages that it needs"
+
+
+def launcher(script: Path) -> Finding:
+    """Whether the command composer is this project's: mosaicml installs one of that name, too."""
+    if "sit_composer.launch" in (script.read_text(errors="replace") if script.is_file() else ""):
+        return "ok", str(script)
+    advice = "run pip install --no-deps --force-reinstall -e . in the repository's folder"
+    return "warning", f"{script} is missing or mosaicml's, which kills ranks that still save", advice
+
+
+def sections(config: Config | None) -> dict[str, DataConfig]:
+    """The sections of a config that name shards."""
+    found = {name: getattr(config, name, None) for name in ("data", "eval_data")}
+    return {name: data for name, data in found.items() if data is not None}
+
+
+def files(config: Config | None) -> Finding:
+    """Whether a rank, or one of its loader's processes, may open enough files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need = open_files(sum(data.num_workers for data in sections(config).values()) if config else WORKERS)
+    if 0 <= soft < need:
+        advice = f"raise the limit: ulimit -n {hard}" if hard >= need else "have the hard limit raised (limits.conf)"
+        return "failed", f"a process may open {soft}, expected at least {need}", advice
+    return "ok", f"a process may open {'any number' if soft < 0 else soft}, and needs {need}"
+
+
+def shared_need(config: Config | None) -> int:
+    """Bytes of shared memory of this node's loaders. Shards that are elsewhere are counted as images, the larger."""
+    total, world = 0, int(os.environ.get("WORLD_SIZE", 1))
+    for section, data in sections(config).items():
+        spec, encoded = None, config.autoencoder.name is not None
+        with suppress(UserError):  # --dry-run says what is wrong with shards
+            spec = local_spec(data, section)
+        side = data.image_size or config.model.input_size * (DOWNSAMPLE if encoded else 1)
+        sample = (3 if encoded else config.model.in_channels) * side**2
+        if spec is not None and spec.kind == "latents":  # float16 moments, and perhaps features
+            sample = 2 * spec.stored * config.model.input_size**2
+            if config.alignment is not None and config.alignment.name == "repa":
+                sample += 2 * spec.features["grid"] ** 2 * spec.features["width"]
+        total += shared_memory(data.num_workers, -(-data.global_batch_size // world), sample)
+    return total * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def shared(path: str, need: int) -> Finding:
+    """Whether the file system of shared memory can be written to, and holds what loaders need."""
+    with tempfile.TemporaryFile(dir=path) as file:
+        file.write(bytes(2**20))
+        file.flush()
+    free = shutil.disk_usage(path).free
+    text = f"{free / GIB:.3g} GiB free in {path}{f', and the loader needs {need / GIB:.3g}' if need else ''}"
+    if free >= (2 * need or GIB):
+        return "ok", text
+    advice = "in a container: --shm-size=16g, or as yamls/clusters/kubernetes.yaml does; or lower data.num_workers"
+    return "failed" if free < need else "warning", text, advice
 
 
 def load_torch() -> Finding:
     load("torch")
-    import_module("sit_composer.checkup.devices")
-    return ok(import_module("torch").__version__)
-
-
-def check_disks(report: Report, config: Config | None) -> None:
-    """Checks the folders that a run writes to. Checkpoints for a store are made in the temporary folder."""
-    folders: dict[str, tuple[str, int, float]] = {"TMPDIR": (tempfile.gettempdir(), 0, 0)}
-    if config is not None:
-        size, grace = import_module("sit_composer.costs.estimate").checkpoint_bytes(config), config.supervision.grace
-        folder = save_folder(config) if config.trainer.get("save_folder") else ""
-        if is_remote(folder):
-            folders["TMPDIR"] = (tempfile.gettempdir(), size, grace)
-        elif folder:
-            folders["trainer.save_folder"] = (folder, size, grace)
-        for section in ("data", "eval_data"):
-            data = getattr(config, section)
-            if data is not None and data.remote is not None:
-                folders[f"{section}.local"] = (data.local, 0, 0)
-    for name, arguments in folders.items():
-        report.make(f"disk {name}", 30, lambda arguments=arguments: machine.disk(*arguments), DISK)  # type: ignore[misc]
+    import_module("sit_composer.probes")
+    return "ok", import_module("torch").__version__
 
 
 if __name__ == "__main__":
