@@ -6,6 +6,7 @@ from bisect import bisect
 from collections import defaultdict
 from dataclasses import astuple, dataclass, replace
 from functools import cache
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -163,7 +164,8 @@ def _encoder_memory(name: str, latent_side: int) -> tuple[int, int]:
             architecture = kind.load_config(name, subfolder=where)
         except ValueError as error:
             raise UserError(f"autoencoder.name: {name} holds no autoencoder: {error}") from error
-    with FakeTensorMode():
+    # Newer torch draws again what is out of bounds, which tensors without data can't tell.
+    with FakeTensorMode(), patch("torch.nn.init.trunc_normal_", lambda tensor, *_, **__: tensor):
         vae = kind.from_config(architecture).requires_grad_(False).eval()
         weights = sum(p.numel() for p in vae.parameters()) * 4
         with Ledger(list(vae.parameters())) as ledger, torch.no_grad():

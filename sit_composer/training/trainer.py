@@ -36,6 +36,10 @@ class Trainer(ComposerTrainer):
         self._host_timeout = host_timeout
         self._hosts: torch.distributed.ProcessGroup | None = None
         super().__init__(*args, **kwargs)
+        for scheduler in self.state.schedulers:
+            groups = scheduler.optimizer.param_groups
+            if len(scheduler.base_lrs) != len(groups):  # from a checkpoint of another optimizer
+                scheduler.base_lrs = [group["initial_lr"] for group in groups]
 
     def log_to(self, logger: LoggerDestination) -> None:
         """Adds a logger that earlier checkpoints know nothing of, once a checkpoint is loaded."""

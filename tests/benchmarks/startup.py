@@ -51,6 +51,7 @@ def run(checkout: Path, command: list[str], scratch: str, name: str) -> float:
     launch = f"import sys; from {launcher} import main; sys.exit(main())"
     words = [launch if word == "LAUNCH" else word.format(scratch, name) for word in command]
     environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # with it, each process compiles the libraries again
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     python = checkout / ".venv" / "bin" / "python"
     done = subprocess.run([python, *words], cwd=checkout, env=environment, capture_output=True, text=True)

@@ -23,6 +23,7 @@ from sit_composer.callbacks import drawing
 from sit_composer.callbacks.run_record import RunRecord
 from sit_composer.checkpoint import metrics
 from sit_composer.checkpoint.load import load_checkpoint
+from sit_composer.checkpoint.safe_load import load_file
 from sit_composer.storage import LocalFolder, S3Folder
 from sit_composer.supervision.lease import Lease
 from sit_composer.training.model import ComposerSiT
@@ -518,6 +519,9 @@ def test_the_state_of_another_optimizer_is_left_out_with_a_word(run, tmp_path):
     weights = f"trainer.load_path={tmp_path / 'other' / 'latest-rank0.pt'}"
     with pytest.warns(UserWarning, match="Muon is not in the state_dict. Its state will not be restored"):
         assert run("trainer.max_duration=2ba", "trainer.autoresume=false", weights, "optimizer.name=muon") == 0
+    state = load_file(tmp_path / "run" / "latest-rank0.pt")["state"]
+    groups = state["optimizers"]["Muon"]["param_groups"]
+    assert state["schedulers"]["LambdaLR"]["base_lrs"] == [group["initial_lr"] for group in groups]  # each is scheduled
 
 
 def test_weights_without_an_option_of_the_blocks_are_refused_in_one_line(run, tmp_path, capsys):
