@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         run(ROOT, COMMANDS["to_mds.py digits"], scratch, "shards")
-        run(ROOT, COMMANDS["train, 1 batch"], scratch, "run")
+        run(args.path, COMMANDS["train, 1 batch"], scratch, "run")  # whose checkpoint both read
         print("| command | before, CPU seconds | now | ratio |")
         print("| --- | ---: | ---: | ---: |")
         for name, command in COMMANDS.items():
