@@ -9,7 +9,7 @@ RUN := runs/quickstart
 # A file's tests share what they train, so a file is one process's work; tests/conftest.py puts the longest files first.
 PYTEST := $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 export OMP_NUM_THREADS ?= 1
-# Otherwise each process that imports Composer compiles thousands of files for six seconds, and forgets them.
+# With it, each process that imports Composer would compile thousands of files again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install quickstart test test-slow test-nightly test-newest bench lint

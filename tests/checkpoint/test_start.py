@@ -155,10 +155,8 @@ def test_other_networks_are_refused_with_the_reason(arguments, message):
 
 def test_another_objective_is_refused_and_other_latents_are_told():
     for name, got, expected in (("prediction", "noise", "velocity"), ("path_type", "GVP", "Linear")):
-        ours, told = (
-            replace(record_of(["a"]), transport={name: got}),
-            f"transport.{name}: got {got}, expected {expected}",
-        )
+        ours = replace(record_of(["a"]), transport={name: got})
+        told = f"transport.{name}: got {got}, expected {expected}"
         with pytest.raises(CheckpointError, match=rf"^{told}, which before\.pt was trained"):
             compare(record_of(["a"]), ours, "before.pt")
     other = replace(SPEC, scale=0.7)

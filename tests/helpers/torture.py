@@ -29,7 +29,7 @@ from tests.helpers.s3 import SeaweedFS
 
 ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "testkey", "AWS_SECRET_ACCESS_KEY": "testsecret", "AWS_DEFAULT_REGION": "us-east-1"}
 COMPOSER = str(Path(sys.executable).parent / "composer")
-BATCHES, INTERVAL = 60, 4
+BATCHES, INTERVAL = 80, 4
 MOMENTS = ("save", "start", "upload", "step")
 UPLOAD = re.compile(r"(PUT|POST) /sit/runs/\w+/ep")
 
