@@ -15,6 +15,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -193,4 +194,6 @@ def load_torch() -> Finding:
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
+    if code and os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(2)  # the launcher ends the node's other ranks at once: let the first one print what it was told
     os._exit(code)  # at once: a check that gave no answer may still wait in its thread
