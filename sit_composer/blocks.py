@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from sit_composer.linear import Linear
+
 
 def block_norm(hidden_size: int, rms_norm: bool) -> nn.Module:
     """The norm before a modulation: layer norm, or RMSNorm with a gain (arXiv 1910.07467, equation 4)."""
@@ -36,7 +38,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def mlp(hidden_size: int, width: int) -> nn.Sequential:
     """A block's two-layer MLP."""
-    layers = {"fc1": nn.Linear(hidden_size, width), "act": nn.GELU("tanh"), "fc2": nn.Linear(width, hidden_size)}
+    layers = {"fc1": Linear(hidden_size, width), "act": nn.GELU("tanh"), "fc2": Linear(width, hidden_size)}
     return nn.Sequential(OrderedDict(layers))
 
 
@@ -50,8 +52,8 @@ class SwiGLU(nn.Module):
     def __init__(self, hidden_size: int, width: int):
         super().__init__()
         inner = 2 * width // 3
-        self.w12 = nn.Linear(hidden_size, 2 * inner)
-        self.w3 = nn.Linear(inner, hidden_size)
+        self.w12 = Linear(hidden_size, 2 * inner)
+        self.w3 = Linear(inner, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)

@@ -31,8 +31,12 @@ from sit_composer.errors import EVICTED, INTERRUPTED, USAGE
 
 LAUNCHER = "SIT_COMPOSER_LAUNCHER"  # in the ranks' environment: the launcher's process number
 # How glibc allocates the ranks' memory: what a step frees stays for the next one, in pages of 2 MiB if Linux has them.
-# Otherwise each large tensor is given back, and the next one costs a page fault per 4 KiB.
-MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4294967296"
+# Otherwise each large tensor is given back, and the next one costs a page fault per 4 KiB. And no small piece is kept
+# for its size alone, or they would cut the free memory into pieces too small for the next step's tensors.
+MALLOC = (
+    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4294967296"
+    ":glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+)
 SAID = {USAGE, INTERRUPTED, EVICTED}  # exit codes of ranks that have said why they end
 
 

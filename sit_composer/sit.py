@@ -17,6 +17,7 @@ from sit_composer.attention import attend
 from sit_composer.blocks import BlockModulation, FinalLayer, SwiGLU, block_norm, head_norm, mlp, modulate, modulation
 from sit_composer.choices import VARIANTS, check_blocks, check_sizes, variant
 from sit_composer.embedders import LabelEmbedder, PatchEmbed, Rotations, TimestepEmbedder, rotate, sincos_positions
+from sit_composer.linear import Linear
 
 # The weights of a block that map tokens, and how many maps each stacks: q, k and v; SwiGLU's gate and value.
 TOKEN_MAPS = {"attn.qkv": 3, "attn.proj": 1, "mlp.fc1": 1, "mlp.fc2": 1, "mlp.w12": 2, "mlp.w3": 1}
@@ -44,11 +45,11 @@ class Attention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False, rms_norm: bool = False):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.qkv = Linear(hidden_size, 3 * hidden_size)
         width = hidden_size // num_heads
         self.q_norm = head_norm(width, rms_norm) if qk_norm else nn.Identity()
         self.k_norm = head_norm(width, rms_norm) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.proj = Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
         n, tokens, d = x.shape

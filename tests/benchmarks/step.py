@@ -4,7 +4,7 @@ PATH_OF_SIT is a clone of the authors' repository (it needs timm); without it, o
 our network. The sides have a process each, and their steps take turns, on one batch of latents: theirs in float32, with
 AdamW and the average as `train.py` there makes them; ours in Composer's Trainer, with the allocation of memory that our
 launcher chooses; and the limit, which is the step's own matrix products and attention alone, forward and backward, in
-our precision. Prints a Markdown table of medians; a ratio is the median over the turns. Memory is the peak of a side's
+our precision: with our linear maps, and with torch's (`sit_composer/linear.py`). Prints a Markdown table of medians; a ratio is the median over the turns. Memory is the peak of a side's
 process, weights, optimizer and average included, above what the libraries took. `--losses N` instead trains both sides
 for N steps on the same times, noise and labels, and `--profile` says where the time goes.
 """
@@ -58,9 +58,10 @@ def main(argv: list[str] | None = None) -> int:
         rows = iter(profile_rows([profile(args, *case) for case in cases]))
     else:
         print(
-            "| batch | ours in | theirs, ms | ours, ms | ratio | limit, ms | of the limit | peak MiB, theirs | ours |"
+            "| batch | ours in | theirs, ms | ours, ms | ratio | limit, ms | of it | limit of nn.Linear, ms | of it "
+            "| peak MiB, theirs | ours |"
         )
-        print("| ---: | --- |" + " ---: |" * 7)
+        print("| ---: | --- |" + " ---: |" * 9)
         rows = (row for case in cases for row in compare(args, *case))
     for row in rows:
         print(row, flush=True)
@@ -116,7 +117,9 @@ class Side:
 
 def compare(args: argparse.Namespace, samples: int, precision: str) -> Iterator[str]:
     """A row, or two with --compile: the sides' times, in turns, and what follows from them."""
-    theirs, limit, *ours = sides = [Side(name, args, samples, precision) for name in ("theirs", "limit", "ours")]
+    names = ("theirs", "limit", "plain", "ours")
+    theirs, *limits, first = sides = [Side(name, args, samples, precision) for name in names]
+    ours = [first]
     if args.compile:
         ours.append(Side("ours", args, samples, precision, "--compile"))
         sides.append(ours[1])
@@ -126,12 +129,13 @@ def compare(args: argparse.Namespace, samples: int, precision: str) -> Iterator[
     memory = {side: side.end() for side in sides}
     for side in ours:
         what = precision
-        if side is not ours[0]:
-            gain = statistics.median(ours[0].seconds) - statistics.median(side.seconds)
+        if side is not first:
+            gain = statistics.median(first.seconds) - statistics.median(side.seconds)
             what += f", compiled (pays after {side.first / gain:.0f} steps)" if gain > 0 else ", compiled (never pays)"
         cells = [f"{samples}", what, spread(theirs.seconds), spread(side.seconds)]
-        cells += [f"{paired(theirs.seconds, side.seconds):.2f}", spread(limit.seconds)]
-        cells += [f"{paired(limit.seconds, side.seconds):.0%}", memory[theirs], memory[side]]
+        cells += [f"{paired(theirs.seconds, side.seconds):.2f}"]
+        cells += [cell for x in limits for cell in (spread(x.seconds), f"{paired(x.seconds, side.seconds):.0%}")]
+        cells += [memory[theirs], memory[side]]
         yield f"| {' | '.join(cells)} |"
 
 

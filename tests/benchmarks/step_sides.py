@@ -1,4 +1,4 @@
-"""One side of `step.py` in a process of its own: the authors' loop, ours, or the limit.
+"""One side of `step.py` in a process of its own: the authors' loop, ours, the limit, or the limit with torch's maps.
 
 It makes a step for each line of input, and prints the step's seconds; when the input ends, the peak of its memory in
 MiB, above what the libraries took. So each side allocates its memory as it would where it is used.
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from sit_composer import linear
 from sit_composer.algorithms.ema import EMA
 from sit_composer.autoencoder import AutoencoderSpec
 from sit_composer.precision import DTYPES
@@ -33,13 +34,15 @@ DECAY, DEVICE = 0.9999, "cuda" if torch.cuda.is_available() else "cpu"
 def main(argv: list[str] | None = None) -> int:
     """Runs one side; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("side", choices=("theirs", "ours", "limit"))
+    parser.add_argument("side", choices=("theirs", "ours", "limit", "plain"))
     parser.add_argument("--sit", type=Path)
     parser.add_argument("--model", required=True)
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--precision", required=True)
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args(argv)
+    if args.side == "plain":  # the limit of nn.Linear
+        linear.CONVOLUTIONS = False
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
     network, batch = make_network(args.model), make_batch(args.batch)
@@ -173,13 +176,14 @@ def limit(network: SiT, samples: int, precision: str) -> Callable[[], object]:
 
 
 def products(layer: nn.Linear, shape: torch.Size, dtype: torch.dtype) -> Callable[[], object]:
-    """A linear map's output, and the gradients of its input and its weight."""
-    w = torch.randn_like(layer.weight, dtype=dtype, device=DEVICE)
-    x = torch.randn(shape.numel() // shape[-1], shape[-1], dtype=dtype, device=DEVICE)
-    g = torch.randn(len(x), len(w), dtype=dtype, device=DEVICE)
+    """A linear map's output without its bias, and its gradients, by the library that the map itself takes."""
+    made = deepcopy(layer).to(DEVICE, dtype)
+    made.bias = None
+    x = torch.randn(shape, dtype=dtype, device=DEVICE, requires_grad=True)
+    g = torch.randn(*shape[:-1], len(made.weight), dtype=dtype, device=DEVICE)
 
     def products() -> None:
-        x @ w.t(), g @ w, g.t() @ x
+        torch.autograd.grad(made(x), (x, made.weight), g)
 
     return products
 

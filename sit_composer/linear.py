@@ -1,0 +1,44 @@
+"""The blocks' linear maps of the tokens, by the faster of torch's two libraries for float32 matrices on a CPU.
+
+torch takes MKL for linear maps and oneDNN for convolutions. On processors that are not Intel's, MKL computes on 256
+bits at a time. AMD's compute on 512 bits at a time since Zen 5, and there oneDNN is twice as fast.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, linear
+
+ZEN_5 = 26  # AMD's number of the family
+SMALL = (
+    20480  # elements of an input, up to which torch may have its own, slower convolution (use_mkldnn in its sources)
+)
+
+
+def prefers_convolutions(cpuinfo: str) -> bool:
+    """Whether the content of Linux's /proc/cpuinfo tells of a processor on which oneDNN is faster than MKL."""
+    family = re.search(r"^cpu family\s*: (\d+)$", cpuinfo, re.MULTILINE)
+    return family is not None and int(family[1]) >= ZEN_5 and "AuthenticAMD" in cpuinfo
+
+
+CPUINFO = Path("/proc/cpuinfo")
+CONVOLUTIONS = torch.backends.mkldnn.is_available() and prefers_convolutions(
+    CPUINFO.read_text() if CPUINFO.exists() else ""
+)
+
+
+class Linear(nn.Linear):
+    """x Wᵀ + b of tokens (N, T, D). In float32 on such a CPU it is a convolution over images of T pixels in a row.
+
+    The tokens are such an image as they are, with the channels last: neither they nor the result is copied.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_float = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if CONVOLUTIONS and is_float and x.device.type == "cpu":
+            pixels = x.transpose(1, 2).unsqueeze(2)  # (N, D, 1, T)
+            y = conv2d(pixels, self.weight[:, :, None, None], self.bias).squeeze(2).transpose(1, 2)
+            return y.contiguous()  # it is, but for one small image, which torch gives to neither library
+        return linear(x, self.weight, self.bias)

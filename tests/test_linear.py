@@ -1,0 +1,56 @@
+"""The tokens' linear maps as convolutions, beside nn.Linear."""
+
+import pytest
+import torch
+from torch import nn
+
+from sit_composer import linear
+from sit_composer.linear import Linear, prefers_convolutions
+
+
+def results(layer, x):
+    """The layer's output, its gradients, and the gradients of the gradient's norm."""
+    x, leaves = x.clone().requires_grad_(), [layer.weight, layer.bias]
+    y = layer(x)
+    first = torch.autograd.grad(y.square().sum(), [x, *leaves], create_graph=True)
+    return y, *first, *torch.autograd.grad(first[0].square().sum(), [x, *leaves])
+
+
+@pytest.mark.parametrize("shape", [(20, 256, 8), (1, 81, 256), (300, 1, 72), (1, 1, 4)])
+def test_a_convolution_is_the_linear_map_with_its_first_and_second_derivatives(monkeypatch, shape):
+    torch.manual_seed(0)
+    ours, x = Linear(shape[-1], 20), torch.randn(shape)
+    plain = nn.Linear(shape[-1], 20).double()
+    plain.load_state_dict(ours.state_dict())
+    monkeypatch.setattr(linear, "CONVOLUTIONS", True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as made:
+        found = results(ours, x)
+    by_onednn = "aten::mkldnn_convolution" in {event.name for event in made.events()}
+    assert by_onednn == (shape != (1, 1, 4))
+    assert found[0].is_contiguous()
+    for a, b in zip(found, results(plain, x.double()), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
+
+
+def test_other_precisions_keep_their_bits(monkeypatch):
+    ours = Linear(8, 20)
+    x = torch.randn(20, 256, 8)
+
+    def outputs():
+        with torch.autocast("cpu", torch.bfloat16):
+            return ours(x), ours.double()(x.double()), ours.float()
+
+    monkeypatch.setattr(linear, "CONVOLUTIONS", False)
+    plain = outputs()
+    monkeypatch.setattr(linear, "CONVOLUTIONS", True)
+    for a, b in zip(outputs()[:2], plain[:2], strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+def test_convolutions_are_for_amds_processors_since_zen_5():
+    text = "vendor_id\t: {}\ncpu family\t: {}\nmodel\t\t: 2\n"
+    assert prefers_convolutions(text.format("AuthenticAMD", 26))
+    assert not prefers_convolutions(text.format("AuthenticAMD", 25))
+    assert not prefers_convolutions(text.format("GenuineIntel", 26))
+    assert not prefers_convolutions("")
