@@ -4,9 +4,10 @@ PATH_OF_SIT is a clone of the authors' repository (it needs timm); without it, o
 our network. The sides have a process each, and their steps take turns, on one batch of latents: theirs in float32, with
 AdamW and the average as `train.py` there makes them; ours in Composer's Trainer, with the allocation of memory that our
 launcher chooses; and the limit, which is the step's own matrix products and attention alone, forward and backward, in
-our precision: with our linear maps, and with torch's (`sit_composer/linear.py`). Prints a Markdown table of medians; a ratio is the median over the turns. Memory is the peak of a side's
-process, weights, optimizer and average included, above what the libraries took. `--losses N` instead trains both sides
-for N steps on the same times, noise and labels, and `--profile` says where the time goes.
+our precision: with our linear maps, and with torch's (`sit_composer/linear.py`). Prints a Markdown table of medians; a
+ratio is the median over the turns. Memory is the peak of a side's process, weights, optimizer and average included,
+above what the libraries took. `--losses N` instead trains both sides for N steps on the same times, noise and labels,
+and `--profile` says where the time goes.
 """
 
 import argparse
