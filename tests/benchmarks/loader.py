@@ -33,7 +33,7 @@ from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
 from torch.utils.data import DataLoader
 
 from sit_composer.data.loader import build_loader
-from sit_composer.data.pictures import decode_image
+from sit_composer.data.pictures import decode_image, decode_into
 from sit_composer.data.spec import SPEC_NAME, DataSpec
 from sit_composer.data.stream import load_spec
 
@@ -311,9 +311,10 @@ def decode_all(files: list[bytes], batch: int) -> int:
     if batch and not _batches:
         _batches.append(torch.empty(3 * batch, SIDE, SIDE, 3, dtype=torch.uint8).share_memory_().numpy())
     for place, data in enumerate(files):
-        image = decode_image(data, 3)
         if batch:
-            _batches[0][place % (3 * batch)] = image.permute(1, 2, 0).numpy()
+            decode_into(_batches[0][place % (3 * batch)], data)
+        else:
+            decode_image(data, 3)
     return len(files)
 
 

@@ -171,6 +171,23 @@ def test_a_jpeg_of_any_kind_is_as_pil_reads_it(kind):
         assert (picture.height, picture.width) == wanted.shape[:2]  # a rotation by EXIF is left alone here, too
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_picture_is_decoded_into_a_batch_as_alone(monkeypatch, channels):
+    square, batch = PHOTOGRAPH.crop((0, 0, 32, 32)), np.zeros((2, 32, 32, channels), np.uint8)
+    cut = encode(square, "JPEG", quality=95)[:-100]
+    files = [encode(square, "JPEG", quality=95), encode(square.convert("CMYK"), "JPEG"), encode(square, "PNG")]
+    for data in (*files, encode(PHOTOGRAPH, "JPEG"), *jpegs().values()):
+        if min(decode_image(data, channels).shape[1:]) >= 32:
+            pictures.decode_into(batch[1], data)
+            alone = center_crop(decode_image(data, channels), 32)
+            assert np.array_equal(batch[1], alone.permute(1, 2, 0).numpy())
+            assert not batch[0].any()
+    with pytest.raises(OSError, match="truncated"):
+        pictures.decode_into(batch[1], cut)
+    monkeypatch.setattr(pictures, "center_crop", None)  # a JPEG of that size needs none
+    pictures.decode_into(batch[1], files[0])
+
+
 def test_the_black_of_cmyk_is_black():
     inks = Image.new("CMYK", (16, 16), (0, 0, 0, 255))
     assert decode_image(encode(inks, "JPEG", quality=100), 3).max() <= 1
@@ -338,17 +355,17 @@ def test_pil_would_open_what_is_decoded_without_it(monkeypatch):
         except Exception as error:
             return f"{type(error).__name__}: {error}"
 
-    usual, small = pictures._is_usual_jpeg, PHOTOGRAPH.resize((24, 20))
+    usual, small = pictures.usual_jpeg, PHOTOGRAPH.resize((24, 20))
     for mode, options in HEADS:
         file = encode(small.convert(mode), "JPEG", **options)
-        assert usual(file) == (mode != "CMYK")
+        assert usual(file) == (None if mode == "CMYK" else (20, 24))
         tables = file.index(b"\xff\xc4")
         reserved = file[:tables] + b"\xff\x01" + file[tables:]  # which PIL alone refuses
         damaged = [file[:at] + b"\0" + file[at + 1 :] for at in range(2, tables + 40, 7)]
         for data in (file, reserved, *damaged):
             found = outcome(data, 3)
             with monkeypatch.context() as patch:
-                patch.setattr(pictures, "_is_usual_jpeg", lambda data: False)
+                patch.setattr(pictures, "usual_jpeg", lambda data: None)
                 assert outcome(data, 3) == found
 
 
