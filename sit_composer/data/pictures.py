@@ -8,6 +8,7 @@ All sums are exact, so all machines round alike. (torchvision's faster resize ro
 
 import io
 from functools import lru_cache
+from struct import Struct
 
 import numpy as np
 import torch
@@ -17,6 +18,10 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from sit_composer.data.image_files import BROAD, formats
+
+SEGMENT, FRAME = Struct(">BBH"), Struct(">BHHB")  # of a JPEG: its start, kind and length; bits, height, width, channels
+FRAMES = {0xC0, 0xC1, 0xC2}
+HARMLESS = {*range(0xE0, 0xF0), 0xC4, 0xDB, 0xDD, 0xFE}  # metadata, tables, a comment
 
 
 def decode_image(data: bytes, channels: int) -> Tensor:
@@ -53,16 +58,20 @@ def usual_jpeg(data: bytes) -> tuple[int, int] | None:
 
     It stands in for PIL's own, slower parsing; what is unusual is left to PIL.
     """
-    at, size = 2, None
-    while data[:2] == b"\xff\xd8" and data[at : at + 1] == b"\xff" and at + 10 <= len(data):
-        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4])
+    at, size, end = 2, None, len(data) - 10
+    if data[:2] != b"\xff\xd8":
+        return None
+    while at <= end:
+        start, marker, length = SEGMENT.unpack_from(data, at)
+        if start != 0xFF:
+            return None
         if marker == 0xDA:  # the first scan
             return size
-        if marker in (0xC0, 0xC1, 0xC2):  # the frame's head: bits, height, width, channels
-            height, width = int.from_bytes(data[at + 5 : at + 7]), int.from_bytes(data[at + 7 : at + 9])
+        if marker in FRAMES:
+            bits, height, width, channels = FRAME.unpack_from(data, at + 4)
             bounded = height * width <= (Image.MAX_IMAGE_PIXELS or height * width)
-            size = (height, width) if data[at + 4] == 8 and data[at + 9] in (1, 3) and bounded else None
-        elif not 0xE0 <= marker <= 0xEF and marker not in (0xC4, 0xDB, 0xDD, 0xFE):  # metadata, tables, a comment
+            size = (height, width) if bits == 8 and channels in (1, 3) and bounded else None
+        elif marker not in HARMLESS:
             return None
         at += 2 + length
     return None
@@ -77,7 +86,7 @@ def _decode_jpeg(data: bytes, channels: int, out: np.ndarray | None = None) -> n
 
 
 def decode_into(out: np.ndarray, data: bytes) -> None:
-    """Decodes an image file and crops it, as below, to uint8 (size, size, channels). A JPEG of that size isn't copied."""
+    """Decodes an image file and crops it, as below, to uint8 (size, size, channels); a JPEG of that size in place."""
     size, _, channels = out.shape
     levels = _decode_jpeg(data, channels, out) if usual_jpeg(data) == (size, size) else None
     if levels is None or levels.shape != out.shape:
