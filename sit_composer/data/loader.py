@@ -1,7 +1,9 @@
 """Samples and batches of images or latents, from MDS shards. Images stay uint8; the device normalises them."""
 
+import atexit
 import os
 import signal
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -211,6 +213,8 @@ class SitLoader(StreamingDataLoader):
         super().__init__(dataset, batch_size=None, collate_fn=dataset.hand_over, **options)
         # The data set makes the batches. Composer and len() read these.
         self.__dict__ |= {"batch_size": dataset.batch_size, "drop_last": dataset.drop_last}
+        # At the program's end Python would send the workers a SIGTERM, which they ignore, and wait for them forever.
+        atexit.register(_stop, weakref.ref(self))
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         self.num_samples_yielded = 0
@@ -235,7 +239,7 @@ class SitLoader(StreamingDataLoader):
                 batches.close()
 
     def stop(self) -> None:
-        """Ends the workers or the thread. Call it before the program ends: Python would wait for workers forever."""
+        """Ends the workers or the thread."""
         if self._ahead is not None:
             self._ahead.close()
         iterator, self._iterator = self._iterator, None
@@ -243,6 +247,11 @@ class SitLoader(StreamingDataLoader):
             iterator._shutdown_workers()
             for worker in iterator._workers:
                 worker.kill()  # a worker that waits for a store ignores SIGTERM
+
+
+def _stop(loader: "weakref.ref[SitLoader]") -> None:
+    if (living := loader()) is not None:
+        living.stop()
 
 
 def build_loader(

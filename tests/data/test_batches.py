@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -22,6 +24,7 @@ from sit_composer.data.slots import Slots
 from sit_composer.data.stream import DataError, load_spec
 from sit_composer.randomness import sample_key
 from tests.helpers.digits import LOADERS, gather, loader, write, write_digits
+from tests.helpers.paths import ROOT
 
 ROWS = 100
 COLUMNS = {"moments": "ndarray:float16:8,4,4", "moments_flip": "ndarray:float16:8,4,4", "label": "int"}
@@ -272,3 +275,20 @@ def test_the_state_counts_only_the_samples_that_were_handed_over(shards):
     time.sleep(0.2)  # the thread has read more
     assert batches.state_dict()["sample_in_epoch"] == 16
     batches.stop()
+
+
+PROGRAM = """
+import sys
+from sit_composer.data.loader import build_loader
+from sit_composer.data.stream import load_spec
+folder = sys.argv[1]
+batches = build_loader(None, folder, spec=load_spec(None, folder), batch_size=16, num_workers=1)
+print(len(next(iter(batches))["label"]))
+"""
+
+
+@pytest.mark.slow
+def test_a_program_that_stops_no_loader_ends(shards):
+    command = [sys.executable, "-c", PROGRAM, str(shards["pixels"])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "16\n"), done.stderr
