@@ -39,5 +39,6 @@ class Linear(nn.Linear):
         is_float = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         if CONVOLUTIONS and is_float and x.device.type == "cpu":
             pixels = x.transpose(1, 2).unsqueeze(2)  # (N, D, 1, T)
-            return conv2d(pixels, self.weight[:, :, None, None], self.bias).squeeze(2).transpose(1, 2)
+            weight = self.weight[:, None, None].permute(0, 3, 1, 2)  # (D_out, D, 1, 1), channels last
+            return conv2d(pixels, weight, self.bias).squeeze(2).transpose(1, 2)
         return linear(x, self.weight, self.bias)
