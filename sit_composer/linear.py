@@ -1,7 +1,7 @@
 """The blocks' linear maps of the tokens, by the faster of torch's two libraries for float32 matrices on a CPU.
 
-torch takes MKL for linear maps and oneDNN for convolutions. On processors that are not Intel's, MKL computes on 256
-bits at a time. AMD's compute on 512 bits at a time since Zen 5, and there oneDNN is twice as fast.
+torch takes MKL for linear maps and oneDNN for convolutions. AMD's processors since Zen 5 compute on 512 bits at a time,
+and there oneDNN is twice as fast (`tests/benchmarks/step.py` prints both limits).
 """
 
 import re
