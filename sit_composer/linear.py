@@ -24,9 +24,7 @@ def prefers_convolutions(cpuinfo: str) -> bool:
 
 
 CPUINFO = Path("/proc/cpuinfo")
-CONVOLUTIONS = torch.backends.mkldnn.is_available() and prefers_convolutions(
-    CPUINFO.read_text() if CPUINFO.exists() else ""
-)
+CONVOLUTIONS = CPUINFO.exists() and prefers_convolutions(CPUINFO.read_text()) and torch.backends.mkldnn.is_available()
 
 
 class Linear(nn.Linear):

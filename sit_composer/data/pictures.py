@@ -38,8 +38,8 @@ def decode_image(data: bytes, channels: int) -> Tensor:
     except UnidentifiedImageError:
         raise ValueError(f"not an image that Pillow reads: it starts with {data[:12]!r}") from None
     with image:
-        in_inks = image.mode == "CMYK"
-        if image.format in ("JPEG", "MPO") and not in_inks and (levels := _decode_jpeg(data, channels)) is not None:
+        is_jpeg = image.format in ("JPEG", "MPO") and image.mode != "CMYK"
+        if is_jpeg and (levels := _decode_jpeg(data, channels)) is not None:
             return torch.from_numpy(levels).permute(2, 0, 1)
         if image.mode == "F" or (image.mode == "I" and image.format not in BROAD):  # convert() would clip them
             raise ValueError("its pixels are 32-bit numbers, whose white level is unknown")
@@ -58,12 +58,10 @@ def usual_jpeg(data: bytes) -> tuple[int, int] | None:
 
     It stands in for PIL's own, slower parsing; what is unusual is left to PIL.
     """
-    at, size, end = 2, None, len(data) - 10
-    if data[:2] != b"\xff\xd8":
-        return None
-    while at <= end:
+    at, size = 2, None
+    while at + 10 <= len(data):
         start, marker, length = SEGMENT.unpack_from(data, at)
-        if start != 0xFF:
+        if start != 0xFF or data[:2] != b"\xff\xd8":
             return None
         if marker == 0xDA:  # the first scan
             return size
