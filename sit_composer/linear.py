@@ -1,7 +1,7 @@
 """The blocks' linear maps of the tokens, by the faster of torch's two libraries for float32 matrices on a CPU.
 
 torch takes MKL for linear maps and oneDNN for convolutions. AMD's processors since Zen 5 compute on 512 bits at a time,
-and there oneDNN is twice as fast (`tests/benchmarks/step.py` prints both limits).
+and there oneDNN is the faster by far (`tests/benchmarks/step.py` prints the limits with both).
 """
 
 import re
@@ -12,9 +12,6 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
 ZEN_5 = 26  # AMD's number of the family
-SMALL = (
-    20480  # elements of an input, up to which torch may have its own, slower convolution (use_mkldnn in its sources)
-)
 
 
 def prefers_convolutions(cpuinfo: str) -> bool:

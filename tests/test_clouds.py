@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+from huggingface_hub import constants
 
 from sit_composer import clouds, sample, train
 from sit_composer.checkpoint.folder import checkpoints, clear_incomplete, fetch_checkpoint, newest, prune
@@ -172,7 +173,6 @@ def test_missing_credentials_are_one_line_that_says_where_they_are_read(monkeypa
 
 def test_weights_on_the_hub_are_read_and_no_others(monkeypatch, tmp_path):
     """From the Hub's cache, as without a network; the library is the real one."""
-    constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))

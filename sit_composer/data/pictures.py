@@ -58,10 +58,10 @@ def usual_jpeg(data: bytes) -> tuple[int, int] | None:
 
     It stands in for PIL's own, slower parsing; what is unusual is left to PIL.
     """
-    at, size = 2, None
+    at, size = (2 if data[:2] == b"\xff\xd8" else len(data)), None
     while at + 10 <= len(data):
         start, marker, length = SEGMENT.unpack_from(data, at)
-        if start != 0xFF or data[:2] != b"\xff\xd8":
+        if start != 0xFF:
             return None
         if marker == 0xDA:  # the first scan
             return size
