@@ -247,6 +247,7 @@ class SitLoader(StreamingDataLoader):
             iterator._shutdown_workers()
             for worker in iterator._workers:
                 worker.kill()  # a worker that waits for a store ignores SIGTERM
+                worker.join()
 
 
 def _stop(loader: "weakref.ref[SitLoader]") -> None:
