@@ -27,7 +27,8 @@ CONVOLUTIONS = CPUINFO.exists() and prefers_convolutions(CPUINFO.read_text()) an
 class Linear(nn.Linear):
     """x Wᵀ + b of tokens (N, T, D). In float32 on such a CPU it is a convolution over images of T pixels in a row.
 
-    The tokens are such an image as they are, with the channels last: neither they nor the result is copied.
+    The tokens are such an image as they are, with the channels last: neither they nor the result is copied. A kernel of
+    one pixel has nothing to dilate, but with a dilation torch takes oneDNN for any number of samples and threads.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,5 +36,5 @@ class Linear(nn.Linear):
         if CONVOLUTIONS and is_float and x.device.type == "cpu":
             pixels = x.transpose(1, 2).unsqueeze(2)  # (N, D, 1, T)
             weight = self.weight[:, None, None].permute(0, 3, 1, 2)  # (D_out, D, 1, 1), channels last
-            return conv2d(pixels, weight, self.bias).squeeze(2).transpose(1, 2)
+            return conv2d(pixels, weight, self.bias, dilation=(2, 1)).squeeze(2).transpose(1, 2)
         return linear(x, self.weight, self.bias)

@@ -7,6 +7,8 @@ from torch import nn
 from sit_composer import linear
 from sit_composer.linear import Linear, prefers_convolutions
 
+TORCHS_OWN = {"aten::addmm", "aten::thnn_conv2d", "aten::slow_conv_dilated2d"}
+
 
 def results(layer, x):
     """The layer's output, its gradients, and the gradients of the gradient's norm."""
@@ -16,7 +18,7 @@ def results(layer, x):
     return y, *first, *torch.autograd.grad(first[0].square().sum(), [x, *leaves])
 
 
-@pytest.mark.parametrize("shape", [(20, 256, 8), (1, 81, 256), (300, 1, 72), (1, 9, 4), (1, 1, 4)])
+@pytest.mark.parametrize("shape", [(20, 256, 8), (4, 256, 32), (1, 81, 256), (300, 1, 72), (1, 9, 4), (1, 1, 4)])
 def test_a_convolution_is_the_linear_map_with_its_first_and_second_derivatives(monkeypatch, shape):
     torch.manual_seed(0)
     ours, x = Linear(shape[-1], 20), torch.randn(shape)
@@ -25,8 +27,9 @@ def test_a_convolution_is_the_linear_map_with_its_first_and_second_derivatives(m
     monkeypatch.setattr(linear, "CONVOLUTIONS", True)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as made:
         found = results(ours, x)
-    by_onednn = "aten::mkldnn_convolution" in {event.name for event in made.events()}
-    assert by_onednn == (shape != (1, 1, 4))  # which torch gives to neither library
+    names = {event.name for event in made.events()}
+    assert "aten::mkldnn_convolution" in names
+    assert bool(TORCHS_OWN & names) == (x.numel() <= 36)  # for one tiny sample
     assert found[0].is_contiguous()
     for a, b in zip(found, results(plain, x.double()), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
