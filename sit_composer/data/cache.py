@@ -18,6 +18,7 @@ from filelock import FileLock
 from streaming import StreamingDataset
 from streaming.base.constant import TICK
 from streaming.base.dataset import _ShardState
+from streaming.base.shared import barrier
 
 from sit_composer.data.rows import OpenShards, Rows, row_layout
 from sit_composer.data.shared_names import one_job_at_a_time
@@ -27,6 +28,9 @@ from sit_composer.storage import is_disk_full
 
 STARTS = 10  # attempts to choose a name for shared memory
 READS = 8  # attempts to read a shard that other processes evict
+# Workers meet three times before an epoch's first batch. Streaming's barrier looks every 7 ms whether all have come, and
+# its lock every 50 ms whether it is free.
+POLL = barrier.TICK = 0.0005
 
 
 class CheckedDataset(StreamingDataset):
@@ -97,6 +101,7 @@ class CheckedDataset(StreamingDataset):
         was resumed."""
         self._unique_worker_world = self._unique_rank_world.detect_workers()
         self._parallel_worker_world = self._parallel_rank_world.detect_workers()
+        self._shared_barrier.lock = FileLock(self._shared_barrier.filelock_path, poll_interval=POLL)
         work = self._get_work(*self._resume_incr_epoch())
         work = work[work != -1]
         used = len(work) // self.batch_size * self.batch_size if self.drop_last else len(work)
