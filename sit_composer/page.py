@@ -151,9 +151,7 @@ def importance(name: str) -> tuple[int, str]:
 def thin(values: list[Any]) -> list[Any]:
     """At most `POINTS` of them at equal distances, with the first and the last."""
     last = len(values) - 1
-    if last < POINTS:
-        return values
-    return [values[round(i * last / (POINTS - 1))] for i in range(POINTS)]
+    return values if last < POINTS else [values[round(i * last / (POINTS - 1))] for i in range(POINTS)]
 
 
 def smoothed(values: list[float]) -> list[float]:

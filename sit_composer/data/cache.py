@@ -28,8 +28,7 @@ from sit_composer.storage import is_disk_full
 
 STARTS = 10  # attempts to choose a name for shared memory
 READS = 8  # attempts to read a shard that other processes evict
-# Workers meet three times before an epoch's first batch. Streaming's barrier looks every 7 ms whether all have come, and
-# its lock every 50 ms whether it is free.
+# Seconds. Streaming's barriers, three before an epoch's first batch, look every 7 ms, and their lock every 50 ms.
 POLL = barrier.TICK = 0.0005
 
 

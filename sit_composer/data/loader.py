@@ -121,40 +121,38 @@ class SitDataset(CheckedDataset):
         """Images (N, C, H, W), decoded into one tensor, by several threads if there are no workers. Fills in labels."""
         shape = (len(indices), self.image_size, self.image_size, self.spec.channels)
         tensor = self._empty("image", shape, torch.uint8)  # as decoders write
-        out, rows = tensor.numpy(), self._rows(indices, label)
+        out = tensor.numpy()
 
-        def decode(place: int) -> None:
+        def decode(sample: tuple[int, dict[str, Any]]) -> None:
+            place, columns = sample
             try:
-                decode_into(out[place], rows[place]["image"])
+                decode_into(out[place], columns["image"], bool(flips[place]))
             except Exception as error:
                 raise self.error(indices[place], error) from error
-            if flips[place]:
-                tensor[place] = tensor[place].flip(1)  # numpy's flip is far slower
 
         threads = self._threads() if len(indices) > 1 else None
-        for _ in (threads.map if threads else map)(decode, range(len(indices))):
+        for _ in (threads.map if threads else map)(decode, self._rows(indices, label)):
             pass
         return {"image": tensor.permute(0, 3, 1, 2)}
 
     def _stack(self, indices: np.ndarray, flips: list[int], label: np.ndarray) -> dict[str, Tensor]:
         """Moments (N, 2C, H, W) of shards whose rows have sizes of their own. Fills in the labels."""
-        rows = self._rows(indices, label)
-        moments = [row["moments_flip" if flip else "moments"] for row, flip in zip(rows, flips, strict=True)]
+        rows = dict(self._rows(indices, label))
+        moments = [rows[place]["moments_flip" if flip else "moments"] for place, flip in enumerate(flips)]
         for index, array in zip(indices, moments, strict=True):
             if fault := self._fault(array.shape, moments[0].shape):
                 raise self.error(index, ValueError(fault))
         return {"moments": torch.from_numpy(np.stack(moments))}
 
-    def _rows(self, indices: np.ndarray, label: np.ndarray) -> list[dict[str, Any]]:
-        """The samples' columns. Fills in the labels."""
-        rows: list[dict[str, Any]] = [{}] * len(indices)
+    def _rows(self, indices: np.ndarray, label: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The samples' places among ``indices``, and their columns, one after another. Fills in the labels."""
         for place, shard, row in self.locate(indices):
             try:
-                rows[place] = shard.decode(row)
-                label[place] = rows[place]["label"]
+                columns = shard.decode(row)
+                label[place] = columns["label"]
             except Exception as error:
                 raise self.error(indices[place], error) from error
-        return rows
+            yield place, columns
 
     def _empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         worker = get_worker_info()
@@ -165,8 +163,7 @@ class SitDataset(CheckedDataset):
     def hand_over(self, batch: Batch) -> tuple[Any, np.ndarray]:
         """A batch as a worker sends it."""
         tensors, numbers = batch
-        slots = self.slots
-        return {name: slots[name].handed(t) if name in slots else t for name, t in tensors.items()}, numbers
+        return {k: self.slots[k].handed(t) if k in self.slots else t for k, t in tensors.items()}, numbers
 
     def _fault(self, shape: tuple[int, ...], other: tuple[int, ...] | None = None) -> str | None:
         """What is wrong with the moments' shape, or None."""

@@ -75,20 +75,27 @@ def usual_jpeg(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _decode_jpeg(data: bytes, channels: int, out: np.ndarray | None = None) -> np.ndarray | None:
+def _decode_jpeg(data: bytes, channels: int, out: np.ndarray | None = None, colours: str = "RGB") -> np.ndarray | None:
     """A JPEG's levels (H, W, channels), in ``out`` if given, as PIL's; None if PIL must read it, or say its error."""
     try:
-        return decode_jpeg(data, "GRAY" if channels == 1 else "RGB", buffer=out)
+        return decode_jpeg(data, "GRAY" if channels == 1 else colours, buffer=out)
     except ValueError:  # for warnings, too
         return None
 
 
-def decode_into(out: np.ndarray, data: bytes) -> None:
-    """Decodes an image file and crops it, as below, to uint8 (size, size, channels); a JPEG of that size in place."""
+def decode_into(out: np.ndarray, data: bytes, flip: bool = False) -> None:
+    """Decodes an image file, crops it, as below, to uint8 (size, size, channels), and mirrors it if ``flip``.
+
+    A JPEG of that size is decoded in place, and mirrored by the bytes of its rows, faster than by their pixels.
+    """
     size, _, channels = out.shape
-    levels = _decode_jpeg(data, channels, out) if usual_jpeg(data) == (size, size) else None
+    levels = None if usual_jpeg(data) != (size, size) else _decode_jpeg(data, channels, out, "BGR" if flip else "RGB")
     if levels is None or levels.shape != out.shape:
-        out[:] = center_crop(decode_image(data, channels), size).permute(1, 2, 0).numpy()
+        image = center_crop(decode_image(data, channels), size).permute(1, 2, 0)
+        out[:] = (image.flip(1) if flip else image).numpy()
+    elif flip:
+        rows = torch.from_numpy(out).view(size, -1)
+        rows.copy_(rows.flip(1))
 
 
 def center_crop(image: Tensor, size: int) -> Tensor:

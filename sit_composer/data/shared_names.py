@@ -9,7 +9,7 @@ import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -25,11 +25,9 @@ def one_job_at_a_time() -> Iterator[None]:
     """Within it, no other job of this user on this node is within it. The node's first rank sees to that."""
     lock = FileLock(os.path.join(tempfile.gettempdir(), f"sit_composer-{os.getuid()}.lock"), timeout=SECONDS)
     prefix._check_and_find_retrying = _agree
-    try:
+    with suppress(Timeout, OSError):
         if os.environ.get("LOCAL_RANK", "0") == "0":
             lock.acquire()
-    except (Timeout, OSError):
-        pass
     # Every job leaves lock files. streaming looks for each of their numbers nine times, which takes 50 µs.
     taken = {name[:6] for name in os.listdir(tempfile.gettempdir()) if name.endswith("_filelock")}
     prefix._each_prefix_int = lambda: (number for number in itertools.count() if f"{number:06}" not in taken)

@@ -53,9 +53,7 @@ class ComposerSiT(ComposerModel):
         if "moments" in batch:
             return self.autoencoder.latents(batch["moments"].float(), self._posterior_noise(keys))
         images = from_uint8(batch["image"])
-        if self.encoder is None:
-            return images
-        return self.encoder.encode(images, self._posterior_noise(keys))
+        return images if self.encoder is None else self.encoder.encode(images, self._posterior_noise(keys))
 
     def _posterior_noise(self, keys: Tensor) -> Tensor | None:
         return None if self.autoencoder.deterministic else self._normal(keys, randomness.POSTERIOR)

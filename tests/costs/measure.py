@@ -125,8 +125,8 @@ def training(data: str, cases: list[list[str]]) -> list[float]:
         config.trainer["device_train_microbatch_size"] = 4
         check(config)
         times = 1 if config.fsdp is None else 2
-        # DDP's first copy of the weights may be freed by Gloo's thread, which the profiler doesn't see. The ranks' weights
-        # are alike by their seed.
+        # DDP's first copy of the weights may be freed by Gloo's thread, which the profiler doesn't see. The ranks'
+        # weights are alike by their seed.
         with patch("torch.nn.parallel.distributed._sync_module_states"):
             top = min(peak(lambda config=config: train(config)) for _ in range(times))
         guess = estimate.memory(config, ranks, min(4, config.data.global_batch_size // ranks), cuda=False).total

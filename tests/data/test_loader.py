@@ -21,6 +21,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from streaming.base.dataset import _ShardState
 from streaming.base.format import Reader
+from streaming.base.shared import barrier
 
 from sit_composer.data.loader import build_loader, coin
 from sit_composer.data.spec import DataSpec
@@ -110,6 +111,20 @@ def test_every_epoch_has_another_order_whatever_the_workers(digits):
     assert not other["index"].equal(orders[0][0]["index"])
     in_order = gather(loader(None, digits, shuffle=False))
     assert in_order["index"].tolist() == list(range(SAMPLES))
+
+
+def test_workers_that_wait_for_each_other_look_every_half_millisecond(digits, monkeypatch):
+    dataset, naps = loader(None, digits).dataset, []
+    next(iter(dataset))
+    assert dataset._shared_barrier.lock.poll_interval == 0.0005
+    monkeypatch.setattr(barrier, "sleep", lambda seconds: (naps.append(seconds), time.sleep(seconds)))
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(dataset._shared_barrier, 2)
+        while not naps:  # it waits
+            time.sleep(0.001)
+        pool.submit(dataset._shared_barrier, 2)
+        first.result(60)
+    assert set(naps) == {0.0005}
 
 
 def test_drop_last_leaves_full_batches_only(digits):

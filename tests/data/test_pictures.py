@@ -178,9 +178,10 @@ def test_a_picture_is_decoded_into_a_batch_as_alone(monkeypatch, channels):
     files = [encode(square, "JPEG", quality=95), encode(square.convert("CMYK"), "JPEG"), encode(square, "PNG")]
     for data in (*files, encode(PHOTOGRAPH, "JPEG"), *jpegs().values()):
         if min(decode_image(data, channels).shape[1:]) >= 32:
-            pictures.decode_into(batch[1], data)
             alone = center_crop(decode_image(data, channels), 32)
-            assert np.array_equal(batch[1], alone.permute(1, 2, 0).numpy())
+            for flip, wanted in ((False, alone), (True, alone.flip(2))):
+                pictures.decode_into(batch[1], data, flip)
+                assert np.array_equal(batch[1], wanted.permute(1, 2, 0).numpy())
             assert not batch[0].any()
     with pytest.raises(OSError, match="truncated"):
         pictures.decode_into(batch[1], cut)
