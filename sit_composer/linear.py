@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
 ZEN_5 = 26  # AMD's number of the family
+SMALL = 20480  # numbers of a single sample, up to which torch would take a slow convolution of its own
 
 
 def prefers_convolutions(cpuinfo: str) -> bool:
@@ -28,12 +29,12 @@ class Linear(nn.Linear):
     """x Wᵀ + b of tokens (N, T, D). In float32 on such a CPU it is a convolution over images of T pixels in a row.
 
     The tokens are such an image as they are, with the channels last: neither they nor the result is copied. A kernel of
-    one pixel has nothing to dilate, but with a dilation torch takes oneDNN for any number of samples and threads.
+    one pixel has nothing to dilate, but with a dilation torch takes oneDNN for any number of threads.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         is_float = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if CONVOLUTIONS and is_float and x.device.type == "cpu":
+        if CONVOLUTIONS and is_float and x.device.type == "cpu" and (len(x) > 1 or x.numel() > SMALL):
             pixels = x.transpose(1, 2).unsqueeze(2)  # (N, D, 1, T)
             weight = self.weight[:, None, None].permute(0, 3, 1, 2)  # (D_out, D, 1, 1), channels last
             return conv2d(pixels, weight, self.bias, dilation=(2, 1)).squeeze(2).transpose(1, 2)

@@ -7,6 +7,7 @@ are an array. Else a row begins with the sizes of those that have none.
 
 import mmap
 import os
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -28,12 +29,10 @@ def _type(encoding: str, size: int) -> tuple[str, tuple[int, ...]]:
     kind, _, shape = encoding.removeprefix("ndarray:").partition(":")
     if kind == "int":  # MDS's name
         return "int64", ()
-    try:
+    with suppress(TypeError, ValueError):
         values = np.dtype(kind), tuple(map(int, shape.split(","))) if shape else ()
         if np.dtype(values).itemsize == size:
             return kind, values[1]
-    except (TypeError, ValueError):
-        pass
     return f"V{size}", ()  # bytes that nobody reads
 
 
