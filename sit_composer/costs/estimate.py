@@ -112,8 +112,7 @@ def memory(
     fused = fsdp is None and config.precision != "amp_fp16"  # AdamW on a GPU; else it makes temporaries
     temporaries = 8 * largest if not cuda else 0 if fused else 4 * trained
     muon = config.optimizer.name == "muon"
-    matrices, orthogonalization = _muon(config, network, ranks, shards, cuda) if muon else (0, 0)
-    temporaries = max(temporaries, orthogonalization)
+    matrices, step_bytes = _muon(config, network, ranks, shards, cuda) if muon else (0, 0)
     weights, working = encoder
     encoding = working + 4 * trained * (accumulated or fsdp is not None)
     return Memory(
@@ -123,7 +122,7 @@ def memory(
         buffers=buffers,
         encoder=weights,
         gradients=4 * trained,
-        activations=max(passes, encoding, 4 * trained + temporaries) - 4 * trained,
+        activations=max(passes, encoding, 4 * trained + max(temporaries, step_bytes)) - 4 * trained,
     )
 
 

@@ -1,7 +1,7 @@
 """The bytes that a training step's passes hold, for any microbatch, from a step on tensors without content.
 
 The bytes alive after each operator are recorded for batches of 2 and of 4; at each moment, they are on a line. So the
-peak of any batch is known, to the byte, for all that operators return, but not for their workspaces. For a GPU,
+peak of any batch is known, to the byte, for all that operators return, and for one of their workspaces. For a GPU,
 autocast follows CUDA's rules, and attention keeps q, k, v, the output and a number per token, as its fused kernels do.
 """
 
@@ -32,9 +32,9 @@ from sit_composer.transport import Transport
 class Ledger(TorchDispatchMode):
     """After each operator, the bytes of the storages that operators made and that are still alive."""
 
-    def __init__(self, known: list[Tensor]):
+    def __init__(self, known: list[Tensor], onednn: bool = False):
         super().__init__()
-        self.live = 0
+        self.live, self.onednn = 0, onednn
         self.history: list[int] = []
         self._seen: dict[int, weakref.ref] = {}
         for tensor in known:  # views of these take no bytes
@@ -44,7 +44,9 @@ class Ledger(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for storage in (leaf.untyped_storage() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)):
             self._note(storage, storage.nbytes())
-        self.history.append(self.live)
+        # Before oneDNN returns a weight's gradient, there are two more of it; see `sit_composer.linear`.
+        copies = 2 * args[2].nbytes if self.onednn and func is torch.ops.aten.convolution_backward.default else 0
+        self.history.append(self.live + copies)
         return out
 
     def _note(self, storage: torch.UntypedStorage, size: int) -> None:
@@ -99,13 +101,12 @@ def _histories(step: Step, samples: int, accumulated: bool) -> list[list[int]]:
             projector = None if alignment is None else build_projector(alignment, network.hidden_size)
             microbatch = partial(_microbatch, network, transport, step.precision, samples, alignment, projector)
             known = [] if projector is None else [*projector.parameters()]
-            with Ledger([*network.parameters(), *network.buffers(), *known]) as ledger:
+            with Ledger([*network.parameters(), *network.buffers(), *known], not step.cuda) as ledger:
                 microbatch()
                 first = len(ledger.history)
                 if accumulated and step.sharded is None:
                     microbatch()
-        parts = [ledger.history[:first], ledger.history[first:]]
-        return [part for part in parts if part]
+        return [part for part in (ledger.history[:first], ledger.history[first:]) if part]
     finally:
         if collecting:
             gc.enable()
