@@ -1,6 +1,7 @@
 """What all commands share: option types, and how errors become exit codes. Torch is not imported here."""
 
 import argparse
+import atexit
 import contextlib
 import importlib
 import os
@@ -92,14 +93,28 @@ def run_command(work: Callable[[], int | None], stopped: str = "stopped", errors
 
     After Ctrl-C, ``stopped`` is printed.
     """
+    code = [1]  # of an error that shows its traceback
+    atexit.register(_end_rank, code)  # the first to be registered is the last to be called
     try:
-        return work() or 0
+        code[0] = work() or 0
     except KeyboardInterrupt:
         print(f"\n{stopped}", file=sys.stderr)
-        return INTERRUPTED
+        code[0] = INTERRUPTED
     except errors as error:
         print(f"error: {error}", file=sys.stderr)
-        return USAGE
+        code[0] = USAGE
+    return code[0]
+
+
+def _end_rank(code: list[int]) -> None:
+    """Ends a process that has a group with others before Python takes itself down: a thread of Gloo that waits for
+    Python's lock then would abort it (torch 2.7)."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        with contextlib.suppress(OSError):  # of a closed pipe
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code[0])
 
 
 def hand_over(module: str, args: Any, *libraries: str) -> int | None:

@@ -1,5 +1,8 @@
 """What all commands share."""
 
+import subprocess
+import sys
+
 import pytest
 
 from sit_composer import train
@@ -8,6 +11,24 @@ from sit_composer.errors import USAGE, UserError
 from tests.helpers.paths import ROOT
 
 NAMES = ("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+RANK = """
+import atexit, sys, time
+import torch
+from torch import distributed
+from sit_composer.cli import run_command
+from sit_composer.errors import UserError
+
+def work():
+    distributed.init_process_group("gloo", f"file://{sys.argv[2]}", rank=int(sys.argv[1]), world_size=2)
+    atexit.register(print, "told at the end")
+    summed = distributed.all_reduce(torch.ones(1), async_op=True).get_future()
+    summed.then(lambda _: time.sleep(0.5))  # in Gloo's thread, which then wants Python's lock
+    summed.wait()
+    if sys.argv[1] == "1":
+        raise UserError("wrong")
+
+sys.exit(run_command(work))
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +74,11 @@ def test_a_path_from_home_needs_no_shell(monkeypatch):
     assert (args.source, args.out) == ("/home/me/source", "/home/me/out")
     assert args.names == ["/home/me", "a~/b", "~no-such-user/c"]
     assert parser.parse_intermixed_args(["--out", "~/out", "~/source"]).source == "/home/me/source"
+
+
+def test_a_rank_ends_with_its_code_although_a_thread_of_gloo_needs_python_then(tmp_path):
+    command = [sys.executable, "-c", RANK]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "group")], **pipes) for rank in range(2)]
+    ended = [(*rank.communicate(timeout=60), rank.returncode) for rank in ranks]
+    assert ended == [("told at the end\n", "", 0), ("told at the end\n", "error: wrong\n", USAGE)]
