@@ -23,16 +23,18 @@ class Slots:
         self.number = next(_NUMBERS)  # by which a tensor that comes from a worker finds its memory here
         self.size = -(-size // 64) * 64
         self._taken = _shared(workers, each)
-        self._bytes = _shared(workers, each, self.size)  # takes memory when it is first written to
+        # Takes memory when it is first written to. At a multiple of 32, libjpeg-turbo would write past the caches.
+        self._bytes = _shared(16 + workers * each * self.size)[16:].view(workers, each, self.size)
         _OPEN[self.number] = self
 
     def empty(self, worker: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor in one of the worker's places; if all are taken, in shared memory of its own."""
         size = math.prod(shape) * dtype.itemsize
-        free = np.flatnonzero(self._taken.numpy()[worker] == 0)
+        taken = self._taken.numpy()[worker]
+        free = np.flatnonzero(taken == 0)
         if size > self.size or not len(free):
             return _shared(size).view(dtype).view(shape)
-        self._taken[worker, free[0]] = 1
+        taken[free[0]] = 1
         return self._bytes[worker, free[0], :size].view(dtype).view(shape)
 
     def handed(self, tensor: Tensor) -> Any:
@@ -42,12 +44,12 @@ class Slots:
 
     def open(self, place: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The tensor in a place, which is free again once the tensor's memory is unused."""
-        array = self._bytes.view(-1, self.size)[place].numpy()[:]
+        array = self._bytes.numpy().reshape(-1, self.size)[place]
         weakref.finalize(array, self._free, place).atexit = False
         return torch.from_numpy(array).view(dtype).as_strided(shape, strides)
 
     def _free(self, place: int) -> None:
-        self._taken.view(-1)[place] = 0
+        self._taken.numpy().reshape(-1)[place] = 0
 
 
 class _Handed:

@@ -171,14 +171,15 @@ def test_a_jpeg_of_any_kind_is_as_pil_reads_it(kind):
         assert (picture.height, picture.width) == wanted.shape[:2]  # a rotation by EXIF is left alone here, too
 
 
+@pytest.mark.parametrize("size", [32, 30, 33])  # rows of whole words of eight bytes, of two, and of single bytes
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_picture_is_decoded_into_a_batch_as_alone(monkeypatch, channels):
-    square, batch = PHOTOGRAPH.crop((0, 0, 32, 32)), np.zeros((2, 32, 32, channels), np.uint8)
+def test_a_picture_is_decoded_into_a_batch_as_alone(monkeypatch, channels, size):
+    square, batch = PHOTOGRAPH.crop((0, 0, size, size)), np.zeros((2, size, size, channels), np.uint8)
     cut = encode(square, "JPEG", quality=95)[:-100]
     files = [encode(square, "JPEG", quality=95), encode(square.convert("CMYK"), "JPEG"), encode(square, "PNG")]
     for data in (*files, encode(PHOTOGRAPH, "JPEG"), *jpegs().values()):
-        if min(decode_image(data, channels).shape[1:]) >= 32:
-            alone = center_crop(decode_image(data, channels), 32)
+        if min(decode_image(data, channels).shape[1:]) >= size:
+            alone = center_crop(decode_image(data, channels), size)
             for flip, wanted in ((False, alone), (True, alone.flip(2))):
                 pictures.decode_into(batch[1], data, flip)
                 assert np.array_equal(batch[1], wanted.permute(1, 2, 0).numpy())
@@ -186,7 +187,8 @@ def test_a_picture_is_decoded_into_a_batch_as_alone(monkeypatch, channels):
     with pytest.raises(OSError, match="truncated"):
         pictures.decode_into(batch[1], cut)
     monkeypatch.setattr(pictures, "center_crop", None)  # a JPEG of that size needs none
-    pictures.decode_into(batch[1], files[0])
+    for flip in (False, True):
+        pictures.decode_into(batch[1], files[0], flip)
 
 
 def test_the_black_of_cmyk_is_black():
