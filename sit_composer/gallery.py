@@ -238,8 +238,7 @@ def generate_missing(
         done = generate_share(args, checkpoint, guidance, labels, share, keep)
     works = [done] * ranks
     if ranks > 1:
-        # The ranks' last communication. The group is not destroyed: while that holds the GIL, Gloo's thread may need
-        # the GIL to free what was gathered, and both wait forever (seen with torch 2.7.0).
+        # The group is not destroyed: Gloo's thread may need the GIL to free this, and both would wait (torch 2.7.0).
         dist.all_gather_object(works, done)
     if rank == 0:
         write_json({**settings, **mean_work(sum(works, before))}, out / SETTINGS)

@@ -6,10 +6,12 @@ Here it is gathered and bounded; `page.html`, whose script puts every text in as
 import base64
 import io
 import json
+import math
 import re
 import shlex
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from PIL import Image
 from sit_composer.checkpoint import metrics
 from sit_composer.checkpoint.folder import checkpoints
 from sit_composer.checkpoint.metrics import Row
-from sit_composer.config.checks import ADDRESS, SECRET
+from sit_composer.config.checks import redact
 from sit_composer.config.same_run import CONFIG
 from sit_composer.errors import UserError
 from sit_composer.storage import LocalFolder, RunFolder
@@ -80,21 +82,6 @@ def read_config(folder: RunFolder) -> dict[str, Any]:
     return redact(config) if isinstance(config, dict) else {}
 
 
-def redact(value: Any, name: str = "") -> Any:
-    """A value without secrets, which configs have refused since there are `config.checks`; dates become text."""
-    if isinstance(value, dict):
-        return {str(key): redact(item, str(key)) for key, item in value.items()}
-    if isinstance(value, list):
-        return [redact(item, name) for item in value]
-    if isinstance(value, bool) or value is None:
-        return value
-    if SECRET.search(name):
-        return "…"
-    if isinstance(value, int | float):
-        return value if abs(value) < float("inf") else str(value)
-    return ADDRESS.sub("://…@", str(value))
-
-
 def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     """A config's keys, as model.depth, and their values as text."""
     if isinstance(value, dict) and value:
@@ -107,11 +94,9 @@ def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 def trained_seconds(attempts: list[Row], rows: list[Row]) -> float:
     """From each attempt's first row to its last; what a kill has made void, and the time between, is left out."""
     seconds, starts = 0.0, sorted((a["start"], a["time"]) for a in attempts if isinstance(a.get("time"), int | float))
-    for i, (start, began) in enumerate(starts):
-        end = starts[i + 1][0] if i + 1 < len(starts) else float("inf")
-        times = [
-            row["time"] for row in rows if start < row["batch"] <= end and isinstance(row.get("time"), int | float)
-        ]
+    for (start, began), (end, _) in pairwise([*starts, (math.inf, 0)]):
+        within = [row.get("time") for row in rows if start < row["batch"] <= end]
+        times = [time for time in within if isinstance(time, int | float)]
         seconds += max(0, max(times) - began) if times else 0
     return seconds
 
@@ -125,13 +110,11 @@ def curves(rows: list[Row], attempts: list[Row]) -> dict[str, dict[str, list[flo
                 x, y = series.setdefault(name, ([], []))
                 x.append(row["batch"])
                 y.append(value)
-    peaks = [
-        (a["start"], a["peak"]) for a in reversed(attempts) if isinstance(a.get("peak"), int | float) and a["peak"]
-    ]
-    if peaks and "throughput/images_per_sec" in series:
+    known = [a for a in reversed(attempts) if isinstance(a.get("peak"), int | float) and a["peak"]]
+    if known and "throughput/images_per_sec" in series:
         x, y = series["throughput/images_per_sec"]
-        of = [next((peak for start, peak in peaks if start < batch), peaks[0][1]) for batch in x]
-        series["throughput/mfu"] = x, [value / peak for value, peak in zip(y, of, strict=True)]
+        peaks = [next((a for a in known if a["start"] < batch), known[0])["peak"] for batch in x]
+        series["throughput/mfu"] = x, [value / peak for value, peak in zip(y, peaks, strict=True)]
     found = {}
     for name in sorted(series, key=importance)[:CURVES]:
         x, y = series[name]

@@ -19,9 +19,7 @@ from sit_composer.outputs import check_output, write_bytes
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser("python -m sit_composer.report", __doc__)
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="a run's save_folder: a folder, or a URI such as s3://BUCKET/PREFIX"
-    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's save_folder: a folder, or s3://BUCKET/PREFIX")
     parser.add_argument("--out", default="report.html", metavar="FILE.html", help="the page (report.html)")
     args = parser.parse_args(argv)
     if len(args.runs) > 2:

@@ -89,7 +89,7 @@ class MetricsLog(LoggerDestination):
         if dist.get_world_size() == 1:  # a loss may still wait for a rank that has failed
             with suppress(
                 Exception
-            ):  # after an error, of the device or the disk too, what is known is kept if possible
+            ):  # after an error, of the device or the disk too, what is known is kept if it can be
                 self.flush()
 
     def flush(self, close_row: bool = True) -> None:

@@ -34,7 +34,8 @@ def run(args: argparse.Namespace) -> None:
     with fetched(found[last]) as path:
         newest = load_checkpoint(path, "ema")
         names = power_averages(newest)
-        newest = replace(newest, weights={name: newest.weights[name] for name in frozen_names(newest)})
+        trained = {name for name, p in on_meta(**newest.record.model).named_parameters() if p.requires_grad}
+        newest = replace(newest, weights={name: w for name, w in newest.weights.items() if name not in trained})
         shares, errors = solve(list(found), names, stds)  # (checkpoints, names, stds)
         bar = tqdm(found.items(), unit="checkpoint", desc="averages", disable=None)
         for (batch, place), of_names in zip(bar, shares, strict=True):
@@ -130,10 +131,3 @@ def add(total: dict[str, Tensor], weights: dict[str, Tensor], share: float) -> N
     if not total:
         total |= {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
     torch._foreach_add_([total[name] for name in weights], list(weights.values()), alpha=share)
-
-
-def frozen_names(checkpoint: Checkpoint) -> list[str]:
-    """The tensors that training leaves as they are."""
-    network = on_meta(**checkpoint.record.model)
-    trained = {name for name, p in network.named_parameters() if p.requires_grad}
-    return [name for name in network.state_dict() if name not in trained]

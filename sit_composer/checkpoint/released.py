@@ -47,11 +47,7 @@ def _unwrapped(content: Any) -> dict[str, Tensor] | None:
 
 
 def from_authors(
-    file: Path,
-    content: dict[str, Any],
-    held: dict[str, dict[str, Tensor]],
-    which: str,
-    latents: DataSpec | None = None,
+    file: Path, content: dict[str, Any], held: dict[str, dict[str, Tensor]], which: str, latents: DataSpec | None = None
 ) -> Checkpoint:
     """The weights of that name of those that the file holds, a bare state dict or a dict of model, ema, opt and args.
 

@@ -10,20 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from sit_composer import choices
 from sit_composer.bounds import Bounds, choose
-from sit_composer.choices import (
-    BLOCKS,
-    FIXED_STEP_METHODS,
-    check_blocks,
-    check_features,
-    check_objective,
-    check_poles,
-    check_shift,
-    check_sizes,
-    check_weights,
-    dinov2_file,
-    teacher_name,
-)
 from sit_composer.cli import is_remote, require, s3_endpoint
 from sit_composer.clouds import check_store
 from sit_composer.config import composer_classes
@@ -87,7 +75,7 @@ def check(config: Config, ranks: int | None = None) -> None:
         raise ConfigError("optimizer.momentum: needs optimizer.name=muon")
     if config.on_nan == "rollback" and not config.trainer.get("save_folder"):
         raise ConfigError("on_nan: got rollback, which needs checkpoints to go back to; set trainer.save_folder")
-    check_weights("init_weights", config.init_weights)
+    choices.check_weights("init_weights", config.init_weights)
     if config.init_from is None and config.init_weights != "ema":
         raise ConfigError("init_weights: needs init_from")
     if config.init_from is not None and config.trainer.get("load_path"):
@@ -132,6 +120,21 @@ def check_no_credentials(value: Any, name: str = "") -> None:
         check_no_credentials(item, f"{name}.{key}" if name else str(key))
 
 
+def redact(value: Any, name: str = "") -> Any:
+    """A value for JSON, without the secrets that configs had before they were refused."""
+    if isinstance(value, dict):
+        return {str(key): redact(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [redact(item, name) for item in value]
+    if isinstance(value, bool) or value is None:
+        return value
+    if SECRET.search(name):
+        return "…"
+    if isinstance(value, int | float):
+        return value if abs(value) < float("inf") else str(value)
+    return ADDRESS.sub("://…@", str(value))
+
+
 def check_model(model: ModelConfig) -> None:
     """Checks that a network of these sizes exists."""
     arguments = network_arguments(model)
@@ -139,10 +142,10 @@ def check_model(model: ModelConfig) -> None:
         if value is None:
             raise ConfigError(f"model.{name}: no value; set it, or a variant as model.name=SiT-XL/2")
     sizes = ("hidden_size", "num_heads", "input_size", "patch_size")
-    check_sizes(**{name: arguments[name] for name in sizes}, prefix="model.")
-    options = {**BLOCKS, **arguments}
+    choices.check_sizes(**{name: arguments[name] for name in sizes}, prefix="model.")
+    options = {**choices.BLOCKS, **arguments}
     names = ("hidden_size", "depth", "num_heads", "rotary", "class_tokens", "class_tokens_start")
-    check_blocks(**{name: options[name] for name in names}, prefix="model.")
+    choices.check_blocks(**{name: options[name] for name in names}, prefix="model.")
     least = 2 if options["swiglu"] else 1  # whose maps have two thirds of this width
     if not least <= model.mlp_ratio * arguments["hidden_size"] < math.inf:
         expected = f"a number of at least {least} / hidden_size"
@@ -151,9 +154,9 @@ def check_model(model: ModelConfig) -> None:
 
 def check_transport(transport: TransportConfig) -> None:
     """Checks that the objective's values go together."""
-    check_poles(transport, prefix="transport.")
-    check_objective(transport, prefix="transport.")
-    check_shift(transport, prefix="transport.")
+    choices.check_poles(transport, prefix="transport.")
+    choices.check_objective(transport, prefix="transport.")
+    choices.check_shift(transport, prefix="transport.")
     needs = {
         "time_mean": "time_sampling=logit-normal",
         "time_std": "time_sampling=logit-normal",
@@ -177,7 +180,7 @@ def check_alignment(config: Config) -> None:
     if alignment.name == "repa":
         if alignment.teacher is None:
             raise ConfigError("alignment.teacher: no value, expected timm:NAME or transformers:NAME of a model")
-        teacher_name(alignment.teacher)
+        choices.teacher_name(alignment.teacher)
     elif config.ema is None:
         raise ConfigError("ema: got null, expected an average, which alignment.name=sra has as its teacher")
 
@@ -188,7 +191,7 @@ def check_drawing(config: Config, section: str) -> None:
     check_time(f"{section}.interval", drawing.interval, ANY)
     if config.fsdp is not None:
         # Ranks that share a network's weights must call it equally often, and an adaptive solver decides by its batch.
-        choose(f"{section}.sampling_method", drawing.sampling_method, FIXED_STEP_METHODS)
+        choose(f"{section}.sampling_method", drawing.sampling_method, choices.FIXED_STEP_METHODS)
     if drawing.cfg_scale != 1 and config.model.class_dropout_prob == 0:
         raise ConfigError(f"{section}.cfg_scale: got {drawing.cfg_scale}, expected 1, as there is no class dropout")
     last = config.model.num_classes - 1
@@ -198,8 +201,8 @@ def check_drawing(config: Config, section: str) -> None:
     if section == "frechet":
         if not Path(drawing.reference).is_file():
             raise ConfigError(f"frechet.reference: no file {drawing.reference!r}")
-        check_features("frechet.features", drawing.features)
-        if dinov2_file(drawing.features) is not None:
+        choices.check_features("frechet.features", drawing.features)
+        if choices.dinov2_file(drawing.features) is not None:
             require("frechet.features", "timm")
 
 

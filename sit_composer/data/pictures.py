@@ -91,10 +91,8 @@ def decode_into(out: np.ndarray, data: bytes, flip: bool = False) -> None:
     A JPEG of that size is decoded in place. Mirrored, it is decoded to BGR, and the bytes of its rows are reversed.
     """
     size, _, channels = out.shape
-    target, mirrored = _warm(get_ident(), *out.shape) if flip else (out, None)
-    levels = (
-        None if usual_jpeg(data) != (size, size) else _decode_jpeg(data, channels, target, "BGR" if flip else "RGB")
-    )
+    target, mirrored, colours = (*_warm(get_ident(), *out.shape), "BGR") if flip else (out, None, "RGB")
+    levels = _decode_jpeg(data, channels, target, colours) if usual_jpeg(data) == (size, size) else None
     if levels is None or levels.shape != out.shape:
         image = center_crop(decode_image(data, channels), size).permute(1, 2, 0)
         out[:] = (image.flip(1) if flip else image).numpy()

@@ -13,14 +13,7 @@ AXES = {  # of the grid: headings
     "weights": "weights", "sampling_method": "solver", "num_steps": "steps", "cfg_scale": "cfg", "time_shift": "shift",
     "seed": "seed",
 }  # fmt: skip
-ALONG = (
-    "cfg_scale",
-    "num_steps",
-    "time_shift",
-    "seed",
-    "weights",
-    "sampling_method",
-)  # x of the plot: the first varied
+ALONG = ("cfg_scale", "num_steps", "time_shift", "seed", "weights", "sampling_method")  # the plot's x: the first varied
 Results = list[dict[str, Any]]  # of evaluate, each with its "cell"
 
 
@@ -57,9 +50,8 @@ def make_table(results: Results) -> str:
         cell, metrics = result["cell"], metric_cells(result)
         place = {AXES[name]: text(cell[name]) for name in AXES if name in shown}
         if result is best and "fid" in result["metrics"]:
-            metrics = {
-                heading: f"**{value}**" if i == 0 else value for i, (heading, value) in enumerate(metrics.items())
-            }
+            first = next(iter(metrics))
+            metrics[first] = f"**{metrics[first]}**"
         rows.append({**place, "passes": text(result["samples"]["sampling"]["passes"]), **metrics})
     empty = {heading for heading in rows[0] if all(row[heading] == "–" for row in rows)}
     return table([{heading: value for heading, value in row.items() if heading not in empty} for row in rows])
@@ -85,11 +77,10 @@ def draw_plot(results: Results) -> bytes:
     for panel, name in zip(panels, names, strict=False):
         for label, line in lines.items():
             found = [result for result in line if name in result["metrics"]]
-            xs = [result["cell"][along] for result in found]
+            places = [result["cell"][along] for result in found]
             ys = [METRICS[name].factor * result["metrics"][name] for result in found]
-            panel.plot(
-                [text(x) if not isinstance(x, int | float) else x for x in xs], ys, "o-", label=label, markersize=4
-            )
+            xs = [x if isinstance(x, int | float) else text(x) for x in places]
+            panel.plot(xs, ys, "o-", label=label, markersize=4)
         panel.set(xlabel=AXES[along], title=headings[name])
         panel.grid(alpha=0.3)
     for panel in panels[len(names) :]:

@@ -1,6 +1,5 @@
 """Measures the cells of a grid, one after the other: see `sit_composer.sweep`."""
 
-import hashlib
 import json
 import os
 import sys
@@ -8,7 +7,6 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,31 +17,15 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from sit_composer.checkpoint.record import CONFIG, EXPORTED_FILE, Checkpoint, digest
+from sit_composer import gallery
 from sit_composer.choices import ADAPTIVE_METHODS
-from sit_composer.cli import is_remote
-from sit_composer.data.spec import INDEX_NAME
-from sit_composer.data.stream import read_text
 from sit_composer.errors import UserError
 from sit_composer.evaluation.features import Extractor, load_extractor
 from sit_composer.evaluation.judge import Choice, Collected, Comparison, cache_folder
 from sit_composer.evaluation.picture_sets import PictureSet, open_set
 from sit_composer.evaluation.results import print_notes
+from sit_composer.evaluation.sweep_inputs import check_same, distinct, identity_of, identity_of_reference, load
 from sit_composer.evaluation.sweep_table import draw_plot, make_table, name_of, values_of
-from sit_composer.gallery import (
-    IMAGE,
-    SETTINGS,
-    Networks,
-    as_image,
-    choose_labels,
-    complete,
-    generate_share,
-    guided,
-    load_networks,
-    my_rank,
-    settings_of,
-    write_png,
-)
 from sit_composer.generate import mean_work
 from sit_composer.outputs import write_bytes, write_json
 
@@ -56,7 +38,7 @@ BAR = "{desc} |{bar:20}| {percentage:3.0f}% [{elapsed}<{remaining}]"
 
 def run(args: Namespace) -> None:
     """Measures the cells that are missing, each rank of a launcher its share of the images, and prints the table."""
-    rank, ranks = my_rank()
+    rank, ranks = gallery.my_rank()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # for the extractor, too
     networks = first = load(args, args.cells[0])
@@ -94,85 +76,17 @@ def run(args: Namespace) -> None:
         print(sweep.out / PLOT)
 
 
-def load(args: Namespace, cell: Namespace, first: Networks | None = None) -> Networks:
-    """The networks of a cell's weights; with the guide, which cells without guidance don't use.
-
-    They come from the ``first`` ones' files: of newer checkpoints that training saves meanwhile none is taken, and
-    none is downloaded again.
-    """
-    if first is None:
-        return load_networks(Namespace(**{**vars(cell), "guide": args.guide}))
-    guide = place_of(first.weaker) if first.weaker else None
-    found = load_networks(Namespace(**{**vars(cell), "checkpoint": place_of(first.checkpoint), "guide": guide}))
-    weaker = with_source(found.weaker, args.guide) if found.weaker else None
-    return found._replace(checkpoint=with_source(found.checkpoint, args.checkpoint), weaker=weaker)
-
-
-def with_source(checkpoint: Checkpoint, given: str) -> Checkpoint:
-    """The checkpoint, whose file is a copy if the one that was ``given`` is remote."""
-    return replace(checkpoint, source=given) if is_remote(given) else checkpoint
-
-
-def distinct(args: Namespace, networks: Networks) -> list[Namespace]:
-    """The cells, complete and without equal ones; raises UserError for one that the network can't generate."""
-    record, found = networks.checkpoint.record, dict[tuple, Namespace]()
-    for cell in args.cells:
-        complete(cell, record)
-        record.name_of(cell.weights, args.checkpoint)
-        guided(cell, networks)
-        if (count := len(choose_labels(cell, record.classes))) < (ranks := my_rank()[1]):
-            option = "--num-images" if args.classes is None else "--classes"
-            raise UserError(f"{option}: got {count} images, expected at least one for each of the {ranks} ranks")
-        found.setdefault(tuple(values_of(cell).values()), cell)
-    return list(found.values())
-
-
 def cost(cell: Namespace) -> int:
     """The work of a cell, for the bar: the network's passes, up to a factor that its cells are likely to share."""
     return cell.num_steps * (1 if cell.sampling.cfg_scale == 1 else 2)
 
 
-def identity_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What all weights of a checkpoint share; an exported folder has a file for each."""
-    place = place_of(checkpoint)
-    where = checkpoint.source if is_remote(checkpoint.source) else place
-    return {"path": where, "step": checkpoint.step, "sha256": digest(place)}
-
-
-def place_of(checkpoint: Checkpoint) -> str:
-    """The file or folder that holds all its weights."""
-    file = Path(checkpoint.path)
-    exported = EXPORTED_FILE.fullmatch(file.name) and (file.parent / CONFIG).is_file()
-    return str(file.parent if exported else file)
-
-
-def check_same(settings: dict[str, Any], networks: Networks) -> None:
-    """Raises UserError unless the networks are of the checkpoints that the settings name."""
-    for name, checkpoint in (("checkpoint", networks.checkpoint), ("guide", networks.weaker)):
-        if checkpoint and identity_of(checkpoint) != (began := settings[name]):
-            what = f"got step {checkpoint.step}, but the sweep began with step {began['step']} of {began['path']}"
-            raise UserError(f"{checkpoint.source}: {what}; give one checkpoint instead of the folder")
-
-
-def identity_of_reference(path: str) -> dict[str, str]:
-    """What tells one reference from another: a file's content, shards' index, or the names and sizes in a folder."""
-    local = Path(path)
-    if is_remote(path) or (local / INDEX_NAME).exists():
-        text, _ = read_text(path.rstrip("/") if is_remote(path) else None, path, INDEX_NAME)
-    elif local.is_file():
-        return {"path": path, "sha256": digest(path)}
-    else:
-        files = (file for file in sorted(local.rglob("*")) if file.is_file())
-        text = "".join(f"{file.relative_to(local)} {file.stat().st_size}\n" for file in files)
-    return {"path": path, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-
-
 class Sweep:
     """The folder of results, and what its cells are compared with; for the first rank."""
 
-    def __init__(self, args: Namespace, networks: Networks, cells: list[Namespace]) -> None:
+    def __init__(self, args: Namespace, networks: gallery.Networks, cells: list[Namespace]) -> None:
         self.out, checkpoint = Path(args.out), networks.checkpoint
-        side, count = checkpoint.record.image_size, len(choose_labels(cells[0], checkpoint.record.classes))
+        side, count = checkpoint.record.image_size, len(gallery.choose_labels(cells[0], checkpoint.record.classes))
         images = PictureSet("each cell", count, lambda batch_size: iter(()))
         with cache_folder(args.cache) as cache, alone():
             self.comparison = Comparison(args, images, open_set(args.reference, args.image_size, cache))
@@ -235,12 +149,12 @@ def alone() -> Iterator[None]:
 
 
 def measure(
-    cell: Namespace, networks: Networks, extractor: Extractor, chosen: Choice, bar: tqdm
+    cell: Namespace, networks: gallery.Networks, extractor: Extractor, chosen: Choice, bar: tqdm
 ) -> tuple[PictureSet, dict[str, np.ndarray]]:
     """Generates this rank's share of a cell's images. The first rank gets all images' features, in order."""
-    rank, ranks = my_rank()
+    rank, ranks = gallery.my_rank()
     used = networks if cell.guide else networks._replace(weaker=None, guide=None)
-    settings = {**settings_of(cell, used), "decode_batch_size": cell.decode_batch_size}
+    settings = {**gallery.settings_of(cell, used), "decode_batch_size": cell.decode_batch_size}
     labels, name = settings["labels"], name_of(values_of(cell))
     folder = Path(cell.out, IMAGES, name.replace(" ", "-")) if cell.keep_images else None
     collected = Collected(name, extractor, chosen)
@@ -249,15 +163,15 @@ def measure(
         collected.add(levels.expand(-1, 3, -1, -1))
         for i, image in zip(indices, levels, strict=True) if folder else ():
             folder.mkdir(parents=True, exist_ok=True)
-            write_png(as_image(image), folder / IMAGE.format(i))
+            gallery.write_png(gallery.as_image(image), folder / gallery.IMAGE.format(i))
         bar.update(cost(cell) * len(indices) * ranks / len(labels))
 
     share = list(range(len(labels)))[rank::ranks]
-    work = generate_share(cell, networks.checkpoint, guided(cell, used), labels, share, keep)
+    work = gallery.generate_share(cell, networks.checkpoint, gallery.guided(cell, used), labels, share, keep)
     arrays, works = gather(collected.arrays()), gather(work)
     settings |= mean_work(sum(works, Counter()))
     if folder and rank == 0:
-        write_json(settings, folder / SETTINGS)
+        write_json(settings, folder / gallery.SETTINGS)
     samples = PictureSet(str(folder or name), len(labels), size=collected.size)
     samples.settings = {key: value for key, value in settings.items() if key != "labels"}
     return samples, {output: interleave([part[output] for part in arrays]) for output in arrays[0]}
@@ -265,11 +179,10 @@ def measure(
 
 def gather(part: Any) -> list[Any]:
     """The parts of all ranks, on the first rank; on another, its own."""
-    rank, ranks = my_rank()
-    if ranks == 1:
-        return [part]
-    parts = [None] * ranks if rank == 0 else None
-    dist.gather_object(part, parts)
+    rank, ranks = gallery.my_rank()
+    parts = [part] * ranks if rank == 0 else None
+    if ranks > 1:
+        dist.gather_object(part, parts)
     return parts or [part]
 
 

@@ -30,14 +30,7 @@ from sit_composer.checkpoint.record import Record
 from sit_composer.cli import say
 from sit_composer.config.composer_classes import build
 from sit_composer.config.ranks import microbatch
-from sit_composer.config.schema import (
-    Config,
-    ConfigError,
-    averages,
-    is_plain,
-    network_arguments,
-    transport_arguments,
-)
+from sit_composer.config.schema import Config, ConfigError, averages, is_plain, network_arguments, transport_arguments
 from sit_composer.costs import estimate, gpus
 from sit_composer.costs.room import check_room, too_large
 from sit_composer.errors import one_line

@@ -11,13 +11,7 @@ from sit_composer.checkpoint.folder import CHECKPOINT
 from sit_composer.checkpoint.record import on_meta
 from sit_composer.choices import dimension_shift
 from sit_composer.config.ranks import microbatch, save_folder
-from sit_composer.config.schema import (
-    Config,
-    averages,
-    is_plain,
-    network_arguments,
-    transport_arguments,
-)
+from sit_composer.config.schema import Config, averages, is_plain, network_arguments, transport_arguments
 from sit_composer.costs import estimate, flops, tables
 from sit_composer.costs.room import room
 from sit_composer.data.spec import DataSpec
