@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NoReturn
 
 from sit_composer import lean
 from sit_composer.bounds import Bounds
@@ -93,17 +93,22 @@ def run_command(work: Callable[[], int | None], stopped: str = "stopped", errors
 
     After Ctrl-C, ``stopped`` is printed.
     """
-    code = [1]  # of an error that shows its traceback
-    atexit.register(_end_rank, code)  # the first to be registered is the last to be called
     try:
-        code[0] = work() or 0
+        return work() or 0
     except KeyboardInterrupt:
         print(f"\n{stopped}", file=sys.stderr)
-        code[0] = INTERRUPTED
+        return INTERRUPTED
     except errors as error:
         print(f"error: {error}", file=sys.stderr)
-        code[0] = USAGE
-    return code[0]
+        return USAGE
+
+
+def leave(main: Callable[[], int]) -> NoReturn:
+    """Calls the main of a command whose processes may join a group, and ends this one with its exit code."""
+    code = [1]  # of an error that shows its traceback
+    atexit.register(_end_rank, code)  # before libraries register theirs, so that it is called after them
+    code[0] = main()
+    sys.exit(code[0])
 
 
 def _end_rank(code: list[int]) -> None:
@@ -111,9 +116,8 @@ def _end_rank(code: list[int]) -> None:
     Python's lock then would abort it (torch 2.7)."""
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        with contextlib.suppress(OSError):  # of a closed pipe
-            sys.stdout.flush()
-            sys.stderr.flush()
+        sys.stdout.flush()  # Python tells an error here, such as a full disk, and exits by itself: not with 0
+        sys.stderr.flush()
         os._exit(code[0])
 
 

@@ -8,11 +8,10 @@ composer -n N -m sit_composer.sample CHECKPOINT --out DIR
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from sit_composer import choices
+from sit_composer import choices, cli
 from sit_composer.bounds import choose
 from sit_composer.choices import Sampling
 from sit_composer.cli import Rule, check_checkpoint, hand_over, list_of, make_parser, number, refuse_idle, run_command
@@ -140,4 +139,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main)

@@ -12,13 +12,12 @@ more values, it adds cells. On several GPUs: composer -n N -m sit_composer.sweep
 
 import argparse
 import itertools
-import sys
 from argparse import Namespace
 from pathlib import Path
 
 from sit_composer import evaluate, sample
 from sit_composer.choices import ADAPTIVE_METHODS
-from sit_composer.cli import check_checkpoint, hand_over, idle_options, run_command
+from sit_composer.cli import check_checkpoint, hand_over, idle_options, leave, run_command
 from sit_composer.errors import UserError
 from sit_composer.sample import AXES
 
@@ -65,4 +64,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -14,7 +14,7 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
     del sys.path[0]
 from sit_composer import launch
 from sit_composer.choices import COUNT
-from sit_composer.cli import hand_over, make_parser, number, run_command
+from sit_composer.cli import hand_over, leave, make_parser, number, run_command
 from sit_composer.config.checks import check
 from sit_composer.config.data_fits import check_data, local_spec
 from sit_composer.config.load import load_config
@@ -78,4 +78,4 @@ def check_local(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -1,5 +1,6 @@
 """What all commands share."""
 
+import os
 import subprocess
 import sys
 
@@ -12,22 +13,25 @@ from tests.helpers.paths import ROOT
 
 NAMES = ("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 RANK = """
-import atexit, sys, time
-import torch
-from torch import distributed
-from sit_composer.cli import run_command
+import sys
+from sit_composer.cli import leave, run_command
 from sit_composer.errors import UserError
 
 def work():
-    distributed.init_process_group("gloo", f"file://{sys.argv[2]}", rank=int(sys.argv[1]), world_size=2)
+    import atexit, time, torch
+    from torch import distributed
+    rank = int(sys.argv[1])
+    distributed.init_process_group("gloo", f"file://{sys.argv[2]}", rank=rank, world_size=4)
     atexit.register(print, "told at the end")
     summed = distributed.all_reduce(torch.ones(1), async_op=True).get_future()
-    summed.then(lambda _: time.sleep(0.5))  # in Gloo's thread, which then wants Python's lock
+    summed.then(lambda _: time.sleep(1))  # in Gloo's thread, which then wants Python's lock
     summed.wait()
-    if sys.argv[1] == "1":
+    if rank == 1:
         raise UserError("wrong")
+    if rank == 2:
+        raise RuntimeError("worse")
 
-sys.exit(run_command(work))
+leave(lambda: run_command(work))
 """
 
 
@@ -77,8 +81,17 @@ def test_a_path_from_home_needs_no_shell(monkeypatch):
 
 
 def test_a_rank_ends_with_its_code_although_a_thread_of_gloo_needs_python_then(tmp_path):
-    command = [sys.executable, "-c", RANK]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
-    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "group")], **pipes) for rank in range(2)]
-    ended = [(*rank.communicate(timeout=60), rank.returncode) for rank in ranks]
-    assert ended == [("told at the end\n", "", 0), ("told at the end\n", "error: wrong\n", USAGE)]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    options = {"stderr": subprocess.PIPE, "text": True, "cwd": ROOT, "env": env}
+    with open("/dev/full", "w") as full:
+        outs = [subprocess.PIPE, subprocess.PIPE, subprocess.PIPE, full]
+        commands = [[sys.executable, "-c", RANK, str(rank), str(tmp_path / "group")] for rank in range(4)]
+        ranks = [subprocess.Popen(c, stdout=out, **options) for c, out in zip(commands, outs, strict=True)]
+        ended = [(*rank.communicate(timeout=60), rank.returncode) for rank in ranks]
+    outputs, errors, codes = zip(*ended, strict=True)
+    assert outputs == ("told at the end\n",) * 3 + (None,)
+    assert codes[:3] == (0, USAGE, 1)
+    assert codes[3] != 0  # its output is lost
+    assert errors[:2] == ("", "error: wrong\n")
+    assert errors[2].endswith("RuntimeError: worse\n")
+    assert "No space left on device" in errors[3]

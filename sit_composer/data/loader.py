@@ -249,7 +249,7 @@ class SitLoader(StreamingDataLoader):
 
 
 def _batches(iterator: Any) -> Iterator[Batch]:
-    """What one of torch's iterators of a loader gives. Its ``next`` makes a profiler's record, which takes 0.1 ms."""
+    """What an iterator of torch's loaders gives. Its ``next`` makes a profiler's record, which takes up to 0.1 ms."""
     with suppress(StopIteration):
         while True:
             yield iterator._next_data()

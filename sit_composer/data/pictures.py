@@ -102,10 +102,8 @@ def decode_into(out: np.ndarray, data: bytes, flip: bool = False) -> None:
 
 @lru_cache(16)  # threads that decode at a time, at most
 def _warm(thread: int, *shape: int) -> tuple[np.ndarray, np.ndarray]:
-    """A thread's memory for an image (size, size, channels), and its rows from their last byte to their first.
-
-    It stays in the processor's caches, which libjpeg-turbo writes past to addresses that are multiples of 32.
-    """
+    """A thread's memory for an image (size, size, channels), and its rows from their last byte to their first. It stays
+    in the processor's caches; to addresses that are multiples of 32, libjpeg-turbo writes past them."""
     memory = np.empty(math.prod(shape) + 32, np.uint8)
     image = memory[(16 - memory.ctypes.data) % 32 :][: math.prod(shape)].reshape(shape)
     rows = image.reshape(shape[0], -1)
