@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -108,6 +109,8 @@ def leave(main: Callable[[], int]) -> NoReturn:
     code = [1]  # of an error that shows its traceback
     atexit.register(_end_rank, code)  # before libraries register theirs, so that it is called after them
     code[0] = main()
+    if code[0] == INTERRUPTED and os.environ.get("WORLD_SIZE", "1") != "1":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's launcher sends a second one, which would be shown
     sys.exit(code[0])
 
 

@@ -28,6 +28,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--port", type=number(PORT), metavar="N", help="(the first free one from 7860 on)")
     option("--device", default="auto", help="cpu, cuda, or cuda:1 and so on; auto is cuda if there is a GPU (auto)")
     args = parser.parse_args(argv)
+    if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise UserError(f"WORLD_SIZE: got {ranks}, expected one process; run python -m sit_composer.demo")
     for path in args.checkpoints:
         if args.checkpoints.count(path) > 1:
             raise UserError(f"CHECKPOINT: {path} is given twice")

@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from sit_composer.autoencoder import SLICE_SIZE, AutoencoderSpec, to_uint8
+from sit_composer.bars import progress
 from sit_composer.bounds import closest
 from sit_composer.captions import draw_samples
 from sit_composer.checkpoint.load import load_checkpoint
@@ -58,11 +58,12 @@ def run(args: argparse.Namespace) -> None:
     guidance, settings = guided(args, networks), settings_of(args, networks)
     labels, out = settings["labels"], Path(args.out)
     missing = claim_for_all(out, settings, len(labels))
-    if rank == 0 and checkpoint.which != args.weights:
-        print(f"note: --weights {args.weights} is {checkpoint.which}", file=sys.stderr)
-    if args.idle_steps and rank == 0:
-        method = args.sampling.sampling_method
-        print(f"note: {method} chooses its own steps; --num-steps has no effect", file=sys.stderr)
+    if rank == 0:
+        if args.idle_steps:
+            print(f"note: {args.sampling_method} chooses its own steps; --num-steps has no effect", file=sys.stderr)
+        there = f"; {count} of {len(labels)} images are there" if (count := len(labels) - len(missing)) else ""
+        weights = f"{Path(checkpoint.path).name}, step {checkpoint.step:,}, {checkpoint.which}"
+        print(f"weights: {weights}{there}", file=sys.stderr)
     if missing:
         settings["decode_batch_size"] = args.decode_batch_size
         generate_missing(args, checkpoint, guidance, settings, missing)
@@ -165,7 +166,7 @@ def choose_labels(args: argparse.Namespace, classes: list[str]) -> list[int]:
     for name in split_names(args.classes, set(classes)):
         label = classes.index(name) if name in classes else int(name) if name.isdecimal() else -1
         if not 0 <= label < len(classes):
-            close = closest(name, classes)
+            close = None if name.isdecimal() else closest(name, classes)
             meant = f"; did you mean {close}, label {classes.index(close)}?" if close else ""
             expected = f"expected labels 0 to {len(classes) - 1}, or the classes' names{meant}"
             raise UserError(f"--classes: got {name!r}, {expected}")
@@ -209,9 +210,12 @@ def claim(out: Path, settings: dict[str, Any], count: int) -> list[int]:
             before = dict(json.loads((out / SETTINGS).read_text()))
         except (OSError, ValueError, TypeError):
             raise UserError(f"--out: {out} holds files that are not samples; choose another folder") from None
-        for name, value in settings.items():
-            if before.get(name, NEWER.get(name)) != json.loads(json.dumps(value)):
-                raise UserError(f"--out: {out} holds samples with another {name}; delete it or choose another")
+        for name, value in json.loads(json.dumps(settings)).items():
+            if (there := before.get(name, NEWER.get(name))) != value:
+                what = f"{shortened(there)}, not {shortened(value)}"
+                if name == "labels" and len(there) != len(value):
+                    what = f"{len(there)} images, not {len(value)}"
+                raise UserError(f"--out: {out} holds samples with another {name} ({what}); delete it or choose another")
         return [i for i in range(count) if not (out / IMAGE.format(i)).exists()]
     out.mkdir(parents=True, exist_ok=True)
     write_json(settings, out / SETTINGS)
@@ -234,7 +238,7 @@ def generate_missing(
         if rank == 0:  # the work so far, in case the command is stopped
             write_json({**settings, **mean_work(before + done)}, out / SETTINGS)
 
-    with tqdm(total=len(share), unit="img", desc="sampling", disable=True if rank > 0 else None) as bar:
+    with progress(len(share), rank == 0, unit="img", desc="sampling") as bar:
         done = generate_share(args, checkpoint, guidance, labels, share, keep)
     works = [done] * ranks
     if ranks > 1:

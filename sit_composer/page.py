@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shlex
+import sys
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -19,7 +20,7 @@ import yaml
 from PIL import Image
 
 from sit_composer.checkpoint import metrics
-from sit_composer.checkpoint.folder import checkpoints
+from sit_composer.checkpoint.folder import checkpoints, meant
 from sit_composer.checkpoint.metrics import Row
 from sit_composer.config.checks import redact
 from sit_composer.config.same_run import CONFIG
@@ -51,11 +52,12 @@ def gather(folder: RunFolder) -> dict[str, Any]:
     sizes = folder.listing()
     found = checkpoints(folder, sizes)
     if not (found or CONFIG in sizes or metrics.NAME in sizes):
-        below = isinstance(folder, LocalFolder) and (folder.path / "checkpoints").is_dir()
-        hint = f"; did you mean {folder.uri}/checkpoints?" if below else ""
-        raise UserError(f"{folder.uri}: no run, expected the folder that trainer.save_folder names{hint}")
+        raise UserError(f"{folder.uri}: no run, expected the folder that trainer.save_folder names{meant(folder)}")
     config = read_config(folder)
     attempts, rows = metrics.read(folder.read(metrics.NAME) or b"")
+    for name, known in ((CONFIG, config), (metrics.NAME, attempts)):
+        if name in sizes and not known:
+            print(f"warning: {folder.uri}/{name}: can't be read; the page is without it", file=sys.stderr)
     return {
         "name": str(config.get("run_name") or folder.uri.rstrip("/").rpartition("/")[2]),
         "uri": folder.uri,

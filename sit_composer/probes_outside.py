@@ -61,11 +61,14 @@ def disk(path: str, checkpoint: int = 0, grace: float = 0) -> Finding:
     free = shutil.disk_usage(above).free
     content = os.urandom(max(1, min(WRITTEN, free // 4)))
     started = time.perf_counter()
-    with tempfile.TemporaryFile(dir=above, buffering=0) as file:
-        file.write(content)
-        os.fsync(file.fileno())
+    try:
+        with tempfile.TemporaryFile(dir=above, buffering=0) as file:
+            file.write(content)
+            os.fsync(file.fileno())
+    except OSError as error:
+        return "failed", f"{above}: {error.strerror}", SPACE
     speed = len(content) / (time.perf_counter() - started)
-    text = f"{free / GIB:.3g} GiB free in {above}, {speed / 1e6:.3g} MB/s written and synced"
+    text = f"{free / GIB:.3g} GiB free in {above}, {speed / 1e6:,.0f} MB/s written and synced"
     text += f"; a checkpoint has {checkpoint / 1e9:.3g} GB" if checkpoint else ""
     if free < (2 * checkpoint or GIB):  # the new one is written before an old one is deleted
         return "failed" if free < checkpoint else "warning", text, "free some space, or choose another folder"

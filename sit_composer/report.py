@@ -26,7 +26,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"argument RUN: got {len(args.runs)} runs, expected one or two")
     for run in args.runs:
         if not is_remote(run) and not os.path.isdir(run):
-            raise UserError(f"{run}: no such folder")
+            what = "a file, expected the folder of its run" if os.path.isfile(run) else "no such folder"
+            raise UserError(f"{run or 'RUN'}: {what}")
     check_output("--out", args.out, ".html", 'content="sit_composer.report"')
     return args
 

@@ -8,7 +8,7 @@ import pytest
 
 from sit_composer import train
 from sit_composer.cli import make_parser, s3_endpoint
-from sit_composer.errors import USAGE, UserError
+from sit_composer.errors import INTERRUPTED, USAGE, UserError
 from tests.helpers.paths import ROOT
 
 NAMES = ("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
@@ -95,3 +95,10 @@ def test_a_rank_ends_with_its_code_although_a_thread_of_gloo_needs_python_then(t
     assert errors[:2] == ("", "error: wrong\n")
     assert errors[2].endswith("RuntimeError: worse\n")
     assert "No space left on device" in errors[3]
+
+
+def test_a_second_interrupt_shows_nothing_while_a_rank_ends():
+    code = "import atexit, os, signal; from sit_composer.cli import INTERRUPTED, leave; "
+    code += "atexit.register(os.kill, os.getpid(), signal.SIGINT); leave(lambda: INTERRUPTED)"
+    ended = subprocess.run([sys.executable, "-c", code], env={**os.environ, "WORLD_SIZE": "2"}, capture_output=True)
+    assert (ended.stdout, ended.stderr, ended.returncode) == (b"", b"", INTERRUPTED)

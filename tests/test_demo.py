@@ -96,6 +96,9 @@ def test_few_evaluations_fill_a_film_and_one_can_be_stopped():
 def test_what_is_wrong_with_the_command_is_told_before_anything_is_loaded(capsys, monkeypatch):
     assert demo.main([CHECKPOINTS[0], "nothing.pt"]) == 2
     assert demo.main([CHECKPOINTS[0]] * 2) == 2
+    with monkeypatch.context() as ranks:
+        ranks.setenv("WORLD_SIZE", "2")
+        assert demo.main(CHECKPOINTS) == 2
     assert demo.main([CHECKPOINTS[0], "--host", "192.0.2.1"]) == 2
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -106,6 +109,7 @@ def test_what_is_wrong_with_the_command_is_told_before_anything_is_loaded(capsys
     assert capsys.readouterr().err.splitlines() == [
         "error: nothing.pt: no checkpoint here",
         f"error: CHECKPOINT: {CHECKPOINTS[0]} is given twice",
+        "error: WORLD_SIZE: got 2, expected one process; run python -m sit_composer.demo",
         "error: --host: got '192.0.2.1', expected an address of this machine (Cannot assign requested address)",
         f"error: --port: {port} can't be used (Address already in use); choose another",
         f"error: sit_composer.demo: the package gradio is not installed; {install}",

@@ -119,6 +119,18 @@ def test_the_command_writes_its_page_and_refuses_what_it_can_not_do(tmp_path, ca
     assert out.read_text() == "<p>mine</p>"
     assert report.main([str(tmp_path / "missing")]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path}/missing: no such folder\n"
+    assert report.main([str(out)]) == 2
+    assert capsys.readouterr().err == f"error: {out}: a file, expected the folder of its run\n"
+
+
+def test_what_can_not_be_read_of_a_run_is_told(tmp_path, capsys):
+    files = [tmp_path / "run" / name for name in ("config.yaml", "metrics.jsonl")]
+    files[0].parent.mkdir()
+    for file in files:
+        file.write_text("x: [")
+    assert report.main([str(tmp_path / "run"), "--out", str(tmp_path / "page.html")]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert told == [f"warning: {file}: can't be read; the page is without it" for file in files]
 
 
 @pytest.fixture(scope="module")

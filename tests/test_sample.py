@@ -505,7 +505,9 @@ def test_samples_with_other_settings_are_left_alone(draw, tmp_path, capsys):
     assert draw("--num-images", "2", "--seed", "1") == 0
     before = pictures(tmp_path / "out")
     assert draw("--num-images", "2", "--seed", "2") == 2
-    assert "holds samples with another seed" in capsys.readouterr().err
+    assert "holds samples with another seed (1, not 2); delete it" in capsys.readouterr().err
+    assert draw("--num-images", "3", "--seed", "1") == 2
+    assert "holds samples with another labels (2 images, not 3); delete it" in capsys.readouterr().err
     assert pictures(tmp_path / "out") == before
 
 

@@ -56,6 +56,12 @@ def newest(folder: RunFolder) -> str | None:
     return next((name for name in reversed(checkpoints(folder, sizes)) if is_complete(folder, name, sizes)), None)
 
 
+def meant(folder: RunFolder) -> str:
+    """A hint for a folder without checkpoints whose folder of that name is likely to have them."""
+    below = isinstance(folder, LocalFolder) and (folder.path / "checkpoints").is_dir()
+    return f"; did you mean {folder.uri}/checkpoints?" if below else ""
+
+
 def prune(folder: RunFolder, keep: int) -> None:
     """Deletes all but the newest ``keep`` complete checkpoints (at least one), and incomplete ones older than those."""
     sizes, kept = folder.listing(), 0

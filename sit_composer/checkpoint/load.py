@@ -9,15 +9,17 @@ of several averages as "ema:0.999" or "ema:power0.05".
 import atexit
 import json
 import operator
+import os
 import re
 import shutil
+import sys
 import tempfile
 from dataclasses import replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
-from sit_composer.checkpoint.folder import CHECKPOINT, fetch_checkpoint, newest
+from sit_composer.checkpoint.folder import CHECKPOINT, checkpoints, fetch_checkpoint, meant, newest
 from sit_composer.checkpoint.record import (
     CONFIG,
     EXPORTED,
@@ -93,9 +95,12 @@ def find_checkpoint(path: str) -> Path:
 
 
 def _newest(folder: RunFolder) -> str:
-    if name := newest(folder):
-        return name
-    raise CheckpointError(f"{folder.uri}: no complete checkpoint here")
+    name, found = newest(folder), list(checkpoints(folder))
+    if name is None:
+        raise CheckpointError(f"{folder.uri}: no complete checkpoint here{meant(folder)}")
+    if (later := found[found.index(name) + 1 :]) and os.environ.get("RANK", "0") == "0":
+        print(f"note: {', '.join(later)}: not complete, or damaged; {name} is taken", file=sys.stderr)
+    return name
 
 
 def _download(uri: str) -> Path:

@@ -63,6 +63,10 @@ def check(config: Config, ranks: int | None = None) -> None:
         limit = getattr(getattr(config, section), "cache_limit", None)
         if limit is not None and not SIZE.fullmatch(limit):
             raise ConfigError(f"{section}.cache_limit: got {limit!r}, expected a number of bytes, such as 100gb")
+        for key in ("local", "remote"):
+            place, saved = getattr(getattr(config, section), key, None), config.trainer.get("save_folder")
+            if place and saved and os.path.realpath(place) == os.path.realpath(saved):  # of a URI, too
+                raise ConfigError(f"trainer.save_folder: got {saved}, which is {section}.{key}; choose another folder")
         n = getattr(getattr(config, section), "global_batch_size", 0)
         if n % ranks:
             raise ConfigError(f"{section}.global_batch_size: got {n}, expected a multiple of {ranks} ({ranks} ranks)")

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from sit_composer.autoencoder import AutoencoderSpec, DiffusersAutoencoder, from_uint8
+from sit_composer.bars import progress
 from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.record import Record
 from sit_composer.choices import EXACT_DIMS
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     size = record.image_size if spec.kind == "pixels" else None
     images = build_loader(None, args.data, spec=spec, batch_size=args.batch_size, image_size=size, shuffle=False)
     network, log_p, evaluations = checkpoint.build_network(device), [], 0  # of the field, summed over the images
-    with tqdm(total=len(indices), unit="img", desc="log p", disable=None) as bar:
+    with progress(len(indices), unit="img", desc="log p") as bar:
         for start in range(0, len(indices), args.batch_size):
             batch = indices[start : start + args.batch_size]
             samples = [images.dataset[i] for i in batch]  # by index: a loader pads an epoch, and has its own order

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
+from sit_composer.bars import progress
 from sit_composer.choices import METRICS
 from sit_composer.errors import UserError
 from sit_composer.evaluation.features import OUTPUTS, Extractor, load_extractor
@@ -72,13 +72,17 @@ class Comparison:
         return fake
 
     def check_fit(self, fake: dict[str, np.ndarray]) -> None:
-        """Raises UserError if the reference's statistics are of features of another number."""
+        """Raises UserError if the reference's statistics, or its features, have another number of features."""
         stored, name = self.reference.statistics, self.extractor.name
         for output, (mu, _) in STATISTICS.items():
             if output in fake and mu in stored and stored[mu].shape != fake[output].shape[1:]:
                 got, expected = f"{stored[mu].size} {output} numbers", f"the {fake[output].shape[1]} of {name}"
                 advice = "use the extractor of these statistics"
                 raise UserError(f"{self.reference.path}: {mu}: got {got}, expected {expected}; {advice}")
+        for output in self.real.keys() & fake.keys():
+            if (got := self.real[output].shape[1]) != (expected := fake[output].shape[1]):
+                what = f"{name} gives {got} {output} an image, expected {expected}, as of the samples"
+                raise UserError(f"{self.reference.path}: {what}; --image-size crops the reference to their size")
 
     def read_reference(self, statistics: bool = False) -> None:
         """Reads the reference's images, if the metrics, or ``statistics`` to save, need them."""
@@ -91,6 +95,7 @@ class Comparison:
 
     def result(self, samples: PictureSet, fake: dict[str, np.ndarray]) -> dict[str, Any]:
         """The metrics of images with these features, and everything that they depend on; the reference is read."""
+        self.check_fit(fake)
         chosen, extractor, reference, stored = self.chosen, self.extractor, self.reference, self.reference.statistics
         notes, dimension = list(self.notes), fake["features"].shape[1]
         if self.real and reference.size != samples.size:
@@ -203,7 +208,7 @@ def extract(
     """Those outputs that the chosen metrics need: float32 arrays (N, D). Notes the images' size."""
     collected = Collected(images.path, extractor, chosen, outputs)
     title = f"features of {Path(images.path).name}"
-    with tqdm(total=images.count, unit="img", desc=title, disable=None) as bar:
+    with progress(images.count, unit="img", desc=title) as bar:
         for batch in images.batches(batch_size):
             collected.add(batch)
             bar.update(len(batch))

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sit_composer import gallery
+from sit_composer.bars import progress
 from sit_composer.choices import ADAPTIVE_METHODS
 from sit_composer.errors import UserError
 from sit_composer.evaluation.features import Extractor, load_extractor
@@ -56,10 +57,12 @@ def run(args: Namespace) -> None:
     if ranks > 1:
         dist.broadcast_object_list(plan)
     missing, chosen, settings = plan[0]
-    if not sweep:
+    if sweep:
+        print(f"{len(missing)} of {len(cells)} cells are missing", file=sys.stderr)
+    else:
         check_same(settings, networks)
     extractor = sweep.comparison.extractor if sweep else load_extractor(args.features)
-    with tqdm(total=sum(map(cost, missing)), bar_format=BAR, disable=True if rank > 0 else None) as bar:
+    with progress(sum(map(cost, missing)), rank == 0, bar_format=BAR) as bar:
         for number, cell in enumerate(missing, 1):
             bar.set_description_str(f"{number} of {len(missing)}: {name_of(values_of(cell))}")
             if cell.weights != weights:
@@ -103,6 +106,7 @@ class Sweep:
                 probe.add(torch.zeros(2, 3, side, side, dtype=torch.uint8))  # fails now, not after a cell
                 self.comparison.check_fit(probe.arrays())
                 self.comparison.read_reference()
+                self.comparison.check_fit(probe.arrays())  # now with the reference's images
 
     def add(self, cell: Namespace, samples: PictureSet, fake: dict[str, np.ndarray]) -> str:
         """Computes a cell's metrics, and writes the results; returns the cell in a line."""

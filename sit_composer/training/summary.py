@@ -29,6 +29,8 @@ def summary(config: Config, specs: dict[str, DataSpec], checkpoint: str | None) 
     match = CHECKPOINT.fullmatch(checkpoint or "")
     done = int(match[2]) if match else 0
     start = f"resumes at batch {done:,} of {total or '?':,} from {checkpoint}" if checkpoint else "starts anew"
+    if total is not None and done >= total > 0:
+        start = f"is trained to batch {done:,} already, and {config.trainer['max_duration']} are {total:,}"
     lines = {"run": f"{config.run_name}, which {start}", "network": tables.describe(config)}
     if config.init_from is not None:
         read = ", which are not read again" if checkpoint else ""
@@ -69,7 +71,8 @@ def summary(config: Config, specs: dict[str, DataSpec], checkpoint: str | None) 
     step_flops += flops.optimizer_flops(on_meta(**network_arguments(config.model)), config.optimizer)
     step = step_flops / ranks / (EFFICIENCY * device_flops(config))  # seconds
     if total is not None:
-        lines["time"] = f"about {duration((total - done) * step)} to train, if half of the device's speed is reached"
+        left = duration(max(0, total - done) * step)
+        lines["time"] = f"about {left} to train, if half of the device's speed is reached"
     lines["checkpoints"] = checkpoints_text(config, total, samples, step)
     return lines
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from sit_composer.checkpoint.load import CheckpointError, fetch, load_checkpoint
 from sit_composer.checkpoint.record import FORMAT, NoSuchWeights, Record
 from sit_composer.errors import StorageError
 from sit_composer.sit import SiT, build_sit
+from tests.helpers.paths import REFERENCE
 
 TINY = {"input_size": 8, "hidden_size": 64, "depth": 2, "num_heads": 4, "num_classes": 10}
 TRANSPORT = {"path_type": "VP", "prediction": "noise"}
@@ -403,7 +405,10 @@ def test_what_is_elsewhere_or_incomplete_is_refused(tmp_path):
     (tmp_path / "ep0-ba2").mkdir()
     (tmp_path / "ep0-ba2" / ".metadata").write_bytes(b"")
     (tmp_path / "latest-rank0.pt").symlink_to("ep0-ba2")
-    with pytest.raises(CheckpointError, match="no complete checkpoint here"):
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint here$"):
+        load_checkpoint(str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(CheckpointError, match=rf"here; did you mean {tmp_path}/checkpoints\?$"):
         load_checkpoint(str(tmp_path))
     with pytest.raises(CheckpointError, match=r"ep0-ba2/.metadata: not a sharded checkpoint's metadata"):
         load_checkpoint(str(tmp_path / "ep0-ba2"))
@@ -425,3 +430,12 @@ def test_a_network_comes_from_the_hub_by_its_name(exported, tiny, tmp_path, monk
         fetch("someone/else")
     with pytest.raises(CheckpointError, match=r"/no/such/folder: no checkpoint here"):
         SiT.from_pretrained("/no/such/folder")
+
+
+def test_of_a_run_whose_newest_checkpoint_is_damaged_the_one_before_is_taken_with_a_word(tmp_path, capsys):
+    for name in ("ep0-ba4-rank0.pt", "ep1-ba8-rank0.pt"):
+        shutil.copy(REFERENCE / "earlier" / "run" / name, tmp_path)
+    (tmp_path / "ep1-ba9-rank0.pt").write_bytes(b"half")
+    assert load_checkpoint(str(tmp_path)).step == 8
+    told = "note: ep1-ba9-rank0.pt: not complete, or damaged; ep1-ba8-rank0.pt is taken\n"
+    assert capsys.readouterr().err == told

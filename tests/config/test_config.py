@@ -300,6 +300,7 @@ def test_jits_yaml_is_its_repositorys_recipe_but_for_the_patch_embedding():
         ("trainer.progress_bar=7", "trainer.progress_bar: got 7, expected bool"),
         ("trainer.precision=fp32", "trainer.precision: set it as precision, at the top level"),
         ("trainer.save_folder=null", "trainer.save_folder: no value; autoresume needs one"),
+        ("trainer.save_folder=runs/quickstart/shards/", "save_folder: got runs/quickstart/shards/, which is data."),
         ("trainer.save_weights_only=true", "trainer.save_weights_only: got True, expected false: the EMA"),
         ("trainer.save_interval=0ba", "trainer.save_interval: got '0ba', expected a time above 0"),
         ("trainer.device_train_microbatch_size=1.5", "trainer.device_train_microbatch_size: got 1.5"),

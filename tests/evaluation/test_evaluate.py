@@ -365,6 +365,7 @@ def bad(digits, tmp_path_factory):
     (folder / "empty").mkdir()
     write_pictures(ten[:3], folder / "sizes")
     write_pictures(np.zeros((1, 9, 8, 3), np.uint8), folder / "sizes", start=3)
+    write_pictures(ten.repeat(2, axis=1).repeat(2, axis=2), folder / "wide")
     write_pictures(ten[:3], folder / "broken")
     (folder / "broken" / "000001.png").write_bytes(b"<html>")
     (folder / "latents").mkdir()
@@ -401,6 +402,7 @@ def bad(digits, tmp_path_factory):
         ("empty", "real", [], "empty: no images here"),
         ("sizes", "real", [], "000003.png: got 9 × 8, expected 8 × 8"),
         ("broken", "real", [], "000001.png: not an image that can be read"),
+        ("real", "wide", [], "wide: Full.pt gives 49 spatial an image, expected 9, as of the samples; --image-size "),
         ("latents", "real", [], "spec.json"),
         ("real", "real", ["--features", "nothing.pt"], "--features: nothing.pt is no file"),
         ("real", "real", ["--features", "weights.pt"], "weights.pt is not a TorchScript module"),
