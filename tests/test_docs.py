@@ -222,7 +222,7 @@ def test_yaml_blocks_are_parts_of_a_config():
         for _, content in blocks(page, "yaml"):
             config = OmegaConf.merge(OmegaConf.load(ROOT / "yamls" / "sit_xl_2.yaml"), OmegaConf.create(content))
             config.pop("frechet", None)  # its files are not here
-            overrides = OmegaConf.create({"data": {"remote": None, "local": "-"}, "trainer": {"save_folder": "run"}})
+            overrides = OmegaConf.create({"data": {"remote": None, "local": "-"}, "trainer": {"save_folder": "-"}})
             path = io.StringIO(OmegaConf.to_yaml(OmegaConf.merge(config, overrides)))
             config = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
             config.scheduler = OmegaConf.create(content).get("scheduler", {})

@@ -26,6 +26,7 @@ from sit_composer.config.schema import (
     network_arguments,
 )
 from sit_composer.config.times import ANY, check_time, parse_time
+from sit_composer.data.spec import INDEX_NAME
 from sit_composer.errors import UserError
 
 # Trainer arguments that have a key of their own, or that a YAML can't hold.
@@ -65,7 +66,8 @@ def check(config: Config, ranks: int | None = None) -> None:
             raise ConfigError(f"{section}.cache_limit: got {limit!r}, expected a number of bytes, such as 100gb")
         for key in ("local", "remote"):
             place, saved = getattr(getattr(config, section), key, None), config.trainer.get("save_folder")
-            if place and saved and os.path.realpath(place) == os.path.realpath(saved):  # of a URI, too
+            shards = place and (is_remote(place) or os.path.isfile(os.path.join(place, INDEX_NAME)))
+            if shards and saved and os.path.realpath(place) == os.path.realpath(saved):  # of a URI, too
                 raise ConfigError(f"trainer.save_folder: got {saved}, which is {section}.{key}; choose another folder")
         n = getattr(getattr(config, section), "global_batch_size", 0)
         if n % ranks:

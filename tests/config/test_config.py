@@ -300,7 +300,6 @@ def test_jits_yaml_is_its_repositorys_recipe_but_for_the_patch_embedding():
         ("trainer.progress_bar=7", "trainer.progress_bar: got 7, expected bool"),
         ("trainer.precision=fp32", "trainer.precision: set it as precision, at the top level"),
         ("trainer.save_folder=null", "trainer.save_folder: no value; autoresume needs one"),
-        ("trainer.save_folder=runs/quickstart/shards/", "save_folder: got runs/quickstart/shards/, which is data."),
         ("trainer.save_weights_only=true", "trainer.save_weights_only: got True, expected false: the EMA"),
         ("trainer.save_interval=0ba", "trainer.save_interval: got '0ba', expected a time above 0"),
         ("trainer.device_train_microbatch_size=1.5", "trainer.device_train_microbatch_size: got 1.5"),
@@ -338,6 +337,15 @@ def test_a_mistake_is_told_by_key_value_and_what_is_taken(override, message):
         configure(override)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_run_among_its_shards_is_refused(tmp_path):
+    configure(f"data.local={tmp_path}", f"trainer.save_folder={tmp_path}")  # where none are yet
+    (tmp_path / "index.json").touch()
+    with pytest.raises(ConfigError, match=rf"^trainer.save_folder: got {tmp_path}/, which is data.local; choose "):
+        configure(f"data.local={tmp_path}", f"trainer.save_folder={tmp_path}/")
+    with pytest.raises(ConfigError, match=r"^trainer.save_folder: got s3://b/d/, which is data.remote; choose "):
+        configure("data.remote=s3://b/d", "trainer.save_folder=s3://b/d/")
 
 
 # What Composer 0.32 does with each, tried out: refuses it once the run has started, never ends, or never does it.
