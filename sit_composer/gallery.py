@@ -213,7 +213,7 @@ def claim(out: Path, settings: dict[str, Any], count: int) -> list[int]:
         for name, value in json.loads(json.dumps(settings)).items():
             if (there := before.get(name, NEWER.get(name))) != value:
                 what = f"{shortened(there)}, not {shortened(value)}"
-                if name == "labels" and len(there) != len(value):
+                if name == "labels" and there and len(there) != len(value):
                     what = f"{len(there)} images, not {len(value)}"
                 raise UserError(f"--out: {out} holds samples with another {name} ({what}); delete it or choose another")
         return [i for i in range(count) if not (out / IMAGE.format(i)).exists()]

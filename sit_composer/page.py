@@ -56,7 +56,7 @@ def gather(folder: RunFolder) -> dict[str, Any]:
     config = read_config(folder)
     attempts, rows = metrics.read(folder.read(metrics.NAME) or b"")
     for name, known in ((CONFIG, config), (metrics.NAME, attempts)):
-        if name in sizes and not known:
+        if sizes.get(name) and not known:
             print(f"warning: {folder.uri}/{name}: can't be read; the page is without it", file=sys.stderr)
     return {
         "name": str(config.get("run_name") or folder.uri.rstrip("/").rpartition("/")[2]),

@@ -98,7 +98,8 @@ def _newest(folder: RunFolder) -> str:
     name, found = newest(folder), list(checkpoints(folder))
     if name is None:
         raise CheckpointError(f"{folder.uri}: no complete checkpoint here{meant(folder)}")
-    if (later := found[found.index(name) + 1 :]) and os.environ.get("RANK", "0") == "0":
+    later = found[found.index(name) + 1 :] if name in found else []  # else it was deleted just now
+    if later and os.environ.get("RANK", "0") == "0":
         print(f"note: {', '.join(later)}: not complete, or damaged; {name} is taken", file=sys.stderr)
     return name
 
