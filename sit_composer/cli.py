@@ -115,8 +115,7 @@ def leave(main: Callable[[], int]) -> NoReturn:
 
 
 def _end_rank(code: list[int]) -> None:
-    """Ends a process that has a group with others before Python takes itself down: a thread of Gloo that waits for
-    Python's lock then would abort it (torch 2.7)."""
+    """Ends one of several ranks before Python does: a thread of Gloo that waits for Python's lock would abort it."""
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         sys.stdout.flush()  # Python tells an error here, such as a full disk, and exits by itself: not with 0
