@@ -34,7 +34,6 @@ from sit_composer.data.needs import open_files, shared_memory
 from sit_composer.errors import UserError, one_line
 
 Finding = tuple[str, ...]  # "ok", "warning", "failed" or "not checked"; what was found; and perhaps what to do
-Make = Callable[..., str]  # makes a check: name, function, advice and seconds; gives "ok", "warning" and so on
 INSTALL = "run make install, or pip install -e ., in the repository's folder"
 SHARED = "/dev/shm"
 WORKERS = 8  # without a config: the default of data.num_workers

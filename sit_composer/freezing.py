@@ -19,14 +19,10 @@ def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
     for pattern in patterns:
         found = [name for name in named if fnmatchcase(name, pattern)]
         if not found:
-            parts = [
-                ".".join(name.split(".")[:depth]) + ".*" for name in named for depth in range(1, name.count(".") + 1)
-            ]
+            parts = [".".join(name.split(".")[:n]) + ".*" for name in named for n in range(1, name.count(".") + 1)]
             near = difflib.get_close_matches(pattern, dict.fromkeys([*named, *parts]), n=3, cutoff=0.5)
-            expected = ", ".join(near or dict.fromkeys(part for part in parts if part.count(".") == 1))
-            raise UserError(
-                f"freeze: {pattern} matches no weight of the network, expected a pattern such as {expected}"
-            )
+            known = ", ".join(near or dict.fromkeys(part for part in parts if part.count(".") == 1))
+            raise UserError(f"freeze: {pattern} matches no weight of the network, expected a pattern such as {known}")
         for name in found:
             named[name].requires_grad_(False)
     if patterns and not any(p.requires_grad for p in named.values()):

@@ -91,10 +91,8 @@ def load_networks(args: argparse.Namespace) -> Networks:
 
 def guided(args: argparse.Namespace, networks: Networks) -> Guidance:
     """The guided network. The options are complete."""
-    of = args.sampling
-    return Guidance(
-        networks.network, of.cfg_scale, of.cfg_channels, of.cfg_interval, networks.guide, networks.precision
-    )
+    by = args.sampling.cfg_scale, args.sampling.cfg_channels, args.sampling.cfg_interval
+    return Guidance(networks.network, *by, networks.guide, networks.precision)
 
 
 def settings_of(args: argparse.Namespace, networks: Networks) -> dict[str, Any]:

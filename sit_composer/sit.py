@@ -254,9 +254,7 @@ class SiT(nn.Module):
         """
         d, p, tokens = self.hidden_size, self.patch_size, self.num_patches
         first = self.blocks[0].mlp.children() if len(self.blocks) else ()
-        maps = 4 * d * d + sum(
-            layer.in_features * layer.out_features for layer in first if isinstance(layer, nn.Linear)
-        )
+        maps = 4 * d * d + sum(map_.in_features * map_.out_features for map_ in first if isinstance(map_, nn.Linear))
         depth = len(self.blocks) if stop is None else stop
         joined = max(depth - self.class_tokens_start, 0) if self.class_tokens else 0
         lengths = ((tokens, depth - joined), (tokens + self.class_tokens, joined))  # and the blocks of each

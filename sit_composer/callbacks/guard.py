@@ -161,9 +161,8 @@ class Guard(Callback):
         self.in_a_row += 1
         if self.on_nan == "rollback":
             return self._roll_back(f"its {what} is not finite", batch)
-        say(
-            f"{self.run}: batch {batch} skipped: its {what} is not finite ({self.skipped} in all); see --replay {batch}"
-        )
+        done = f"its {what} is not finite ({self.skipped} in all)"
+        say(f"{self.run}: batch {batch} skipped: {done}; see --replay {batch}")
         if self.in_a_row > self.limit:
             raise self._stop(f"{self.in_a_row} batches in a row are not finite (on_nan_limit={self.limit})", batch)
 

@@ -87,9 +87,8 @@ class MetricsLog(LoggerDestination):
 
     def close(self, state: State, logger: Logger) -> None:
         if dist.get_world_size() == 1:  # a loss may still wait for a rank that has failed
-            with suppress(
-                Exception
-            ):  # after an error, of the device or the disk too, what is known is kept if it can be
+            # After an error, of the device or the disk too, what is known is kept if it can be.
+            with suppress(Exception):
                 self.flush()
 
     def flush(self, close_row: bool = True) -> None:

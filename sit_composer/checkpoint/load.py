@@ -56,24 +56,22 @@ def load_checkpoint(path: str, weights: str = "ema", latents: DataSpec | None = 
     place = find_checkpoint(path)
     held: dict[str, Any] = {}
     if _is_sharded(place):
-        checkpoint = _from_run(place, None, weights)
+        made = _from_run(place, None, weights)
     elif place.is_dir():
-        checkpoint = _from_export(place, weights)
+        made = _from_export(place, weights)
     else:
         content = load_file(place)
         if not isinstance(content, dict):
             raise CheckpointError(f"{place}: not a checkpoint of sit_composer's (it holds a {type(content).__name__})")
         held = {} if "state" in content else weights_in(content)
-        checkpoint = (
-            from_authors(place, content, held, weights, latents) if held else _from_run(place, content, weights)
-        )
+        made = from_authors(place, content, held, weights, latents) if held else _from_run(place, content, weights)
     if latents is not None and not held:
         raise CheckpointError(f"{place}: it names its own latents; leave out --spec, which is for released weights")
-    for name, values in checkpoint.weights.items():
+    for name, values in made.weights.items():
         if not values.isfinite().all():
             what = f"{name} has values that are NaN or infinite"
-            raise CheckpointError(f"{checkpoint.path}: {what}; use an earlier checkpoint")
-    return replace(checkpoint, source=path if is_remote(path) else checkpoint.path)
+            raise CheckpointError(f"{made.path}: {what}; use an earlier checkpoint")
+    return replace(made, source=path if is_remote(path) else made.path)
 
 
 def find_checkpoint(path: str) -> Path:

@@ -14,19 +14,9 @@ from sit_composer import choices
 from sit_composer.bounds import Bounds, choose
 from sit_composer.cli import is_remote, require, s3_endpoint
 from sit_composer.clouds import check_store
-from sit_composer.config import composer_classes
-from sit_composer.config.schema import (
-    AlignmentConfig,
-    Config,
-    ConfigError,
-    ModelConfig,
-    OptimizerConfig,
-    TransportConfig,
-    averages,
-    network_arguments,
-)
+from sit_composer.config import composer_classes, schema
+from sit_composer.config.schema import Config, ConfigError
 from sit_composer.config.times import ANY, check_time, parse_time
-from sit_composer.data.spec import INDEX_NAME
 from sit_composer.errors import UserError
 
 # Trainer arguments that have a key of their own, or that a YAML can't hold.
@@ -64,20 +54,15 @@ def check(config: Config, ranks: int | None = None) -> None:
         limit = getattr(getattr(config, section), "cache_limit", None)
         if limit is not None and not SIZE.fullmatch(limit):
             raise ConfigError(f"{section}.cache_limit: got {limit!r}, expected a number of bytes, such as 100gb")
-        for key in ("local", "remote"):
-            place, saved = getattr(getattr(config, section), key, None), config.trainer.get("save_folder")
-            shards = place and (is_remote(place) or os.path.isfile(os.path.join(place, INDEX_NAME)))
-            if shards and saved and os.path.realpath(place) == os.path.realpath(saved):  # of a URI, too
-                raise ConfigError(f"trainer.save_folder: got {saved}, which is {section}.{key}; choose another folder")
         n = getattr(getattr(config, section), "global_batch_size", 0)
         if n % ranks:
             raise ConfigError(f"{section}.global_batch_size: got {n}, expected a multiple of {ranks} ({ranks} ranks)")
     if len(config.optimizer.betas) != 2:
         raise ConfigError(f"optimizer.betas: got {config.optimizer.betas}, expected two numbers in [0, 1)")
-    names = averages(config)
+    names = schema.averages(config)
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ConfigError(f"ema: got the average {twice} twice, expected each once in decay, decays and power")
-    if config.optimizer.name != "muon" and config.optimizer.momentum != OptimizerConfig().momentum:
+    if config.optimizer.name != "muon" and config.optimizer.momentum != schema.OptimizerConfig().momentum:
         raise ConfigError("optimizer.momentum: needs optimizer.name=muon")
     if config.on_nan == "rollback" and not config.trainer.get("save_folder"):
         raise ConfigError("on_nan: got rollback, which needs checkpoints to go back to; set trainer.save_folder")
@@ -141,9 +126,9 @@ def redact(value: Any, name: str = "") -> Any:
     return ADDRESS.sub("://…@", str(value))
 
 
-def check_model(model: ModelConfig) -> None:
+def check_model(model: schema.ModelConfig) -> None:
     """Checks that a network of these sizes exists."""
-    arguments = network_arguments(model)
+    arguments = schema.network_arguments(model)
     for name, value in arguments.items():
         if value is None:
             raise ConfigError(f"model.{name}: no value; set it, or a variant as model.name=SiT-XL/2")
@@ -158,7 +143,7 @@ def check_model(model: ModelConfig) -> None:
         raise ConfigError(f"model.mlp_ratio: got {model.mlp_ratio}, expected {expected}")
 
 
-def check_transport(transport: TransportConfig) -> None:
+def check_transport(transport: schema.TransportConfig) -> None:
     """Checks that the objective's values go together."""
     choices.check_poles(transport, prefix="transport.")
     choices.check_objective(transport, prefix="transport.")
@@ -170,18 +155,18 @@ def check_transport(transport: TransportConfig) -> None:
     }
     for name, needed in needs.items():
         other, _, value = needed.partition("=")
-        if getattr(transport, name) != getattr(TransportConfig(), name) and getattr(transport, other) != value:
+        if getattr(transport, name) != getattr(schema.TransportConfig(), name) and getattr(transport, other) != value:
             raise ConfigError(f"transport.{name}: needs transport.{needed}")
 
 
 def check_alignment(config: Config) -> None:
     """Checks that the network has the blocks that are aligned, and a teacher."""
-    alignment, depth = config.alignment, network_arguments(config.model)["depth"]
+    alignment, depth = config.alignment, schema.network_arguments(config.model)["depth"]
     for name in ("block", "teacher_block") if alignment.name == "sra" else ("block",):
         Bounds(1, depth, whole=True).check(f"alignment.{name}", getattr(alignment, name))
     others = ("teacher", "projector", "spatial_norm") if alignment.name == "sra" else ("teacher_block", "time_offset")
     for name in others:
-        if getattr(alignment, name) != getattr(AlignmentConfig(), name):
+        if getattr(alignment, name) != getattr(schema.AlignmentConfig(), name):
             raise ConfigError(f"alignment.{name}: has no effect with alignment.name={alignment.name}; leave it out")
     if alignment.name == "repa":
         if alignment.teacher is None:

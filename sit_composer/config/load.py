@@ -71,10 +71,8 @@ class Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
         names = [name.value for name, _ in node.value]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise yaml.constructor.ConstructorError(
-                problem=f"found duplicate key {twice}", problem_mark=node.start_mark
-            )
+        if key := next((name for name in names if names.count(name) > 1), None):
+            raise yaml.constructor.ConstructorError(problem=f"found duplicate key {key}", problem_mark=node.start_mark)
         return {str(name): value for name, value in super().construct_mapping(node, deep).items()}
 
 

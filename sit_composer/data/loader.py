@@ -6,7 +6,6 @@ import signal
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -219,7 +218,8 @@ class SitLoader(StreamingDataLoader):
         if self.num_workers and self._iterator is None:
             sizes = self.dataset.batch_bytes
             self.dataset.slots = {name: Slots(self.num_workers, PLACES, size) for name, size in sizes.items()}
-        batches: Any = _batches(DataLoader.__iter__(self))
+        # Not by its next(), which makes a record for torch's profiler, slowly.
+        batches: Any = iter(DataLoader.__iter__(self)._next_data, None)
         if self.num_workers == 0:
             batches = self._ahead = ahead(batches, AHEAD)
         try:
@@ -246,13 +246,6 @@ class SitLoader(StreamingDataLoader):
             for worker in iterator._workers:
                 worker.kill()  # a worker that waits for a store ignores SIGTERM
                 worker.join()
-
-
-def _batches(iterator: Any) -> Iterator[Batch]:
-    """What an iterator of torch's loaders gives. Its ``next`` makes a profiler's record, which takes up to 0.1 ms."""
-    with suppress(StopIteration):
-        while True:
-            yield iterator._next_data()
 
 
 def _stop(loader: "weakref.ref[SitLoader]") -> None:

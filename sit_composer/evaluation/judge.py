@@ -86,10 +86,8 @@ class Comparison:
 
     def read_reference(self, statistics: bool = False) -> None:
         """Reads the reference's images, if the metrics, or ``statistics`` to save, need them."""
-        needs_images = not self.reference.statistics or any(
-            METRICS[name].reference == "images" for name in self.chosen.names
-        )
-        if self.reference.batches and not self.real and (needs_images or statistics):
+        images = any(METRICS[name].reference == "images" for name in self.chosen.names)
+        if self.reference.batches and not self.real and (images or statistics or not self.reference.statistics):
             outputs = ("features", "spatial")
             self.real = extract(self.reference, self.extractor, self.args.batch_size, self.chosen, outputs)
 

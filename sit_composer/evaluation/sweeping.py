@@ -1,5 +1,6 @@
 """Measures the cells of a grid, one after the other: see `sit_composer.sweep`."""
 
+import hashlib
 import json
 import os
 import sys
@@ -7,6 +8,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,16 @@ from tqdm import tqdm
 
 from sit_composer import gallery
 from sit_composer.bars import progress
+from sit_composer.checkpoint.record import CONFIG, EXPORTED_FILE, Checkpoint, digest
 from sit_composer.choices import ADAPTIVE_METHODS
+from sit_composer.cli import is_remote
+from sit_composer.data.spec import INDEX_NAME
+from sit_composer.data.stream import read_text
 from sit_composer.errors import UserError
 from sit_composer.evaluation.features import Extractor, load_extractor
 from sit_composer.evaluation.judge import Choice, Collected, Comparison, cache_folder
 from sit_composer.evaluation.picture_sets import PictureSet, open_set
 from sit_composer.evaluation.results import print_notes
-from sit_composer.evaluation.sweep_inputs import check_same, distinct, identity_of, identity_of_reference, load
 from sit_composer.evaluation.sweep_table import draw_plot, make_table, name_of, values_of
 from sit_composer.generate import mean_work
 from sit_composer.outputs import write_bytes, write_json
@@ -57,9 +62,7 @@ def run(args: Namespace) -> None:
     if ranks > 1:
         dist.broadcast_object_list(plan)
     missing, chosen, settings = plan[0]
-    if sweep:
-        print(f"{len(missing)} of {len(cells)} cells are missing", file=sys.stderr)
-    else:
+    if not sweep:
         check_same(settings, networks)
     extractor = sweep.comparison.extractor if sweep else load_extractor(args.features)
     with progress(sum(map(cost, missing)), rank == 0, bar_format=BAR) as bar:
@@ -77,6 +80,74 @@ def run(args: Namespace) -> None:
         print_notes(sweep.results, "each cell")
         print(make_table(sweep.results))
         print(sweep.out / PLOT)
+
+
+def load(args: Namespace, cell: Namespace, first: gallery.Networks | None = None) -> gallery.Networks:
+    """The networks of a cell's weights; with the guide, which cells without guidance don't use.
+
+    They come from the ``first`` ones' files: of newer checkpoints that training saves meanwhile none is taken, and
+    none is downloaded again.
+    """
+    if first is None:
+        return gallery.load_networks(Namespace(**{**vars(cell), "guide": args.guide}))
+    guide = place_of(first.weaker) if first.weaker else None
+    found = gallery.load_networks(Namespace(**{**vars(cell), "checkpoint": place_of(first.checkpoint), "guide": guide}))
+    weaker = with_source(found.weaker, args.guide) if found.weaker else None
+    return found._replace(checkpoint=with_source(found.checkpoint, args.checkpoint), weaker=weaker)
+
+
+def with_source(checkpoint: Checkpoint, given: str) -> Checkpoint:
+    """The checkpoint, whose file is a copy if the one that was ``given`` is remote."""
+    return replace(checkpoint, source=given) if is_remote(given) else checkpoint
+
+
+def distinct(args: Namespace, networks: gallery.Networks) -> list[Namespace]:
+    """The cells, complete and without equal ones; raises UserError for one that the network can't generate."""
+    record, found = networks.checkpoint.record, dict[tuple, Namespace]()
+    for cell in args.cells:
+        gallery.complete(cell, record)
+        record.name_of(cell.weights, args.checkpoint)
+        gallery.guided(cell, networks)
+        if (count := len(gallery.choose_labels(cell, record.classes))) < (ranks := gallery.my_rank()[1]):
+            option = "--num-images" if args.classes is None else "--classes"
+            raise UserError(f"{option}: got {count} images, expected at least one for each of the {ranks} ranks")
+        found.setdefault(tuple(values_of(cell).values()), cell)
+    return list(found.values())
+
+
+def identity_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What all weights of a checkpoint share; an exported folder has a file for each."""
+    place = place_of(checkpoint)
+    where = checkpoint.source if is_remote(checkpoint.source) else place
+    return {"path": where, "step": checkpoint.step, "sha256": digest(place)}
+
+
+def place_of(checkpoint: Checkpoint) -> str:
+    """The file or folder that holds all its weights."""
+    file = Path(checkpoint.path)
+    exported = EXPORTED_FILE.fullmatch(file.name) and (file.parent / CONFIG).is_file()
+    return str(file.parent if exported else file)
+
+
+def check_same(settings: dict[str, Any], networks: gallery.Networks) -> None:
+    """Raises UserError unless the networks are of the checkpoints that the settings name."""
+    for name, checkpoint in (("checkpoint", networks.checkpoint), ("guide", networks.weaker)):
+        if checkpoint and identity_of(checkpoint) != (began := settings[name]):
+            what = f"got step {checkpoint.step}, but the sweep began with step {began['step']} of {began['path']}"
+            raise UserError(f"{checkpoint.source}: {what}; give one checkpoint instead of the folder")
+
+
+def identity_of_reference(path: str) -> dict[str, str]:
+    """What tells one reference from another: a file's content, shards' index, or the names and sizes in a folder."""
+    local = Path(path)
+    if is_remote(path) or (local / INDEX_NAME).exists():
+        text, _ = read_text(path.rstrip("/") if is_remote(path) else None, path, INDEX_NAME)
+    elif local.is_file():
+        return {"path": path, "sha256": digest(path)}
+    else:
+        files = (file for file in sorted(local.rglob("*")) if file.is_file())
+        text = "".join(f"{file.relative_to(local)} {file.stat().st_size}\n" for file in files)
+    return {"path": path, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def cost(cell: Namespace) -> int:

@@ -110,9 +110,7 @@ def open_autoencoder(config: Config, specs: Specs, device: str) -> tuple[Autoenc
         return latents["data"], None
     # The network learns what data are: images of eval_data are standardized as its latents, and never the reverse.
     encoder = DiffusersAutoencoder(config.autoencoder.name, device, latents=latents.get("data"))
-    for section, theirs in latents.items():
-        if theirs != encoder.spec:
-            raise ConfigError(
-                f"{section}.local: got latents of {theirs}, expected {encoder.spec}, as images are encoded"
-            )
+    for section, got in latents.items():
+        if got != encoder.spec:
+            raise ConfigError(f"{section}.local: got latents of {got}, expected {encoder.spec}, as images are encoded")
     return encoder.spec, encoder

@@ -30,7 +30,7 @@ def summary(config: Config, specs: dict[str, DataSpec], checkpoint: str | None) 
     done = int(match[2]) if match else 0
     start = f"resumes at batch {done:,} of {total or '?':,} from {checkpoint}" if checkpoint else "starts anew"
     if total is not None and done >= total > 0:
-        start = f"is trained to batch {done:,} already, and {config.trainer['max_duration']} are {total:,}"
+        start = f"has trained {done:,} batches already, and {total:,} are asked for"
     lines = {"run": f"{config.run_name}, which {start}", "network": tables.describe(config)}
     if config.init_from is not None:
         read = ", which are not read again" if checkpoint else ""

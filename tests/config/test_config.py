@@ -339,15 +339,6 @@ def test_a_mistake_is_told_by_key_value_and_what_is_taken(override, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_run_among_its_shards_is_refused(tmp_path):
-    configure(f"data.local={tmp_path}", f"trainer.save_folder={tmp_path}")  # where none are yet
-    (tmp_path / "index.json").touch()
-    with pytest.raises(ConfigError, match=rf"^trainer.save_folder: got {tmp_path}/, which is data.local; choose "):
-        configure(f"data.local={tmp_path}", f"trainer.save_folder={tmp_path}/")
-    with pytest.raises(ConfigError, match=r"^trainer.save_folder: got s3://b/d/, which is data.remote; choose "):
-        configure("data.remote=s3://b/d", "trainer.save_folder=s3://b/d/")
-
-
 # What Composer 0.32 does with each, tried out: refuses it once the run has started, never ends, or never does it.
 @pytest.mark.parametrize(
     ("key", "admitted", "refused"),

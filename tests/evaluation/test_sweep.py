@@ -18,8 +18,7 @@ from sit_composer.checkpoint.export import write_folder
 from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.record import Checkpoint, Record
 from sit_composer.errors import INTERRUPTED, UserError
-from sit_composer.evaluation.sweep_inputs import check_same, identity_of
-from sit_composer.evaluation.sweeping import interleave, measure
+from sit_composer.evaluation.sweeping import check_same, identity_of, interleave, measure
 from sit_composer.gallery import Networks
 from sit_composer.generate import generate
 from sit_composer.storage import open_store

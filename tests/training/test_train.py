@@ -264,7 +264,7 @@ def test_a_signal_saves_and_the_same_command_resumes_to_the_bit(run, tmp_path, m
     assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
     assert run("trainer.max_duration=5ba") == 0
     told = capsys.readouterr().out
-    assert "run:         quickstart, which is trained to batch 20 already, and 5ba are 5\n" in told
+    assert "run:         quickstart, which has trained 20 batches already, and 5 are asked for\n" in told
     assert "time:        about 0:00 to train" in told
 
 
@@ -485,7 +485,7 @@ def test_evaluation_on_latents_of_another_scale_is_refused(run, vae_folder, tmp_
     latents += ["trainer.max_duration=1ba", f"data.local={tmp_path / 'a'}"]
     for name, code in (("a", 0), ("b", 2)):
         places = f"eval_data={{local: {tmp_path / name}, global_batch_size: 9, num_workers: 0}}"
-        assert run(*latents, places, folder=f"run-{name}") == code
+        assert run(*latents, places, folder=name) == code
     assert "error: eval_data.local: got latents of " in capsys.readouterr().err
 
 
