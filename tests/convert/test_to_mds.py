@@ -19,6 +19,7 @@ from PIL import Image
 
 from convert import verify_mds
 from sit_composer import storage
+from sit_composer.data.shared_names import one_job_at_a_time
 from tests.helpers.shards import read
 from tests.helpers.sources import write_folder, write_parquet
 
@@ -66,7 +67,8 @@ def test_digits_from_the_command_line_stream_back_as_scikit_learn_ships_them(tmp
 
     from streaming import StreamingDataset
 
-    data = StreamingDataset(local=str(out), batch_size=1, shuffle=False, validate_hash="xxh64")
+    with one_job_at_a_time():
+        data = StreamingDataset(local=str(out), batch_size=1, shuffle=False, validate_hash="xxh64")
     assert len(data) == 1797
     assert data[1796] == {"image": samples[-1][0], "label": 8}
 

@@ -10,6 +10,7 @@ from streaming import StreamingDataset
 from convert import to_mds, verify_mds
 from convert.kinds.checks import LatentCheck
 from sit_composer.data.loader import build_loader
+from sit_composer.data.shared_names import one_job_at_a_time
 from sit_composer.data.stream import load_spec
 from tests.helpers.shards import contents
 from tests.helpers.tables import ROWS
@@ -115,7 +116,8 @@ def test_verify_doubts_features_that_no_teacher_gives(tmp_path, table, options, 
     assert convert(table, "--out", tmp_path / "out", *options)[0] == 0
     spec, faults = load_spec(None, str(tmp_path / "out")), []
     check = LatentCheck(spec, faults.append, None, grid=False)
-    dataset = StreamingDataset(local=str(tmp_path / "out"), batch_size=1)
+    with one_job_at_a_time():
+        dataset = StreamingDataset(local=str(tmp_path / "out"), batch_size=1)
     rows = [dataset[i] for i in range(8)]
     check.check((f"sample {i}", {**row, **change(row)}) for i, row in enumerate(rows))
     check.finish()
