@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +107,12 @@ class Supervision:
             if before is not None:
                 check_same_config(self.config, before.decode(), f"{self.uri}/{CONFIG}")
             clear_incomplete(self.folder)
-            if len(found) > max(self.keep, 1) and self.keep >= 0:
-                count, keys = (
-                    len(found) - max(self.keep, 1),
-                    f"save_num_checkpoints_to_keep is {self.keep}, -1 keeps all",
-                )
-                say(f"{self.uri}: {count} old checkpoints will be deleted with the next save (trainer.{keys})")
-            return newest(self.folder)
+            if self.keep >= 0 and (count := len(found) - max(self.keep, 1)) > 0:
+                keys = f"trainer.save_num_checkpoints_to_keep is {self.keep}, -1 keeps all"
+                say(f"{self.uri}: {count} old checkpoints will be deleted with the next save ({keys})")
+            if (name := newest(self.folder)) is not None:
+                tell_of_torch(self.metrics.content)
+            return name
         if found and self.config.trainer.get("save_overwrite"):
             # Their batches may be later, and would count as newer than this run's.
             others = [name for name in self.folder.listing() if GRID.fullmatch(name) or name in (metrics.NAME, REPORT)]
@@ -259,6 +259,14 @@ class Supervision:
             shutil.rmtree(self.staging, ignore_errors=True)
         if self.lease is not None and dist.get_global_rank() == 0:
             self.lease.release()
+
+
+def tell_of_torch(content: bytes) -> None:
+    """Says so if a run's metrics tell that it was trained with another torch, whose kernels round differently."""
+    attempts, here = metrics.read(content)[0], version("torch")
+    before = {"torch": here, **attempts[-1].get("versions", {})}["torch"] if attempts else here
+    if before != here:
+        say(f"note: this run was trained with torch {before}; with {here} it continues, but not to the same bits")
 
 
 def _keep_trained(content: dict[str, Any]) -> None:
