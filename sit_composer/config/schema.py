@@ -90,9 +90,7 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    name: str = key(
-        "adamw; or muon: Muon for the matrices of blocks, AdamW for the rest", "adamw", choices=c.OPTIMIZERS
-    )
+    name: str = key("adamw; or muon: Muon for blocks' matrices, AdamW for the rest", "adamw", choices=c.OPTIMIZERS)
     lr: float = key("learning rate", 1e-4, c.POSITIVE)
     betas: list[float] = key("AdamW's two decay rates", [0.9, 0.999], c.BELOW_ONE)
     eps: float = key("AdamW's epsilon", 1e-8, c.NOT_NEGATIVE)
@@ -114,9 +112,7 @@ class EMAConfig:
 class AlignmentConfig:
     name: str = key("the teacher; sra: the averaged network; repa: a vision transformer", choices=c.ALIGNMENTS)
     block: int = key("the block, from 1, whose tokens are aligned with the teacher's", 8, c.COUNT)
-    weight: float | None = key(
-        "weight of the alignment; null: as published, 0.2 for sra, 0.5 for repa", None, c.POSITIVE
-    )
+    weight: float | None = key("weight of the alignment; null: as published, 0.2 (sra), 0.5 (repa)", None, c.POSITIVE)
     teacher_block: int = key("sra: the averaged network's block, from 1", 20, c.COUNT)
     time_offset: float = key("sra: the most by which the teacher's time is nearer to the data", 0.2, c.UNIT)
     teacher: str | None = key(
@@ -209,9 +205,7 @@ class Config:
     on_nan_limit: int = key("steps skipped in a row, or rollbacks in all, before the run stops", 10, c.COUNT)
     trust_checkpoint: bool = key("unpickle a whole one-file checkpoint, which can run code in it", False)
     trainer: dict[str, Any] = key("arguments of Composer's Trainer, by their names", {})
-    version: int = key(
-        "format of this file; one of a newer version is refused", VERSION, Bounds(1, VERSION, whole=True)
-    )
+    version: int = key("format of this file; a newer one is refused", VERSION, Bounds(1, VERSION, whole=True))
     algorithms: dict[str, Any] = key("Composer's algorithms: {name: arguments}", {})
     callbacks: dict[str, Any] = key("Composer's callbacks: {name: arguments}", {})
     loggers: dict[str, Any] = key("Composer's loggers: {name: arguments}", {})
