@@ -20,7 +20,7 @@ QUALITY = Bounds(1, 100, whole=True)  # of a JPEG
 
 def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
     """Parses the command line; --help begins with ``doc``."""
-    parser = make_parser("to_mds.py", doc)
+    parser = make_parser("python convert/to_mds.py", doc)
     add = parser.add_argument
     add("source", metavar="SOURCE", type=_given, help="what to convert")
     add("--out", metavar="URI", type=_given, required=True, help="where to write the shards")

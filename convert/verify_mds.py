@@ -29,7 +29,7 @@ from sit_composer.errors import UserError
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = make_parser("verify_mds.py", __doc__)
+    parser = make_parser("python convert/verify_mds.py", __doc__)
     add = parser.add_argument
     add("uri", metavar="URI", help="a folder, or a URI such as s3://BUCKET/PREFIX")
     add("--sample", type=number(COUNT), metavar="N", help="check N samples only, evenly spaced (all; hashes: of all)")

@@ -36,11 +36,14 @@ EXTRAS = {  # of pyproject.toml, by the package that shows whether one is instal
 
 
 class _Parser(argparse.ArgumentParser):
-    """Expands ~ also where no shell does: behind --option= and in a list of arguments."""
+    """Expands ~ also where no shell does: behind --option= and in a list of arguments. A mistake is one line."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         given = [re.match(r"(--[\w-]+=)?(.*)", arg, re.DOTALL) for arg in (sys.argv[1:] if args is None else args)]
         return super().parse_known_args([(arg[1] or "") + os.path.expanduser(arg[2]) for arg in given], namespace)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"error: {message}; see {self.prog} --help\n")
 
 
 def make_parser(prog: str, doc: str | None, **options: Any) -> argparse.ArgumentParser:

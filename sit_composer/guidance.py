@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from sit_composer.choices import check_interval
 from sit_composer.errors import UserError
 from sit_composer.precision import autocast
 from sit_composer.sit import SiT
@@ -41,12 +42,11 @@ class Guidance:
         guide: SiT | None = None,
         precision: str = "fp32",
     ):
-        start, end = interval
         if scale != 1 and network.null_label is None and guide is None:
             reason = "the network was trained with class_dropout_prob 0, and has no null class to guide away from"
             raise UserError(f"cfg_scale: got {scale:g}, expected 1: {reason}")
-        if not 0 <= start <= end <= 1:
-            raise UserError(f"cfg_interval: got {start:g} to {end:g}, expected two times in [0, 1], in order")
+        start, end = interval
+        check_interval(start, end, "cfg_interval")
         self.network = network
         self.scale = scale
         self.channels = channels

@@ -80,6 +80,13 @@ def test_a_path_from_home_needs_no_shell(monkeypatch):
     assert parser.parse_intermixed_args(["--out", "~/out", "~/source"]).source == "/home/me/source"
 
 
+def test_a_mistake_in_the_options_is_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        make_parser("command", None).parse_args(["--none"])
+    assert ended.value.code == USAGE
+    assert capsys.readouterr().err == "error: unrecognized arguments: --none; see command --help\n"
+
+
 def test_a_rank_ends_with_its_code_although_a_thread_of_gloo_needs_python_then(tmp_path):
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     options = {"stderr": subprocess.PIPE, "text": True, "cwd": ROOT, "env": env}

@@ -127,12 +127,9 @@ class Progress(Callback):
     def summary(self, state: State) -> str:
         """The run's figures, at its end."""
         seconds, samples = time.monotonic() - self._started, int(state.timestamp.sample) - self._first
-        figures = [
-            f"{duration(seconds)}, {samples / seconds:,.4g} images/s",
-            f"loss {self.loss():.4f}",
-            self.evaluation,
-        ]
-        return f"batch {int(state.timestamp.batch)}: trained in {', '.join(filter(None, figures))}"
+        rate, loss = f"{samples / seconds:,.4g} images/s", f"loss {self.loss():.4f}"
+        figures = ", ".join(filter(None, (duration(seconds), rate, loss, self.evaluation)))
+        return f"batch {int(state.timestamp.batch)}: trained in {figures}"
 
     def fit_end(self, state: State, logger: Logger) -> None:
         self._bar.close()

@@ -148,12 +148,8 @@ def check_transport(transport: schema.TransportConfig) -> None:
     choices.check_poles(transport, prefix="transport.")
     choices.check_objective(transport, prefix="transport.")
     choices.check_shift(transport, prefix="transport.")
-    needs = {
-        "time_mean": "time_sampling=logit-normal",
-        "time_std": "time_sampling=logit-normal",
-        "t_eps": "prediction=x",
-    }
-    for name, needed in needs.items():
+    normal = "time_sampling=logit-normal"
+    for name, needed in {"time_mean": normal, "time_std": normal, "t_eps": "prediction=x"}.items():
         other, _, value = needed.partition("=")
         if getattr(transport, name) != getattr(schema.TransportConfig(), name) and getattr(transport, other) != value:
             raise ConfigError(f"transport.{name}: needs transport.{needed}")

@@ -28,9 +28,7 @@ def check_start(config: Config) -> None:
     may_resume = is_remote(folder) or Path(folder.replace("{run_name}", config.run_name)).is_dir()
     if place is None or is_remote(place) or is_hub_name(place) or Path(place).exists() or (folder and may_resume):
         return
-    raise ConfigError(
-        f"init_from: no checkpoint in {place!r}, expected a checkpoint, or the name of a model on the Hub"
-    )
+    raise ConfigError(f"init_from: no checkpoint in {place!r}, expected a checkpoint or the name of a model on the Hub")
 
 
 def check_same_config(config: Config, text: str, where: str) -> None:

@@ -120,9 +120,7 @@ class AlignmentConfig:
         None,
     )
     projector: str = key("repa: REPA's mlp, or iREPA's conv", "mlp", choices=c.PROJECTORS)
-    spatial_norm: float | None = key(
-        "repa: iREPA's γ, the part of the mean that is taken away; null: off", None, c.UNIT
-    )
+    spatial_norm: float | None = key("repa: iREPA's γ, the part of the mean that is removed; null: off", None, c.UNIT)
 
 
 @dataclass

@@ -76,6 +76,7 @@ def run(args: Namespace) -> None:
                 tqdm.write(f"{number} of {len(missing)}: {sweep.add(cell, samples, fake)}", file=sys.stderr)
     if sweep:
         if not missing:
+            print("all cells were measured before", file=sys.stderr)
             sweep.write()  # after a stop between the results and what is made of them
         print_notes(sweep.results, "each cell")
         print(make_table(sweep.results))

@@ -150,6 +150,7 @@ def test_an_interrupted_sweep_continues_with_the_missing_cells(run, command, tmp
     assert run(*options) == whole
     (tmp_path / "out" / "sweep.md").unlink()  # and again, with no cell missing
     assert run(*options) == whole
+    assert "all cells were measured before" in capsys.readouterr().err
     assert len(calls) == 2
     for name in ("sweep.md", "sweep.png"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
