@@ -161,10 +161,10 @@ def check_tolerances(atol: float, rtol: float, prefix: str = "") -> None:
         raise UserError(f"{prefix}atol: got 0, and {prefix}rtol too, expected a number above 0 for one of them")
 
 
-def check_interval(start: float, end: float, name: str) -> None:
+def check_interval(interval: tuple[float, float], name: str) -> None:
     """Raises UserError unless guidance's two times are in order."""
-    if not 0 <= start <= end <= 1:
-        raise UserError(f"{name}: got {start:g} to {end:g}, expected two times in [0, 1], in order")
+    if not 0 <= interval[0] <= interval[1] <= 1:
+        raise UserError(f"{name}: got {interval[0]:g} to {interval[1]:g}, expected two times in [0, 1], in order")
 
 
 POWER = "power"  # in front of the std, the name of a power function's average; that of an exponential one is its decay

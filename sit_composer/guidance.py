@@ -45,8 +45,8 @@ class Guidance:
         if scale != 1 and network.null_label is None and guide is None:
             reason = "the network was trained with class_dropout_prob 0, and has no null class to guide away from"
             raise UserError(f"cfg_scale: got {scale:g}, expected 1: {reason}")
+        check_interval(interval, "cfg_interval")
         start, end = interval
-        check_interval(start, end, "cfg_interval")
         self.network = network
         self.scale = scale
         self.channels = channels

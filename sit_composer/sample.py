@@ -122,7 +122,7 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
     args.guide_weights = args.guide_weights or ("training" if args.weights == "training" else "ema")
     choices.check_tolerances(args.atol, args.rtol, "--")
     args.cfg_interval = tuple(args.cfg_interval)
-    choices.check_interval(*args.cfg_interval, name="--cfg-interval")
+    choices.check_interval(args.cfg_interval, "--cfg-interval")
     adaptive = args.sampling_method in choices.ADAPTIVE_METHODS
     args.idle_steps = adaptive and args.num_steps is not None  # only a note: the authors' command allows it, too
     args.num_steps = args.num_steps or (50 if args.mode == "ODE" else 250)
