@@ -105,8 +105,8 @@ def bounded(check: Callable[[], Finding], advice: str, seconds: float) -> Findin
             done.set()
 
     faulthandler.dump_traceback_later(seconds + LOCKED, exit=True, file=sys.__stderr__)
-    threading.Thread(target=work, daemon=True).start()
     try:
+        threading.Thread(target=work, daemon=True).start()
         done.wait(seconds)
     except KeyboardInterrupt:
         done.wait(STOPPING)

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -60,7 +61,8 @@ class SeaweedFS:
             if keys := [{"Key": entry["Key"]} for entry in page.get("Contents", [])]:
                 self.client.delete_objects(Bucket="sit", Delete={"Objects": keys})
         self.client.delete_bucket(Bucket="sit")  # with its empty folders and unfinished uploads
-        self.client.create_bucket(Bucket="sit")
+        with suppress(self.client.exceptions.BucketAlreadyOwnedByYou):  # by an attempt whose answer was an error
+            self.client.create_bucket(Bucket="sit")
 
     def stop(self):
         if self.process and self.process.poll() is None:
