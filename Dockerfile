@@ -1,6 +1,5 @@
-# An image of this repository for clusters: Python 3.11 and torch with its own CUDA; the host brings NVIDIA's driver.
+# An image of this repository for clusters: Python 3.11 and torch with its own CUDA 12.6; the host brings NVIDIA's driver.
 #   docker build -t REGISTRY/sit_composer . && docker push REGISTRY/sit_composer
-# CUDA 13.0 needs driver 580; with --build-arg UV_NO_CONFIG=1, torch 2.7.0 with CUDA 12.6 is installed, for driver 525.
 #   docker run --rm --gpus all --shm-size=16g REGISTRY/sit_composer -n 8 -m sit_composer.doctor
 # Credentials come from the environment at the run (--env-file FILE), and are in no layer.
 FROM python:3.11.13-slim-bookworm
@@ -13,7 +12,6 @@ RUN apt-get update \
     && useradd --create-home --uid 1000 sit
 
 WORKDIR /sit_composer
-ARG UV_NO_CONFIG
 # Compiled, as the user who runs it can't write there.
 ENV PYTHONUNBUFFERED=1 UV_SYSTEM_PYTHON=1 UV_NO_CACHE=1 UV_COMPILE_BYTECODE=1
 

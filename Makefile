@@ -1,8 +1,8 @@
 # Everything runs in .venv, which `install` makes with uv: the machine's own, or one fetched into .uv for that.
-# Its torch is the one that pyproject.toml's [tool.uv] names. With TORCH=VERSION it is .venv-VERSION, with that torch.
+# With TORCH=VERSION it is .venv-VERSION, and has that torch in place of the one that mosaicml admits.
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 TORCH :=
-PINNED := 2.7.0
+NEWEST := 2.14.1
 VENV := .venv$(TORCH:%=-%)
 PYTHON := $(VENV)/bin/python
 RUN := runs/quickstart
@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 # With it, each process that imports Composer would compile thousands of files again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install quickstart test test-slow test-nightly test-pinned bench lint
+.PHONY: install quickstart test test-slow test-nightly test-newest bench lint
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed
@@ -23,10 +23,10 @@ $(VENV)/installed: pyproject.toml | $(filter .uv/bin/uv,$(UV))
 	test -x $(PYTHON) || $(UV) venv --quiet --python 3.11 $(VENV)
 ifdef TORCH
 	# First the torchvision that belongs to this torch; then what both go over, of whatever else asks for others.
-	$(UV) pip install --no-config --quiet --python $(VENV) torch==$(TORCH) torchvision
+	$(UV) pip install --quiet --python $(VENV) torch==$(TORCH) torchvision
 	printf 'torch==%s\ntorchvision\n' $(TORCH) > $(VENV)/override.txt
 endif
-	$(UV) pip install --quiet --python $(VENV) $(TORCH:%=--no-config --override $(VENV)/override.txt) pip --editable '.[dev]'
+	$(UV) pip install --quiet --python $(VENV) $(TORCH:%=--override $(VENV)/override.txt) pip --editable '.[dev]'
 	# Last, so that the command "composer" is this project's, and not that of mosaicml, which has one of that name.
 	$(UV) pip install --quiet --python $(VENV) --no-deps --reinstall-package sit-composer --editable .
 	touch $@
@@ -45,8 +45,8 @@ test-slow: install
 	$(PYTEST) -m 'slow and not nightly'
 test-nightly: install
 	$(PYTEST) -m nightly
-test-pinned: install # the torch that Composer and pip take, in its own environment, and checkpoints from and to .venv's
-	OTHER_TORCH=$(VENV) $(MAKE) test test-nightly TORCH=$(PINNED)
+test-newest: install # the newest torch that torchvision follows, in its own environment, and checkpoints from and to .venv's
+	OTHER_TORCH=$(VENV) $(MAKE) test test-slow test-nightly TORCH=$(NEWEST)
 bench: install # the benchmarks that need no clone of another repository, no other environment, no GPU and no hours
 	$(PYTHON) tests/benchmarks/crop.py
 	$(PYTHON) tests/benchmarks/convert.py --latents 0

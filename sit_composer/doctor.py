@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from importlib import import_module
-from importlib.metadata import distribution, distributions, requires
+from importlib.metadata import distribution, distributions
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -75,8 +75,8 @@ def examine(config: Config | None) -> int:
 
     say(f"{socket.gethostname()}, {platform.platform()}, {len(os.sched_getaffinity(0))} processors")
     if first:
-        python = f"Python{distribution('sit-composer').metadata['Requires-Python']}"
-        make("packages", lambda: packages([python, *requires("sit-composer"), *requires("torchvision")]), INSTALL)
+        own = distribution("sit-composer")
+        make("packages", lambda: packages([f"Python{own.metadata['Requires-Python']}", *own.requires]), INSTALL)
         make("launcher", lambda: launcher(Path(sys.executable).with_name("composer")), INSTALL)
         make("open files", lambda: files(config), "raise the limit: ulimit -n 65536")
         make("shared memory", lambda: shared(SHARED, shared_need(config)), f"make {SHARED} writable, and larger")
@@ -117,7 +117,7 @@ def bounded(check: Callable[[], Finding], advice: str, seconds: float) -> Findin
 
 
 def packages(requirements: Iterable[str]) -> Finding:
-    """Compares what is installed, Python too, with requirements such as mosaicml==0.32.1."""
+    """Compares what is installed, Python too, with requirements such as torch==2.7.0."""
     wrong, python = {}, platform.python_version()
     for needed in map(Requirement, requirements):
         if needed.marker is None or needed.marker.evaluate({"extra": ""}):
@@ -125,7 +125,7 @@ def packages(requirements: Iterable[str]) -> Finding:
             found = python if needed.name == "Python" else next(installed, None)
             if found is None or not needed.specifier.contains(found, prereleases=True):
                 wrong[needed.name] = f"{needed.name}: got {found or 'none'}, expected {needed.specifier}"
-    if wrong:  # another torch than those that were tested may do
+    if wrong:  # docs/development.md allows another torch
         status = "warning" if wrong.keys() <= {"torch", "torchvision"} else "failed"
         return status, "; ".join(wrong.values()), INSTALL
     return "ok", f"Python {python} in {sys.prefix}, and all packages that it needs"

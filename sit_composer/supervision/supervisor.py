@@ -262,11 +262,11 @@ class Supervision:
 
 
 def tell_of_torch(content: bytes) -> None:
-    """Says so if a run's metrics tell that it was trained with another torch, whose kernels round differently."""
+    """Says so if a run's metrics tell that it was last started with another torch, whose kernels round differently."""
     attempts, here = metrics.read(content)[0], version("torch")
-    before = {"torch": here, **attempts[-1].get("versions", {})}["torch"] if attempts else here
-    if before != here:
-        say(f"note: this run was trained with torch {before}; with {here} it continues, but not to the same bits")
+    before = attempts[-1].get("versions") if attempts else None
+    if isinstance(before, dict) and (torch := before.get("torch", here)) != here:
+        say(f"note: this run was started with torch {torch}; with {here} it continues, but not to the same bits")
 
 
 def _keep_trained(content: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Compares releases of torch:   python tests/benchmarks/torches.py .venv-2.7.0 .venv
+"""Compares releases of torch:   python tests/benchmarks/torches.py .venv .venv-2.11.0 .venv-2.14.1
 
 Each of these environments, as `make install TORCH=VERSION` makes them, runs the same work in turn, each time in a
 process of its own: the plain loop of step.py on SiT-S/2, in float32 and in bfloat16, and guided sampling by Heun's

@@ -1,8 +1,8 @@
 """Checkpoints that move between releases of torch, both ways, as one file and as shards of two ranks:
 
-    OTHER_TORCH=.venv-2.7.0 python -m pytest tests/training/test_other_torch.py
+    OTHER_TORCH=.venv-2.14.1 python -m pytest tests/training/test_other_torch.py
 
-OTHER_TORCH is another environment, as `make install TORCH=VERSION` makes it; `make test-pinned` gives it.
+OTHER_TORCH is another environment, as `make install TORCH=VERSION` makes it; `make test-newest` gives it.
 """
 
 import os
