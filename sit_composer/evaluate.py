@@ -49,12 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of a comparison with a reference."""
     option = parser.add_argument
     option("--reference", required=True, help="the real images, or their statistics")
-    option(
-        "--features",
-        default="inception",
-        metavar="NAME|FILE",
-        help="inception, dinov2, dinov2:FILE or FILE (inception)",
-    )
+    option("--features", default="inception", metavar="NAME|FILE", help="inception, dinov2[:FILE] or FILE (inception)")
     option("--metrics", metavar="A,B,…", help=f"of {','.join(METRICS)} (all that are possible)")
     option("--image-size", type=number(COUNT), metavar="N", help="crop the reference's images to it, as ADM does")
     option("--cache", metavar="DIR", help="keep the copies of remote shards here (a temporary folder)")

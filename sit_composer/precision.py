@@ -35,6 +35,11 @@ def resolve(precision: str, device: str) -> str:
     return precision
 
 
+def allow_tf32() -> None:
+    """Lets a GPU's float32 products round to TF32, as Composer does in training, and the authors' scripts do."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
 def for_gpu(precision: str) -> bool:
     """Whether a run of that precision is one for GPUs, wherever it is planned."""
     return precision.startswith("amp") or torch.cuda.is_available()

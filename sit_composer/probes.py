@@ -36,7 +36,7 @@ from sit_composer.storage import StorageError, open_run_folder
 Make = Callable[..., str]
 DRIVER = Path("/proc/driver/nvidia/version")
 GPU = "nvidia-smi must list the GPU; in a container: --gpus all, and a driver on the host"
-FAULT = "the device or its driver is at fault"
+FAULT = "update the driver, or take another device: one of them is at fault"
 HEADS, WIDTH, TOKENS = 16, 72, 256  # of SiT-XL/2
 MEETING = 120.0  # seconds for all ranks to meet and to measure
 NETWORK = (
@@ -63,6 +63,8 @@ def check_all(make: Make, findings: dict[str, Finding], config: Config | None) -
         make("disk TMPDIR", lambda: disk(tempfile.gettempdir()), SPACE)
         if config is not None:
             check_run(make, config)
+        else:
+            make("save folder, store, Hub", lambda: ("not checked", "give the run's YAML, which names them"), SPACE)
     own = [f"{name}: {'; '.join(texts)}" for name, (status, *texts) in findings.items() if status == "failed"]
     make("ranks", lambda: ranks(own), NETWORK, MEETING + 30)
 
@@ -256,7 +258,7 @@ def written(uri: str) -> Finding:
         return "failed", f"{step}: {error}{kept}", SAVE
     if content != b"1" or listing != dict.fromkeys(names, 1) or left:
         text = f"read {content!r}, listed {listing}, and {left} after deleting"
-        return "failed", text, "the store isn't consistent"
+        return "failed", text, "take another store: this one isn't consistent"
     if made != [True, False, True]:
         why = "has no conditional writes: of two runs that start together, both may write for some seconds"
         return "warning", f"{uri}: the store {why}", "start one at a time, or take a store that has them"
@@ -268,8 +270,8 @@ def hub_names(config: Config) -> dict[str, str]:
     """The Hub's repositories that a run loads from, by key."""
     library, _, model = (getattr(config.alignment, "teacher", None) or "").partition(":")
     teacher = f"timm/{model}" if library == "timm" and "/" not in model and not os.path.isdir(model) else model
-    names = {"autoencoder.name": config.autoencoder.name or "", "alignment.teacher": teacher}
-    return {key: name for key, name in names.items() if is_hub_name(name)}
+    names = {"autoencoder.name": config.autoencoder.name, "alignment.teacher": teacher, "init_from": config.init_from}
+    return {key: name for key, name in names.items() if name and is_hub_name(name)}
 
 
 def hub(name: str) -> Finding:

@@ -21,6 +21,7 @@ from sit_composer.cli import say
 from sit_composer.errors import UserError
 
 INTERVAL = 100  # batches between two readings
+NORM_INTERVAL = 10  # batches between two norms, where they are only logged
 EPSILON = 1e-6  # torch's, in torch.nn.utils.clip_grad_norm_
 
 
@@ -75,7 +76,8 @@ class Guard(Callback):
     def after_train_batch(self, state: State, logger: Logger) -> None:
         loss = state.total_loss_dict["loss/train/total"]
         self._own.append(loss.clone())  # the Trainer sums over the ranks in place
-        if self.on_nan == "stop" and self.clip_norm is None:
+        only_logged = self.on_nan == "stop" and self.clip_norm is None
+        if only_logged and int(state.timestamp.batch) % NORM_INTERVAL:
             return
         gradients = [local_part(p.grad) for p in state.model.parameters() if p.grad is not None]
         norm, loss = total_norm(gradients), loss.squeeze()
@@ -83,6 +85,8 @@ class Guard(Callback):
             both = torch.stack([norm.square() / self._copies, loss])
             dist.all_reduce(both)
             norm, loss = both[0].sqrt(), both[1]
+        if only_logged:
+            return logger.log_metrics({"gradient/norm": norm})
         self._norms.append(norm)
         if self.on_nan != "stop":
             self._keep(state, torch.isfinite(loss if self._scaled else loss + norm))
@@ -132,13 +136,15 @@ class Guard(Callback):
         if logged:
             self._log(norms, logger)
         first = int(state.timestamp.batch) - len(losses) + 1
-        for batch, (loss, mine, norm) in enumerate(zip(losses, own, norms, strict=True), first):
-            if math.isfinite(loss) and (math.isfinite(norm) or self._scaled):
-                self.in_a_row = 0
-            else:
-                self._act(batch, None if math.isfinite(loss) else mine)
-        if self.on_nan != "stop":
-            logger.log_metrics({"nan/skipped": self.skipped, "nan/rollbacks": self.rollbacks})
+        try:
+            for batch, (loss, mine, norm) in enumerate(zip(losses, own, norms, strict=True), first):
+                if math.isfinite(loss) and (math.isfinite(norm) or self._scaled):
+                    self.in_a_row = 0
+                else:
+                    self._act(batch, None if math.isfinite(loss) else mine)
+        finally:  # also where that ends the run
+            if self.on_nan != "stop":
+                logger.log_metrics({"nan/skipped": self.skipped, "nan/rollbacks": self.rollbacks})
 
     def _log(self, norms: list[float], logger: Logger) -> None:
         """Logs the mean norm of the batches since the last reading, and the share of them that was clipped."""

@@ -31,9 +31,8 @@ class AzureFiles(CloudDownloader):
 
     def _download_file_impl(self, remote: str, local: str, timeout: float) -> None:
         partial = f"{local}.{os.getpid()}"
-        done = subprocess.run(
-            [sys.executable, "-m", "sit_composer.clouds", remote, partial], capture_output=True, text=True
-        )
+        command = [sys.executable, "-m", "sit_composer.clouds", remote, partial]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
             os.replace(partial, local)
             return

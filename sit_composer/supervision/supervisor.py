@@ -12,7 +12,6 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +109,7 @@ class Supervision:
             if self.keep >= 0 and (count := len(found) - max(self.keep, 1)) > 0:
                 keys = f"trainer.save_num_checkpoints_to_keep is {self.keep}, -1 keeps all"
                 say(f"{self.uri}: {count} old checkpoints will be deleted with the next save ({keys})")
-            if (name := newest(self.folder)) is not None:
-                tell_of_torch(self.metrics.content)
-            return name
+            return newest(self.folder)
         if found and self.config.trainer.get("save_overwrite"):
             # Their batches may be later, and would count as newer than this run's.
             others = [name for name in self.folder.listing() if GRID.fullmatch(name) or name in (metrics.NAME, REPORT)]
@@ -259,14 +256,6 @@ class Supervision:
             shutil.rmtree(self.staging, ignore_errors=True)
         if self.lease is not None and dist.get_global_rank() == 0:
             self.lease.release()
-
-
-def tell_of_torch(content: bytes) -> None:
-    """Says so if a run's metrics tell that it was last started with another torch, whose kernels round differently."""
-    attempts, here = metrics.read(content)[0], version("torch")
-    before = attempts[-1].get("versions") if attempts else None
-    if isinstance(before, dict) and (torch := before.get("torch", here)) != here:
-        say(f"note: this run was started with torch {torch}; with {here} it continues, but not to the same bits")
 
 
 def _keep_trained(content: dict[str, Any]) -> None:

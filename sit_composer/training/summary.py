@@ -44,8 +44,9 @@ def summary(config: Config, specs: dict[str, DataSpec], checkpoint: str | None) 
         lines["averages"] = f"{', '.join(names)}; evaluation and sampling in training use {names[0]}"
     if config.alignment is not None:
         lines["objective"] += f", and {config.alignment.name} of block {config.alignment.block}"
-    if config.optimizer.name == "muon":
-        lines["optimizer"] = "Muon for the matrices of blocks, AdamW for the rest"
+    kind = "Muon for the matrices of blocks, AdamW for the rest" if config.optimizer.name == "muon" else "AdamW"
+    rate = f"{config.optimizer.lr:g} ({next(iter(config.scheduler), 'constant')})"
+    lines["optimizer"] = f"{kind}; rate {rate}, weight decay {config.optimizer.weight_decay:g}, seed {config.seed}"
     lines["data"] = config.data.remote or config.data.local
     if spec is not None:
         size = "" if spec.image_size is None else f" of {spec.image_size}²"

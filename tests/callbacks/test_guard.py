@@ -164,8 +164,32 @@ def test_clipped_steps_are_torchs_to_the_bit_and_norms_are_logged(monkeypatch, f
 def test_too_many_in_a_row_stop_the_run(monkeypatch):
     monkeypatch.setattr(module, "INTERVAL", 1)
     poison({2, 4, 5}, monkeypatch.setattr)
+    log = InMemoryLogger()
     with pytest.raises(NotFinite, match=r"^test: 2 batches in a row are not finite \(on_nan_limit=1\); no checkpoint"):
-        train(("skip", 1, None))
+        train(("skip", 1, None), loggers=[log])
+    assert [value for _, value in log.data["nan/skipped"]] == [0, 1, 1, 2, 3]  # that of the last batch, too
+
+
+def test_rollbacks_need_a_checkpoint_and_are_bounded(monkeypatch, capsys):
+    poison({2, 4}, monkeypatch.setattr)
+    with pytest.raises(
+        NotFinite, match=r"^test: batch 2: its loss is not finite, and there is no checkpoint to go back"
+    ):
+        train(("rollback", 1, None))
+    monkeypatch.setattr(Guard, "epoch_start", lambda self, *_: setattr(self, "go_back", lambda: "the first"))
+    with pytest.raises(NotFinite, match=r"^test: batch 4: its loss is not finite after 1 rollbacks \(on_nan_limit\);"):
+        train(("rollback", 1, None))
+    assert "batch 2: its loss is not finite; continues with the weights of the first" in capsys.readouterr().out
+
+
+def test_a_run_that_needs_no_norms_logs_some_of_them(monkeypatch):
+    monkeypatch.setattr(module, "NORM_INTERVAL", 2)
+    every, some = InMemoryLogger(), InMemoryLogger()
+    monkeypatch.setattr(module, "INTERVAL", 1)
+    clipped, plain = train(("stop", 10, 1e9), loggers=[every]), train(("stop", 10, None), loggers=[some])
+    assert all(map(torch.equal, clipped.states[-1], plain.states[-1]))
+    norms = [value for _, value in every.data["gradient/norm"]]
+    assert [float(value) for _, value in some.data["gradient/norm"]] == pytest.approx(norms[::2])
 
 
 def test_a_run_stops_keeps_its_last_good_checkpoint_and_rolls_back_when_told(run, monkeypatch, capsys, tmp_path):

@@ -1,11 +1,16 @@
 """What a GPU needs of a training step, held without one."""
 
+import inspect
+
 import pytest
 import torch
+from composer.devices import DeviceGPU
 from torch.utils._pytree import tree_leaves
 
 from sit_composer import sit
 from sit_composer.algorithms.ema import EMA
+from sit_composer.data.loader import build_loader
+from sit_composer.data.stream import load_spec
 from sit_composer.sit import build_sit
 from sit_composer.training.model import ComposerSiT
 from sit_composer.transport import Transport
@@ -28,6 +33,20 @@ def test_a_step_never_waits_for_the_device(transport):
     assert {p.device.type for p in tree_leaves(optimizer.state_dict()["state"]) if p.ndim} == {"meta"}
     with pytest.raises(RuntimeError):
         model(data).mean().item()
+
+
+def test_batches_are_pinned_and_copied_without_waiting(few_digits, monkeypatch):
+    """What our loader does, and what Composer's device does with its batches, and with float32 products."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert build_loader(
+        remote=None, local=str(few_digits), spec=load_spec(None, str(few_digits)), batch_size=8
+    ).pin_memory
+    calls, device, tensor = [], DeviceGPU.__new__(DeviceGPU), torch.zeros(1)
+    device._device = "a GPU"
+    monkeypatch.setattr(torch.Tensor, "to", lambda *args, **options: calls.append((*args[1:], options)))
+    device.batch_to_device({"image": tensor})
+    assert calls == [("a GPU", {"non_blocking": True})]
+    assert inspect.signature(DeviceGPU).parameters["allow_tf32"].default is True
 
 
 @pytest.mark.parametrize("name", ["SiT-S/2", "SiT-XL/2"])

@@ -42,21 +42,6 @@ def test_a_run_stopped_in_mid_epoch_resumes_to_the_bit(run, tmp_path, workers, p
     assert differences(bits(tmp_path / "whole"), bits(tmp_path / "run")) == []
 
 
-def test_a_run_that_another_torch_began_says_that_its_bits_change(run, tmp_path, capsys):
-    assert run("trainer.max_duration=1ba") == 0
-    assert run("trainer.max_duration=2ba") == 0
-    assert "with torch" not in capsys.readouterr().out
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    metrics.write_text(re.sub(r'"torch": "[^"]+"', '"torch": "2.3.4"', metrics.read_text()))
-    assert run("trainer.max_duration=3ba") == 0
-    assert "note: this run was started with torch 2.3.4; with " in capsys.readouterr().out
-    assert run("trainer.max_duration=4ba") == 0
-    assert "with torch" not in capsys.readouterr().out  # what the last attempt had, counts
-    lines = [line for line in metrics.read_text().splitlines() if "versions" not in line]
-    metrics.write_text("\n".join([*lines, '{"start": 0, "versions": null}']))  # nobody's, or an earlier version's
-    assert run("trainer.max_duration=5ba") == 0
-
-
 def test_flops_per_second_count_whole_batches_with_microbatches_too(run, tmp_path):
     log = tmp_path / "log.txt"
     monitor = ["callbacks.speed_monitor={window_size: 2}", f"loggers={{file: {{filename: '{log}'}}}}"]
