@@ -71,7 +71,7 @@ def _classes(theirs: Record, ours: Record) -> str:
     if len(theirs.classes) > len(ours.classes) and all(name.isdecimal() for name in (*theirs.classes, *ours.classes)):
         text = f"warning: {text}, which are numbers in both; give the classes names if they mean others"
     if new:
-        text += f"; new: {', '.join(new[:5])}{', …' if len(new) > 5 else ''}"
+        text += f"; new: {', '.join(new[:50])}{', …' if len(new) > 50 else ''}"
         if len(new) == len(rows):
             text += f" (the checkpoint has {', '.join(theirs.classes[:5])}{', …' if len(theirs.classes) > 5 else ''})"
     kept = {(True, True): "kept", (False, True): "new", (True, False): "left out"}
