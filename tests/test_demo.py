@@ -261,8 +261,15 @@ def test_the_page_generates_compares_refuses_and_stops(browser, address, tmp_pat
     assert waiting.faults == []
 
     page.fill("time points", "5")
+    page.fill("guidance scale", "2")
+    page.fill("guide until", "0.6")
+    page.choose("weights", "training")
     page.press("Generate")
-    page.images(4)
+    page.page.get_by_text("--cfg-interval").wait_for()
+    command = page.page.locator(".films code").inner_text()
+    assert "--weights=training --cfg-scale=2 --cfg-interval 0 0.6" in command.replace("2.0", "2")
+    images = zip(page.images(4), drawn(command, tmp_path / "guided"), strict=True)
+    assert all(np.array_equal(shown, expected) for shown, expected in images)
     assert page.faults == []
 
 

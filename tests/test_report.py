@@ -44,6 +44,7 @@ def write_run(folder, name="first", length=3000, **config) -> LocalFolder:
             rows.append({"start": batch, "time": 1e9 + 1000, **attempt, "peak": 1000.0})
         if batch % 1000 == 0:
             rows.append({"batch": batch, "loss/time/0-0.5": 2.0, "loss/time/0.5-1": None})
+            rows.append({"batch": batch, "nan/skipped": 3, "nan/rollbacks": 0})
             rows.append({"batch": batch, "metrics/eval/loss": 0.75, "metrics/frechet_distance": 5e4 / batch})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"batch": 30')
     for i in range(40):
@@ -202,9 +203,13 @@ def test_the_page_in_a_browser(browser, tmp_path, scheme, width):
             "\nFID\n" if name == "alone" else "\nFID and Fréchet distance\n",
             "ep0-ba3000-rank0.pt",
             "2.5 MB",
-            "Gradient norm",
+            *("Gradient norm", "Learning rate", "Throughput, images per second", "Evaluation loss"),
+            *("Loss by time, latest", "Loss by time, over training" if name == "alone" else "Loss by time: "),
+            *("steps skipped as not finite", "0.75", "16.67"),  # of evaluations: the loss, and the distance
         ):
-            assert text in shown, text
+            assert text.lower() in shown.lower(), text
+        assert "composer sit_composer/train.py" in shown
+        assert f"python -m sit_composer.export {tmp_path}/one --out exported" in shown
         assert f"python -m sit_composer.sample {tmp_path}/one --out samples" in shown
         assert page.locator("svg .resume").count() >= 5
         assert page.title() == (SCRIPT if name == "alone" else f"{SCRIPT} and {second}")
