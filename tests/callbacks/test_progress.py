@@ -24,10 +24,11 @@ def test_a_first_screen_a_line_per_interval_and_evaluation_and_the_figures_at_th
     evaluation = f"eval_data={{local: {digits_shards}, global_batch_size: 599, num_workers: 0}}"
     assert run("trainer.max_duration=12ba", "trainer.console_log_interval=5ba", evaluation) == 0
     out, err = capsys.readouterr()
-    screen, end = out.splitlines()[:10], out.splitlines()[-3:]
+    screen, end = out.splitlines()[:11], out.splitlines()[-3:]
     assert screen[0] == "run:         quickstart, which starts anew"
-    names = "network objective data batch device length memory time checkpoints"
+    names = "network objective optimizer data batch device length memory time checkpoints"
     assert " ".join(line.partition(":")[0] for line in screen[1:]) == names
+    assert screen[3] == "optimizer:   AdamW; rate 0.003 (constant), weight decay 0, seed 0"
     assert "every 10ba (about 0:0" in out
     lines = [line for line in err.splitlines() if line.startswith("batch ")]
     assert re.fullmatch(rf"batch 5/12  {FIGURES}", lines[0])
