@@ -55,6 +55,7 @@ bench: install # the benchmarks that need no clone of another repository, no oth
 	$(PYTHON) tests/benchmarks/optimizers.py
 	$(PYTHON) tests/benchmarks/sampling.py --bf16 --solvers "ODE heun" "SDE Euler"
 	$(PYTHON) tests/benchmarks/growth.py --out runs/growth
+	$(PYTHON) tests/benchmarks/growth_loader.py --out runs/growth_loader --seconds 1
 lint: install
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
