@@ -68,9 +68,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for a mistake that it names."""
-    return run_command(
-        lambda: hand_over("sit_composer.evaluation.bits", check_checkpoint(parse(argv)), "torch", "streaming")
-    )
+    module = "sit_composer.evaluation.bits"
+    return run_command(lambda: hand_over(module, check_checkpoint(parse(argv)), "torch", "streaming"))
 
 
 if __name__ == "__main__":

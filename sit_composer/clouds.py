@@ -218,9 +218,7 @@ def _reason(error: Exception) -> str:
         return "no such object"
     cause = re.search(r'message: "([^"]+)"|(TimedOut|dns error)', details)
     text = re.sub(r"https?://([^/\s?]*)\S*", r"\1", " ".join(text.split())).rstrip(". :")
-    text = re.sub(
-        r"Generic \w+ error: |Error performing \w+ request: |, max_retries: \d+, retry_timeout: \S+", "", text
-    )
+    text = re.sub(r"Generic \w+ error: |Error performing \w+ request: |, max_retries: \d+, retry_\w+: \S+", "", text)
     return f"{text}{f' ({cause[1] or cause[2]})' if cause else ''}"
 
 

@@ -23,7 +23,6 @@ from sit_composer.cli import is_remote, say
 from sit_composer.errors import UserError, first_line
 from sit_composer.film import CONTROLS, STYLE, as_html, film
 from sit_composer.gallery import choose_labels, complete
-from sit_composer.precision import allow_tf32
 from sit_composer.sample import parse
 from sit_composer.sit import SiT
 
@@ -38,7 +37,6 @@ def run(args: argparse.Namespace) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # how torch refuses a name, or a device that isn't there
         raise UserError(f"--device: got {device}: {first_line(error)}") from None
-    allow_tf32()
     warnings.filterwarnings("ignore", module="gradio")  # of what it should call otherwise in its own libraries
     page = Demo(args.checkpoints, device).page()
     host = f"[{args.host}]" if ":" in args.host else args.host  # as in the page's address

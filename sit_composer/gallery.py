@@ -31,7 +31,7 @@ from sit_composer.errors import UserError
 from sit_composer.generate import earlier_work, generate, mean_work
 from sit_composer.guidance import Guidance
 from sit_composer.outputs import write_arrays, write_bytes, write_json
-from sit_composer.precision import allow_tf32, cast_once, resolve
+from sit_composer.precision import cast_once, resolve
 from sit_composer.sit import SiT
 
 SETTINGS, IMAGE = "sampling.json", "{:06d}.png"
@@ -80,7 +80,6 @@ def load_networks(args: argparse.Namespace) -> Networks:
     """The network of the weights that are asked for, and that of the guide's, on this rank's device."""
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     precision = resolve(args.precision, device.partition(":")[0])
-    allow_tf32()
     checkpoint = load_checkpoint(args.checkpoint, args.weights)
     weaker = load_checkpoint(args.guide, args.guide_weights) if args.guide else None
     if weaker:

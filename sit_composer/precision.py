@@ -3,7 +3,8 @@
 Weights, optimizer, loss and average stay float32.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -35,11 +36,6 @@ def resolve(precision: str, device: str) -> str:
     return precision
 
 
-def allow_tf32() -> None:
-    """Lets a GPU's float32 products round to TF32, as Composer does in training, and the authors' scripts do."""
-    torch.backends.cuda.matmul.allow_tf32 = True
-
-
 def for_gpu(precision: str) -> bool:
     """Whether a run of that precision is one for GPUs, wherever it is planned."""
     return precision.startswith("amp") or torch.cuda.is_available()
@@ -47,7 +43,19 @@ def for_gpu(precision: str) -> bool:
 
 def autocast(precision: str, device: str) -> AbstractContextManager:
     """The context in which to call the network, for a precision that `resolve` returned."""
-    return nullcontext() if precision == "fp32" else torch.autocast(device, DTYPES[precision])
+    in_float32 = _tf32 if device == "cuda" else nullcontext
+    return in_float32() if precision == "fp32" else torch.autocast(device, DTYPES[precision])
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """Lets float32 products round to TF32, as Composer does in training, and the authors' scripts do."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, True
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def cast_once(network: Network, precision: str) -> Network:

@@ -64,7 +64,7 @@ def check_all(make: Make, findings: dict[str, Finding], config: Config | None) -
         if config is not None:
             check_run(make, config)
         else:
-            make("save folder, store, Hub", lambda: ("not checked", "give the run's YAML, which names them"), SPACE)
+            make("save folder, store, Hub", lambda: ("not checked", "give the run's YAML, which names them"), "")
     own = [f"{name}: {'; '.join(texts)}" for name, (status, *texts) in findings.items() if status == "failed"]
     make("ranks", lambda: ranks(own), NETWORK, MEETING + 30)
 
@@ -271,7 +271,8 @@ def hub_names(config: Config) -> dict[str, str]:
     library, _, model = (getattr(config.alignment, "teacher", None) or "").partition(":")
     teacher = f"timm/{model}" if library == "timm" and "/" not in model and not os.path.isdir(model) else model
     names = {"autoencoder.name": config.autoencoder.name, "alignment.teacher": teacher, "init_from": config.init_from}
-    return {key: name for key, name in names.items() if name and is_hub_name(name)}
+    names = {key: (name or "").removeprefix("hf://") for key, name in names.items()}
+    return {key: name for key, name in names.items() if is_hub_name(name)}
 
 
 def hub(name: str) -> Finding:

@@ -134,9 +134,8 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 if all images exist, 2 for a mistake that it names."""
-    return run_command(
-        lambda: hand_over("sit_composer.gallery", check_checkpoint(parse(argv)), "torch"), "stopped; rerun to continue"
-    )
+    module = "sit_composer.gallery"
+    return run_command(lambda: hand_over(module, check_checkpoint(parse(argv)), "torch"), "stopped; rerun to continue")
 
 
 if __name__ == "__main__":

@@ -368,7 +368,8 @@ def test_a_repository_of_the_hub_is_allowed_refused_or_out_of_reach(server, monk
     assert probes.hub_names(xl(teacher, f"autoencoder.name={tmp_path}/vae")) == timm
     other = "alignment={name: repa, teacher: 'transformers:facebook/dinov2-base'}"
     assert probes.hub_names(xl(other))["alignment.teacher"] == "facebook/dinov2-base"
-    assert probes.hub_names(xl("init_from=me/weights"))["init_from"] == "me/weights"
+    for name in ("me/weights", "hf://me/weights"):
+        assert probes.hub_names(xl(f"init_from={name}"))["init_from"] == "me/weights"
     reset_sessions()  # that of an earlier test may be one of HF_HUB_OFFLINE
 
     def ask(url):

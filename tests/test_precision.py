@@ -29,6 +29,13 @@ def test_a_gpu_without_bfloat16_is_named(monkeypatch, capability):
         assert resolve("amp_bf16", "cuda") == "amp_bf16"
 
 
+def test_a_gpus_float32_products_take_tf32_within_the_context_alone():
+    before = torch.backends.cuda.matmul.allow_tf32
+    with autocast("fp32", "cuda"):
+        assert torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cuda.matmul.allow_tf32 == before is False
+
+
 def test_autocast_is_of_the_precision():
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         with autocast(precision, "cpu"):

@@ -207,7 +207,7 @@ def test_the_page_in_a_browser(browser, tmp_path, scheme, width):
             *("Loss by time, latest", "Loss by time, over training" if name == "alone" else "Loss by time: "),
             *("steps skipped as not finite", "0.75", "16.67"),  # of evaluations: the loss, and the distance
         ):
-            assert text.lower() in shown.lower(), text
+            assert text in shown, text
         assert "composer sit_composer/train.py" in shown
         assert f"python -m sit_composer.export {tmp_path}/one --out exported" in shown
         assert f"python -m sit_composer.sample {tmp_path}/one --out samples" in shown

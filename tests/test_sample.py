@@ -62,12 +62,6 @@ def pictures(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("0*.png"))}
 
 
-def test_a_gpus_float32_products_may_take_tf32_as_the_authors_do(draw):
-    torch.backends.cuda.matmul.allow_tf32 = False
-    assert draw("--classes", "3") == 0
-    assert torch.backends.cuda.matmul.allow_tf32
-
-
 def test_it_writes_pictures_a_grid_an_array_and_every_setting(draw, tmp_path, capsys, checkpoints):
     npz = tmp_path / "all.npz"
     assert draw("--classes", "3,7", "--per-class", "2", "--cfg-scale", "2", "--seed", "5", "--npz", str(npz)) == 0

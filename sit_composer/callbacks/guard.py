@@ -77,7 +77,7 @@ class Guard(Callback):
         loss = state.total_loss_dict["loss/train/total"]
         self._own.append(loss.clone())  # the Trainer sums over the ranks in place
         only_logged = self.on_nan == "stop" and self.clip_norm is None
-        if only_logged and int(state.timestamp.batch) % NORM_INTERVAL:
+        if only_logged and (self._scaled or int(state.timestamp.batch) % NORM_INTERVAL):
             return
         gradients = [local_part(p.grad) for p in state.model.parameters() if p.grad is not None]
         norm, loss = total_norm(gradients), loss.squeeze()

@@ -101,9 +101,7 @@ class OptimizerConfig:
 
 @dataclass
 class EMAConfig:
-    decay: float | None = key(
-        "decay of the averaged weights per batch; null: 0.9999, or none beside the others", None, c.INSIDE_UNIT
-    )
+    decay: float | None = key("decay of the average per batch; null: 0.9999, none beside others", None, c.INSIDE_UNIT)
     decays: list[float] = key("decays of more averages", [], c.INSIDE_UNIT)
     power: list[float] = key("relative stds of power functions' averages, such as [0.05, 0.1]", [], c.POWER_STD)
 
