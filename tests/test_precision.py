@@ -30,10 +30,11 @@ def test_a_gpu_without_bfloat16_is_named(monkeypatch, capability):
 
 
 def test_a_gpus_float32_products_take_tf32_within_the_context_alone():
-    before = torch.backends.cuda.matmul.allow_tf32
+    matmul = torch.backends.cuda.matmul
+    assert not matmul.allow_tf32
     with autocast("fp32", "cuda"):
-        assert torch.backends.cuda.matmul.allow_tf32
-    assert torch.backends.cuda.matmul.allow_tf32 == before is False
+        assert matmul.allow_tf32
+    assert not matmul.allow_tf32
 
 
 def test_autocast_is_of_the_precision():

@@ -38,9 +38,8 @@ def test_a_step_never_waits_for_the_device(transport):
 def test_batches_are_pinned_and_copied_without_waiting(few_digits, monkeypatch):
     """What our loader does, and what Composer's device does with its batches, and with float32 products."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert build_loader(
-        remote=None, local=str(few_digits), spec=load_spec(None, str(few_digits)), batch_size=8
-    ).pin_memory
+    spec = load_spec(None, str(few_digits))
+    assert build_loader(remote=None, local=str(few_digits), spec=spec, batch_size=8).pin_memory
     calls, device, tensor = [], DeviceGPU.__new__(DeviceGPU), torch.zeros(1)
     device._device = "a GPU"
     monkeypatch.setattr(torch.Tensor, "to", lambda *args, **options: calls.append((*args[1:], options)))
