@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from streaming import StreamingDataLoader, StreamingDataset
+from streaming.base.distributed import barrier
 
 from sit_composer.data.ahead import ahead
 from sit_composer.data.loader import SitDataset, coin
@@ -99,6 +100,7 @@ def check(copies: Path, workers: int, drop_last: bool) -> None:
     ]
     epochs = [[list(side), list(side)] for side in sides]
     state = json.loads(json.dumps(sides[0].dataset.state_dict(0, True))) | {"epoch": 1, "sample_in_epoch": 32}
+    barrier()  # a rank that is slower would read the shared memory that the other one has made and not yet filled
     for side, read in zip(sides, epochs, strict=True):
         side.load_state_dict(state)
         read.append(list(side))
