@@ -83,8 +83,7 @@ def what_is_made(args: argparse.Namespace) -> dict[str, Any]:
         made["statistics"] = MEASURE
     if args.class_names:
         args.names = read_class_names(args.class_names)
-        content = digest({id_: name.name for id_, name in args.names.items()})
-        made["class_names"] = f"{args.class_names} {content}"
+        made["class_names"] = f"{args.class_names} {digest({id_: name.name for id_, name in args.names.items()})}"
     return made | ({"check": "header"} if args.check == "header" else {})  # it decides which images are left out
 
 

@@ -40,8 +40,7 @@ def draw_samples(
 
     def cell(indices: list[int]) -> Cell:
         label = labels[indices[0]]
-        enlarged = [images[i].resize((side, side), Image.NEAREST) for i in indices]
-        return enlarged, class_caption(classes[label], label)
+        return [images[i].resize((side, side), Image.NEAREST) for i in indices], class_caption(classes[label], label)
 
     grid = [[cell(row)] if several else [cell([i]) for i in row] for row in cells]
     return draw_grid(grid, f"guidance {cfg_scale:g}")
@@ -71,8 +70,7 @@ def wrap(text: str, width: int) -> list[str]:
 
 
 def _captioned(images: Sequence[Image.Image], caption: str) -> Image.Image:
-    strip = _join(images)
-    return _join([strip, _text(caption, strip.width)], down=True)
+    return _join([strip := _join(images), _text(caption, strip.width)], down=True)
 
 
 def _text(text: str, width: int) -> Image.Image:

@@ -217,7 +217,7 @@ class Metric:
     """What a metric of evaluation needs, and how a table shows it."""
 
     heading: str
-    output: str  # of the extractor: features, spatial or logits
+    output: str  # of the extractor: features, spatial, logits, or second, the features of a second extractor
     reference: str | None  # what it needs of the reference: statistics, images or nothing
     least: int  # images per set
     digits: str = ".2f"
@@ -231,6 +231,7 @@ METRICS = {
     "precision": Metric("P", "features", "images", least=4, digits=".3f"),
     "recall": Metric("R", "features", "images", least=4, digits=".3f"),
     "kid": Metric("KID × 10³", "features", "images", least=2, digits=".3f", factor=1000),
+    "fd": Metric("FID", "second", "images", least=2),
 }
 
 

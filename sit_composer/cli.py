@@ -48,8 +48,7 @@ class _Parser(argparse.ArgumentParser):
 
 def make_parser(prog: str, doc: str | None, **options: Any) -> argparse.ArgumentParser:
     """A parser whose --help begins with a command's docstring, line by line."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    return _Parser(prog=prog, description=doc, formatter_class=formatter, **options)
+    return _Parser(prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
 
 def number(bounds: Bounds) -> Callable[[str], int | float | str]:

@@ -15,6 +15,7 @@ come from the Hub, once, or from a file: dinov2:FILE, of Meta's dinov2_vitl14_pr
 Without a network, or for other features, give --features FILE: a TorchScript module from uint8
 (N, 3, H, W) to features (N, D), to (features, logits), or to a dict of features, spatial and logits; sFID needs
 spatial, the Inception Score logits. Loading FILE runs the code in it: use only a file whose author you trust.
+Of two, as in --features inception,dinov2, the second one adds its Fréchet distance.
 
 The last line printed is a Markdown row for a table of results.
 """
@@ -49,7 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of a comparison with a reference."""
     option = parser.add_argument
     option("--reference", required=True, help="the real images, or their statistics")
-    option("--features", default="inception", metavar="NAME|FILE", help="inception, dinov2[:FILE] or FILE (inception)")
+    option("--features", default="inception", metavar="A[,B]", help="inception, dinov2[:FILE] or FILE (inception)")
     option("--metrics", metavar="A,B,…", help=f"of {','.join(METRICS)} (all that are possible)")
     option("--image-size", type=number(COUNT), metavar="N", help="crop the reference's images to it, as ADM does")
     option("--cache", metavar="DIR", help="keep the copies of remote shards here (a temporary folder)")
@@ -61,12 +62,18 @@ def check(args: argparse.Namespace, samples: str | None = None) -> None:
         where = "neither SAMPLES nor --reference is a URI" if samples else "--reference is no URI"
         raise UserError(f"argument --cache: is for remote shards, and {where}")
     check_set(args.reference)
-    check_features("--features", args.features)
-    if dinov2_file(args.features) is not None:
-        require("--features dinov2", "timm")
+    extractors = args.features.split(",")
+    if len(extractors) > 2 or len(set(extractors)) < len(extractors):
+        raise UserError(f"--features: got {args.features}, expected one extractor, or two different ones")
+    for features in extractors:
+        check_features("--features", features)
+        if dinov2_file(features) is not None:
+            require("--features dinov2", "timm")
     args.by_name = [] if args.metrics is None else [name.strip() for name in args.metrics.split(",")]
     for name in args.by_name:
         choose("--metrics", name, tuple(METRICS))
+    if "fd" in args.by_name and len(extractors) < 2:
+        raise UserError("--metrics fd: is of a second extractor, as in --features inception,dinov2")
 
 
 def check_set(path: str) -> None:

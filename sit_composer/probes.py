@@ -277,8 +277,7 @@ def hub_names(config: Config) -> dict[str, str]:
 
 def hub(name: str) -> Finding:
     """Whether a repository of the Hub may be read, or is in the cache."""
-    files = ("config.json", "vae/config.json")
-    cached = any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
+    cached = any(isinstance(try_to_load_from_cache(name, f), str) for f in ("config.json", "vae/config.json"))
     try:
         HfApi().auth_check(name)
     except Exception as error:  # huggingface_hub's and its HTTP library's

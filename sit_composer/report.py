@@ -38,8 +38,7 @@ def run(args: argparse.Namespace) -> None:
     from sit_composer.page import report_page  # loads torch, for what tells a checkpoint from other files
     from sit_composer.storage import open_run_folder  # likewise late, for its requests' library
 
-    page = report_page([open_run_folder(run) for run in args.runs])
-    write_bytes(page, Path(args.out))
+    write_bytes(report_page([open_run_folder(run) for run in args.runs]), Path(args.out))
     print(args.out)
 
 

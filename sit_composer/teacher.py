@@ -132,8 +132,7 @@ def _from_transformers(model: str, grid: int) -> _Model:
     # transformers makes up what is missing at random. A pooler makes no tokens.
     if missing := sorted(key for key in loading["missing_keys"] if "pooler" not in key):
         raise ValueError(f"its weights lack {len(missing)}, as {missing[0]}")
-    here = os.path.isdir(model)
-    file = Path(model, PREPROCESSOR) if here else Path(hf_hub_download(model, PREPROCESSOR))
+    file = Path(model, PREPROCESSOR) if os.path.isdir(model) else Path(hf_hub_download(model, PREPROCESSOR))
     images = json.loads(file.read_text("utf-8"))
     by_name = "interpolate_pos_encoding" in inspect.signature(network.forward).parameters
     resized = {"interpolate_pos_encoding": True} if by_name else {}  # DINOv2 does it without

@@ -61,8 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return hand_over("sit_composer.training.dry_run", config, "torch", "composer", "streaming") or 0
     if args.replay is not None:
-        replayed = config, args.replay
-        return hand_over("sit_composer.training.replay", replayed, "torch", "composer", "streaming") or 0
+        return hand_over("sit_composer.training.replay", (config, args.replay), "torch", "composer", "streaming") or 0
     return hand_over("sit_composer.training.fit", config, "torch", "composer", "streaming") or 0
 
 

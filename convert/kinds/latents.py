@@ -156,8 +156,7 @@ class Latents:
         if not images:
             return []
         try:
-            levels = torch.stack(images).to(self.device)
-            columns = self._encoded(levels)
+            columns = self._encoded(torch.stack(images).to(self.device))
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise

@@ -27,8 +27,7 @@ SILENCE = 30  # seconds without a byte, after which a request has failed
 def list_remote(source: str) -> tuple[list[str], bool]:
     """The URIs of an object, of all objects below a prefix, or of all that a glob matches, sorted; no hidden ones. And
     whether it is a prefix. A glob's first names, if they exist, are meant as they are spelled."""
-    path = _path(source)
-    segments = path.split("/")
+    segments = _path(source).split("/")
     with reading(source):
         store = _store()
 

@@ -154,10 +154,8 @@ def _groups(name: str, wanted: Collection[str]) -> Iterator[tuple[str, Group, tu
                     yield current, group, tuple(left_out)
                     left_out = []
                 if key in seen:
-                    advice = "tar --sort=name puts them together"
-                    raise InputError(
-                        f"{name}: sample {key} occurs twice, or its members do not follow each other; {advice}"
-                    )
+                    what = "occurs twice, or its members do not follow each other; tar --sort=name puts them together"
+                    raise InputError(f"{name}: sample {key} {what}")
                 seen.add(key)
                 current, group = key, {}
             if extension in group:

@@ -53,8 +53,7 @@ class FrechetDistance(DrawingCallback):
 
     def features(self, images: Tensor) -> Tensor:
         """Features (n, D) of images (n, C, H, W)."""
-        features = self.extractor(images.expand(-1, 3, -1, -1))["features"]
-        return torch.from_numpy(features).to(images.device)
+        return torch.from_numpy(self.extractor(images.expand(-1, 3, -1, -1))["features"]).to(images.device)
 
     def state_dict(self) -> dict[str, Any]:
         return {"values": json.dumps(self.values)}

@@ -119,8 +119,7 @@ class MetricsLog(LoggerDestination):
         lists = [values for row in (*(row for _, row in self._rows), self._open) for values in row.values()]
         found = [(row, i, v) for row in lists for i, v in enumerate(row) if isinstance(v, Tensor)]
         if found:
-            device = found[0][2].device
-            tensors = [value.detach().reshape(()).to(device, torch.float64) for _, _, value in found]
+            tensors = [value.detach().reshape(()).to(found[0][2].device, torch.float64) for _, _, value in found]
             for (row, i, _), number in zip(found, torch.stack(tensors).tolist(), strict=True):
                 row[i] = number
         self._unread = 0

@@ -63,7 +63,8 @@ class Record:
         if not isinstance(record.classes, list) or len(record.classes) != count:
             raise CheckpointError(f"{where}: classes: expected {count} names, one per class of the model")
         held = record.averages
-        if held is not None and (not isinstance(held, list) or not held or any(not is_average(name) for name in held)):
+        named = isinstance(held, list) and all(isinstance(name, str) and AVERAGE.fullmatch(name) for name in held)
+        if held is not None and not (held and named):
             raise CheckpointError(f"{where}: averages: got {held}, expected names such as 0.999 or power0.05")
         return record
 
@@ -159,10 +160,6 @@ class Checkpoint:
     def describe(self) -> dict[str, Any]:
         """What identifies the weights, as results record it."""
         return {"path": self.source, "step": self.step, "sha256": digest(self.path), "weights": self.which}
-
-
-def is_average(name: Any) -> bool:
-    return isinstance(name, str) and AVERAGE.fullmatch(name) is not None
 
 
 def digest(place: str | Path) -> str:

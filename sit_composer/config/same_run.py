@@ -51,8 +51,7 @@ def _fixed_keys(config: Config) -> dict[str, object]:
     """The keys that can't change between a run and its resumption."""
     keys: dict[str, object] = {name: getattr(config, name) for name in ("seed", "init_from", "init_weights", "freeze")}
     names = averages(config)  # of which the decay of a single one may change
-    ema = "one exponential average" if names and is_plain(names) else ", ".join(names) or None
-    keys["ema"] = ema
+    keys["ema"] = "one exponential average" if names and is_plain(names) else ", ".join(names) or None
     alignment = {} if config.alignment is None else vars(config.alignment)
     keys |= {"alignment": alignment.get("name"), **{f"alignment.{name}": value for name, value in alignment.items()}}
     sections = {name: vars(getattr(config, name)) for name in ("transport", "autoencoder", "optimizer")}

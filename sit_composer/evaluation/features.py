@@ -1,7 +1,7 @@
 """The features of images that evaluation compares, and the networks that extract them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from sit_composer.checkpoint.record import digest
 from sit_composer.choices import dinov2_file
 from sit_composer.errors import UserError, first_line, one_line
 
-OUTPUTS = ("features", "spatial", "logits")
+OUTPUTS = ("features", "spatial", "logits", "second")
 
 
 @dataclass
@@ -24,6 +24,7 @@ class Extractor:
     identity: str  # inception, dinov2-large and a digest of its weights, or the file's sha256
     network: Callable[[Tensor], Tensor | tuple[Tensor, Tensor] | dict[str, Tensor]]
     device: str
+    second: "Extractor | None" = None  # whose features are the output second
 
     def __call__(self, images: Tensor) -> dict[str, np.ndarray]:
         """Float32 arrays (N, D) on the CPU; raises UserError if the network fails, or returns something else."""
@@ -40,21 +41,25 @@ class Extractor:
             out = {"features": out[0], "logits": out[1]}
         if not isinstance(out, dict) or not isinstance(out.get("features"), Tensor):
             raise UserError(f"{self.name}: expected features, (features, logits) or a dict with 'features' as output")
-        out = {name: out[name] for name in OUTPUTS if out.get(name) is not None}
+        out = {name: out[name] for name in OUTPUTS[:3] if out.get(name) is not None}
         if "spatial" in out:
             out["spatial"] = out["spatial"].flatten(1)
         for name, value in out.items():
             if value.ndim != 2 or len(value) != len(images):
                 shape = tuple(value.shape)
                 raise UserError(f"{self.name}: {name}: got shape {shape} for {len(images)} images, expected (N, D)")
-        return {name: value.float().cpu().numpy() for name, value in out.items()}
+        arrays = {name: value.float().cpu().numpy() for name, value in out.items()}
+        return arrays | {"second": self.second(images)["features"]} if self.second else arrays
 
 
 def load_extractor(features: str) -> Extractor:
-    """The extractor of ``inception``, ``dinov2``, ``dinov2:FILE`` or a TorchScript file.
+    """The extractor of ``inception``, ``dinov2``, ``dinov2:FILE`` or a TorchScript file, or of two, with a comma.
 
     Raises UserError if it can't be loaded.
     """
+    first, _, second = features.partition(",")
+    if second:
+        return replace(load_extractor(first), second=load_extractor(second))
     # By its number, as a thread that generates images has a current device of its own, the first one.
     device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     if features == "inception":

@@ -17,7 +17,7 @@ from sit_composer.errors import UserError
 from sit_composer.evaluation.features import OUTPUTS, Extractor, load_extractor
 from sit_composer.evaluation.metrics import STATISTICS
 from sit_composer.evaluation.picture_sets import PictureSet, open_set
-from sit_composer.evaluation.results import compute, report, save_statistics
+from sit_composer.evaluation.results import compute, markdown, print_notes, save_statistics
 from sit_composer.outputs import versions, write_json
 
 
@@ -36,7 +36,8 @@ def run(args: argparse.Namespace) -> None:
         save_statistics(Path(args.save_statistics), comparison.real, comparison.extractor.identity)
     if args.out:
         write_json(result, Path(args.out))
-    report(result)
+    print_notes([result], result["samples"]["path"])
+    print(markdown(result))
 
 
 @contextmanager
@@ -60,7 +61,7 @@ class Comparison:
     def __init__(self, args: argparse.Namespace, samples: PictureSet, reference: PictureSet) -> None:
         self.args = args
         self.reference = reference
-        self.chosen = Choice(args.by_name, samples, reference)
+        self.chosen = Choice(args.by_name, samples, reference, "," in args.features)
         self.extractor = load_extractor(args.features)
         self.notes = check_statistics(reference, self.extractor)
         self.real: dict[str, np.ndarray] = {}  # the reference's features
@@ -88,23 +89,30 @@ class Comparison:
         """Reads the reference's images, if the metrics, or ``statistics`` to save, need them."""
         images = any(METRICS[name].reference == "images" for name in self.chosen.names)
         if self.reference.batches and not self.real and (images or statistics or not self.reference.statistics):
-            outputs = ("features", "spatial")
+            outputs = ("features", "spatial", "second")
             self.real = extract(self.reference, self.extractor, self.args.batch_size, self.chosen, outputs)
 
     def result(self, samples: PictureSet, fake: dict[str, np.ndarray]) -> dict[str, Any]:
         """The metrics of images with these features, and everything that they depend on; the reference is read."""
         self.check_fit(fake)
         chosen, extractor, reference, stored = self.chosen, self.extractor, self.reference, self.reference.statistics
-        notes, dimension = list(self.notes), fake["features"].shape[1]
+        notes, parts = list(self.notes), {"features": extractor, "second": extractor.second}
+        described = {
+            output: {"name": part.name, "of": part.identity, "dimension": fake[output].shape[1]}
+            for output, part in parts.items()
+            if part and output in fake
+        }
         if self.real and reference.size != samples.size:
             sizes = [" × ".join(map(str, images.size)) for images in (samples, reference)]
             notes.append(f"the samples are {sizes[0]}, and the reference's images {sizes[1]}")
         notes += [*samples.notes(), *reference.notes()]
-        for images in (samples,) if stored else (samples, reference):
-            if "fid" in chosen.names and images.count <= dimension:
-                what = f"{images.count} images for {dimension} features: the covariance is singular, and the Fréchet"
-                advice = f"use more than {dimension} (published numbers use 50,000)"
-                notes.append(f"{images.path}: {what} distance biased; {advice}")
+        for name in [name for name in ("fid", "fd") if name in chosen.names]:
+            dimension = described[METRICS[name].output]["dimension"]
+            for images in (samples,) if stored and name == "fid" else (samples, reference):
+                if images.count <= dimension:
+                    what = f"{images.count} images for {dimension} features: the covariance is singular, and the"
+                    advice = f"use more than {dimension} (published numbers use 50,000)"
+                    notes.append(f"{images.path}: {what} Fréchet distance biased; {advice}")
         if extractor.name == "dinov2":
             notes.append("the features are DINOv2's: FDD compares with published FDD (FD-DINOv2), not with FID")
         elif extractor.name != "inception":
@@ -118,7 +126,7 @@ class Comparison:
             "settings": settings,
             "samples": {**samples.describe(), "sampling": samples.settings},
             "reference": {**reference.describe(), "image_size": self.args.image_size, "statistics": origin},
-            "features": {"name": extractor.name, "of": extractor.identity, "dimension": dimension},
+            **described,
             "versions": versions("sit-composer", "torch", "torch-fidelity", "numpy"),
         }
 
@@ -137,9 +145,10 @@ def check_statistics(reference: PictureSet, extractor: Extractor) -> list[str]:
 class Choice:
     """The metrics that the sets allow. Another one is an error if asked for by name, else it is left out."""
 
-    def __init__(self, by_name: list[str], samples: PictureSet, reference: PictureSet) -> None:
+    def __init__(self, by_name: list[str], samples: PictureSet, reference: PictureSet, second: bool) -> None:
         self.by_name = by_name
-        self.names = [name for name in METRICS if not by_name or name in by_name]
+        possible = [name for name, metric in METRICS.items() if second or metric.output != "second"]
+        self.names = [name for name in possible if not by_name or name in by_name]
         self.left_out: dict[str, str] = {}
         if samples.batches is None:
             raise UserError(f"{samples.path}: holds statistics only, expected images for SAMPLES")
@@ -190,8 +199,7 @@ class Collected:
                 raise UserError(f"{name}: {where} are not finite")
             before = self._parts.setdefault(output, [])
             if before and before[0].shape[1] != out[output].shape[1]:
-                what = f"{output} have another length from image {self.done} of {self.path} on"
-                raise UserError(f"{name}: {what}")
+                raise UserError(f"{name}: {output} have another length from image {self.done} of {self.path} on")
             before.append(out[output])
         self.done += len(batch)
 

@@ -16,9 +16,10 @@ def compute(names: list[str], fake: dict, real: dict, stored: dict) -> tuple[dic
     """The metrics, and the settings of those that have any."""
     values: dict[str, float] = {}
     settings: dict[str, Any] = {}
-    for name, output in (("fid", "features"), ("sfid", "spatial")):
+    for name, output in (("fid", "features"), ("sfid", "spatial"), ("fd", "second")):
         if name in names:
-            theirs = [stored[part] for part in STATISTICS[output]] if stored else statistics(real[output])
+            known = stored and name != "fd"
+            theirs = [stored[part] for part in STATISTICS[output]] if known else statistics(real[output])
             values[name] = metrics.frechet_distance(*statistics(fake[output]), *theirs)
     if "is" in names:
         values["is"], values["is_std"] = metrics.inception_score(fake["logits"])
@@ -41,12 +42,6 @@ def save_statistics(path: Path, outputs: dict[str, np.ndarray], identity: str) -
         if output in outputs:
             arrays |= zip(names, statistics(outputs[output]), strict=True)
     write_arrays(path, **arrays, features=np.array(identity))
-
-
-def report(result: dict[str, Any]) -> None:
-    """Prints the metrics that are missing, the warnings, and the table."""
-    print_notes([result], result["samples"]["path"])
-    print(markdown(result))
 
 
 def print_notes(results: list[dict[str, Any]], samples: str) -> None:
@@ -78,11 +73,14 @@ def markdown(result: dict[str, Any]) -> str:
 
 def metric_cells(result: dict[str, Any]) -> dict[str, str]:
     """A table's cells of all metrics, by heading. Distances of DINOv2's features are called FDD, of others' FD."""
-    cells, values, features = {}, result["metrics"], result["features"]["name"]
+    cells, values = dict[str, str](), result["metrics"]
     for name, metric in METRICS.items():
-        heading, digits = metric.heading, metric.digits
-        if metric.reference == "statistics" and features != "inception":
+        heading, digits, features = metric.heading, metric.digits, result.get(metric.output, result["features"])["name"]
+        if metric.output == "second" and name not in values:
+            continue  # without a second extractor
+        if "FID" in heading and features != "inception":
             heading, digits = heading.replace("FID", "FDD" if features == "dinov2" else "FD"), ".4g"
+        heading = f"{heading}, {features}" if heading in cells else heading
         cells[heading] = f"{metric.factor * values[name]:{digits}}" if name in values else "–"
     return cells
 

@@ -166,15 +166,16 @@ class Sweep:
         with cache_folder(args.cache) as cache, alone():
             self.comparison = Comparison(args, images, open_set(args.reference, args.image_size, cache))
             options = {name: value for name, value in vars(args).items() if name not in {*APART, *values_of(cells[0])}}
-            features = self.comparison.extractor.identity
+            extractor = self.comparison.extractor
             guide = identity_of(networks.weaker) if networks.weaker else None
-            options |= {"guide": guide, "features": features, "reference": identity_of_reference(args.reference)}
+            options |= {"guide": guide, "reference": identity_of_reference(args.reference)}
+            options |= {"features": extractor.identity, "second": extractor.second and extractor.second.identity}
             self.settings = {"checkpoint": identity_of(checkpoint), **options}
             self.results = claim(self.out, self.settings)
             known = [result["cell"] for result in self.results]
             self.missing = [cell for cell in cells if values_of(cell) not in known]
             if self.missing:
-                probe = Collected("a blank image", self.comparison.extractor, self.comparison.chosen)
+                probe = Collected("a blank image", extractor, self.comparison.chosen)
                 probe.add(torch.zeros(2, 3, side, side, dtype=torch.uint8))  # fails now, not after a cell
                 self.comparison.check_fit(probe.arrays())
                 self.comparison.read_reference()

@@ -198,8 +198,7 @@ def make_optimizer(model: ComposerSiT, config: Config) -> torch.optim.Optimizer:
     """AdamW over the weights that are trained, or Muon with it."""
     # One fused pass over the weights, except with amp_fp16's scaler, which would have it divide the gradients too. None
     # lets torch choose foreach or a for-loop. A checkpoint holds the choice, so a run goes on as it began, to the bit.
-    fused = config.precision != "amp_fp16" or None
-    options = {"fused": fused, **vars(config.optimizer)}
+    options = {"fused": config.precision != "amp_fp16" or None, **vars(config.optimizer)}
     name, momentum = options.pop("name"), options.pop("momentum")
     del options["clip_norm"]  # `Guard` clips
     if name == "muon":

@@ -35,8 +35,7 @@ def quality_callbacks(
     def drawing(section: DrawingConfig, labels: list[int]) -> Drawing:
         options = {name: getattr(section, name) for name in ("sampling_method", "num_steps", "cfg_scale", "seed")}
         sampling = Sampling(**options, time_shift=Transport(**transport_arguments(config)).sampling_shift)
-        leave = supervision.eviction.leave_if_told
-        return Drawing(labels, sampling, autoencoder, weights, section.batch_size, leave)
+        return Drawing(labels, sampling, autoencoder, weights, section.batch_size, supervision.eviction.leave_if_told)
 
     callbacks = []
     if grid is not None:

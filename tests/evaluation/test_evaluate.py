@@ -172,7 +172,7 @@ class Spatial(Features):
 def test_a_set_against_itself_is_at_0(judge, halves):
     result = judge(halves[1], halves[1])
     values = result["metrics"]
-    assert set(values) == {*METRICS, "is_std", "kid_std"}
+    assert set(values) == {*METRICS, "is_std", "kid_std"} - {"fd"}  # which needs a second extractor
     assert 0 <= values["fid"] < 1e-9
     assert 0 <= values["sfid"] < 1e-9
     assert (values["precision"], values["recall"]) == (1, 1)
@@ -184,6 +184,24 @@ def test_a_set_against_itself_is_at_0(judge, halves):
 def test_the_batch_size_does_not_matter(judge, halves):
     one, other = (judge(*halves, "--batch-size", size)["metrics"] for size in ("500", "33"))
     assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_a_second_extractor_adds_its_frechet_distance(judge, halves, networks, tmp_path, capsys):
+    one, other = networks(Full), networks(Spatial)
+    stored = str(tmp_path / "stored.npz")
+    first, second = judge(*halves, "--save-statistics", stored), judge(*halves, features=other)
+    both = judge(*halves, features=f"{one},{other}")
+    assert both["metrics"] == {**first["metrics"], "fd": second["metrics"]["fid"]}
+    assert (both["features"], both["second"]) == (first["features"], second["features"])
+    assert "| FD | sFD | IS | P | R | KID × 10³ | FD, Spatial.pt |" in capsys.readouterr().out
+    left_out = judge(halves[0], stored, features=f"{one},{other}")["left_out"]
+    assert "statistics only" in left_out["fd"]
+    assert "fd" not in judge(halves[0], stored)["left_out"]
+    given = [str(halves[0]), "--reference", str(halves[1]), "--features"]
+    assert evaluate.main([*given, one, "--metrics", "fd"]) == 2
+    assert "--metrics fd: is of a second extractor" in capsys.readouterr().err
+    assert evaluate.main([*given, f"{one},{one}"]) == 2
+    assert "expected one extractor, or two different ones" in capsys.readouterr().err
 
 
 def test_every_kind_of_set_is_read_alike(judge, halves, digits, digits_shards, tmp_path):

@@ -81,6 +81,18 @@ def run(command, tmp_path):
 GRID = ("--weights", "ema,training", "--num-steps", "3", "--cfg-scale", "1,1.5")
 
 
+def test_a_second_extractor_is_a_column_of_its_own(run, command, files, tmp_path, capsys):
+    other = str(tmp_path / "other.pt")
+    torch.jit.trace(torch.nn.Flatten(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8)).save(other)
+    grid = ("--num-steps", "3", "--metrics", "fid,fd")
+    (both,) = run(*grid, "--features", f"{files['features']},{other}")
+    (alone,) = run("--num-steps", "3", "--metrics", "fid", "--features", other, out="alone")
+    assert both["metrics"]["fd"] == alone["metrics"]["fid"]
+    assert "| FD | FD, other.pt |" in capsys.readouterr().out
+    swapped = command(*grid, "--features", f"{other},{files['features']}")
+    assert "holds a sweep with another features;" in refused(capsys, *swapped)
+
+
 def test_a_cell_is_what_sample_and_evaluate_give(run, files, tmp_path, capsys):
     grid = ("--weights", "training", "--num-steps", "3", "--cfg-scale", "1,1.5", "--cfg-interval", "0", "0.6")
     cells = run(*grid, "--keep-images")
