@@ -66,7 +66,7 @@ class Uploads:
 
     def put(self, name: str, content: bytes) -> None:
         """Queues a small file, which replaces the one of that name."""
-        self.do(partial(self._patiently, self._write, name, content))
+        self.do(partial(self._patiently, self.folder.write, name, content))
 
     def do(self, job: Callable[[], object]) -> None:
         """Queues a job behind what was queued before."""
@@ -89,7 +89,7 @@ class Uploads:
     def _upload(self, path: Path) -> None:
         place = path.parent
         if path.suffix == ".pt":
-            self._patiently(self._put, path, path.name)
+            self._patiently(self.folder.upload, path, path.name)
             path.unlink()
         else:
             name = place.name  # ep0-ba10/__RANK_0.distcp
@@ -97,28 +97,16 @@ class Uploads:
                 self._patiently(self._expect, self._last, {METADATA: 1})
             self._last = name
             for shard in sorted(place.glob(f"{path.name.rpartition('_')[0]}_*.distcp")):
-                self._patiently(self._put, shard, f"{name}/{shard.name}")
+                self._patiently(self.folder.upload, shard, f"{name}/{shard.name}")
                 shard.unlink()
             metadata = place / METADATA
             if metadata.exists():  # on rank 0, the last file of all
                 needed = sharded_files(load_metadata(metadata.read_bytes(), str(metadata)))
                 self._patiently(self._expect, name, needed)
-                self._patiently(self._put, metadata, f"{name}/{METADATA}")
+                self._patiently(self.folder.upload, metadata, f"{name}/{METADATA}")
                 metadata.unlink()
         if dist.get_global_rank() == 0 and self.keep >= 0:
-            self._patiently(self._prune)
-
-    def _prune(self) -> None:
-        self.lease.check()
-        prune(self.folder, self.keep)
-
-    def _write(self, name: str, content: bytes) -> None:
-        self.lease.check()
-        self.folder.write(name, content)
-
-    def _put(self, file: Path, name: str) -> None:
-        self.lease.check()
-        self.folder.upload(file, name)
+            self._patiently(prune, self.folder, self.keep)
 
     def _expect(self, name: str, needed: dict[str, int]) -> None:
         """Raises StorageError if a file that another rank uploads isn't there yet."""
@@ -131,6 +119,7 @@ class Uploads:
         deadline, pause = time.monotonic() + self.patience, 0.5
         while True:
             try:
+                self.lease.check()  # as another job may have taken the folder
                 return action(*arguments)
             except StorageError as error:
                 if self.lease.lost is not None or time.monotonic() + pause > deadline:

@@ -74,6 +74,6 @@ def test_an_upload_by_obstore_that_began_before_a_takeover_does_not_appear_after
 
     monkeypatch.setattr(obstore, "open_writer", taken_over)
     with pytest.raises(StorageError, match="another run has taken this one for dead"):
-        uploads._put(tmp_path / "file", "ep0-ba2-rank0.pt")
+        uploads._patiently(uploads.folder.upload, tmp_path / "file", "ep0-ba2-rank0.pt")
     assert set(folder.listing()) == {NAME}
     uploads.end()

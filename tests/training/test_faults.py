@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -203,7 +204,8 @@ def test_an_upload_that_began_before_a_takeover_does_not_appear_after_it(proxy, 
     file.write_bytes(b"x" * (9_200_000 if name.endswith(".pt") else 1000))
     fault = proxy.fault(*(("stall", "PUT .*partNumber=2") if name.endswith(".pt") else ("503", "PUT .*metadata")))
     fault.times, fault.seconds = 1, 0.5
-    upload = threading.Thread(target=lambda: pytest.raises(StorageError, uploads._put, file, name))
+    send = partial(uploads._patiently, uploads.folder.upload, file, name)
+    upload = threading.Thread(target=lambda: pytest.raises(StorageError, send))
     upload.start()
     while not fault.met:
         time.sleep(0.01)
