@@ -59,6 +59,8 @@ def test_training_depends_on_keys_and_weights_only():
 
 def test_ddp_sends_nothing_before_a_forward_pass(tmp_path):
     """Not even the rotations, which are buffers, as in LightningDiT's state dict."""
+    if torch.distributed.is_initialized():  # by an earlier test's Trainer, in this process
+        torch.distributed.destroy_process_group()
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/ranks", rank=0, world_size=1)
     try:
         ddp = DistributedDataParallel(ComposerSiT(small_network(rotary=True), Transport(), SPEC))
