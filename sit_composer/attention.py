@@ -26,8 +26,7 @@ class Products(torch.autograd.Function):
     def forward(ctx: FunctionCtx, *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(*inputs)  # themselves, or second derivatives would miss them
         q, k, v = (x.flatten(0, 1) for x in inputs)  # each (N·heads, T, d)
-        parts = [torch.bmm(_probabilities(q[i], k[i]), v[i]) for i in _tiles(q)]
-        return torch.cat(parts).view(inputs[0].shape)
+        return torch.cat([torch.bmm(_probabilities(q[i], k[i]), v[i]) for i in _tiles(q)]).view(inputs[0].shape)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, ...]:

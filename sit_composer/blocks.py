@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from sit_composer.linear import Linear
+from sit_composer.linear import Linear, LinearGELU
 
 
 def block_norm(hidden_size: int, rms_norm: bool) -> nn.Module:
@@ -38,8 +38,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def mlp(hidden_size: int, width: int) -> nn.Sequential:
     """A block's two-layer MLP."""
-    layers = {"fc1": Linear(hidden_size, width), "act": nn.GELU("tanh"), "fc2": Linear(width, hidden_size)}
-    return nn.Sequential(OrderedDict(layers))
+    return nn.Sequential(OrderedDict({"fc1": LinearGELU(hidden_size, width), "fc2": Linear(width, hidden_size)}))
 
 
 class SwiGLU(nn.Module):

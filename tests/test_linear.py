@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import gelu
 
 from sit_composer import linear
-from sit_composer.linear import Linear, prefers_convolutions
+from sit_composer.linear import FUSED, Linear, LinearGELU, prefers_convolutions
 
 TORCHS_OWN = {"aten::thnn_conv2d", "aten::slow_conv_dilated2d"}  # slower convolutions
 
@@ -45,6 +46,30 @@ def test_other_precisions_have_no_convolution(monkeypatch):
     names = {event.name for event in made.events()}
     assert "aten::linear" in names
     assert "aten::convolution" not in names
+
+
+def test_without_gradients_gelu_in_bfloat16_is_one_pass_and_no_less_exact():
+    torch.manual_seed(0)
+    layer, x = LinearGELU(32, 96), torch.randn(3, 50, 32)
+    right = gelu(nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double()), approximate="tanh")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as made:
+        with torch.autocast("cpu", torch.bfloat16):
+            two = layer(x)
+            with torch.no_grad():
+                one = layer(x)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x).double(), right, rtol=0, atol=1e-5)
+    assert (one.shape, one.dtype, one.is_contiguous()) == (two.shape, torch.bfloat16, True)
+    assert (one - right).norm() < 1.01 * (two - right).norm() < 0.01 * right.norm()
+    assert [event.count for event in made.key_averages() if event.key == "mkldnn::_linear_pointwise"] == [1] * FUSED
+
+
+def test_a_compiled_gelu_is_torchs_which_its_compiler_knows_how_to_join():
+    layer, graphs = LinearGELU(32, 96), []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.compile(layer, backend=lambda graph, _: graphs.append(graph.code) or graph.forward)(torch.randn(3, 5, 32))
+    assert "gelu" in graphs[0]
+    assert "mkldnn" not in graphs[0]
 
 
 def test_convolutions_are_for_amds_processors_since_zen_5():

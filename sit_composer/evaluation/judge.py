@@ -29,7 +29,8 @@ def run(args: argparse.Namespace) -> None:
         if args.save_statistics and reference.batches is None:
             raise UserError(f"--save-statistics: {reference.path} has nothing but statistics already")
         comparison = Comparison(args, samples, reference)
-        fake = comparison.features(samples)
+        fake = extract(samples, comparison.extractor, args.batch_size, comparison.chosen)
+        comparison.check_fit(fake)  # before the reference's images are read
         comparison.read_reference(bool(args.save_statistics))
         result = comparison.result(samples, fake)
     if args.save_statistics:
@@ -65,12 +66,6 @@ class Comparison:
         self.extractor = load_extractor(args.features)
         self.notes = check_statistics(reference, self.extractor)
         self.real: dict[str, np.ndarray] = {}  # the reference's features
-
-    def features(self, samples: PictureSet) -> dict[str, np.ndarray]:
-        """Features of images; raises UserError if the reference's statistics are of others."""
-        fake = extract(samples, self.extractor, self.args.batch_size, self.chosen)
-        self.check_fit(fake)
-        return fake
 
     def check_fit(self, fake: dict[str, np.ndarray]) -> None:
         """Raises UserError if the reference's statistics, or its features, have another number of features."""

@@ -126,8 +126,7 @@ def identity_of(checkpoint: Checkpoint) -> dict[str, Any]:
 def place_of(checkpoint: Checkpoint) -> str:
     """The file or folder that holds all its weights."""
     file = Path(checkpoint.path)
-    exported = EXPORTED_FILE.fullmatch(file.name) and (file.parent / CONFIG).is_file()
-    return str(file.parent if exported else file)
+    return str(file.parent if EXPORTED_FILE.fullmatch(file.name) and (file.parent / CONFIG).is_file() else file)
 
 
 def check_same(settings: dict[str, Any], networks: gallery.Networks) -> None:

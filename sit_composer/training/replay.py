@@ -140,15 +140,12 @@ class Replay(Callback):
         bad = [name for name, one in zip(gradients, finite.tolist(), strict=True) if not one]
         faulty = bad and state.precision != Precision.AMP_FP16  # whose loss scaling skips infinite gradients
         rows = torch.cat(self._rows, dim=1)
-        everything = dist.all_gather_object((rows.T.tolist(), next(self._broken(), None)))
+        first = next((name for name, finite in self._finite if not finite), None)  # in the order of the pass
+        everything = dist.all_gather_object((rows.T.tolist(), first))
         samples = [sample for samples, _ in everything for sample in samples]
         if batch == self.batch or (self.first and (faulty or not all(math.isfinite(loss) for *_, loss in samples))):
             self._show(batch, samples, [module for _, module in everything], bad, len(gradients))
             raise Replayed
-
-    def _broken(self) -> Iterator[str]:
-        """The modules whose output is not finite, in the order of the pass."""
-        return (name for name, finite in self._finite if not finite)
 
     def _show(
         self, batch: int, samples: list[list[float]], modules: list[str | None], bad: list[str], parameters: int
