@@ -30,12 +30,11 @@ from sit_composer.config.checks import check
 from sit_composer.config.data_fits import local_spec
 from sit_composer.config.load import load_config
 from sit_composer.config.schema import Config, DataConfig
-from sit_composer.data.needs import open_files, shared_memory
+from sit_composer.data.needs import SHARED, open_files, shared_memory
 from sit_composer.errors import UserError, one_line
 
 Finding = tuple[str, ...]  # "ok", "warning", "failed" or "not checked"; what was found; and perhaps what to do
 INSTALL = "run make install, or pip install -e ., in the repository's folder"
-SHARED = "/dev/shm"
 WORKERS = 8  # without a config: the default of data.num_workers
 DOWNSAMPLE = 8  # Stable Diffusion's autoencoder, assumed where the shards are elsewhere
 STOPPING = 5  # seconds after Ctrl-C for a check to remove what it made

@@ -140,6 +140,8 @@ def complete(args: argparse.Namespace, record: Record) -> None:
         args.cfg_scale = 4.0 if record.has_null_class or args.guide else 1.0
     if args.cfg_channels is None:
         args.cfg_channels = record.cfg_channels
+    elif args.cfg_channels > (channels := record.argument("in_channels")):
+        raise UserError(f"--cfg-channels: got {args.cfg_channels}, expected at most the {channels} of the network")
     if args.time_shift is None:
         args.time_shift = record.build_transport().sampling_shift
     elif args.time_shift == "auto":

@@ -9,15 +9,18 @@ which the launcher may have ended itself, or 256 - N.
 """
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
@@ -122,6 +125,17 @@ def follow_launcher() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a SIGTERM when this process's parent dies
         if os.getppid() != launcher and not is_alive(launcher):  # it died before that
             os._exit(EVICTED)
+
+
+def follow_parent() -> None:
+    """In a process that multiprocessing started: from now on it ends when its parent dies, whatever it waits for."""
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def is_alive(pid: int) -> bool:

@@ -418,6 +418,7 @@ def test_training_weights_are_drawn_from_when_asked_for(checkpoints, tmp_path):
             "argument --cfg-interval: has no effect with --cfg",
         ),
         (["--cfg-interval", "0.8", "0.2"], "--cfg-interval: got 0.8 to 0.2, expected two times in [0, 1], in order"),
+        (["--cfg-channels", "2"], "--cfg-channels: got 2, expected at most the 1 of the network"),
         (["--classes", "1", "--labels", "random"], "argument --labels: random has no effect without --num"),
         (["--time-shift", "2"], "argument --time-shift: has no effect with dopri5, which chooses its own steps"),
         (

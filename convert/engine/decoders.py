@@ -1,19 +1,17 @@
 """Processes that prepare images ahead of the one that writes. They import this module: it must import nothing heavy."""
 
 import multiprocessing
-import os
 import signal
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from contextlib import AbstractContextManager
-from multiprocessing.connection import wait
 from typing import Any
 
 from convert.kinds import BadPicture
 from convert.sources.parts import InputError, Sample
+from sit_composer.launch import follow_parent
 
 CHUNK = 16  # images that a process gets at a time
 AHEAD = 3  # chunks per process, at least, that are prepared or being prepared
@@ -83,13 +81,7 @@ def _begin_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent process ends this one
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)  # there are as many processes as cores
-    parent = multiprocessing.parent_process()
-
-    def end_with_parent() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    follow_parent()
 
 
 def _attempts(prepare: Callable[[Any], Any], images: list[Any]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import shutil
 import signal
 import weakref
 from collections.abc import Iterator
@@ -16,11 +17,12 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from sit_composer.data.ahead import ahead
 from sit_composer.data.cache import CheckedDataset
-from sit_composer.data.needs import AHEAD, PLACES
+from sit_composer.data.needs import AHEAD, PLACES, SHARED
 from sit_composer.data.pictures import decode_into
 from sit_composer.data.slots import Slots
 from sit_composer.data.spec import SPEC_NAME, DataSpec
 from sit_composer.data.stream import DataError
+from sit_composer.launch import follow_parent
 from sit_composer.randomness import sample_keys
 
 MOST_THREADS = 8  # that decode images in a process without workers
@@ -169,6 +171,8 @@ class SitDataset(CheckedDataset):
         """What is wrong with the moments' shape, or None."""
         if len(shape) != 3 or shape[0] != self.spec.stored:
             return f"moments: got {shape}, expected ({self.spec.stored}, H, W), by {SPEC_NAME}"
+        if (side := self.spec.latent_side) and shape[1:] != (side, side):
+            return f"moments: got {shape}, expected ({self.spec.stored}, {side}, {side}), by {SPEC_NAME}"
         return f"moments: got {shape}, expected {other} as of other samples" if other not in (None, shape) else None
 
     def _threads(self) -> ThreadPoolExecutor | None:
@@ -217,6 +221,7 @@ class SitLoader(StreamingDataLoader):
         self.num_samples_yielded = 0
         if self.num_workers and self._iterator is None:
             sizes = self.dataset.batch_bytes
+            check_shared_memory(self.num_workers * PLACES * sum(sizes.values()))
             self.dataset.slots = {name: Slots(self.num_workers, PLACES, size) for name, size in sizes.items()}
         # Not by its next(), which makes a record for torch's profiler, slowly.
         batches: Any = iter(DataLoader.__iter__(self)._next_data, None)
@@ -248,6 +253,13 @@ class SitLoader(StreamingDataLoader):
                 worker.join()
 
 
+def check_shared_memory(need: int) -> None:
+    """Raises a DataError unless so many bytes are free, as Linux kills a process that writes beyond them."""
+    if os.path.isdir(SHARED) and (free := shutil.disk_usage(SHARED).free) < need:
+        what = f"the workers' batches need {need / 1e6:.3g} MB of {SHARED}, which has {free / 1e6:.3g} left"
+        raise DataError(f"num_workers: {what}; use fewer, or smaller batches; in a container: --shm-size")
+
+
 def _stop(loader: "weakref.ref[SitLoader]") -> None:
     if (living := loader()) is not None:
         living.stop()
@@ -275,7 +287,7 @@ def build_loader(
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
         # A scheduler's SIGTERM often reaches every process of a job. If it ended the workers, the run could not save.
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_begin_worker,
         prefetch_factor=AHEAD if num_workers else None,
         # Each pass over a DataLoader draws a seed for its workers. Drawn from torch's own generator, a pass over the
         # evaluation data would change the noise of the training after it.
@@ -283,6 +295,7 @@ def build_loader(
     )
 
 
-def _ignore_signals(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
+    follow_parent()  # torch's workers look for it between batches, and not while streaming's barriers wait
     for number in (signal.SIGTERM, signal.SIGINT):  # which a process group may receive: the main process decides
         signal.signal(number, signal.SIG_IGN)

@@ -1,5 +1,6 @@
 """What loaders need of a machine, known before they are built. Nothing heavy is imported."""
 
+SHARED = "/dev/shm"  # where Linux keeps shared memory
 AHEAD = 2  # batches that are read before they are asked for, in all or by each worker
 PLACES = AHEAD + 2  # batches of a worker in shared memory: it makes AHEAD, and the reader may hold two
 MOST_OPEN = 256  # shards that a process maps at a time; each takes a file descriptor

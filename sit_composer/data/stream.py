@@ -220,7 +220,7 @@ def shard_fault(shard: Reader, folder: str, hashes: bool = True) -> str | None:
     if not here:
         return f"{next(iter(files))} is missing"
     for path in here:
-        size, known = files[path].bytes, files[path].hashes
+        size, known = files[path].bytes, files[path].hashes or {}
         name = next((name for name in ("xxh64", *known) if name in known and is_hash(name)), None)
         try:
             if (found := os.path.getsize(path)) != size:

@@ -102,7 +102,7 @@ class Lease:
         return started is not None and _process(pid)["started"] != started
 
     def _refusal(self, content: bytes | None) -> StorageError:
-        alive = f"a run of this name is alive{_where(content)}"
+        alive = f"a run of this name is alive{_where(content)}".rstrip(",")
         return StorageError(f"{self.folder.uri}: {alive}; stop it first, or choose another run_name")
 
 

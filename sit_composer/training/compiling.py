@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sit_composer.config.schema import ConfigError
+from sit_composer.errors import first_line
 from sit_composer.sit import SiT, SiTBlock
 
 
@@ -27,14 +28,20 @@ def find_backend(compile: str, device: str) -> str | None:
         raise ConfigError(f"compile: got {compile}, expected true, false or a backend: {usual}")
     if backend == "inductor":
         variable, *names = ("CXX", "g++", "clang++") if device == "cpu" else ("CC", "gcc", "clang")
-        names = [os.environ[variable]] if os.environ.get(variable) else names
+        names = [os.environ[variable].split()[0]] if os.environ.get(variable, "").strip() else names
+        lacks = None
         if not any(map(shutil.which, names)):
             lacks = f"a compiler, {' or '.join(names)}; install one, or set {variable}"
         elif device == "cuda" and find_spec("triton") is None:
             lacks = "the package triton; run pip install triton"
-        else:
-            return backend
-        raise ConfigError(f"compile: got {compile}, which needs {lacks}, or use compile=false")
+        if lacks:
+            raise ConfigError(f"compile: got {compile}, which needs {lacks}, or use compile=false")
+    place = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+    try:
+        torch.compile(lambda x: x.sin() + 1, backend=backend)(torch.zeros(2, device=place))
+    except Exception as error:  # of any kind: a backend's package is missing, a compiler fails, a cache isn't writable
+        reason = first_line(getattr(error, "inner_exception", error))
+        raise ConfigError(f"compile: got {compile}, which fails here: {reason}; use compile=false") from error
     return backend
 
 

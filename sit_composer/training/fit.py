@@ -33,7 +33,7 @@ from sit_composer.config.ranks import microbatch
 from sit_composer.config.schema import Config, ConfigError, averages, is_plain, network_arguments, transport_arguments
 from sit_composer.costs import estimate, gpus
 from sit_composer.costs.room import check_room, too_large
-from sit_composer.errors import one_line
+from sit_composer.errors import first_line, one_line
 from sit_composer.freezing import freeze
 from sit_composer.outputs import commit, versions
 from sit_composer.precision import resolve
@@ -136,6 +136,9 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
     except (OSError, RuntimeError, CheckpointException) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise too_large(*memory, "and the GPU ran out of memory") from error
+        if str(error).startswith("DataLoader worker"):  # it was killed
+            advice = "if memory ran out, lower num_workers; rerun to resume"
+            raise StorageError(f"data: {first_line(error).rstrip('. ')}; {advice}") from error
         if not is_disk_full(error):
             raise
         where = getattr(error, "filename", None) or resumption.get("save_folder") or supervision.uri

@@ -158,7 +158,7 @@ def test_what_is_no_folder_is_refused_without_repeating_credentials():
 def test_one_of_two_has_the_lease_until_it_lets_go(folder):
     first, second = Lease(folder, BEAT), Lease(folder, BEAT)
     first.acquire()
-    with pytest.raises(StorageError, match=r"a run of this name is alive on .*, process \d+"):
+    with pytest.raises(StorageError, match=r"a run of this name is alive on .*, process \d+; stop it first"):
         second.acquire()
     first.check()
     first.release()

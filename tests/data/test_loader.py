@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -23,7 +24,7 @@ from streaming.base.dataset import _ShardState
 from streaming.base.format import Reader
 from streaming.base.shared import barrier
 
-from sit_composer.data.loader import build_loader, coin
+from sit_composer.data.loader import SitDataset, build_loader, coin
 from sit_composer.data.spec import DataSpec
 from sit_composer.data.stream import CheckedStream, DataError, load_spec, shard_fault
 from sit_composer.randomness import sample_key
@@ -284,6 +285,9 @@ def test_shards_without_xxh64_are_checked_by_what_the_index_has(tmp_path):
     damage(shards / "shard.00001.mds", "cut")
     with pytest.raises(DataError, match=r"shard.00001.mds has \d+ bytes"):
         loader(None, shards)
+    shards = write_digits(tmp_path / "null", hashes=[])
+    edit(shards / "index.json", lambda index: [shard["raw_data"].update(hashes=None) for shard in index["shards"]])
+    assert len(gather(loader(None, shards))["index"]) == SAMPLES
     shards = write_digits(tmp_path / "sha1", hashes=["sha1"])
     damage(shards / "shard.00001.mds", "flipped")
     with pytest.raises(DataError, match=r"shard.00001.mds has been changed: its sha1"):
@@ -454,6 +458,27 @@ def test_a_job_killed_before_its_first_batch_can_be_started_again(digits, tmp_pa
     assert len(gather(loader(digits, tmp_path))["index"]) == SAMPLES
 
 
+def wait_in_a_barrier(folder: Path, queue) -> None:
+    SitDataset._resume_incr_epoch = lambda dataset: queue.put(os.getpid()) or time.sleep(60)
+    next(iter(loader(None, folder, num_workers=2)))
+
+
+def test_workers_that_wait_for_others_end_when_their_parent_is_killed(digits):
+    fork = multiprocessing.get_context("fork")
+    queue = fork.Queue()
+    job = fork.Process(target=wait_in_a_barrier, args=(digits, queue))
+    job.start()
+    workers = [psutil.Process(queue.get(timeout=30)) for _ in range(2)]
+    job.kill()
+    assert not psutil.wait_procs(workers, timeout=10)[1]
+
+
+def test_batches_that_shared_memory_cannot_hold_are_refused(digits, monkeypatch):
+    monkeypatch.setattr(SitDataset, "batch_bytes", {"image": 10**15})
+    with pytest.raises(DataError, match=r"^num_workers: the workers' batches need 8e\+09 MB of /dev/shm, which has"):
+        next(iter(loader(None, digits, num_workers=2)))
+
+
 def start_at_once(folder: Path, barrier) -> None:
     for _ in range(12):
         barrier.wait(30)
@@ -516,6 +541,14 @@ def test_moments_of_other_channels_than_the_spec_says_raise(latents):
     spec = DataSpec(**(vars(load_spec(None, str(latents))) | {"channels": 8}))
     with pytest.raises(
         DataError, match=r"\.mds: sample \d+: .*moments: got \(8, 4, 4\), expected \(16, H, W\), by spec"
+    ):
+        gather(build_loader(None, str(latents), spec=spec, batch_size=16))
+
+
+def test_moments_of_another_size_than_the_spec_says_raise(latents):
+    spec = DataSpec(**(vars(load_spec(None, str(latents))) | {"image_size": 64}))
+    with pytest.raises(
+        DataError, match=r"\.mds: sample \d+: .*moments: got \(8, 4, 4\), expected \(8, 8, 8\), by spec"
     ):
         gather(build_loader(None, str(latents), spec=spec, batch_size=16))
 

@@ -33,7 +33,7 @@ def test_the_blocks_compile_as_one_graph_and_agree_with_eager_ones(precision, op
     assert counters["stats"]["unique_graphs"] == graphs  # evaluation is eager
 
 
-def test_a_backend_that_is_missing_is_named(monkeypatch):
+def test_a_backend_that_is_missing_or_fails_is_named(monkeypatch, tmp_path):
     assert find_backend("false", "cpu") is None
     assert find_backend("aot_eager", "cpu") == "aot_eager"
     with pytest.raises(ConfigError, match=r"compile: got nvfuser, expected true, false or a backend: .*inductor"):
@@ -41,8 +41,13 @@ def test_a_backend_that_is_missing_is_named(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ConfigError, match=r"got true, which needs a compiler, no-such-compiler; .* set CXX"):
         find_backend("true", "cpu")
+    with pytest.raises(ConfigError, match="got tvm, which fails here: No module named 'tvm'; use compile=false"):
+        find_backend("tvm", "cpu")  # which torch lists whether it is installed or not
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
     monkeypatch.setenv("CXX", shutil.which("true"))
-    assert find_backend("True", "cpu") == "inductor"
+    with pytest.raises(ConfigError, match=r"got True, which fails here: .*Not a directory"):
+        find_backend("True", "cpu")
     monkeypatch.setenv("CC", shutil.which("true"))
     monkeypatch.setattr("sit_composer.training.compiling.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="needs the package triton; run pip install triton"):

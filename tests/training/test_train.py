@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -319,6 +320,19 @@ def test_a_run_ends_with_workers_for_its_evaluation_too(digits_shards, tmp_path,
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_a_line_that_says_so(run, monkeypatch, capsys):
+    def kill(*_):
+        for worker in multiprocessing.active_children():
+            worker.kill()
+            worker.join()
+
+    monkeypatch.setattr(RunRecord, "batch_end", kill, raising=False)
+    assert run("trainer.max_duration=9ba", "data.num_workers=1") == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert re.search(r"^error: data: DataLoader worker .*; if memory ran out, lower num_workers; rerun to", said, re.M)
 
 
 def test_a_node_reports_what_only_it_sees(tmp_path):
