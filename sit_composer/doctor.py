@@ -125,8 +125,7 @@ def packages(requirements: Iterable[str]) -> Finding:
             if found is None or not needed.specifier.contains(found, prereleases=True):
                 wrong[needed.name] = f"{needed.name}: got {found or 'none'}, expected {needed.specifier}"
     if wrong:  # docs/development.md allows another torch
-        status = "warning" if wrong.keys() <= {"torch", "torchvision"} else "failed"
-        return status, "; ".join(wrong.values()), INSTALL
+        return "warning" if wrong.keys() <= {"torch", "torchvision"} else "failed", "; ".join(wrong.values()), INSTALL
     return "ok", f"Python {python} in {sys.prefix}, and all packages that it needs"
 
 

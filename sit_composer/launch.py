@@ -129,13 +129,8 @@ def follow_launcher() -> None:
 
 def follow_parent() -> None:
     """In a process that multiprocessing started: from now on it ends when its parent dies, whatever it waits for."""
-    parent = multiprocessing.parent_process()
-
-    def end_with_parent() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    sentinel = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: wait([sentinel]) and os._exit(1), daemon=True).start()
 
 
 def is_alive(pid: int) -> bool:

@@ -47,8 +47,7 @@ def make_options(prog: str, doc: str | None, several: bool = False) -> argparse.
     axis("--weights", default="ema", metavar="NAME", help=choices.WEIGHTS_HELP)
     axis("--cfg-scale", type=not_negative, help="guidance; 1 is none (4, or 1 without a null class)")
     option("--cfg-channels", type=count, metavar="C", help="guide only the first C, the release 3 of 4 (all)")
-    times = "guide within these times; data is at 1 (0 1)"
-    option("--cfg-interval", type=float, nargs=2, metavar=("FROM", "TO"), help=times)
+    option("--cfg-interval", type=float, nargs=2, metavar=("FROM", "TO"), help="guide in these times; data: 1 (0 1)")
     option("--guide", metavar="CHECKPOINT", help="guide away from this weaker network, not from the null class")
     option("--guide-weights", metavar="NAME", help="the guide's (training if --weights is, else ema)")
     option("--mode", choices=("ODE", "SDE"), default="ODE", help="(ODE)")

@@ -103,8 +103,7 @@ class Verification:
         if not samples:
             self.fault(f"{self.uri}/{INDEX_NAME} lists no sample")
         if samples != spec.samples or counted != spec.samples:
-            says = f"{SPEC_NAME} says {spec.samples}, and {counted} by class"
-            self.fault(f"{INDEX_NAME} lists {samples} samples; {says}")
+            self.fault(f"{INDEX_NAME} lists {samples} samples; {SPEC_NAME} says {spec.samples}, and {counted} by class")
         if len(set(spec.classes)) < len(spec.classes):
             self.fault(f"{SPEC_NAME} names a class twice")
 

@@ -81,8 +81,7 @@ def _describe_hf(source: str, path: Path, split: str | None, config: str | None,
         raise InputError(f"{source}: holds one data set without splits; leave out --split")
     if streaming and is_saved(str(path)):
         raise InputError(f"{source}: was saved to disk, and is never read whole; leave out --streaming")
-    options = {"split": None if alone else split or "train", "config": config}
-    return options | ({"streaming": True} if streaming else {})
+    return {"split": None if alone else split or "train", "config": config} | ({"streaming": True} if streaming else {})
 
 
 def plan_source(description: dict[str, Any], limit: int | None = None) -> SourcePlan:

@@ -53,5 +53,4 @@ class Alignment(Algorithm):
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         alignment, self.distances = self.distances.mean(), None
-        total = state.loss + self.weight * alignment
-        state.loss = {"total": total, "denoising": state.loss, "alignment": alignment}
+        state.loss = {"total": state.loss + self.weight * alignment, "denoising": state.loss, "alignment": alignment}

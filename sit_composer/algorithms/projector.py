@@ -38,8 +38,7 @@ class Convolution(nn.Module):
 
 def mlp(*widths: int) -> nn.Sequential:
     """Linear maps from width to width, with SiLU between them."""
-    maps = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.SiLU())]
-    return nn.Sequential(*maps[:-1])
+    return nn.Sequential(*[layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.SiLU())][:-1])
 
 
 def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:

@@ -152,8 +152,7 @@ class Guard(Callback):
         if finite:
             logger.log_metrics({"gradient/norm": sum(finite) / len(finite)})
         if finite and self.clip_norm is not None:
-            clipped = sum(norm + EPSILON > self.clip_norm for norm in finite)
-            logger.log_metrics({"gradient/clipped": clipped / len(finite)})
+            logger.log_metrics({"gradient/clipped": sum(n + EPSILON > self.clip_norm for n in finite) / len(finite)})
 
     def _act(self, batch: int, loss: float | None) -> None:
         """Does as ``on_nan`` says on a batch whose loss on this rank is given, or whose gradient is not finite."""

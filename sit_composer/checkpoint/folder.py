@@ -81,8 +81,7 @@ def clear_incomplete(folder: RunFolder) -> None:
     found, last = checkpoints(folder), newest(folder)
     if last is None and len(found) > 1:
         what = f"got {len(found)} checkpoints, expected at least one complete. If several nodes save here, all must see"
-        advice = "the same folder; else move them away, or choose another run_name"
-        raise StorageError(f"{folder.uri}: {what} {advice}")
+        raise StorageError(f"{folder.uri}: {what} the same folder; else move them away, or choose another run_name")
     for name in takewhile(lambda name: name != last, reversed(found)):
         _delete(folder, found[name])
 

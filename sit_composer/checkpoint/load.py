@@ -69,8 +69,7 @@ def load_checkpoint(path: str, weights: str = "ema", latents: DataSpec | None = 
         raise CheckpointError(f"{place}: it names its own latents; leave out --spec, which is for released weights")
     for name, values in made.weights.items():
         if not values.isfinite().all():
-            what = f"{name} has values that are NaN or infinite"
-            raise CheckpointError(f"{made.path}: {what}; use an earlier checkpoint")
+            raise CheckpointError(f"{made.path}: {name} has values that are NaN or infinite; use an earlier checkpoint")
     return replace(made, source=path if is_remote(path) else made.path)
 
 

@@ -50,8 +50,7 @@ def run(args: argparse.Namespace) -> None:
     for std, total, error in zip(stds, sums, errors, strict=True):
         name = f"{POWER}{std}"
         which = f"ema:{name}"
-        record = newest.record.with_only(which)
-        made = replace(newest, weights={**total, **newest.weights}, which=which, record=record)
+        made = replace(newest, weights={**total, **newest.weights}, which=which, record=newest.record.with_only(which))
         print(f"{name}: profile off by {error:.2%} with {len(names)} averages of {len(found)} checkpoints")
         notes = {"made_of": names, "profile_off_by": error}
         write_folder(Path(args.out) / f"{name}-{last}", {EXPORTED["ema"]: made}, {}, source, notes)

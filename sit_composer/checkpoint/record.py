@@ -56,8 +56,7 @@ class Record:
             except REFUSALS as error:
                 reason = f"{error} is missing" if isinstance(error, KeyError) else error
                 raise CheckpointError(f"{where}: {name}: {reason}") from None
-        names = ("classes", "ema_decay", "cfg_channels", "averages")
-        rest: dict[str, Any] = {name: content.get(name) for name in names}
+        rest: dict[str, Any] = {n: content.get(n) for n in ("classes", "ema_decay", "cfg_channels", "averages")}
         record = cls(content["model"], content["transport"], AutoencoderSpec(**content["autoencoder"]), **rest)
         count = record.argument("num_classes")
         if not isinstance(record.classes, list) or len(record.classes) != count:

@@ -17,8 +17,7 @@ def local_spec(data: DataConfig, section: str = "data") -> DataSpec | None:
     try:
         return DataSpec.from_json(path.read_text(), str(path))
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        what = f"no shards in {data.local!r} ({path.name}: {reason})"
+        what = f"no shards in {data.local!r} ({path.name}: {getattr(error, 'strerror', None) or first_line(error)})"
         hint = f"make them by convert/to_mds.py, or set {section}.remote to where they are"
         raise ConfigError(f"{section}.local: {what}; {hint}") from None
     except ValueError as error:

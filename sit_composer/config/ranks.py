@@ -14,10 +14,9 @@ def microbatch(config: Config) -> int | str:
 def save_folder(config: Config) -> str:
     """trainer.save_folder, with the names that Composer puts into it. Composer itself would need a process group."""
     folder = str(config.trainer["save_folder"])
-    names = {"run_name": config.run_name, "rank": 0, "local_rank": 0, "node_rank": 0}
-    names |= {name: os.environ.get(name.upper(), 1) for name in ("world_size", "local_world_size")}
+    ids = {"run_name": config.run_name, "rank": 0, "local_rank": 0, "node_rank": 0}
+    ids |= {name: os.environ.get(name.upper(), 1) for name in ("world_size", "local_world_size")}
     try:
-        return folder.format(**names)
+        return folder.format(**ids)
     except (KeyError, IndexError, ValueError) as error:
-        expected = ", ".join(names)
-        raise ConfigError(f"trainer.save_folder: got {folder!r}, expected names of {expected}: {error}") from None
+        raise ConfigError(f"trainer.save_folder: got {folder!r}, expected names of {', '.join(ids)}: {error}") from None

@@ -111,8 +111,7 @@ def memory(
     passes = peak(step, microbatch, accumulated) + (0 if fsdp is None else 4 * trained)  # the gradients' shards
     fused = fsdp is None and config.precision != "amp_fp16"  # AdamW on a GPU; else it makes temporaries
     temporaries = 8 * largest if not cuda else 0 if fused else 4 * trained
-    muon = config.optimizer.name == "muon"
-    matrices, step_bytes = _muon(config, network, ranks, shards, cuda) if muon else (0, 0)
+    matrices, step_bytes = _muon(config, network, ranks, shards, cuda) if config.optimizer.name == "muon" else (0, 0)
     weights, working = encoder
     encoding = working + 4 * trained * (accumulated or fsdp is not None)
     return Memory(

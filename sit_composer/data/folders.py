@@ -59,5 +59,4 @@ def kind_of(path: str) -> str:
 
 def in_words(counts: Mapping[str, int]) -> str:
     """Counts by reason, the most frequent first."""
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return "; ".join(f"{reason}: {count}" for reason, count in ordered)
+    return "; ".join(f"{reason}: {n}" for reason, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])))

@@ -171,7 +171,8 @@ class SitDataset(CheckedDataset):
         """What is wrong with the moments' shape, or None."""
         if len(shape) != 3 or shape[0] != self.spec.stored:
             return f"moments: got {shape}, expected ({self.spec.stored}, H, W), by {SPEC_NAME}"
-        if (side := self.spec.latent_side) and shape[1:] != (side, side):
+        side = (self.spec.image_size or 0) // self.spec.autoencoder["downsample"]
+        if side and shape[1:] != (side, side):
             return f"moments: got {shape}, expected ({self.spec.stored}, {side}, {side}), by {SPEC_NAME}"
         return f"moments: got {shape}, expected {other} as of other samples" if other not in (None, shape) else None
 
@@ -221,7 +222,10 @@ class SitLoader(StreamingDataLoader):
         self.num_samples_yielded = 0
         if self.num_workers and self._iterator is None:
             sizes = self.dataset.batch_bytes
-            check_shared_memory(self.num_workers * PLACES * sum(sizes.values()))
+            need = self.num_workers * PLACES * sum(sizes.values())
+            if os.path.isdir(SHARED) and (free := shutil.disk_usage(SHARED).free) < need:  # Linux would kill a worker
+                what = f"the workers' batches need {need / 1e6:.3g} MB of {SHARED}, which has {free / 1e6:.3g} left"
+                raise DataError(f"num_workers: {what}; use fewer, or smaller batches; in a container: --shm-size")
             self.dataset.slots = {name: Slots(self.num_workers, PLACES, size) for name, size in sizes.items()}
         # Not by its next(), which makes a record for torch's profiler, slowly.
         batches: Any = iter(DataLoader.__iter__(self)._next_data, None)
@@ -251,13 +255,6 @@ class SitLoader(StreamingDataLoader):
             for worker in iterator._workers:
                 worker.kill()  # a worker that waits for a store ignores SIGTERM
                 worker.join()
-
-
-def check_shared_memory(need: int) -> None:
-    """Raises a DataError unless so many bytes are free, as Linux kills a process that writes beyond them."""
-    if os.path.isdir(SHARED) and (free := shutil.disk_usage(SHARED).free) < need:
-        what = f"the workers' batches need {need / 1e6:.3g} MB of {SHARED}, which has {free / 1e6:.3g} left"
-        raise DataError(f"num_workers: {what}; use fewer, or smaller batches; in a container: --shm-size")
 
 
 def _stop(loader: "weakref.ref[SitLoader]") -> None:

@@ -53,11 +53,6 @@ class DataSpec:
         """The channels of latents' moments."""
         return stored_channels(self.channels, (self.autoencoder or {}).get("deterministic", False))
 
-    @property
-    def latent_side(self) -> int | None:
-        """The side of latents, which are squares, if all images have one size."""
-        return self.image_size // self.autoencoder["downsample"] if self.image_size and self.autoencoder else None
-
     def to_json(self) -> str:
         """The text of `spec.json`."""
         content = dataclasses.asdict(self)

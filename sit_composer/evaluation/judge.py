@@ -190,8 +190,7 @@ class Collected:
         for output in [output for output in self.outputs if output in needed]:
             bad = ~np.isfinite(out[output]).all(axis=1)
             if bad.any():
-                where = f"{output} of image {self.done + bad.argmax()} of {self.path}"
-                raise UserError(f"{name}: {where} are not finite")
+                raise UserError(f"{name}: {output} of image {self.done + bad.argmax()} of {self.path} are not finite")
             before = self._parts.setdefault(output, [])
             if before and before[0].shape[1] != out[output].shape[1]:
                 raise UserError(f"{name}: {output} have another length from image {self.done} of {self.path} on")

@@ -222,8 +222,7 @@ def read_npz(
 
 def read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, Fortran order and dtype in an npy file's header; the array follows."""
-    version = npy.read_magic(member)
-    return (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(member)
+    return (npy.read_array_header_1_0 if npy.read_magic(member) == (1, 0) else npy.read_array_header_2_0)(member)
 
 
 def settings_beside(npz: Path, count: int) -> dict | None:

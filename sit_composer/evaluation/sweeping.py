@@ -171,8 +171,7 @@ class Sweep:
             options |= {"features": extractor.identity, "second": extractor.second and extractor.second.identity}
             self.settings = {"checkpoint": identity_of(checkpoint), **options}
             self.results = claim(self.out, self.settings)
-            known = [result["cell"] for result in self.results]
-            self.missing = [cell for cell in cells if values_of(cell) not in known]
+            self.missing = [cell for cell in cells if values_of(cell) not in [r["cell"] for r in self.results]]
             if self.missing:
                 probe = Collected("a blank image", extractor, self.comparison.chosen)
                 probe.add(torch.zeros(2, 3, side, side, dtype=torch.uint8))  # fails now, not after a cell

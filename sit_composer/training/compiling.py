@@ -29,13 +29,12 @@ def find_backend(compile: str, device: str) -> str | None:
     if backend == "inductor":
         variable, *names = ("CXX", "g++", "clang++") if device == "cpu" else ("CC", "gcc", "clang")
         names = [os.environ[variable].split()[0]] if os.environ.get(variable, "").strip() else names
-        lacks = None
         if not any(map(shutil.which, names)):
-            lacks = f"a compiler, {' or '.join(names)}; install one, or set {variable}"
-        elif device == "cuda" and find_spec("triton") is None:
-            lacks = "the package triton; run pip install triton"
-        if lacks:
-            raise ConfigError(f"compile: got {compile}, which needs {lacks}, or use compile=false")
+            what = f"needs a compiler, {' or '.join(names)}; install one, or set {variable}"
+            raise ConfigError(f"compile: got {compile}, which {what}, or use compile=false")
+        if device == "cuda" and find_spec("triton") is None:
+            what = "needs the package triton; run pip install triton"
+            raise ConfigError(f"compile: got {compile}, which {what}, or use compile=false")
     place = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
     try:
         torch.compile(lambda x: x.sin() + 1, backend=backend)(torch.zeros(2, device=place))
