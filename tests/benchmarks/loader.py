@@ -32,6 +32,8 @@ from sklearn.datasets import load_sample_images
 from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
 from torch.utils.data import DataLoader
 
+from sit_composer.choices import COUNT, FROM_ZERO
+from sit_composer.cli import number
 from sit_composer.data.loader import build_loader
 from sit_composer.data.pictures import decode_image, decode_into
 from sit_composer.data.spec import SPEC_NAME, DataSpec
@@ -66,11 +68,11 @@ Side = Callable[[], int]  # reads an epoch, and returns how many samples came
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latents", type=int, default=8000, help="samples (%(default)s)")
-    parser.add_argument("--pixels", type=int, default=2000, help="samples (%(default)s)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="(%(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="epochs of each side (%(default)s)")
+    parser.add_argument("--latents", type=number(FROM_ZERO), default=8000, help="samples (%(default)s)")
+    parser.add_argument("--pixels", type=number(FROM_ZERO), default=2000, help="samples (%(default)s)")
+    parser.add_argument("--workers", type=number(FROM_ZERO), default=0, help="processes that read (%(default)s)")
+    parser.add_argument("--batch-size", type=number(COUNT), default=64, help="(%(default)s)")
+    parser.add_argument("--rounds", type=number(COUNT), default=5, help="epochs of each side (%(default)s)")
     parser.add_argument("--limits", action="store_true", help="only ours and the limits")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -106,12 +108,12 @@ def compare(kind: str, count: int, folder: Path, args: argparse.Namespace) -> No
         else:
             sides[make.__doc__ or ""] = side
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
-    for number in range(1 + args.rounds):  # the first warms up
+    for turn in range(1 + args.rounds):  # the first warms up
         for name, side in sides.items():
             start, used = time.perf_counter(), cpu_seconds()
             if (came := side()) != count:
                 raise SystemExit(f"{name}: got {came} samples, expected {count}")
-            if number:
+            if turn:
                 seen[name].append((count / (time.perf_counter() - start), (cpu_seconds() - used) / count * 1e6))
     speeds = {name: statistics.median(speed for speed, _ in values) for name, values in seen.items()}
     for name, values in seen.items():

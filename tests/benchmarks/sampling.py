@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sit_composer.choices import SIZES
+from sit_composer.choices import COUNT, SIZES, VARIANTS
+from sit_composer.cli import number
 from sit_composer.guidance import Guidance
 from sit_composer.precision import cast_once
 from sit_composer.samplers import Counted, sample_ode, sample_sde
@@ -40,15 +41,16 @@ Side = Callable[[], tuple[Tensor, int]]  # samples, and returns the latents and 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table and returns 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", nargs="?", type=Path, metavar="PATH", help="the authors' repository")
-    parser.add_argument("--model", default="SiT-S/2", help="(%(default)s)")
-    parser.add_argument("--input-size", type=int, default=32, help="the latents' side (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=2, help="images; guidance doubles them (%(default)s)")
-    parser.add_argument("--cfg-scale", type=float, default=4.0, help="1 is no guidance (%(default)s)")
-    parser.add_argument("--solvers", nargs="+", choices=SOLVERS, default=list(SOLVERS), metavar="NAME", help="(all)")
-    parser.add_argument("--rounds", type=int, default=5, help="the medians of them are printed (%(default)s)")
-    parser.add_argument("--processor-time", action="store_true", help="all threads' seconds, if other work runs beside")
-    parser.add_argument("--bf16", action="store_true", help="compare float32 with bfloat16, both ours")
+    option = parser.add_argument
+    option("path", nargs="?", type=Path, metavar="PATH", help="the authors' repository")
+    option("--model", choices=VARIANTS, default="SiT-S/2", metavar="NAME", help="(%(default)s)")
+    option("--input-size", type=int, default=32, help="the latents' side (%(default)s)")
+    option("--batch-size", type=number(COUNT), default=2, help="images; guidance doubles them (%(default)s)")
+    option("--cfg-scale", type=float, default=4.0, help="1 is no guidance (%(default)s)")
+    option("--solvers", nargs="+", choices=SOLVERS, default=list(SOLVERS), metavar="NAME", help="(all)")
+    option("--rounds", type=number(COUNT), default=5, help="the medians of them are printed (%(default)s)")
+    option("--processor-time", action="store_true", help="all threads' seconds, if other work runs beside")
+    option("--bf16", action="store_true", help="compare float32 with bfloat16, both ours")
     args = parser.parse_args(argv)
     if (args.path is None) != args.bf16:
         parser.error("expected PATH, or --bf16")

@@ -28,6 +28,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # of the package `tests`, which is not installed
 from sit_composer import randomness
+from sit_composer.choices import COUNT, VARIANTS
+from sit_composer.cli import number
 from sit_composer.launch import MALLOC
 from sit_composer.sit import SiT
 from sit_composer.training.model import ComposerSiT
@@ -38,14 +40,15 @@ from tests.benchmarks.step_sides import DECAY, DEVICE, LATENTS, Theirs, make_bat
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sit", nargs="?", type=Path, metavar="PATH_OF_SIT", help="a clone of willisma/SiT")
-    parser.add_argument("--model", default="SiT-S/2", help="for latents of 4x32x32 (%(default)s)")
-    parser.add_argument("--batch", type=int, nargs="+", default=[4, 16], help="images in a step (%(default)s)")
-    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], help="ours (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each side (%(default)s)")
-    parser.add_argument("--compile", action="store_true", help="also our blocks, compiled; prints when that pays")
-    parser.add_argument("--losses", type=int, metavar="N", help="compare the losses of N steps instead")
-    parser.add_argument("--profile", action="store_true", help="print where a step's time goes instead")
+    option = parser.add_argument
+    option("sit", nargs="?", type=Path, metavar="PATH_OF_SIT", help="a clone of willisma/SiT")
+    option("--model", choices=VARIANTS, default="SiT-S/2", metavar="NAME", help="for latents of 4x32x32 (%(default)s)")
+    option("--batch", type=number(COUNT), nargs="+", default=[4, 16], help="images in a step (%(default)s)")
+    option("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="ours (%(default)s)")
+    option("--rounds", type=number(COUNT), default=9, help="timed steps of each side (%(default)s)")
+    option("--compile", action="store_true", help="also our blocks, compiled; prints when that pays")
+    option("--losses", type=number(COUNT), metavar="N", help="compare the losses of N steps instead")
+    option("--profile", action="store_true", help="print where a step's time goes instead")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     print(f"{machine()}\n")
