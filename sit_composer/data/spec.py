@@ -77,7 +77,7 @@ class DataSpec:
         except NewerVersion:
             raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{where} is not a shard spec: {str(error).removeprefix('DataSpec.__init__() ')}") from None
+            raise ValueError(f"{where} is not a shard spec: {str(error).split('__init__() ')[-1]}") from None
         return spec
 
     def _check_types(self) -> None:
