@@ -165,10 +165,10 @@ class Sweep:
         with cache_folder(args.cache) as cache, alone():
             self.comparison = Comparison(args, images, open_set(args.reference, args.image_size, cache))
             options = {name: value for name, value in vars(args).items() if name not in {*APART, *values_of(cells[0])}}
-            extractor = self.comparison.extractor
-            guide = identity_of(networks.weaker) if networks.weaker else None
-            options |= {"guide": guide, "reference": identity_of_reference(args.reference)}
-            options |= {"features": extractor.identity, "second": extractor.second and extractor.second.identity}
+            extractor, guide = self.comparison.extractor, networks.weaker
+            options |= {"guide": guide and identity_of(guide), "reference": identity_of_reference(args.reference)}
+            second = extractor.second and extractor.second.identity
+            options |= {"features": extractor.identity, "second extractor": second}
             self.settings = {"checkpoint": identity_of(checkpoint), **options}
             self.results = claim(self.out, self.settings)
             self.missing = [cell for cell in cells if values_of(cell) not in [r["cell"] for r in self.results]]

@@ -44,6 +44,7 @@ def test_after_kills_each_batch_counts_once_and_half_a_line_harms_no_other(tmp_p
 def test_what_is_no_row_is_left_out(noise, others):
     content = b"\n".join([noise, *(other.encode() for other in others), b'{"batch": 5}'])
     assert read(content)[1][-1:] == [{"batch": 5}]
+    assert read(b'{"batch": 5, "loss": NaN, "lr": -Infinity}')[1] == [{"batch": 5, "loss": None, "lr": None}]
 
 
 def test_a_long_run_has_few_rows():
