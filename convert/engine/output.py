@@ -217,8 +217,7 @@ def _refuse_foreign(uri: str, files: Iterable[str]) -> None:
 
 def _delete(store: RunFolder, names: Iterable[str], keep: set[str]) -> None:
     """Deletes a conversion's files except some; the plan last, as it tells whose they are."""
-    ours = set(filter(OURS.fullmatch, names)) - keep
-    store.delete(sorted(ours, key=lambda name: (name == PLAN_NAME, name)))
+    store.delete(sorted(set(filter(OURS.fullmatch, names)) - keep, key=lambda name: (name == PLAN_NAME, name)))
 
 
 def _entries(folder: Path) -> dict[str, int]:

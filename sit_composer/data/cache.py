@@ -10,6 +10,7 @@ import threading
 import time
 from abc import abstractmethod
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +237,8 @@ class CheckedDataset(StreamingDataset):
         if taken + size > self.cache_limit:
             return False
         while self.cache_usage + size > self.cache_limit and _ShardState.LOCAL in states:
-            self._evict_coldest_shard()
+            with suppress(FileNotFoundError):  # another job that shares the folder has evicted it just now
+                self._evict_coldest_shard()
         if self.cache_usage + size > self.cache_limit:  # another program has deleted files
             self.cache_usage = taken
         return True
