@@ -42,8 +42,7 @@ def draw_samples(
         label = labels[indices[0]]
         return [images[i].resize((side, side), Image.NEAREST) for i in indices], class_caption(classes[label], label)
 
-    grid = [[cell(row)] if several else [cell([i]) for i in row] for row in cells]
-    return draw_grid(grid, f"guidance {cfg_scale:g}")
+    return draw_grid([[cell(row)] if several else [cell([i]) for i in row] for row in cells], f"guidance {cfg_scale:g}")
 
 
 def class_caption(name: str, label: int) -> str:

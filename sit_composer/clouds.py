@@ -113,8 +113,7 @@ class CloudFolder:
 
     def _get_once(self, name: str) -> tuple[bytes, dict[str, str]]:
         answer = self.obstore.get(self.store, self.prefix + name)
-        version = {key: answer.meta[key] for key in ("e_tag", "version") if answer.meta[key] is not None}
-        return bytes(answer.bytes()), version
+        return bytes(answer.bytes()), {k: answer.meta[k] for k in ("e_tag", "version") if answer.meta[k] is not None}
 
     def write(self, name: str, content: bytes) -> None:
         with self._errors(name):

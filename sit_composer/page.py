@@ -63,7 +63,7 @@ def gather(folder: RunFolder) -> dict[str, Any]:
         "uri": folder.uri,
         "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100) if config else "",
         "keys": dict(flat(config)),
-        "duration": str((config.get("trainer") or {}).get("max_duration") or ""),
+        "duration": dict(flat(config)).get("trainer.max_duration", ""),
         "attempts": [redact(attempt) for attempt in attempts],
         "last": next((row for row in reversed(rows) if "batches" in row), None),
         "seconds": trained_seconds(attempts, rows),
@@ -79,9 +79,9 @@ def read_config(folder: RunFolder) -> dict[str, Any]:
     """The run's config without secrets; empty if it can't be read."""
     try:
         config = yaml.safe_load(folder.read(CONFIG) or b"")
+        return redact(config) if isinstance(config, dict) else {}
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
         return {}
-    return redact(config) if isinstance(config, dict) else {}
 
 
 def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -124,6 +124,12 @@ def test_the_command_writes_its_page_and_refuses_what_it_can_not_do(tmp_path, ca
     assert capsys.readouterr().err == f"error: {out}: a file, expected the folder of its run\n"
 
 
+@pytest.mark.parametrize("config", ["trainer: text", "self: &s {x: *s}"])
+def test_a_config_that_is_none_of_ours_has_a_page(tmp_path, config):
+    (tmp_path / "config.yaml").write_text(config)
+    assert report.main([str(tmp_path), "--out", str(tmp_path / "page.html")]) == 0
+
+
 def test_what_can_not_be_read_of_a_run_is_told(tmp_path, capsys):
     files = [tmp_path / "run" / name for name in ("config.yaml", "metrics.jsonl")]
     files[0].parent.mkdir()

@@ -75,5 +75,4 @@ def name_classes(
         raise InputError(f"--class-names: {names[extra[0]].where}: the source has no class {extra[0]!r}")
     ids = [id_of[class_] for class_ in classes]
     counts = Counter(names[id_].name for id_ in ids)
-    told = [names[id_].name if counts[names[id_].name] == 1 else f"{names[id_].name} ({id_})" for id_ in ids]
-    return classes, ids, told
+    return classes, ids, [names[i].name if counts[names[i].name] == 1 else f"{names[i].name} ({i})" for i in ids]

@@ -123,8 +123,7 @@ def merge_classes(labels: Sequence[Labels]) -> list[str] | None:
     if first.kind == "none":
         return ["all"]
     if first.kind == "strings":
-        found = frozenset().union(*(table.strings for table in labels))
-        return class_names(found, f"{first.table} column {first.column!r}")
+        return class_names(frozenset().union(*(t.strings for t in labels)), f"{first.table} column {first.column!r}")
     if first.kind != "integers":
         return list(first.kind)
     largest = [table.largest for table in labels]

@@ -125,8 +125,7 @@ def _positions(weights: dict[str, Tensor], network: SiT, old: int, new: int, whe
         spacing = _spacing(sin[1, head // 2], cos[1, head // 2]) if old > 1 else 1.0
         if not torch.allclose(cos, Rotations(head, old, spacing).freqs_cos, atol=TOLERANCE):
             raise CheckpointError(f"model.input_size: {where} has rotations of positions that no SiT has")
-        rotations = Rotations(head, new, spacing * old / new)
-        found |= {f"feat_rope.{name}": value for name, value in rotations.named_buffers()}
+        found |= {f"feat_rope.{n}": value for n, value in Rotations(head, new, spacing * old / new).named_buffers()}
     return found
 
 

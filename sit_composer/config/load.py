@@ -104,6 +104,8 @@ def _check_section(name: str, value: Any) -> None:
 def _override(item: str) -> tuple[str, Any]:
     """The key and the value of ``key=value``: as typed, without quotes around it; lists and sections are YAML."""
     name, _, text = item.partition("=")
+    if name == "init_from" and not text.strip():  # such as of a variable that isn't set
+        raise ConfigError("init_from: no value, expected a checkpoint, or null for none")
     kind = reduce(_member, name.split("."), Config)
     is_yaml = re.fullmatch(r"'[^']*'|\"[^\"]*\"" if _is_text(kind) else r"\s*['\"\[{].*", text, re.DOTALL)
     return name, _typed(yaml.load(text, Loader) if is_yaml else Plain(text), kind)

@@ -9,7 +9,7 @@ from sit_composer.choices import BLOCKS
 from sit_composer.cli import is_hub_name, is_remote
 from sit_composer.config.load import read_yaml
 from sit_composer.config.schema import Config, ConfigError, averages, is_plain, network_arguments
-from sit_composer.errors import NewerVersion
+from sit_composer.errors import NewerVersion, first_line
 
 CONFIG = "config.yaml"  # the resolved config, beside a run's checkpoints
 
@@ -38,7 +38,7 @@ def check_same_config(config: Config, text: str, where: str) -> None:
     except NewerVersion:
         raise
     except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"{where}: not a run's config ({type(error).__name__}); choose another run_name") from None
+        raise ConfigError(f"{where}: not a run's config ({first_line(error)}); choose another run_name") from None
     folder = where.rpartition("/")[0]
     old, new = _fixed_keys(before), _fixed_keys(config)
     for name, value in new.items():

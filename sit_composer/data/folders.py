@@ -30,8 +30,7 @@ def below(folder: str, left_out: Counter[str], root: str | None = None) -> Itera
     """Each folder below one, and at last that one, with its files. A folder is left out if a link reaches it again, or
     leads up from this folder or from the ``root`` around it."""
     above = [] if root is None else [Path(os.path.realpath(root), "folder")]
-    seen = {parent for path in (Path(os.path.realpath(folder)), *above) for parent in path.parents}
-    return _below(folder, left_out, seen)
+    return _below(folder, left_out, {p for path in (Path(os.path.realpath(folder)), *above) for p in path.parents})
 
 
 def _below(folder: str, left_out: Counter[str], seen: set[Path]) -> Iterator[Listing]:

@@ -63,7 +63,7 @@ class DataSpec:
     def from_json(cls, text: str, where: str) -> "DataSpec":
         """Parses the text of `spec.json`. A ValueError, which calls it ``where``, tells what is invalid."""
         try:
-            content = json.loads(text)
+            content = {**json.loads(text)}
             check_version(content.pop("version", None), SPEC_VERSION, where)
             spec = cls(**content)
             spec._check_types()

@@ -189,6 +189,7 @@ class Collected:
         needed = {"features", *(METRICS[metric].output for metric in self.chosen.names)}
         for output in [output for output in self.outputs if output in needed]:
             bad = ~np.isfinite(out[output]).all(axis=1)
+            name = self.extractor.second.name if output == "second" else self.extractor.name
             if bad.any():
                 raise UserError(f"{name}: {output} of image {self.done + bad.argmax()} of {self.path} are not finite")
             before = self._parts.setdefault(output, [])

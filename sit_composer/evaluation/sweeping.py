@@ -188,6 +188,8 @@ class Sweep:
         return f"{name_of(values_of(cell))}: {values}"
 
     def write(self) -> None:
+        there = claim(self.out, self.settings)  # to which another sweep with these settings may have added cells
+        self.results += [result for result in there if result["cell"] not in [mine["cell"] for mine in self.results]]
         write_json({"settings": self.settings, "cells": self.results}, self.out / RESULTS)
         if self.results:
             write_bytes(f"{make_table(self.results)}\n".encode(), self.out / TABLE)
@@ -204,7 +206,7 @@ def claim(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     try:
         content = json.loads(file.read_text())
-        before, results = dict(content["settings"]), list(content["cells"])
+        before, results = dict(content["settings"]), [{**r, "cell": dict(r["cell"])} for r in content["cells"]]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"--out: {file} can't be read ({error!r}); delete it or choose another folder") from None
     for name, value in json.loads(json.dumps(settings)).items():

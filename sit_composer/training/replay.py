@@ -26,6 +26,7 @@ from sit_composer.checkpoint.folder import checkpoints, is_complete
 from sit_composer.cli import say
 from sit_composer.config.same_run import CONFIG, check_same_config
 from sit_composer.config.schema import Config
+from sit_composer.errors import UserError
 from sit_composer.precision import resolve
 from sit_composer.supervision.supervisor import Supervision, from_rank_0
 from sit_composer.training.fit import fit
@@ -54,8 +55,7 @@ def run(arguments: tuple[Config, int]) -> int:
         return 0
     finally:
         supervision.close()
-    say(f"{config.run_name}: ended before batch {batch}")
-    return 0
+    raise UserError(f"--replay: got {batch}, but {config.run_name} ends before that batch")
 
 
 class Replaying(Supervision):

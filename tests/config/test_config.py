@@ -322,6 +322,7 @@ def test_jits_yaml_is_its_repositorys_recipe_but_for_the_patch_embedding():
         ("loggers.file={filname: x}", "loggers.file.filname: FileLogger has no such argument; did you mean filename?"),
         ("algorithms.gradient_clipping={}", "algorithms.gradient_clipping.clipping_type: no value"),
         ("run_name=", "run_name: no value"),
+        ("init_from=", "init_from: no value, expected a checkpoint, or null for none"),
         ("data.cache_limit=100 gigs", "data.cache_limit: got '100 gigs', expected a number of bytes, such as 100gb"),
         ("data.num_workers=1:30", "data.num_workers: got '1:30', expected a whole number"),
         ("data.num_workers=0x10", "data.num_workers: got '0x10', expected a whole number"),

@@ -433,6 +433,7 @@ def bad(digits, tmp_path_factory):
         ),
         ("real", "real", ["--features", Fails], "Fails.pt: failed on images (64, 3, 8, 8): "),
         ("black.npz", "real", ["--features", NotANumber], "NotANumber.pt: features of image 10 of "),
+        ("black.npz", "real", ["--features", (Full, NotANumber)], "NotANumber.pt: second of image 10 of "),
         ("real", "real", ["--metrics", "fid,psnr"], "--metrics: got 'psnr', expected fid, sfid"),
         (
             "real",
@@ -450,6 +451,7 @@ def bad(digits, tmp_path_factory):
 )
 def test_bad_input_is_named_in_one_line(bad, halves, networks, capsys, samples, reference, options, message):
     paths = [str(halves[1] if name == "real" else bad / name) for name in (samples, reference)]
+    options = [",".join(map(networks, o)) if isinstance(o, tuple) else o for o in options]
     options = [networks(o) if isinstance(o, type) else str(bad / o) if (bad / o).is_file() else o for o in options]
     with contextlib.suppress(SystemExit):  # argparse's way out
         assert evaluate.main([paths[0], "--reference", paths[1], "--features", networks(Full), *options]) == 2

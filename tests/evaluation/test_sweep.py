@@ -18,6 +18,7 @@ from sit_composer.checkpoint.export import write_folder
 from sit_composer.checkpoint.load import load_checkpoint
 from sit_composer.checkpoint.record import Checkpoint, Record
 from sit_composer.errors import INTERRUPTED, UserError
+from sit_composer.evaluation import sweeping
 from sit_composer.evaluation.sweeping import check_same, identity_of, interleave, measure
 from sit_composer.gallery import Networks
 from sit_composer.generate import generate
@@ -235,6 +236,27 @@ def test_invalid_options_are_refused_before_torch_is_loaded(command, monkeypatch
 def test_a_number_of_images_must_be_given(files, tmp_path, capsys):
     given = [files["checkpoint"], "--reference", files["reference"], "--out", str(tmp_path / "out")]
     assert "--num-images: no value" in refused(capsys, *given, "--features", files["features"])
+
+
+def test_sweeps_that_run_together_keep_each_others_cells(run, monkeypatch):
+    measure, others = sweeping.measure, [1.5]
+
+    def and_another(*args):
+        if others:
+            run("--num-steps", "3", "--metrics", "fid", "--cfg-scale", str(others.pop()))
+        return measure(*args)
+
+    monkeypatch.setattr(sweeping, "measure", and_another)
+    cells = run("--num-steps", "3", "--metrics", "fid", "--cfg-scale", "1,2")
+    assert sorted(cell["cell"]["cfg_scale"] for cell in cells) == [1, 1.5, 2]
+
+
+@pytest.mark.parametrize("cells", [[{}], [{"cell": "x"}], [1], 1])
+def test_a_damaged_result_is_one_line(run, command, tmp_path, capsys, cells):
+    run("--num-steps", "3", "--metrics", "fid", "--cfg-scale", "1")
+    file = tmp_path / "out" / "sweep.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "cells": cells}))
+    assert f"{file} can't be read" in refused(capsys, *command("--num-steps", "3", "--metrics", "fid"))
 
 
 def test_another_sweep_in_the_folder_is_refused(run, command, files, tmp_path, capsys):
