@@ -93,9 +93,11 @@ def test_a_large_image_is_made_smaller(tmp_path):
 
 def test_no_secret_of_a_config_is_on_the_page(tmp_path):
     logger = {"wandb": {"api_key": "hunter2", "entity": "me"}, "mlflow": {"tracking_uri": "https://me:hunter2@host/x"}}
-    page = report_page([write_run(tmp_path, loggers=logger, trainer={"list": [{"password": "hunter2"}]})])
+    trainer = {"list": [{"password": "hunter2"}], "load_path": "https://h/x?a=1&sig=hunter2&X-Amz-Signature=hunter2"}
+    page = report_page([write_run(tmp_path, loggers=logger, trainer=trainer)])
     assert b"hunter2" not in page
     assert data_of(page)["runs"][0]["keys"]["loggers.mlflow.tracking_uri"] == "https://…@host/x"
+    assert data_of(page)["runs"][0]["keys"]["trainer.load_path"] == "https://h/x?a=1&sig=…&X-Amz-Signature=…"
 
 
 def test_an_earlier_versions_run_has_a_page_without_curves(tmp_path):

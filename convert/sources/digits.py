@@ -22,9 +22,8 @@ def plan_source(description: dict[str, Any], limit: int | None) -> SourcePlan:
 
 def read_part(description: dict[str, Any], plan: SourcePlan, part: Part) -> Iterator[Sample]:
     """Images of 8×8 grey pixels as PNG, with the values 0 to 16 scaled to 8 bits."""
-    digits = load_digits()
+    data = load_digits()
     for row in range(part.start, part.stop):
         png = io.BytesIO()
-        Image.fromarray(np.round(digits.images[row] * (255 / 16)).astype(np.uint8)).save(png, "PNG")
-        label = 0 if "label_column" in description else int(digits.target[row])
-        yield Sample(f"digits row {row}", png.getvalue(), label)
+        Image.fromarray(np.round(data.images[row] * (255 / 16)).astype(np.uint8)).save(png, "PNG")
+        yield Sample(f"digits row {row}", png.getvalue(), 0 if "label_column" in description else int(data.target[row]))

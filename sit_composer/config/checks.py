@@ -31,6 +31,7 @@ FIXED_TRAINER_KEYS = {  # on which resuming, uploading and pruning rely
 }  # fmt: skip
 SECRET = re.compile(r"((api|access|private|account)_?key(_?id)?|token)$|secret|passw(or)?d|passphrase|credential", re.I)
 ADDRESS = re.compile(r"://([^/\s]*|[^/\s:@]*:(?!\d+/)\S*)@")  # with a user, and perhaps a password that has a slash
+SIGNED = re.compile(r"([?&](?:sig|signature|token|x-amz-[\w-]+)=)[^&\s]+", re.I)  # a part of an address
 SIZE = re.compile(r"\d+\s*b?|\d+(\.\d+)?\s*[kmgtpezy]b", re.I)  # as streaming reads it
 
 
@@ -103,7 +104,7 @@ def check_no_credentials(value: Any, name: str = "") -> None:
     """Refuses an address with a password in it, which the saved config, loggers and error messages would repeat."""
     if isinstance(value, str | int | float) and not isinstance(value, bool) and SECRET.search(name):
         raise ConfigError(f"{name}: a secret, which the saved config would repeat; give it by the environment")
-    if isinstance(value, str) and ADDRESS.search(value):
+    if isinstance(value, str) and (ADDRESS.search(value) or SIGNED.search(value)):
         raise ConfigError(f"{name}: an address with credentials in it; give them by the environment")
     value = vars(value) if dataclasses.is_dataclass(value) else value
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -123,7 +124,7 @@ def redact(value: Any, name: str = "") -> Any:
         return "…"
     if isinstance(value, int | float):
         return value if abs(value) < float("inf") else str(value)
-    return ADDRESS.sub("://…@", str(value))
+    return SIGNED.sub(r"\1…", ADDRESS.sub("://…@", str(value)))
 
 
 def check_model(model: schema.ModelConfig) -> None:
