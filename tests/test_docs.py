@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 from sit_composer.config.checks import check
 from sit_composer.config.load import load_config
 from sit_composer.config.schema import Config
+from sit_composer.launch import free_port
 from tests.helpers.paths import ROOT
 
 ORDER = ("data", "training", "resuming", "clusters", "sampling", "evaluation", "weights", "python")  # others follow
@@ -121,6 +122,7 @@ def run(command: str, folder: Path) -> None:
         environment = os.environ | {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
+            "PET_MASTER_PORT": str(free_port()),  # torchrun's, which another test may have taken
         }
         done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"

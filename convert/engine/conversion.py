@@ -141,15 +141,14 @@ def _first_size(plan: Plan, skip_bad: bool) -> int:
     """The side of the source's first image, which must be a square; all others must have the same size."""
     for sample in chain.from_iterable(read_part(plan.source, plan.reading, part) for part in plan.reading.parts):
         try:
-            height, width = _torch_kinds()[0].levels(sample.image, 3, None)[0].shape[-2:]
+            h, w = _torch_kinds()[0].levels(sample.image, 3, None)[0].shape[-2:]
         except BadPicture as error:
             if skip_bad:
                 continue
             raise InputError(f"{sample.where}: {error}; --skip-bad leaves out such images") from None
-        if height != width:
-            what = f"the image is {width}x{height}, expected a square; crop with --image-size"
-            raise InputError(f"{sample.where}: {what}")
-        return width
+        if h != w:
+            raise InputError(f"{sample.where}: the image is {w}x{h}, expected a square; crop with --image-size")
+        return w
     raise InputError(f"{plan.source['path']}: none of its images can be used")
 
 

@@ -89,8 +89,7 @@ def _table(description: dict[str, Any], data: Any, shard: int | None = None) -> 
         rows = rows.select_columns(columns).with_format("arrow")  # which returns the stored bytes and decodes no image
         rows = rows.select(range(start, min(stop, len(data)))) if shard is None else rows
         try:
-            batches = (batch for table in rows.iter(size) for batch in table.to_batches())
-            yield from Rows(batches, first).between(start, stop)
+            yield from Rows((batch for t in rows.iter(size) for batch in t.to_batches()), first).between(start, stop)
         except Exception as error:  # of a dozen libraries underneath
             raise InputError(f"{name}: cannot be read: {one_line(error)}") from error
 

@@ -55,9 +55,8 @@ class SRA(Alignment):
     def _tokens(self, *inputs: Tensor) -> Tensor:
         """The averaged network's tokens after ``teacher_block``."""
         if not isinstance(self.network, FSDPModule):  # the averages stand in for the weights, and nothing is copied
-            averages = {name.removeprefix("network."): p for name, p in self.weights.params.items()}
-            stop = {"stop": self.config.teacher_block}
-            return functional_call(self.network, averages, inputs, stop, tie_weights=False)
+            means = {name.removeprefix("network."): p for name, p in self.weights.params.items()}
+            return functional_call(self.network, means, inputs, {"stop": self.config.teacher_block}, tie_weights=False)
         # Sharded, both are exchanged in place, twice. All blocks run: FSDP2 has gathered the next one ahead, and would
         # keep what it gathered of the average.
         with self.weights.in_model(), tokens_after(self.network, self.config.teacher_block) as tokens:

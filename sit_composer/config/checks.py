@@ -31,7 +31,7 @@ FIXED_TRAINER_KEYS = {  # on which resuming, uploading and pruning rely
 }  # fmt: skip
 SECRET = re.compile(r"((api|access|private|account)_?key(_?id)?|token)$|secret|passw(or)?d|passphrase|credential", re.I)
 ADDRESS = re.compile(r"://([^/\s]*|[^/\s:@]*:(?!\d+/)\S*)@")  # with a user, and perhaps a password that has a slash
-SIGNED = re.compile(r"([?&](?:sig|signature|token|x-amz-[\w-]+)=)[^&\s]+", re.I)  # a part of an address
+SIGNED = re.compile(r"([?&](?:sig|signature|(?:access_)?token|x-(?:amz|goog)-[\w-]+)=)[^&\s]+", re.I)  # an address
 SIZE = re.compile(r"\d+\s*b?|\d+(\.\d+)?\s*[kmgtpezy]b", re.I)  # as streaming reads it
 
 

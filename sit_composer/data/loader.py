@@ -222,7 +222,7 @@ class SitLoader(StreamingDataLoader):
         self.num_samples_yielded = 0
         if self.num_workers and self._iterator is None:
             sizes = self.dataset.batch_bytes
-            need = self.num_workers * PLACES * sum(sizes.values())
+            need = self.dataset._unique_rank_world.ranks_per_node * self.num_workers * PLACES * sum(sizes.values())
             if os.path.isdir(SHARED) and (free := shutil.disk_usage(SHARED).free) < need:  # Linux would kill a worker
                 what = f"the workers' batches need {need / 1e6:.3g} MB of {SHARED}, which has {free / 1e6:.3g} left"
                 raise DataError(f"num_workers: {what}; use fewer, or smaller batches; in a container: --shm-size")

@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ class Comparison:
                     notes.append(f"{images.path}: {what} Fréchet distance biased; {advice}")
         if extractor.name == "dinov2":
             notes.append("the features are DINOv2's: FDD compares with published FDD (FD-DINOv2), not with FID")
-        elif extractor.name != "inception":
+        elif "inception" not in (extractor.name, extractor.second and extractor.second.name):
             notes.append("the features are not Inception's: no number here compares with published ones")
         values, settings = compute(chosen.names, fake, self.real, stored)
         origin = "stored" if stored else "computed"
@@ -171,7 +172,7 @@ class Collected:
 
     def __init__(self, path: str, extractor: Extractor, chosen: Choice, outputs: tuple[str, ...] = OUTPUTS) -> None:
         self.path = path  # of the images
-        self.extractor = extractor
+        self.extractor = extractor if "fd" in chosen.names else replace(extractor, second=None)
         self.chosen = chosen
         self.outputs = outputs
         self.size: list[int] | None = None  # (H, W) of the images

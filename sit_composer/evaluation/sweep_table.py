@@ -77,10 +77,9 @@ def draw_plot(results: Results) -> bytes:
     for panel, name in zip(panels, names, strict=False):
         for label, line in lines.items():
             found = [result for result in line if name in result["metrics"]]
-            places = [result["cell"][along] for result in found]
+            at = [result["cell"][along] for result in found]
             ys = [METRICS[name].factor * result["metrics"][name] for result in found]
-            xs = [x if isinstance(x, int | float) else text(x) for x in places]
-            panel.plot(xs, ys, "o-", label=label, markersize=4)
+            panel.plot([x if isinstance(x, int | float) else text(x) for x in at], ys, "o-", label=label, markersize=4)
         panel.set(xlabel=AXES[along], title=headings[name])
         panel.grid(alpha=0.3)
     for panel in panels[len(names) :]:

@@ -39,8 +39,9 @@ def find_backend(compile: str, device: str) -> str | None:
     try:
         torch.compile(lambda x: x.sin() + 1, backend=backend)(torch.zeros(2, device=place))
     except Exception as error:  # of any kind: a backend's package is missing, a compiler fails, a cache isn't writable
-        reason = first_line(getattr(error, "inner_exception", error))
-        raise ConfigError(f"compile: got {compile}, which fails here: {reason}; use compile=false") from error
+        cause = getattr(error, "inner_exception", error)
+        said = [line.strip() for line in str(cause).splitlines() if "error:" in line] or [first_line(cause)]
+        raise ConfigError(f"compile: got {compile}, which fails here: {said[0]}; use compile=false") from error
     return backend
 
 

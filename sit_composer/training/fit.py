@@ -136,9 +136,10 @@ def fit(config: Config, device: str, backend: str | None, supervision: Supervisi
     except (OSError, RuntimeError, CheckpointException) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise too_large(*memory, "and the GPU ran out of memory") from error
-        if str(error).startswith("DataLoader worker"):  # it was killed
+        if str(error).startswith("DataLoader worker"):  # killed: no mistake, for which a scheduler would not try again
             advice = "if memory ran out, lower num_workers; rerun to resume"
-            raise StorageError(f"data: {first_line(error).rstrip('. ')}; {advice}") from error
+            print(f"error: {first_line(error).rstrip('. ')}; {advice}", file=sys.stderr, flush=True)
+            return 1
         if not is_disk_full(error):
             raise
         where = getattr(error, "filename", None) or resumption.get("save_folder") or supervision.uri

@@ -50,7 +50,8 @@ def run(arguments: tuple[Config, int]) -> int:
     kept = {name: value for name, value in config.trainer.items() if not re.match("save_|autoresume$", name)}
     config = replace(config, trainer=kept, compile="false", precision=resolve(config.precision, device), **NOT_SAVED)
     try:
-        fit(config, device, None, supervision)
+        if code := fit(config, device, None, supervision):  # Ctrl-C, or a killed worker
+            return code
     except Replayed:
         return 0
     finally:

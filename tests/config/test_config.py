@@ -290,7 +290,7 @@ def test_jits_yaml_is_its_repositorys_recipe_but_for_the_patch_embedding():
         ("loggers={a: {password: 1234}}", "loggers.a.password: a secret, which"),
         ("loggers={a: {uri: 'https://me:sec/ret@host'}}", "loggers.a.uri: an address with credentials in it"),
         ("data.remote=https://host/c?sv=1&sig=a%2Fb", "data.remote: an address with credentials in it"),
-        ("data.remote=https://host/c?X-Amz-Signature=ab", "data.remote: an address with credentials in it"),
+        ("data.remote=https://host/c?X-Goog-Signature=ab", "data.remote: an address with credentials in it"),
         ("supervision.grace=0", "supervision.grace: got 0.0, expected a number above 0"),
         ("trainer.save_filename=x.pt", "trainer.save_filename: is fixed here"),
         ("fsdp={state_dict_type: local}", "fsdp.state_dict_type: got 'local', expected sharded, full"),

@@ -43,6 +43,16 @@ def test_a_backend_that_is_missing_or_fails_is_named(monkeypatch, tmp_path):
         find_backend("true", "cpu")
     with pytest.raises(ConfigError, match="got tvm, which fails here: No module named 'tvm'; use compile=false"):
         find_backend("tvm", "cpu")  # which torch lists whether it is installed or not
+    compiler = tmp_path / "compiler"
+    failure = "echo 'a.cpp:1: fatal error: Python.h: No such file'; exit 1"
+    compiler.write_text(f"#!/bin/sh\n[ $1 = --version ] && echo 'g++ (GCC) 12.2.0' && exit\n{failure}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", str(compiler))
+    torch._dynamo.reset()  # what another test has compiled would not be compiled again
+    broken = torch._inductor.config.patch({"cpp.cxx": (None, str(compiler))})  # read from CXX once, at its import
+    with broken, pytest.raises(ConfigError, match=r"fails here: a\.cpp:1: fatal error: Python\.h: No such file; use"):
+        find_backend("true", "cpu")
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
     monkeypatch.setenv("CXX", shutil.which("true"))
