@@ -231,7 +231,7 @@ METRICS = {
     "precision": Metric("P", "features", "images", least=4, digits=".3f"),
     "recall": Metric("R", "features", "images", least=4, digits=".3f"),
     "kid": Metric("KID × 10³", "features", "images", least=2, digits=".3f", factor=1000),
-    "fd": Metric("FID", "second", "images", least=2),  # the last one, as tables may lack it
+    "fd": Metric("FID", "second", "images", least=2),  # of two extractors only
 }
 
 

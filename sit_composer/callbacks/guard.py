@@ -182,11 +182,10 @@ class Guard(Callback):
 
     def _stop(self, what: str, batch: int) -> NotFinite:
         last = self.last_checkpoint()
-        ways = " or ".join(f"on_nan={way}" for way in ("skip", "rollback")[: 2 if last else 1] if way != self.on_nan)
-        where = f"the last checkpoint is {last}" if last is not None else "no checkpoint is saved yet"
-        other = f"resume with {ways}" if ways else "start with a lower optimizer.lr"
-        advice = f"add --replay {batch} to the command to find the cause, or {other}"
-        return NotFinite(f"{self.run}: {what}; {where}; {advice}")
+        ways = " or ".join(f"on_nan={one}" for one in ("skip", "rollback")[: 2 if last else 1] if one != self.on_nan)
+        kept = f"the last checkpoint is {last}" if last is not None else "no checkpoint is saved yet"
+        way = f"resume with {ways}" if ways else "start with a lower optimizer.lr"
+        return NotFinite(f"{self.run}: {what}; {kept}; add --replay {batch} to the command to find the cause, or {way}")
 
 
 def total_norm(tensors: list[Tensor]) -> Tensor:

@@ -118,8 +118,8 @@ def power_averages(checkpoint: Checkpoint) -> list[str]:
 
 def solve(batches: list[int], names: list[str], stds: list[float]) -> tuple[np.ndarray, list[float]]:
     """The coefficients (batches, names, stds) of averages at the last batch, and by how much their profiles are off."""
-    times = [batch for batch in batches for _ in names]
-    solved = [combine(times, [float(std_of(name) or 0) for name in names] * len(batches), std) for std in stds]
+    times, given = [b for b in batches for _ in names], [float(std_of(name) or 0) for name in names] * len(batches)
+    solved = [combine(times, given, std) for std in stds]
     shares = np.stack([coefficients for coefficients, _ in solved], axis=1)
     return shares.reshape(len(batches), len(names), len(stds)), [error for _, error in solved]
 

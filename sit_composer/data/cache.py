@@ -230,6 +230,10 @@ class CheckedDataset(StreamingDataset):
             states[shard_id] = _ShardState.PREPARING
             return _ShardState.REMOTE
 
+    def _evict_shard(self, shard_id: int) -> None:
+        with suppress(FileNotFoundError):  # another job that shares the folder has evicted it just now
+            super()._evict_shard(shard_id)
+
     def _make_room(self, size: int, states: np.ndarray) -> bool:
         """Evicts shards until the cache has room; False if the shards being fetched leave none."""
         coming = np.flatnonzero(states == _ShardState.PREPARING)
@@ -237,8 +241,7 @@ class CheckedDataset(StreamingDataset):
         if taken + size > self.cache_limit:
             return False
         while self.cache_usage + size > self.cache_limit and _ShardState.LOCAL in states:
-            with suppress(FileNotFoundError):  # another job that shares the folder has evicted it just now
-                self._evict_coldest_shard()
+            self._evict_coldest_shard()
         if self.cache_usage + size > self.cache_limit:  # another program has deleted files
             self.cache_usage = taken
         return True

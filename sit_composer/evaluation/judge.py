@@ -92,20 +92,18 @@ class Comparison:
         """The metrics of images with these features, and everything that they depend on; the reference is read."""
         self.check_fit(fake)
         chosen, extractor, reference, stored = self.chosen, self.extractor, self.reference, self.reference.statistics
-        notes, parts = list(self.notes), {"features": extractor, "second": extractor.second}
-        described = {
-            output: {"name": part.name, "of": part.identity, "dimension": fake[output].shape[1]}
-            for output, part in parts.items()
-            if part and output in fake
-        }
+        notes, described = list(self.notes), dict[str, dict[str, Any]]()
         if self.real and reference.size != samples.size:
             sizes = [" × ".join(map(str, images.size)) for images in (samples, reference)]
             notes.append(f"the samples are {sizes[0]}, and the reference's images {sizes[1]}")
         notes += [*samples.notes(), *reference.notes()]
-        for name in [name for name in ("fid", "fd") if name in chosen.names]:
-            dimension = described[METRICS[name].output]["dimension"]
+        for name, part in (("fid", extractor), ("fd", extractor.second)):
+            if part is None or (output := METRICS[name].output) not in fake:
+                continue
+            dimension = fake[output].shape[1]
+            described[output] = {"name": part.name, "of": part.identity, "dimension": dimension}
             for images in (samples,) if stored and name == "fid" else (samples, reference):
-                if images.count <= dimension:
+                if name in chosen.names and images.count <= dimension:
                     what = f"{images.count} images for {dimension} features: the covariance is singular, and the"
                     advice = f"use more than {dimension} (published numbers use 50,000)"
                     notes.append(f"{images.path}: {what} Fréchet distance biased; {advice}")

@@ -18,8 +18,7 @@ def compute(names: list[str], fake: dict, real: dict, stored: dict) -> tuple[dic
     settings: dict[str, Any] = {}
     for name, output in (("fid", "features"), ("sfid", "spatial"), ("fd", "second")):
         if name in names:
-            known = stored and name != "fd"
-            theirs = [stored[part] for part in STATISTICS[output]] if known else statistics(real[output])
+            theirs = [stored[part] for part in STATISTICS.get(output, ()) if stored] or statistics(real[output])
             values[name] = metrics.frechet_distance(*statistics(fake[output]), *theirs)
     if "is" in names:
         values["is"], values["is_std"] = metrics.inception_score(fake["logits"])

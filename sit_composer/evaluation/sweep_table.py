@@ -69,7 +69,8 @@ def draw_plot(results: Results) -> bytes:
     for result in sorted(results, key=lambda result: order(result["cell"][along])):
         others = [name for name in axes if name != along]
         lines.setdefault(", ".join(f"{AXES[n]} {text(result['cell'][n])}" for n in others), []).append(result)
-    headings = dict(zip(METRICS, metric_cells(results[0]), strict=False))  # the last one may have none
+    shown = [name for name in METRICS if name != "fd" or name in results[0]["metrics"]]
+    headings = dict(zip(shown, metric_cells(results[0]), strict=True))
     names = [name for name in METRICS if any(name in result["metrics"] for result in results)]
     columns = min(3, len(names))
     figure = Figure(figsize=(4 * columns, 3 * -(-len(names) // columns)), layout="constrained")

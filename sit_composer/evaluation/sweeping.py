@@ -171,7 +171,7 @@ class Sweep:
             options |= {"features": extractor.identity, "second extractor": second}
             self.settings = {"checkpoint": identity_of(checkpoint), **options}
             self.results = claim(self.out, self.settings)
-            self.missing = [cell for cell in cells if values_of(cell) not in [r["cell"] for r in self.results]]
+            self.missing = [cell for cell in cells if all(values_of(cell) != one["cell"] for one in self.results)]
             if self.missing:
                 probe = Collected("a blank image", extractor, self.comparison.chosen)
                 probe.add(torch.zeros(2, 3, side, side, dtype=torch.uint8))  # fails now, not after a cell
@@ -189,7 +189,7 @@ class Sweep:
 
     def write(self) -> None:
         there = claim(self.out, self.settings)  # to which another sweep with these settings may have added cells
-        self.results += [result for result in there if result["cell"] not in [mine["cell"] for mine in self.results]]
+        self.results += [one for one in there if all(one["cell"] != mine["cell"] for mine in self.results)]
         write_json({"settings": self.settings, "cells": self.results}, self.out / RESULTS)
         if self.results:
             write_bytes(f"{make_table(self.results)}\n".encode(), self.out / TABLE)
